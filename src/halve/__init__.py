@@ -1,0 +1,1 @@
+"""Halve prunes trained neural networks to N:M sparsity."""

@@ -1,0 +1,29 @@
+"""What can go wrong, named by what the user can do about it."""
+
+
+class HalveError(Exception):
+    """Root of every error that Halve raises on purpose; its message is one sentence for the user."""
+
+
+class InputError(HalveError, ValueError):
+    """An argument, option or file is not usable as given: change it and call again."""
+
+
+class PatternError(InputError):
+    """A sparsity pattern is malformed, or does not fit the shape it was asked for."""
+
+
+class UnsupportedModelError(HalveError):
+    """The model has a structure or a checkpoint that Halve cannot prune correctly, so it does not try."""
+
+
+class CalibrationError(HalveError):
+    """The calibration data did not give usable statistics: other text, more tokens, or a finite model."""
+
+
+class FactorisationError(HalveError):
+    """A matrix could not be factorised at any rung of the damping ladder."""
+
+
+class CorruptFileError(HalveError):
+    """A file is truncated, malformed or contradicts another one: fetch or write it again."""
