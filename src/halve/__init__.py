@@ -1,1 +1,57 @@
-"""Halve prunes trained neural networks to N:M sparsity."""
+"""Halve prunes trained neural networks to N:M sparsity.
+
+The names below are loaded when they are first used, so that importing the package is cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halve.errors import HalveError
+    from halve.matrix import prune_weight
+    from halve.outcome import Outcome, Status
+    from halve.pattern import Pattern
+    from halve.perplexity import Perplexity, evaluate
+    from halve.prox import prox
+    from halve.pruning import Pruned, prune
+    from halve.verification import CheckResult, check
+
+_HOMES = {
+    "CheckResult": "verification",
+    "HalveError": "errors",
+    "Outcome": "outcome",
+    "Pattern": "pattern",
+    "Perplexity": "perplexity",
+    "Pruned": "pruning",
+    "Status": "outcome",
+    "check": "verification",
+    "evaluate": "perplexity",
+    "prox": "prox",
+    "prune": "pruning",
+    "prune_weight": "matrix",
+}
+
+__all__ = [
+    "CheckResult",
+    "HalveError",
+    "Outcome",
+    "Pattern",
+    "Perplexity",
+    "Pruned",
+    "Status",
+    "check",
+    "evaluate",
+    "prox",
+    "prune",
+    "prune_weight",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'halve' has no attribute {name!r}")
+    return getattr(import_module(f"halve.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -302,12 +302,14 @@ def verify_replay(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -
 
     Raises:
         UnsupportedModelError: the results differ: the model does something between its blocks that a replay misses.
+        CalibrationError: the dense model gives NaN or infinity.
     """
     returns, expected = block_returns(model, blocks, batch)
     stream = capture(model, blocks, [batch], returns)
     hidden = stream.hidden[0].to(expected.device)
-    for block, calls in zip(blocks, stream.calls, strict=True):
+    for index, (block, calls) in enumerate(zip(blocks, stream.calls, strict=True)):
         hidden = run_block(block, hidden, calls[0])
+        check_finite(hidden, f"the outputs of the dense model's block {index}")
     error = (hidden.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
     if not float(error) <= _REPLAY_TOLERANCE:
         raise UnsupportedModelError(

@@ -1,0 +1,60 @@
+"""Perplexity and layer loss of every method on a real model, on the same calibration set and texts.
+
+    python bench/end_to_end.py MODEL --calibration c4-calibration.jsonl --data c4-validation.jsonl --data wikitext2-test.txt
+
+Each method prunes its own copy, block by block; one JSON line a method is appended as soon as it is finished.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from halve import checkpoint, compare, report
+from halve.pruning import text_tokens
+
+METHODS = "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,prox-gradient,prox-gradient+gd,prox-gradient+cg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--calibration", default="self")
+    parser.add_argument("--data", action="append", required=True)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beta", type=float, default=1.01, help="of prox-gradient")
+    parser.add_argument("--json", type=Path, default=Path("end_to_end.jsonl"))
+    arguments = parser.parse_args()
+
+    contenders = [compare.Contender.parse(name) for name in arguments.methods.split(",")]
+    options = {"prox-gradient": {"beta": arguments.beta}} if "prox-gradient" in arguments.methods else {}
+    requests = compare.make_requests(contenders, options)
+    loaded = checkpoint.load_model(arguments.model)
+    tokens = text_tokens(
+        loaded,
+        arguments.calibration,
+        samples=arguments.samples,
+        seq_len=arguments.seq_len,
+        seed=arguments.seed,
+        text_field="text",
+    )
+    texts = compare.evaluation_texts(
+        loaded, arguments.data, seq_len=arguments.seq_len, max_windows=arguments.windows, text_field="text"
+    )
+    print(json.dumps(report.environment(), indent=2))
+    for row in compare.compare(loaded, requests, tokens, texts, seed=arguments.seed):
+        entry = {**compare.as_json([row])[0], "samples": tokens.samples, "seq_len": tokens.seq_len}
+        entry |= {"windows": arguments.windows, "beta": arguments.beta, "written": time.strftime("%Y-%m-%d %H:%M")}
+        with arguments.json.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        scores = "  ".join(f"{Path(p.source).name} {p.value:9.2f}" for p in row.perplexities)
+        loss = "" if row.mean_relative_loss is None else f"  mean relative loss {row.mean_relative_loss:.4f}"
+        print(f"{row.name:20s} {scores}{loss}  {row.seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""``python -m halve`` is the ``halve`` command."""
+
+from halve.cli import main
+
+main()

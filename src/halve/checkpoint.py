@@ -1,0 +1,401 @@
+"""Reading models that nobody here wrote: find the files, refuse what is unsafe or broken, then load.
+
+A checkpoint directory is untrusted input. No code in it is run, nothing is unpickled, no file outside it is read, and
+transformers is shown only the files that were validated here.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from halve.disk_layout import DiskLayout, DiskTensor
+from halve.errors import CorruptFileError, InputError, UnsupportedModelError
+from halve.shards import Shard, read_json, read_shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer", "vocab.", "spiece.", "sentencepiece.", "tekken.")  # how their names begin
+_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+_TEMPLATES = "additional_chat_templates"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_FORBIDDEN = {
+    "auto_map": "it needs Python code from its own directory, which is never run",
+    "quantization_config": "it is quantised; prune the unquantised checkpoint instead",
+    "compression_config": "it is compressed; prune the plain checkpoint instead",
+    "sparsity_config": "it is already stored in a sparse format; prune the plain checkpoint instead",
+    "transformers_weights": "it redirects the loading of weights to another file; remove that entry",
+    "_attn_implementation_internal": "it sets internals of transformers; remove that entry",
+    "_experts_implementation_internal": "it sets internals of transformers; remove that entry",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, its files found and validated.
+
+    Attributes:
+        kind: what the user named.
+        path: the directory, or the GGUF file, on disk.
+        name: what the user wrote.
+        revision: the commit that was downloaded; None unless from the hub.
+        shards: the safetensors files, in the order of their names; empty for a GGUF file.
+    """
+
+    kind: Literal["directory", "hub", "gguf"]
+    path: Path
+    name: str
+    revision: str | None = None
+    shards: tuple[Path, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Size of the weight files in bytes."""
+        return sum(path.stat().st_size for path in self.shards or (self.path,))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, ready to be pruned.
+
+    Attributes:
+        model: on the CPU, in evaluation mode, no parameter requiring a gradient.
+        tokenizer: the model's tokenizer, None when it has none.
+        source: where it came from; None for a model built in memory.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: Any | None
+    source: Source | None
+
+    @cached_property
+    def layout(self) -> DiskLayout:
+        """The map from parameters to tensors on disk.
+
+        Raises:
+            UnsupportedModelError: a parameter cannot be traced to its tensors.
+        """
+        if self.source is None or not self.source.shards:
+            return DiskLayout(self.model)
+        entries = [entry for path in self.source.shards for entry in read_shard(path).tensors]
+        return DiskLayout(self.model, [DiskTensor(entry.name, entry.dtype, entry.shape) for entry in entries])
+
+
+def resolve(source: str | Path, *, revision: str | None = None) -> Source:
+    """Find and validate the files of a model, without loading it.
+
+    Args:
+        source: a directory, a ``.gguf`` file, or the name of a model on the Hugging Face hub, which is downloaded
+            (from the local cache when ``HF_HUB_OFFLINE`` is set).
+        revision: branch, tag or commit; only for a model on the hub.
+
+    Raises:
+        InputError: nothing usable under that name.
+        UnsupportedModelError: a checkpoint that cannot be pruned safely or faithfully.
+        CorruptFileError: a file is missing, truncated or malformed, or points outside the checkpoint.
+    """
+    name, path = str(source), Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise InputError(f"revision {revision!r} was given, but {name} is on this disk: leave the revision out")
+        if path.is_dir():
+            return Source("directory", path, name, None, _validate_directory(path))
+        return _resolve_gguf(path, name)
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+        raise InputError(f"{name} does not exist: give a directory, a .gguf file, or a model name such as org/model")
+    path = _download(name, revision)
+    return Source("hub", path, name, path.name, _validate_directory(path))
+
+
+def load_model(source: str | Path | Source, *, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load a model and its tokenizer on the CPU.
+
+    Args:
+        source: as for ``resolve``, or what it returned.
+        dtype: of the parameters in memory; None takes the checkpoint's own, and float32 for a GGUF file, which is
+            dequantised.
+
+    Raises:
+        InputError: as ``resolve``; a parameter that is NaN or infinite; a tokenizer that cannot be loaded.
+        UnsupportedModelError: as ``resolve``; an architecture that transformers does not have; a parameter that the
+            checkpoint does not hold and that would be random.
+        CorruptFileError: as ``resolve``.
+    """
+    found = source if isinstance(source, Source) else resolve(source)
+    with _validated_files(found) as directory:
+        gguf = {"gguf_file": found.path.name} if found.kind == "gguf" else {}
+        model = _load_weights(found, directory, dtype, gguf)
+        tokenizer = _load_tokenizer(found, directory, gguf)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"parameter {parameter_name!r} of {found.name} holds NaN or infinity: mend the checkpoint")
+    loaded = LoadedModel(model, tokenizer, found)
+    _ = loaded.layout  # a checkpoint that could not be written back is refused now, not after the work
+    return loaded
+
+
+def companions(directory: Path) -> tuple[Path, ...]:
+    """Return the files that belong to a model besides its weights, its index and its config, sorted.
+
+    Tokenizer, templates, generation and preprocessor settings, licence; no README, code, pickles or other formats.
+
+    Raises:
+        CorruptFileError: one of them is a link that leaves the checkpoint.
+    """
+    found = {path for pattern in _COMPANIONS for path in directory.glob(pattern)}
+    found |= set(directory.glob(f"{_TEMPLATES}/*.jinja"))
+    kept = [
+        path
+        for path in found
+        if path.name not in {CONFIG, "halve.json", "adapter_config.json", "requirements.txt"}
+        and not path.name.endswith(".index.json")
+        and path.is_file()
+    ]
+    return tuple(_contained(directory, path) for path in sorted(kept))
+
+
+def forbidden_fields(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields of a config, at any depth, that a plain checkpoint must not have, and why."""
+    found: dict[str, str] = {}
+    pending: list[Any] = [config]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            found |= {key: _FORBIDDEN[key] for key, inner in value.items() if key in _FORBIDDEN and inner is not None}
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return found
+
+
+def read_shards(directory: Path) -> tuple[Shard, ...]:
+    """Read the headers of the safetensors files of a checkpoint directory, and check them against the index.
+
+    Raises:
+        InputError: there are none.
+        UnsupportedModelError: the weights are pickled, or of an unknown dtype.
+        CorruptFileError: a file is absent, malformed, outside the directory, or contradicts the index.
+    """
+    weight_map: dict[str, str] = {}
+    if (directory / WEIGHTS).exists():  # first, as transformers has it
+        names = {WEIGHTS}
+    elif (directory / INDEX).exists():
+        weight_map = _weight_map(_contained(directory, directory / INDEX))
+        names = set(weight_map.values())
+    else:
+        raise _no_weights(directory)
+    shards = tuple(read_shard(_contained(directory, directory / name)) for name in sorted(names))
+    holder: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.tensors:
+            if entry.name in holder:
+                raise CorruptFileError(
+                    f"tensor {entry.name!r} is in both {holder[entry.name]} and {shard.path.name}: fetch them again"
+                )
+            holder[entry.name] = shard.path.name
+    for tensor, name in weight_map.items():
+        if holder.get(tensor) != name:
+            raise CorruptFileError(
+                f"{directory / INDEX} says that tensor {tensor!r} is in {name}, which does not hold it: "
+                "fetch both files again"
+            )
+    return shards
+
+
+def _validate_directory(directory: Path) -> tuple[Path, ...]:
+    _check_config(directory)
+    companions(directory)
+    return tuple(shard.path for shard in read_shards(directory))
+
+
+def _check_config(directory: Path) -> None:
+    for name in (CONFIG, "tokenizer_config.json"):
+        path = directory / name
+        if path.exists():
+            for field, reason in forbidden_fields(read_json(_contained(directory, path))).items():
+                raise UnsupportedModelError(f"{path} has {field!r}: {reason}")
+        elif name == CONFIG:
+            if any(directory.glob("*.gguf")):
+                raise InputError(f"{directory} holds GGUF files and no {CONFIG}: give one .gguf file by its own path")
+            if (directory / "adapter_config.json").exists():
+                raise UnsupportedModelError(f"{directory} is an adapter: merge it into its base model, then prune that")
+            raise InputError(f"{directory} has no {CONFIG}: give the directory of a model saved by transformers")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{index} has no weight_map: fetch it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise CorruptFileError(f"{index} names the weight file {name!r}, which is not a plain *.safetensors name")
+    return weight_map
+
+
+def _no_weights(directory: Path) -> InputError | UnsupportedModelError:
+    pickles = [path.name for path in sorted(directory.iterdir()) if path.suffix in _PICKLES]
+    if pickles:
+        return UnsupportedModelError(
+            f"{directory} has only pickled weights ({pickles[0]}), which can run code when read: convert them where "
+            "you trust them, with transformers' from_pretrained(...).save_pretrained(...)"
+        )
+    return InputError(f"{directory} has neither {WEIGHTS} nor {INDEX}: give the directory of a safetensors model")
+
+
+def _contained(directory: Path, path: Path) -> Path:
+    """Return ``path`` if it is a regular file that really lies in ``directory``, or in the same hub cache."""
+    try:
+        real, root = path.resolve(strict=True), directory.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CorruptFileError(f"{path} is missing: fetch the checkpoint again") from error
+    roots = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        repository = root.parent.parent
+        # A snapshot links to the blobs of its repository, which link to blobs shared by the whole cache.
+        roots += [repository / "blobs", repository.parent / "blobs"]
+    if not any(real.is_relative_to(allowed) for allowed in roots):
+        raise CorruptFileError(f"{path} is a link that leaves the checkpoint: replace it by the file itself")
+    if not real.is_file():
+        raise CorruptFileError(f"{path} is not a regular file: fetch it again")
+    return path
+
+
+def _resolve_gguf(path: Path, name: str) -> Source:
+    if path.suffix != ".gguf":
+        raise InputError(f"{name} is a file: give the directory that holds the model, or a .gguf file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise CorruptFileError(f"{path} does not begin with the GGUF signature: fetch it again")
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise UnsupportedModelError(f"{path} is one part of a split GGUF model: merge the parts with gguf-split first")
+    if find_spec("gguf") is None:
+        raise InputError(f"{path} is a GGUF file and the gguf package is not installed: pip install 'halve[gguf]'")
+    return Source("gguf", path, name)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Fetch settings first, and the weights they name only once nothing in them is refused."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(patterns: list[str], commit: str | None) -> Path:
+        offline = bool(constants.HF_HUB_OFFLINE)
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline))
+
+    try:
+        path = fetch([*_COMPANIONS, f"{_TEMPLATES}/*.jinja"], revision)
+        _check_config(path)
+        index = path / INDEX
+        weights = sorted(set(_weight_map(_contained(path, index)).values())) if index.exists() else [WEIGHTS]
+        return fetch(weights, path.name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"{name} is no directory here and could not be taken from the hub: {_one_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _validated_files(source: Source) -> Iterator[Path]:
+    """Show the validated files, and nothing else, in a directory of links."""
+    if source.kind == "gguf":
+        files = [source.path]
+    else:
+        index = source.path / INDEX
+        files = [source.path / CONFIG, *source.shards, *companions(source.path)]
+        files += [index] if source.shards[0].name != WEIGHTS else []
+    with tempfile.TemporaryDirectory(prefix="halve-") as name:
+        for path in files:
+            link = Path(name) / (path.name if source.kind == "gguf" else path.relative_to(source.path))
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path.resolve())
+        yield Path(name)
+
+
+def _load_weights(
+    source: Source, directory: Path, dtype: torch.dtype | None, gguf: dict[str, str]
+) -> "PreTrainedModel":
+    options: dict[str, Any] = {**gguf, "local_files_only": True, "trust_remote_code": False}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if gguf:
+        options["dtype"] = dtype or torch.float32
+        options |= _dequantising()
+    else:
+        options |= {"dtype": dtype or "auto", "use_safetensors": True}
+    try:
+        model, info = _model_class(source, directory, gguf).from_pretrained(directory, **options)
+    except Exception as error:  # a foreign config can provoke any error in there
+        raise UnsupportedModelError(f"transformers could not load {source.name}: {_one_line(error)}") from error
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    random = sorted({*info["missing_keys"], *mismatched})
+    if random:
+        shown = ", ".join(random[:5]) + (f" and {len(random) - 5} more" if len(random) > 5 else "")
+        raise UnsupportedModelError(
+            f"{source.name} does not hold {len(random)} of the model's tensors in the right shape, and they would be "
+            f"random: {shown}"
+        )
+    if gguf:
+        _forget_quantisation(model)
+    model.config._name_or_path = source.name  # noqa: SLF001 - else the name of a temporary directory
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _model_class(source: Source, directory: Path, gguf: dict[str, str]) -> Any:
+    import transformers
+
+    if gguf:
+        return transformers.AutoModelForCausalLM
+    architectures = read_json(directory / CONFIG).get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
+        raise UnsupportedModelError(f"{source.path / CONFIG} must name one class under 'architectures'")
+    found = getattr(transformers, architectures[0], None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{source.name} is a {architectures[0]}, which transformers {transformers.__version__} does not have"
+        )
+    return found
+
+
+def _dequantising() -> dict[str, Any]:
+    """Ask for plain weights: transformers could also keep the blocks."""
+    import transformers
+
+    configure = getattr(transformers, "GgufConfig", None)
+    return {} if configure is None else {"quantization_config": configure(dequantize=True)}
+
+
+def _forget_quantisation(model: "PreTrainedModel") -> None:
+    """A dequantised model is an ordinary one: what is written from it must not say otherwise."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+
+
+def _load_tokenizer(source: Source, directory: Path, gguf: dict[str, str]) -> Any | None:
+    if not gguf and not any(path.name.startswith(_TOKENIZER_FILES) for path in directory.iterdir()):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, **gguf, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a foreign config can provoke any error in there
+        raise InputError(f"the tokenizer of {source.name} could not be loaded: {_one_line(error)}") from error
+    tokenizer.name_or_path = source.name
+    return tokenizer
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no reason given'}"

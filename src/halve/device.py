@@ -1,0 +1,115 @@
+"""Where a model runs, in which precision, and the mode for running one without training it."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from halve.errors import InputError
+
+_PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device to compute on.
+
+    Args:
+        device: ``"auto"`` is the first CUDA GPU if there is one, else the CPU; anything else is taken literally.
+
+    Raises:
+        InputError: the name is not a device, or the device is not present.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is not understood: write auto, cpu, cuda or cuda:0") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {str(device)!r} is not present: torch sees {torch.cuda.device_count()} CUDA GPUs; "
+            "choose another, or auto"
+        )
+    return resolved
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the fastest dtype for matrix products that keeps float32's exponent range on ``device``.
+
+    bfloat16 where the hardware multiplies it natively (CUDA from Ampere on, x86 with AMX or AVX512-BF16), else
+    float32. float16 is never chosen: its range overflows in the residual streams of trained language models.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = _cpu_has("_is_amx_tile_supported") or _cpu_has("_is_avx512_bf16_supported")
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_has(query: str) -> bool:
+    # Private queries of torch: they come and go between versions, and are missing on some architectures.
+    return bool(getattr(torch.cpu, query, lambda: False)())
+
+
+def forward_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype that float32 matrices are multiplied in: ``auto`` (see `compute_dtype`), float32 or bfloat16.
+
+    Raises:
+        InputError: another name.
+    """
+    if name not in _PRECISIONS:
+        raise InputError(f"forward precision {name!r} is not understood: choose {', '.join(_PRECISIONS)}")
+    return _PRECISIONS[name] or compute_dtype(device)
+
+
+@contextmanager
+def autocast(model: nn.Module, dtype: torch.dtype) -> Iterator[torch.dtype]:
+    """Multiply a model's float32 matrices in ``dtype``, and yield the dtype its matrices are multiplied in.
+
+    Weights of another dtype are used as they are. Each lowered matrix is converted once and kept until the end, half
+    the memory of the weights again.
+    """
+    own = weight_dtype(model)
+    if own != torch.float32 or dtype == torch.float32:
+        yield own
+        return
+    # Autocast keeps its copy only of parameters that require gradients, and converts others anew at every use.
+    frozen = [parameter for parameter in model.parameters() if parameter.is_leaf and not parameter.requires_grad]
+    changed = [parameter.requires_grad_() for parameter in frozen if parameter.is_floating_point()]
+    try:
+        with torch.autocast(model_device(model).type, dtype):
+            yield dtype
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(False)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter lies, the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def weight_dtype(model: nn.Module) -> torch.dtype:
+    """Return the floating dtype that most of a model's parameters have; float32 if it has none."""
+    counts = Counter[torch.dtype]()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model without dropout and without gradients; every module's own mode is restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,125 @@
+"""Factorisations that may fail, made safe: a bounded ladder of retries that says how far it had to go."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.errors import FactorisationError, InputError
+
+_DAMPING_STEPS = (1.0, 10.0, 100.0)
+_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A Cholesky factor and what it took to get it.
+
+    Attributes:
+        lower: (d, d) L with L Lᵀ = H + damping_used · I, lower triangular, positive diagonal, ``dtype``.
+        damping_used: what was added to the diagonal, in the units of H.
+        rungs: attempts that failed before this one; 0 is the first try.
+        dtype: the precision that the factorisation was done in.
+        clipped: whether negative eigenvalues of H were replaced by 0 first (the last rung).
+    """
+
+    lower: Tensor
+    damping_used: float
+    rungs: int
+    dtype: torch.dtype
+    clipped: bool = False
+
+
+def damped_cholesky(gram: Tensor, damping: float) -> Factor:
+    """Factorise ``H + δ I`` with ``δ = damping · mean(diag H)``, retrying along a bounded ladder.
+
+    The rungs, in this order: δ in float32, δ in float64, 10 δ in float32, 10 δ in float64, 100 δ in float32,
+    100 δ in float64, and last δ in float64 with the negative eigenvalues of H set to 0. More precision comes before
+    more damping because it does not change the problem. Every rung factorises the same kind of matrix; no rung
+    replaces H by something simpler.
+
+    Args:
+        gram: (d, d) symmetric, positive semi-definite up to rounding, float32 or float64; a mean
+            diagonal between 1e-70 and 1e70.
+        damping: fraction of the mean diagonal, > 0.
+
+    Returns:
+        Factor: the factor and which rung gave it.
+
+    Raises:
+        InputError: ``damping`` is not a positive finite number.
+        FactorisationError: no rung worked, ``gram`` is not finite, or its mean diagonal is not positive.
+    """
+    if not 0.0 < damping < float("inf"):
+        raise InputError(f"damping must be a positive fraction of the mean diagonal, got {damping!r}")
+    mean = float(gram.diagonal().double().mean())
+    if not (0.0 < mean < float("inf") and bool(torch.isfinite(gram).all())):
+        raise FactorisationError(
+            f"a {gram.shape[0]}x{gram.shape[1]} matrix with mean diagonal {mean:g} cannot be factorised: "
+            "it must be finite with a positive mean diagonal"
+        )
+    # About unit mean diagonal, so that neither 1e30 nor 1e-30 overflows or underflows inside; a power of 4 is exact.
+    unit = 4.0 ** round(math.log(mean, 4.0))
+    rungs = list(product(_DAMPING_STEPS, _DTYPES))
+    for rung, (step, dtype) in enumerate(rungs):
+        lower = _cholesky(_damped((gram / unit).to(dtype), step * damping * mean / unit))
+        if lower is not None:
+            return Factor(lower * math.sqrt(unit), step * damping * mean, rung, dtype)
+    lower = _cholesky_by_eigenvalues(gram.double() / unit, damping * mean / unit)
+    if lower is None:
+        raise FactorisationError(
+            f"a {gram.shape[0]}x{gram.shape[1]} matrix could not be factorised with damping up to "
+            f"{_DAMPING_STEPS[-1] * damping:g} of its mean diagonal, nor by its eigenvalues"
+        )
+    return Factor(lower * math.sqrt(unit), damping * mean, len(rungs), torch.float64, clipped=True)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Make float32 matrix products true float32 inside the block: no TF32, no bfloat16, no autocast.
+
+    The settings of the caller are restored on the way out.
+    """
+    mkldnn: Any = torch.backends.mkldnn  # its submodule is made at run time, out of a type checker's sight
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    """Add ``damping`` to the diagonal of ``matrix`` in place."""
+    matrix.diagonal().add_(damping)
+    return matrix
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """Return the lower factor, or None if the matrix is not positive definite in its precision."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    return lower if int(info) == 0 and bool(torch.isfinite(lower).all()) else None
+
+
+def _cholesky_by_eigenvalues(matrix: Tensor, damping: float) -> Tensor | None:
+    """Factorise Q max(Λ, 0) Qᵀ + damping I through a QR decomposition, which needs no positive pivots."""
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(matrix)
+        root = (eigenvalues.clamp_min(0.0) + damping).sqrt()
+        upper = torch.linalg.qr(root.unsqueeze(-1) * vectors.mT).R
+    except RuntimeError:  # torch.linalg.LinAlgError, which is not exported for type checkers
+        return None
+    lower = upper.mT * upper.diagonal().sign()
+    return lower.contiguous() if bool(torch.isfinite(lower).all()) else None

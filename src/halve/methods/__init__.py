@@ -1,0 +1,114 @@
+"""The table of pruning methods: one function and one row each, under one contract.
+
+``solve(weight, stats, pattern, options) -> Outcome``: ``weight`` is (d_out, d_in) of any float dtype, finite;
+``stats`` belongs to its inputs; the outcome's weight has the same dtype and device, satisfies ``pattern``, and its
+zeros are +0.0. Methods compute in float32, and trust that their input was checked (``halve.matrix`` does).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from halve.errors import InputError
+from halve.methods import magnitude, prox_gradient, sparsegpt, wanda
+from halve.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: what the user writes.
+        solve: ``solve(weight, stats, pattern, options) -> Outcome``; ``stats`` may be None if not needed.
+        options: the frozen dataclass that ``solve`` takes.
+        needs_statistics: whether ``stats`` must be given.
+        unstructured: whether it takes patterns such as ``50%`` besides ``N:M``.
+        updates_weights: whether the kept weights differ from the given ones.
+        summary: one line for a listing.
+        reference: where the method comes from.
+    """
+
+    name: str
+    solve: Callable[..., Outcome]
+    options: type[Any]
+    needs_statistics: bool
+    unstructured: bool
+    updates_weights: bool
+    summary: str
+    reference: str
+
+
+_ROWS = (
+    Method(
+        "magnitude",
+        magnitude.solve,
+        magnitude.MagnitudeOptions,
+        needs_statistics=False,
+        unstructured=True,
+        updates_weights=False,
+        summary="keep the largest |w| of each group",
+        reference="Mishra et al. 2021, arXiv 2104.08378",
+    ),
+    Method(
+        "wanda",
+        wanda.solve,
+        wanda.WandaOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=False,
+        summary="keep the largest |w| times the root mean square of its input",
+        reference="Sun et al. 2024, arXiv 2306.11695",
+    ),
+    Method(
+        "sparsegpt",
+        sparsegpt.solve,
+        sparsegpt.SparseGPTOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=True,
+        summary="column by column, every error compensated by the columns still to come",
+        reference="Frantar and Alistarh 2023, arXiv 2301.00774",
+    ),
+    Method(
+        "prox-gradient",
+        prox_gradient.solve,
+        prox_gradient.ProxGradientOptions,
+        needs_statistics=True,
+        unstructured=False,
+        updates_weights=True,
+        summary="proximal gradient descent with a growing N:M regulariser",
+        reference="Kübler et al. 2025, arXiv 2501.18015, Algorithm 2",
+    ),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+
+def get(name: str) -> Method:
+    """Return the method called ``name``.
+
+    Raises:
+        InputError: there is none; the message suggests what may have been meant.
+    """
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    close = get_close_matches(str(name), METHODS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise InputError(f"unknown method {name!r}: {hint}choose one of {', '.join(METHODS)}")
+
+
+def make_options(method: str | Method, **options: Any) -> Any:
+    """Return the options of ``method``, the ones not given at their defaults.
+
+    Raises:
+        InputError: the method is unknown or has no option of that name, or a value is out of range.
+    """
+    method = get(method) if isinstance(method, str) else method
+    allowed = [field.name for field in fields(method.options)]
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        known = f"its options are {', '.join(allowed)}" if allowed else "it takes none"
+        raise InputError(f"method {method.name} has no option {unknown[0]!r}: {known}")
+    return method.options(**options)

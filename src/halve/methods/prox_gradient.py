@@ -1,0 +1,148 @@
+"""Proximal gradient descent with a growing N:M regulariser (Kübler et al. 2025, arXiv 2501.18015, Algorithm 2).
+
+    V ← prox_{λ/L}(V - (V - V0) H̃ / L),   λ ← β λ,   until every group is N:M
+
+in the unit-diagonal variables of ``quadratic.Scaled``. With ``A = I - H̃/L`` and ``C = V0 H̃/L`` the inner step is the
+single product ``C + V A``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.errors import InputError, PatternError
+from halve.gram import Statistics
+from halve.outcome import Outcome, Status
+from halve.pattern import Pattern
+from halve.prox import prox
+from halve.quadratic import Scaled, spectral_bound
+
+CHECK_EVERY = 8
+"""Iterations between two looks for finished rows; at β = 1.01, λ grows by 8 % in between."""
+REPACK_SHARE = 0.1
+"""Share of finished rows at which the others are packed together."""
+_LARGEST_LAMBDA = 1e30
+
+
+@dataclass(frozen=True)
+class ProxGradientOptions:
+    """Options of the proximal gradient method.
+
+    Attributes:
+        lambda0: first λ, > 0; dimensionless, for weights of mean magnitude 1 after scaling.
+        beta: growth of λ an iteration, > 1; closer to 1 is slower and usually better.
+        max_iterations: limit, >= 1; at the limit what is left is projected onto the pattern.
+    """
+
+    lambda0: float = 0.01
+    beta: float = 1.01
+    max_iterations: int = 5000
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.lambda0 < float("inf"):
+            raise InputError(f"lambda0 of prox-gradient must be a positive finite number, got {self.lambda0!r}")
+        if not 1.0 < self.beta < float("inf"):
+            raise InputError(f"beta of prox-gradient must be a finite number above 1, got {self.beta!r}")
+        if not isinstance(self.max_iterations, int) or self.max_iterations < 1:
+            raise InputError(
+                f"max_iterations of prox-gradient must be a whole number of at least 1, got {self.max_iterations!r}"
+            )
+
+
+def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxGradientOptions) -> Outcome:
+    """Let a growing regulariser choose the mask while the loss keeps the weights consistent.
+
+    A row that has reached the pattern keeps the weights it has and leaves the iteration, so that it costs nothing
+    more; when it leaves depends on that row alone.
+
+    Args:
+        weight: (d_out, d_in), any float dtype.
+        stats: of the layer's inputs.
+        pattern: N:M.
+        options: the schedule of λ and the iteration limit.
+
+    Returns:
+        Outcome: ``Status.MAX_ITER`` if rows had to be projected at the limit. Facts: ``iterations``,
+            ``row_iterations`` (mean over rows), ``lipschitz`` (L), ``scale`` (of V), ``lambda`` (the last one),
+            ``projected_rows``.
+
+    Raises:
+        PatternError: the pattern is unstructured; the regulariser exists for N:M only.
+        CalibrationError: the Gram matrix is zero.
+    """
+    if not pattern.structured:
+        raise PatternError(
+            f"prox-gradient prunes to N:M, not to {pattern}: choose 2:4, or sparsegpt or wanda for {pattern}"
+        )
+    problem = Scaled.of(weight, stats.gram)
+    lipschitz = spectral_bound(problem.gram)
+    start = _settle_dead_groups(problem.weight, problem.dead, pattern)
+    descent = _descend(problem.weight, start, problem.gram, lipschitz, pattern, options)
+    projected = pattern.violating_groups(descent.weight).any(-1)
+    solution = pattern.project(descent.weight)
+    facts = {
+        "iterations": float(descent.iterations),
+        "row_iterations": descent.row_iterations / max(1, weight.shape[0]),
+        "lipschitz": lipschitz,
+        "scale": problem.scale,
+        "lambda": descent.last_lambda,
+        "projected_rows": float(projected.sum()),
+    }
+    status, reason = Status.OK, ""
+    if bool(projected.any()):
+        status = Status.MAX_ITER
+        reason = (
+            f"{int(projected.sum())} rows were not {pattern} after {descent.iterations} iterations and were projected"
+        )
+    return Outcome(problem.restore(solution), status, "prox-gradient", reason, facts)
+
+
+@dataclass(frozen=True)
+class _Descent:
+    weight: Tensor
+    iterations: int
+    row_iterations: int
+    last_lambda: float
+
+
+def _descend(
+    target: Tensor, start: Tensor, gram: Tensor, lipschitz: float, pattern: Pattern, options: ProxGradientOptions
+) -> _Descent:
+    """Run the iteration on (d_out, d_in) float32 ``start`` towards ``target`` V0, rows leaving as they finish."""
+    result = start.clone()
+    step = 1.0 / lipschitz
+    smooth = gram * -step
+    smooth.diagonal().add_(1.0)
+    rows = torch.arange(start.shape[0], device=start.device)
+    constant = (target @ gram).mul_(step)
+    current = start
+    finished = torch.zeros_like(rows, dtype=torch.bool)
+    lam = options.lambda0
+    iterations = row_iterations = 0
+    while True:
+        if iterations % CHECK_EVERY == 0 or iterations == options.max_iterations:
+            ready = ~pattern.violating_groups(current).any(-1)
+            newly = ready & ~finished
+            if iterations == options.max_iterations:
+                newly = ~finished
+            result[rows[newly]] = current[newly]
+            finished |= newly
+            left = int(finished.sum())
+            if left == len(rows):
+                return _Descent(result, iterations, row_iterations, lam)
+            if left >= REPACK_SHARE * len(rows):
+                keep = ~finished
+                rows, current, constant = rows[keep], current[keep], constant[keep]
+                finished = torch.zeros_like(rows, dtype=torch.bool)
+        if iterations:
+            lam = min(lam * options.beta, _LARGEST_LAMBDA)
+        current = prox(torch.addmm(constant, current, smooth), lam * step, pattern)
+        iterations += 1
+        row_iterations += len(rows)
+
+
+def _settle_dead_groups(weight: Tensor, dead: Tensor, pattern: Pattern) -> Tensor:
+    """Project the groups whose features are all dead, which would otherwise keep the iteration going for nothing."""
+    dead_groups = pattern.groups(dead).all(-1, keepdim=True).expand_as(pattern.groups(dead)).reshape(dead.shape)
+    return torch.where(dead_groups, pattern.project(weight), weight)

@@ -1,0 +1,161 @@
+"""SparseGPT: prune column by column, let the columns still to come compensate (arXiv 2301.00774).
+
+With ``U`` the upper Cholesky factor of ``H⁻¹``, zeroing column j costs ``w_j² / U_jj²`` and is compensated by
+``w_k -= (w_j / U_jj) U_jk`` for k > j.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.errors import InputError
+from halve.gram import Statistics
+from halve.linalg import Factor, damped_cholesky
+from halve.outcome import Outcome, Status
+from halve.pattern import Pattern
+from halve.quadratic import dead_features, feature_scales
+
+_CHUNK = 8
+"""Columns handled together where the pattern has no groups."""
+
+
+@dataclass(frozen=True)
+class SparseGPTOptions:
+    """Options of SparseGPT.
+
+    Attributes:
+        damping: added to the diagonal of H, as a fraction of its mean; > 0.
+        block_size: columns between two updates of the rest of the matrix, rounded down to a multiple of M (at least
+            M); the weights do not depend on it for ``N:M``, an unstructured mask is chosen block by block.
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.damping < float("inf"):
+            raise InputError(f"damping of sparsegpt must be a positive finite number, got {self.damping!r}")
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise InputError(f"block_size of sparsegpt must be a whole number of at least 1, got {self.block_size!r}")
+
+
+def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: SparseGPTOptions) -> Outcome:
+    """Prune ``weight`` from left to right, compensating each column's error in the columns after it.
+
+    The mask of a group is chosen at its first column from the already compensated weights; an unstructured mask is
+    chosen at the first column of each block, within each row. Dead features are decoupled from the others: they
+    neither compensate nor are compensated, lose every contest, and if kept stay as they are.
+
+    Args:
+        weight: (d_out, d_in), any float dtype.
+        stats: of the layer's inputs.
+        pattern: N:M or a percentage.
+        options: damping and block size.
+
+    Returns:
+        Outcome: facts ``damping`` (as a fraction of the mean diagonal) and ``damping_rungs`` (failed attempts at
+            factorising).
+
+    Raises:
+        CalibrationError: the Gram matrix is zero.
+        FactorisationError: the damped Gram matrix could not be factorised at any rung.
+    """
+    dead = dead_features(stats.gram)
+    importance = feature_scales(stats.gram)
+    upper, factor, mean = inverse_factor(stats.gram, dead, options.damping)
+    importance = torch.where(dead, importance, 1.0 / upper.diagonal())
+    # Columns become rows, so that everything below touches contiguous memory.
+    columns = weight.float().mT.contiguous()
+    _prune(columns, upper, importance, pattern, options.block_size)
+    pruned = columns.mT.to(weight.dtype).contiguous().add_(0.0)
+    facts = {"damping": factor.damping_used / mean, "damping_rungs": float(factor.rungs)}
+    return Outcome(pruned, Status.OK, "sparsegpt", facts=facts)
+
+
+def inverse_factor(gram: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, Factor, float]:
+    """Return the upper Cholesky factor U of ``(H + δ I)⁻¹ = Uᵀ U``, dead features decoupled.
+
+    Reversing the order of the features turns the lower factor of H into the inverse of U: one factorisation and one
+    triangular inverse, without ever forming ``H⁻¹``.
+
+    Args:
+        gram: (d, d) float32, H.
+        dead: (d,) bool, features whose row and column are replaced by the mean diagonal of the others.
+        damping: δ as a fraction of the mean diagonal.
+
+    Returns:
+        tuple[Tensor, Factor, float]: U (d, d) float32, the factor of the reversed matrix, and the mean diagonal.
+
+    Raises:
+        FactorisationError: see ``linalg.damped_cholesky``.
+    """
+    live = ~dead
+    mean = float(gram.diagonal()[live].double().mean())
+    coupled = torch.where(live & live.unsqueeze(-1), gram, 0.0)
+    coupled.diagonal()[dead] = mean
+    factor = damped_cholesky(coupled.flip(0, 1), damping)
+    identity = torch.eye(gram.shape[0], dtype=factor.lower.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(factor.lower, identity, upper=False)
+    return inverse.flip(0, 1).float().contiguous(), factor, mean
+
+
+def _prune(columns: Tensor, upper: Tensor, importance: Tensor, pattern: Pattern, block_size: int) -> None:
+    """Prune ``columns`` (d_in, d_out), the transposed weights, in place.
+
+    Args:
+        columns: (d_in, d_out) float32.
+        upper: (d_in, d_in) float32, U.
+        importance: (d_in,) float32; the cost of zeroing w_j is ``(w_j importance_j)²``.
+        pattern: N:M or a percentage.
+        block_size: see the options.
+    """
+    d_in = columns.shape[0]
+    _, group = pattern.budget(d_in)
+    chunk = group if pattern.structured else _CHUNK
+    block = max(chunk, block_size // chunk * chunk)
+    zeros_before = 0
+    for start in range(0, d_in, block):
+        stop = min(start + block, d_in)
+        mask = torch.ones_like(columns[start:stop], dtype=torch.bool)
+        if not pattern.structured:
+            # Rounded cumulatively, so that the zeros of the blocks add up to those of the row.
+            zeros = int(stop * pattern.sparsity)
+            scores = (columns[start:stop] * importance[start:stop, None]).abs()
+            order = torch.sort(scores, dim=0, stable=True, descending=True).indices
+            mask.scatter_(0, order[stop - start - (zeros - zeros_before) :], value=False)
+            zeros_before = zeros
+        errors = torch.zeros_like(columns[start:stop])
+        for first in range(start, stop, chunk):
+            last = min(first + chunk, stop)
+            if pattern.structured:
+                scores = (columns[first:last] * importance[first:last, None]).abs()
+                mask[first - start : last - start] = pattern.keep_mask(scores.mT).mT
+            _prune_chunk(
+                columns[first:last],
+                mask[first - start : last - start],
+                errors[first - start : last - start],
+                upper[first:last, first:last],
+            )
+            columns[last:stop].addmm_(upper[first:last, last:stop].mT, errors[first - start : last - start], alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
+
+
+def _prune_chunk(columns: Tensor, mask: Tensor, errors: Tensor, upper: Tensor) -> None:
+    """Zero the masked weights of a few columns in place and record their errors ``w_j / U_jj``.
+
+    Each column sees the errors of those before it.
+
+    Args:
+        columns: (k, d_out) float32, in and out.
+        mask: (k, d_out) bool, what to keep.
+        errors: (k, d_out) float32, zeros; out.
+        upper: (k, k) float32, the block of U on the diagonal.
+    """
+    reciprocals = (1.0 / upper.diagonal()).tolist()
+    for j, reciprocal in enumerate(reciprocals):
+        if j > 0:
+            columns[j].addmv_(errors[:j].mT, upper[:j, j], alpha=-1)
+        torch.mul(columns[j], reciprocal, out=errors[j])
+        errors[j].masked_fill_(mask[j], 0.0)
+        columns[j].masked_fill_(~mask[j], 0.0)

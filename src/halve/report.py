@@ -1,0 +1,108 @@
+"""What was done, as the JSON that lies beside the checkpoint (``halve.json``)."""
+
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from halve import kernels
+from halve.disk_layout import Location
+from halve.run import MatrixReport, RunReport
+
+FORMAT = 1
+"""Version of the layout of ``halve.json``."""
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and machine facts that can change the result."""
+    return {
+        "halve": _version("halve"),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "safetensors": _version("safetensors"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "prox_kernel": kernels.describe(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def to_json(
+    report: RunReport,
+    locations: Mapping[str, Location],
+    *,
+    source: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    device: str,
+    precision: str,
+) -> dict[str, Any]:
+    """Return ``halve.json`` without the file hashes, which the store adds.
+
+    Args:
+        report: what the run did.
+        locations: for each matrix by name, where it lies on disk; empty when nothing is written.
+        source: what was pruned (name, kind, revision).
+        calibration: source, counts, seed and hash of the calibration data.
+        device: where the run happened.
+        precision: dtype of the forward products.
+    """
+    settings = report.settings
+    return {
+        "format": FORMAT,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "source": dict(source),
+        "pattern": settings.pattern.text,
+        "method": settings.method,
+        "refit": settings.refit,
+        "options": dict(settings.options),
+        "skip": list(settings.skip),
+        "fallback": settings.fallback,
+        "min_expert_tokens": settings.min_expert_tokens,
+        "calibration": dict(calibration),
+        "device": device,
+        "forward_dtype": precision,
+        "mean_relative_loss": _finite(report.mean_relative_loss),
+        "matrices": [_matrix(matrix, locations.get(matrix.name)) for matrix in report.matrices],
+        "excluded": [
+            {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
+        ],
+        "warnings": list(report.warnings),
+        "seconds": {phase: round(value, 3) for phase, value in report.seconds.items()},
+        "environment": environment(),
+    }
+
+
+def _matrix(matrix: MatrixReport, location: Location | None) -> dict[str, Any]:
+    layout = matrix.layout
+    if location is not None and location.transposed:
+        layout = "in_out" if layout == "out_in" else "out_in"
+    return {
+        "name": matrix.name,
+        "tensors": [] if location is None else list(location.tensors),
+        "shape": list(matrix.shape),
+        "layout": layout,
+        "asked": matrix.asked,
+        "method": matrix.method,
+        "refit": matrix.refit,
+        "status": str(matrix.status),
+        "reason": matrix.reason,
+        "facts": {key: _finite(value) for key, value in matrix.facts.items()},
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

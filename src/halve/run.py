@@ -1,0 +1,366 @@
+"""The one loop: plan, then block by block collect, solve, verify, write back.
+
+Statistics of a block come from inputs that already passed the pruned earlier blocks, and weights travel to the device
+one block at a time, as a float32 copy; the model keeps its own dtype and place.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halve import blocks as stream_of
+from halve.blocks import Batch, Stream
+from halve.collect import Collector, observe_fused
+from halve.device import autocast
+from halve.errors import HalveError, InputError
+from halve.gram import Statistics
+from halve.layers import Excluded, Layout, Matrix, Plan, find_stack, make_plan, set_matrix
+from halve.matrix import prune_weight, validate_settings
+from halve.outcome import Outcome, Status
+from halve.pattern import Pattern
+
+MIN_EXPERT_TOKENS = 32
+"""Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, and listed."""
+
+
+class LayerFailedError(HalveError):
+    """A matrix could not be pruned as asked and no fallback was allowed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do to every matrix.
+
+    Attributes:
+        pattern: the sparsity pattern.
+        method: name in `halve.methods`.
+        refit: ``none``, ``gd`` or ``cg``.
+        options: further options of method and refit.
+        skip: shell-style patterns of parameters that stay dense.
+        fallback: the method to use where the asked one fails; None stops the run instead.
+        min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back.
+    """
+
+    pattern: Pattern
+    method: str
+    refit: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    fallback: str | None = None
+    min_expert_tokens: int = MIN_EXPERT_TOKENS
+
+    def __post_init__(self) -> None:
+        validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What was done to one matrix.
+
+    Attributes:
+        name: the matrix (`halve.layers.Matrix`).
+        parameter: the parameter that holds it.
+        expert: its index in a fused parameter, else None.
+        shape: (d_out, d_in).
+        layout: how it lies in its parameter.
+        asked: the method asked for.
+        method: the method that made the mask.
+        refit: the refit asked for.
+        status: how the solve ended.
+        reason: empty unless something went otherwise than asked.
+        facts: numbers, see `halve.outcome.Outcome`.
+    """
+
+    name: str
+    parameter: str
+    expert: int | None
+    shape: tuple[int, int]
+    layout: Layout
+    asked: str
+    method: str
+    refit: str
+    status: Status
+    reason: str
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        settings: what was asked.
+        matrices: one entry a pruned matrix, in order.
+        excluded: parameters that stayed dense, with reasons.
+        blocks: number of blocks.
+        seconds: wall-clock seconds by phase: ``capture``, ``collect`` (forward passes that gather statistics),
+            ``solve``, ``replay`` (forward passes through the pruned block).
+        warnings: sentences the user should read.
+    """
+
+    settings: Settings
+    matrices: tuple[MatrixReport, ...]
+    excluded: tuple[Excluded, ...]
+    blocks: int
+    seconds: dict[str, float]
+    warnings: tuple[str, ...]
+
+    @property
+    def fallbacks(self) -> tuple[MatrixReport, ...]:
+        """The matrices that were pruned by another method than asked."""
+        return tuple(matrix for matrix in self.matrices if matrix.status is Status.FELL_BACK)
+
+    @property
+    def mean_relative_loss(self) -> float:
+        """Mean of the matrices' relative losses; NaN when no matrix has one (no statistics)."""
+        losses = [m.facts["relative_loss"] for m in self.matrices if "relative_loss" in m.facts]
+        return sum(losses) / len(losses) if losses else math.nan
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a run, for whoever displays it.
+
+    Attributes:
+        block: index of the current block.
+        blocks: number of blocks.
+        phase: ``capture``, ``collect``, ``solve``, ``replay`` or ``done``.
+        matrix: the matrix just finished, in phase ``solve``.
+        finished: matrices finished so far.
+        matrices: matrices in all.
+    """
+
+    block: int
+    blocks: int
+    phase: str
+    finished: int
+    matrices: int
+    matrix: MatrixReport | None = None
+
+
+Listener = Callable[[Progress], None]
+
+
+def plan_model(model: nn.Module, batch: Batch, pattern: Pattern, skip: Sequence[str] = ()) -> tuple[Plan, list[Any]]:
+    """Decide what will be pruned, and prove on a short sample that the model can be run block by block.
+
+    Args:
+        model: the model, on the CPU, in evaluation mode.
+        batch: a calibration batch; a short part of it is run.
+        pattern: the sparsity pattern.
+        skip: shell-style patterns of parameters that stay dense.
+
+    Returns:
+        tuple[Plan, list[Any]]: the plan, and what each block returns (for `halve.blocks.capture`).
+
+    Raises:
+        UnsupportedModelError: the model cannot be run block by block, or a parameter cannot be classified.
+        InputError: nothing is left to prune, or a skip pattern matches nothing.
+    """
+    _, stack = find_stack(model)
+    members = list(stack)
+    short = stream_of.probe_batch(batch)
+    with stream_of.eager_experts(model):
+        returns = stream_of.verify_replay(model, members, short)
+        layouts = observe_fused(model, members, lambda: stream_of.run_model(model, short))
+    return make_plan(model, pattern, layouts, skip), returns
+
+
+def prune_blocks(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    settings: Settings,
+    *,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    offload: Path | None = None,
+    listen: Listener | None = None,
+) -> RunReport:
+    """Prune ``model`` in place, block by block.
+
+    Args:
+        model: a model on the CPU, in evaluation mode; its pruned parameters are overwritten as each block finishes.
+        batches: calibration batches, keyword arguments of the model's forward; padded positions of an
+            ``attention_mask`` are not counted.
+        settings: what to do to every matrix.
+        device: where blocks run and matrices are solved.
+        precision: bfloat16 runs the blocks' products under autocast; statistics stay float32.
+        offload: a directory for the hidden states of the calibration set; None keeps them in memory.
+        listen: called at every step.
+
+    Raises:
+        LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
+        CalibrationError: NaN or infinity in activations, or no statistics.
+        UnsupportedModelError: see `plan_model`.
+    """
+    if not batches:
+        raise InputError("no calibration batches were given: pass at least one")
+    plan, returns = plan_model(model, batches[0], settings.pattern, settings.skip)
+    loop = _Loop(model, plan, settings, device, precision, listen or (lambda _progress: None))
+    with stream_of.eager_experts(model):
+        return loop.run(batches, returns, offload)
+
+
+class _Loop:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        settings: Settings,
+        device: torch.device,
+        precision: torch.dtype,
+        listen: Listener,
+    ) -> None:
+        self._model = model
+        self._plan = plan
+        self._settings = settings
+        self._device = device
+        self._precision = precision
+        self._listen = listen
+        self._reports: list[MatrixReport] = []
+        self._seconds = dict.fromkeys(("capture", "collect", "solve", "replay"), 0.0)
+
+    def run(self, batches: Sequence[Batch], returns: Sequence[Any], offload: Path | None) -> RunReport:
+        members = [self._model.get_submodule(name) for name in self._plan.blocks]
+        self._tell(0, "capture")
+        started = time.perf_counter()
+        stream = stream_of.capture(self._model, members, batches, returns, offload)
+        self._seconds["capture"] = time.perf_counter() - started
+        for index, block in enumerate(members):
+            self._prune_block(index, block, stream)
+        self._tell(len(members), "done")
+        return RunReport(
+            self._settings,
+            tuple(self._reports),
+            self._plan.excluded,
+            len(members),
+            self._seconds,
+            tuple(_warnings(self._reports)),
+        )
+
+    def _prune_block(self, index: int, block: nn.Module, stream: Stream) -> None:
+        work = stream_of.working_copy(block, self._device)
+        self._tell(index, "collect")
+        matrices = self._plan.of_block(index)
+        if matrices:
+            started = time.perf_counter()
+            statistics = self._collect(index, work, matrices, stream)
+            self._seconds["collect"] += time.perf_counter() - started
+            started = time.perf_counter()
+            for matrix in matrices:
+                self._solve(matrix, statistics[matrix.name], work)
+            self._seconds["solve"] += time.perf_counter() - started
+        if index + 1 < len(self._plan.blocks):
+            self._tell(index, "replay")
+            started = time.perf_counter()
+            with autocast(work, self._precision):
+                for batch in range(len(stream.hidden)):
+                    stream.hidden[batch] = self._forward(index, batch, work, stream)
+            self._seconds["replay"] += time.perf_counter() - started
+        stream.calls[index].clear()
+
+    def _collect(
+        self, index: int, work: nn.Module, matrices: Sequence[Matrix], stream: Stream
+    ) -> dict[str, Statistics | None]:
+        collector = Collector(work, self._plan.blocks[index], matrices, self._device)
+        with autocast(work, self._precision), collector.watching():
+            for batch in range(len(stream.hidden)):
+                collector.start_batch(stream.valid[batch])
+                self._forward(index, batch, work, stream)
+        return collector.finish()
+
+    def _forward(self, index: int, batch: int, work: nn.Module, stream: Stream) -> torch.Tensor:
+        hidden, call = stream_of.to_device(
+            (stream.hidden[batch], stream.calls[index][batch]), self._device, torch.float32
+        )
+        output = stream_of.run_block(work, hidden, call)
+        stream_of.check_finite(output, f"the outputs of {self._plan.blocks[index]} on calibration batch {batch}")
+        return output
+
+    def _solve(self, matrix: Matrix, statistics: Statistics | None, work: nn.Module) -> None:
+        settings = self._settings
+        parameter = self._model.get_parameter(matrix.parameter)
+        weight = matrix.view(parameter.data).to(self._device)
+        few = statistics is None or (matrix.routed and statistics.tokens < settings.min_expert_tokens)
+        if few:
+            outcome = _prune_unseen(weight, statistics, settings)
+        else:
+            outcome = prune_weight(
+                weight,
+                statistics,
+                settings.pattern,
+                settings.method,
+                settings.refit,
+                fallback=settings.fallback,
+                **settings.options,
+            )
+        if outcome.status is Status.FAILED:
+            raise LayerFailedError(
+                f"{matrix.name} could not be pruned by {settings.method}: {outcome.reason}; "
+                "give a fallback to prune such layers by another method"
+            )
+        set_matrix(parameter, matrix, outcome.weight)
+        local = matrix.parameter.removeprefix(f"{self._plan.blocks[matrix.block]}.")
+        set_matrix(work.get_parameter(local), matrix, outcome.weight)
+        self._report(matrix, outcome)
+
+    def _report(self, matrix: Matrix, outcome: Outcome) -> None:
+        report = MatrixReport(
+            matrix.name,
+            matrix.parameter,
+            matrix.expert,
+            (matrix.d_out, matrix.d_in),
+            matrix.layout,
+            self._settings.method,
+            outcome.method,
+            self._settings.refit,
+            outcome.status,
+            outcome.reason,
+            outcome.facts,
+        )
+        self._reports.append(report)
+        self._tell(matrix.block, "solve", report)
+
+    def _tell(self, block: int, phase: str, matrix: MatrixReport | None = None) -> None:
+        finished, total = len(self._reports), len(self._plan.matrices)
+        self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix))
+
+
+def _prune_unseen(weight: torch.Tensor, statistics: Statistics | None, settings: Settings) -> Outcome:
+    """Prune an expert whose statistics are missing or too thin by magnitude, and say so."""
+    tokens = 0 if statistics is None else statistics.tokens
+    outcome = prune_weight(weight, None, settings.pattern, "magnitude", "none")
+    if settings.method == "magnitude":
+        return outcome
+    reason = f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
+    facts = {**outcome.facts, "tokens": float(tokens)}
+    return Outcome(outcome.weight, Status.FELL_BACK, "magnitude", reason, facts)
+
+
+def _warnings(reports: Sequence[MatrixReport]) -> list[str]:
+    thin = [m for m in reports if m.status is not Status.FELL_BACK and 0 < m.facts.get("tokens", 0) < m.shape[1]]
+    stopped = [m for m in reports if m.status is Status.MAX_ITER]
+    fallen = [m for m in reports if m.status is Status.FELL_BACK]
+    warnings = []
+    if thin:
+        warnings.append(
+            f"{len(thin)} of {len(reports)} matrices saw fewer calibration tokens than they have inputs "
+            f"({thin[0].name}: {thin[0].facts['tokens']:.0f} tokens, {thin[0].shape[1]} inputs): "
+            "methods that use correlations overfit there; use more samples"
+        )
+    if stopped:
+        warnings.append(f"{len(stopped)} matrices stopped at an iteration limit (the first is {stopped[0].name})")
+    if fallen:
+        warnings.append(
+            f"{len(fallen)} of {len(reports)} matrices fell back to another method "
+            f"(the first is {fallen[0].name}: {fallen[0].reason})"
+        )
+    return warnings

@@ -1,0 +1,294 @@
+"""The judge: re-read a checkpoint's bytes and say whether it is what it claims to be.
+
+Nothing is taken from memory or from the run that wrote it, and one tensor is held at a time.
+"""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint import CONFIG, Source, forbidden_fields, load_model, read_shards, resolve
+from halve.errors import CorruptFileError, HalveError, InputError, PatternError
+from halve.pattern import Pattern
+from halve.shards import CHUNK, TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
+
+REPORT = "halve.json"
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What was found.
+
+    Attributes:
+        ok: whether there are no problems.
+        problems: what is wrong, a sentence each.
+        notes: what could not be checked, and why.
+        pattern: the pattern checked for; None when nothing names one.
+        matrices: number of tensors on disk that are in the pattern and are meant to be.
+        sparsity: share of zeros in those, 0 to 1; 0.0 when there are none.
+        tensors: number of tensors on disk.
+        compared: number of tensors found equal to the original's.
+    """
+
+    ok: bool
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    pattern: str | None
+    matrices: int
+    sparsity: float
+    tensors: int
+    compared: int
+
+
+@dataclass
+class _Findings:
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    matrices: int = 0
+    zeros: int = 0
+    weights: int = 0
+    tensors: int = 0
+    compared: int = 0
+
+
+def check(
+    path: str | Path, *, against: str | Path | Source | None = None, pattern: str | Pattern | None = None
+) -> CheckResult:
+    """Check a checkpoint on disk.
+
+    Checked: the files' sha256 and the matrices' pattern as ``halve.json`` records them, that every floating-point
+    tensor is finite, that shards and index agree, that ``config.json`` is a plain one; with ``against`` also that
+    every tensor of the original is there, and unchanged unless it was pruned.
+
+    Args:
+        path: a directory of safetensors.
+        against: the original: anything ``halve.checkpoint.resolve`` takes.
+        pattern: what to check for instead of the pattern recorded; needed where there is no ``halve.json``, and then
+            the tensors that have it are counted, along either of their last two dimensions.
+
+    Returns:
+        CheckResult: a damaged checkpoint is a result, not an exception.
+
+    Raises:
+        InputError: ``path`` is not a directory; ``against`` or ``pattern`` is not usable.
+        HalveError: as ``halve.checkpoint.resolve``, about ``against``.
+    """
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise InputError(f"{path} is not a directory: give the directory of a checkpoint")
+    wanted = None if pattern is None else Pattern.parse(pattern)
+    original = against if isinstance(against, Source) or against is None else resolve(against)
+    found = _Findings()
+    _check_config(directory, found)
+    record = _read_record(directory, found)
+    if wanted is None and record is not None:
+        wanted = record.pattern
+    try:
+        shards = read_shards(directory)
+    except HalveError as error:
+        found.problems.append(str(error))
+    else:
+        entries = {entry.name: entry for shard in shards for entry in shard.tensors}
+        found.tensors = len(entries)
+        if record is not None:
+            _check_files(directory, record, {shard.path.name for shard in shards}, found)
+        pruned = _check_tensors(entries, record, wanted, found)
+        if original is not None and original.kind == "gguf":
+            _compare_dequantised(entries, original, pruned, found)
+        elif original is not None:
+            _compare(entries, original, pruned, found)
+    return CheckResult(
+        ok=not found.problems,
+        problems=tuple(found.problems),
+        notes=tuple(found.notes),
+        pattern=None if wanted is None else wanted.text,
+        matrices=found.matrices,
+        sparsity=found.zeros / found.weights if found.weights else 0.0,
+        tensors=found.tensors,
+        compared=found.compared,
+    )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What ``halve.json`` claims: the pattern, the layout of every pruned tensor, and the sha256 of every file."""
+
+    pattern: Pattern | None
+    layouts: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+def _check_config(directory: Path, found: _Findings) -> None:
+    try:
+        config = read_json(directory / CONFIG)
+    except CorruptFileError as error:
+        found.problems.append(str(error))
+        return
+    for name in forbidden_fields(config):
+        found.problems.append(f"{CONFIG} has {name!r}, which a plain checkpoint does not")
+
+
+def _read_record(directory: Path, found: _Findings) -> _Record | None:
+    if not (directory / REPORT).exists():
+        found.notes.append(
+            f"there is no {REPORT}: neither the files' sha256 nor which tensors were pruned is on record"
+        )
+        return None
+    try:
+        text = read_json(directory / REPORT)
+        pattern = None if text.get("pattern") is None else Pattern(text["pattern"])
+    except (CorruptFileError, PatternError) as error:
+        found.problems.append(f"{REPORT} is not usable: {error}")
+        return None
+    files = text.get("files")
+    if not isinstance(files, dict) or not files:
+        found.problems.append(f"{REPORT} does not record the sha256 of the files")
+        files = {}
+    layouts = _recorded_layouts(text.get("matrices"), found)
+    if pattern is None and layouts:
+        found.problems.append(f"{REPORT} records pruned matrices and no pattern")
+    return _Record(pattern, layouts, files)
+
+
+def _recorded_layouts(matrices: Any, found: _Findings) -> dict[str, str]:
+    layouts: dict[str, str] = {}
+    for matrix in matrices if isinstance(matrices, list) else [matrices]:
+        match matrix:
+            case {"status": "failed"}:
+                pass  # reported as left dense
+            case {"tensors": [*names], **rest} if all(isinstance(name, str) for name in names) and (
+                rest.get("layout", "out_in") in {"out_in", "in_out"}
+            ):
+                layouts |= dict.fromkeys(names, rest.get("layout", "out_in"))
+            case _:
+                found.problems.append(f"{REPORT} has a malformed entry under 'matrices': {str(matrix)[:80]}")
+    return layouts
+
+
+def _check_files(directory: Path, record: _Record, shards: set[str], found: _Findings) -> None:
+    if record.files:
+        found.problems += [
+            f"{name} is not among the files recorded in {REPORT}"
+            for name in sorted({*shards, CONFIG} - record.files.keys())
+        ]
+    for name, expected in record.files.items():
+        path = directory / name
+        if not path.resolve().is_relative_to(directory.resolve()):
+            found.problems.append(f"{REPORT} records the file {name!r}, which is outside the directory")
+        elif not path.is_file():
+            found.problems.append(f"{name} is recorded in {REPORT} and is missing")
+        elif _sha256(path) != expected:
+            found.problems.append(f"{name} does not have the sha256 recorded when it was written: it has been changed")
+
+
+def _check_tensors(
+    entries: Mapping[str, TensorEntry], record: _Record | None, pattern: Pattern | None, found: _Findings
+) -> set[str]:
+    """Judge every tensor by itself, and return the names of those that count as pruned."""
+    layouts = {} if record is None else record.layouts
+    found.problems += [
+        f"tensor {name!r} is recorded as pruned and is missing" for name in sorted(layouts.keys() - entries.keys())
+    ]
+    pruned = set(layouts)
+    for name, entry in entries.items():
+        tensor = read_tensor(entry)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            found.problems.append(f"tensor {name!r} holds NaN or infinity")
+        if pattern is None:
+            continue
+        if name in layouts:
+            problem = _violation(tensor, pattern, layouts[name])
+            if problem:
+                found.problems.append(f"tensor {name!r} is not {pattern}: {problem}")
+                continue
+        elif record is None and _has_pattern(tensor, pattern):
+            pruned.add(name)
+        else:
+            continue
+        found.matrices += 1
+        found.zeros += int((tensor == 0).sum())
+        found.weights += tensor.numel()
+    if pattern is not None and record is None and not pruned:
+        found.problems.append(f"no tensor has the pattern {pattern}")
+    return pruned
+
+
+def _violation(tensor: Tensor, pattern: Pattern, layout: str) -> str:
+    """Say how a tensor breaks the pattern; empty when it does not."""
+    if tensor.ndim < 2:
+        return f"it has shape {tuple(tensor.shape)}, which is no matrix"
+    try:
+        bad = pattern.violating_groups(tensor if layout == "out_in" else tensor.transpose(-1, -2))
+    except PatternError as error:
+        return str(error)
+    return f"{int(bad.sum())} of {bad.numel()} groups have too many non-zeros" if bool(bad.any()) else ""
+
+
+def _has_pattern(tensor: Tensor, pattern: Pattern) -> bool:
+    return (
+        tensor.ndim >= 2
+        and tensor.is_floating_point()
+        and bool((tensor != 0).any())
+        and any(not _violation(tensor, pattern, layout) for layout in ("out_in", "in_out"))
+    )
+
+
+def _compare(entries: Mapping[str, TensorEntry], original: Source, pruned: set[str], found: _Findings) -> None:
+    """Compare with a safetensors original, byte by byte."""
+    theirs = {entry.name: entry for path in original.shards for entry in read_shard(path).tensors}
+    _compare_names(entries, theirs.keys(), found)
+    for name, other in theirs.items():
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        if (entry.dtype, entry.shape) != (other.dtype, other.shape):
+            found.problems.append(
+                f"tensor {name!r} is {entry.dtype} {entry.shape}, and {other.dtype} {other.shape} in the original"
+            )
+        elif all(ours == original for ours, original in zip(read_chunks(entry), read_chunks(other), strict=True)):
+            found.compared += 1
+        elif name not in pruned:
+            found.problems.append(f"tensor {name!r} was not pruned and differs from the original")
+
+
+def _compare_dequantised(
+    entries: Mapping[str, TensorEntry], original: Source, pruned: set[str], found: _Findings
+) -> None:
+    """Compare with what a GGUF original dequantises to."""
+    found.notes.append(
+        f"{original.name} is a GGUF file, whose quantised bytes have no counterpart here: tensors were compared with "
+        "its dequantised values, rounded to the dtype written; config and tokenizer were not compared"
+    )
+    layout = load_model(original).layout
+    _compare_names(entries, layout.tensors.keys(), found)
+    for parameters in layout.everything():
+        for name, tensor in layout.convert(parameters[:1]):
+            entry = entries.get(name)
+            if entry is None:
+                continue
+            if entry.shape != tuple(tensor.shape):
+                found.problems.append(
+                    f"tensor {name!r} has shape {entry.shape}, and {tuple(tensor.shape)} in the original"
+                )
+            elif tensor_bytes(read_tensor(entry)) == tensor_bytes(tensor.to(entry.dtype)):
+                found.compared += 1
+            elif name not in pruned:
+                found.problems.append(f"tensor {name!r} was not pruned and differs from the original")
+
+
+def _compare_names(entries: Mapping[str, TensorEntry], theirs: Collection[str], found: _Findings) -> None:
+    found.problems += [f"tensor {name!r} of the original is missing" for name in sorted(set(theirs) - entries.keys())]
+    found.problems += [f"tensor {name!r} is not in the original" for name in sorted(entries.keys() - set(theirs))]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

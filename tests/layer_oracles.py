@@ -1,0 +1,113 @@
+"""Slow, plain float64 versions of what the layer modules compute, written from the formulas alone."""
+
+import torch
+from torch import Tensor
+
+
+def correlated_inputs(tokens: int, d_in: int, seed: int, spread: float = 1.0) -> Tensor:
+    """Inputs as layers see them: a few strong common directions, features of very different scale."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d_in, d_in, generator=generator, dtype=torch.float64)
+    strength = torch.logspace(0, -2, d_in, dtype=torch.float64)
+    scales = torch.exp(spread * torch.randn(d_in, generator=generator, dtype=torch.float64))
+    common = torch.randn(tokens, d_in, generator=generator, dtype=torch.float64) * strength
+    own = 0.3 * torch.randn(tokens, d_in, generator=generator, dtype=torch.float64)
+    return ((common @ mixing) / 3 + own) * scales
+
+
+def layer(d_out: int, d_in: int, seed: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    """A float32 weight matrix and the float32 Gram matrix of correlated inputs."""
+    x = correlated_inputs(4 * d_in if tokens is None else tokens, d_in, seed)
+    weight = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(seed + 1)) * 0.05
+    return weight, (x.mT @ x / len(x)).float()
+
+
+def row_losses(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
+    losses = []
+    for row, other in zip(weight.double(), original.double(), strict=True):
+        difference = row - other
+        losses.append(0.5 * torch.dot(difference, gram.double() @ difference))
+    return torch.stack(losses)
+
+
+def relative_loss(weight: Tensor, original: Tensor, gram: Tensor) -> float:
+    return float(row_losses(weight, original, gram).sum() / row_losses(0 * original, original, gram).sum())
+
+
+def best_on_mask(original: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+    """The exact optimum of every row, by a pseudo-inverse of its own submatrix."""
+    best = torch.zeros_like(original, dtype=torch.float64)
+    for i, keep in enumerate(mask):
+        inverse = torch.linalg.pinv(gram.double()[keep][:, keep], hermitian=True, rtol=1e-13)
+        best[i, keep] = inverse @ (gram.double()[keep] @ original[i].double())
+    return best
+
+
+def sparsegpt(weight: Tensor, gram: Tensor, keep: int, group: int, damping: float) -> tuple[Tensor, Tensor]:
+    """SparseGPT one row and one column at a time, from an explicit inverse; returns weights and margins.
+
+    The margin of a group is the gap between the score of the weakest kept and the strongest pruned weight, relative
+    to the former: where it is tiny, float32 may rightly choose another mask.
+    """
+    d_in = weight.shape[1]
+    damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(d_in, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    result = weight.double().clone()
+    margins = torch.empty(weight.shape[0], d_in // group, dtype=torch.float64)
+    for i, row in enumerate(result):
+        pruned: list[int] = []
+        for j in range(d_in):
+            if j % group == 0:
+                scores = row[j : j + group] ** 2 / upper.diagonal()[j : j + group] ** 2
+                order = torch.argsort(scores).tolist()
+                pruned = [j + k for k in order[: group - keep]]
+                weakest, strongest = scores[order[group - keep]], scores[order[group - keep - 1]]
+                margins[i, j // group] = (weakest - strongest) / weakest
+            if j in pruned:
+                error = row[j] / upper[j, j]
+                row[j:] -= error * upper[j, j:]
+                row[j] = 0.0
+    return result, margins
+
+
+def sparsegpt_unstructured(weight: Tensor, gram: Tensor, sparsity: float, block: int, damping: float) -> Tensor:
+    """SparseGPT with the mask of each block of columns chosen within each row at the block's first column."""
+    d_in = weight.shape[1]
+    damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(d_in, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    result = weight.double().clone()
+    for row in result:
+        for start in range(0, d_in, block):
+            stop = min(start + block, d_in)
+            zeros = int(stop * sparsity) - int(start * sparsity)
+            scores = row[start:stop] ** 2 / upper.diagonal()[start:stop] ** 2
+            pruned = set((torch.argsort(scores)[:zeros] + start).tolist())
+            for j in range(start, stop):
+                if j in pruned:
+                    error = row[j] / upper[j, j]
+                    row[j:] -= error * upper[j, j:]
+                    row[j] = 0.0
+    return result
+
+
+def proximal_gradient(weight: Tensor, gram: Tensor, lambda0: float, beta: float, check_every: int) -> Tensor:
+    """Algorithm 2 on one row at a time in float64 for 2:4, with the exact prox of halve in float64."""
+    from halve.prox import prox
+
+    features = gram.double().diagonal().sqrt()
+    target = weight.double() * features
+    scale = target.abs().mean()
+    target = target / scale
+    unit = gram.double() / features / features[:, None]
+    lipschitz = torch.linalg.eigvalsh(unit)[-1]
+    rows = []
+    for start in target:
+        row, lam, iteration = start.clone(), lambda0, 0
+        while True:
+            if iteration % check_every == 0 and bool(((row.view(-1, 4) != 0).sum(1) <= 2).all()):
+                break
+            step = row - (row - start) @ unit / lipschitz
+            row = prox(step, float(lam / lipschitz), "2:4")
+            lam, iteration = lam * beta, iteration + 1
+        rows.append(row)
+    return torch.stack(rows) * scale / features

@@ -1,0 +1,365 @@
+"""Reading foreign checkpoints: what loads, and what is refused and how."""
+
+import json
+import os
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+import models
+from halve import checkpoint
+from halve.checkpoint import LoadedModel, companions, forbidden_fields, load_model, resolve
+from halve.errors import CorruptFileError, InputError, UnsupportedModelError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def save(model, path, **options):
+    model.save_pretrained(path, **options)
+    return path
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return save(models.decoder("llama"), tmp_path / "llama")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return save(models.decoder("llama"), tmp_path / "sharded", max_shard_size="40KB")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def cache(root, directory, monkeypatch):
+    """Lay ``directory`` out as the hub's cache does, and forbid the network."""
+    repository = root / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "blobs").mkdir()
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for path in directory.iterdir():
+        shutil.copy(path, repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "mixtral", "bert", "vit"])
+def test_every_parameter_is_loaded(tmp_path, family):
+    model = models.decoder(family) if family in models.DECODERS else getattr(models, family)()
+    loaded = load_model(save(model, tmp_path / "in"))
+    assert type(loaded.model) is type(model)
+    assert not loaded.model.training
+    assert loaded.tokenizer is None
+    expected, got = model.state_dict(), loaded.model.state_dict()
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+        assert got[name].device.type == "cpu"
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_dtype_is_the_checkpoints_unless_asked(tmp_path):
+    path = save(models.decoder("llama").to(torch.bfloat16), tmp_path / "in")
+    assert load_model(path).model.dtype == torch.bfloat16
+    loaded = load_model(path, dtype=torch.float32)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+
+
+def test_source_says_what_was_found(sharded):
+    source = resolve(str(sharded))
+    assert (source.kind, source.path, source.name, source.revision) == ("directory", sharded, str(sharded), None)
+    assert source.shards == tuple(sorted(sharded.glob("*.safetensors")))
+    assert len(source.shards) > 3
+    assert source.size == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+
+
+def test_tokenizer_is_loaded_from_the_same_files(llama):
+    words = {"<eos>": 0, "a": 1, "b": 2}
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "<eos>")), eos_token="<eos>")  # noqa: S106
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(llama)
+    loaded = load_model(llama)
+    assert loaded.tokenizer.get_vocab() == words
+    assert loaded.tokenizer.chat_template == "{{ messages }}"
+    (llama / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer of .* could not be loaded"):
+        load_model(llama)
+
+
+def test_unexpected_tensors_are_fine_and_part_of_the_layout(llama):
+    tensors = load_file(llama / "model.safetensors")
+    tensors["mtp.layers.0.weight"] = torch.ones(4, 4)
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    assert "mtp.layers.0.weight" in load_model(llama).layout.tensors
+
+
+def test_missing_and_mismatched_weights_are_named(llama):
+    tensors = load_file(llama / "model.safetensors")
+    lost = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"random: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(llama)
+    tensors["model.layers.1.mlp.up_proj.weight"] = lost[:8].clone()
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"random: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(llama)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_parameter_that_is_not_finite_is_named(llama, bad):
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = bad
+    save_file(tensors, llama / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.2\.mlp\.down_proj\.weight.*NaN or infinity"):
+        load_model(llama)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("auto_map", {"AutoModel": "evil.Model"}),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("compression_config", {"format": "sparse"}),
+        ("transformers_weights", "other.safetensors"),
+        ("_attn_implementation_internal", "org/kernel"),
+        ("text_config", {"auto_map": {}}),
+        ("list", [{"quantization_config": {}}]),
+    ],
+)
+def test_configs_that_ask_for_more_are_refused(llama, field, value):
+    edit(llama / "config.json", **{field: value})
+    with pytest.raises(UnsupportedModelError, match=r"config\.json has '"):
+        resolve(llama)
+
+
+def test_an_absent_field_may_be_null(llama):
+    edit(llama / "config.json", quantization_config=None)
+    resolve(llama)
+    assert forbidden_fields({"a": {"auto_map": {}}}).keys() == {"auto_map"}
+
+
+def test_code_named_by_a_tokenizer_is_refused(llama):
+    (llama / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.T", null]}}')
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer_config\.json has 'auto_map'"):
+        resolve(llama)
+
+
+def test_files_that_were_not_validated_are_not_seen(llama, monkeypatch):
+    """An adapter's base model, code or a pickle would otherwise be within the loader's reach."""
+    for name in ("adapter_config.json", "modeling_llama.py", ".metadata", "pytorch_model.bin"):
+        (llama / name).write_text("{}")
+    load, seen = tf.LlamaForCausalLM.from_pretrained, set()
+
+    def spy(directory, **options):
+        seen.update(path.name for path in directory.iterdir())
+        return load(directory, **options)
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, "from_pretrained", spy)
+    load_model(llama)
+    assert seen == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("names", [None, [], ["LlamaForCausalLM", "LlamaModel"], ["NoSuchModel"], ["AutoConfig"], [3]])
+def test_unknown_architectures_are_refused(llama, names):
+    edit(llama / "config.json", architectures=names)
+    with pytest.raises(UnsupportedModelError, match=r"architectures|does not have"):
+        load_model(llama)
+
+
+def test_what_transformers_cannot_build_is_one_sentence(llama):
+    edit(llama / "config.json", hidden_size="big")
+    with pytest.raises(UnsupportedModelError, match="transformers could not load") as caught:
+        load_model(llama)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(llama):
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModelError, match=r"pytorch_model\.bin.*save_pretrained"):
+        resolve(llama)
+    (llama / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match="has neither"):
+        resolve(llama)
+
+
+def test_directories_without_a_config(tmp_path):
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        resolve(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match="merge it"):
+        resolve(tmp_path)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"one \.gguf file"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["no/such/thing/here", "./absent", "x.gguf", "a b", ""])
+def test_names_that_are_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"does not exist|has no config"):
+        resolve(source)
+
+
+def test_revision_is_for_the_hub(llama):
+    with pytest.raises(InputError, match="leave the revision out"):
+        resolve(llama, revision="main")
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", "", 3, "..", None]
+)
+def test_shard_names_must_be_plain(sharded, name):
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map={**weight_map, "model.norm.weight": name})
+    with pytest.raises(CorruptFileError, match="not a plain"):
+        resolve(sharded)
+
+
+def test_shards_and_index_must_agree(sharded):
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first, second = sorted(set(weight_map.values()))[:2]
+    edit(index, weight_map={**weight_map, "ghost": first})
+    with pytest.raises(CorruptFileError, match="'ghost'"):
+        resolve(sharded)
+    edit(index, weight_map={**weight_map, "lm_head.weight": "absent.safetensors"})
+    with pytest.raises(CorruptFileError, match=r"absent\.safetensors is missing"):
+        resolve(sharded)
+    edit(index, weight_map=weight_map)
+    shutil.copy(sharded / first, sharded / second)
+    with pytest.raises(CorruptFileError, match="is in both"):
+        resolve(sharded)
+    edit(index, weight_map={})
+    with pytest.raises(CorruptFileError, match="no weight_map"):
+        resolve(sharded)
+
+
+@pytest.mark.parametrize("cut", [1, 1000, -4, -200])
+def test_truncated_shards_are_found(sharded, cut):
+    path = sorted(sharded.glob("*.safetensors"))[1]
+    content = path.read_bytes()
+    path.write_bytes(content[:-cut])
+    with pytest.raises(CorruptFileError, match=path.name):
+        resolve(sharded)
+
+
+def test_links_out_of_the_checkpoint_are_refused(tmp_path, llama):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("secret")
+    (llama / "vocab.txt").symlink_to(outside / "secret.txt")
+    with pytest.raises(CorruptFileError, match=r"vocab\.txt is a link that leaves"):
+        resolve(llama)
+    (llama / "vocab.txt").unlink()
+    shutil.move(llama / "model.safetensors", outside / "model.safetensors")
+    (llama / "model.safetensors").symlink_to(outside / "model.safetensors")
+    with pytest.raises(CorruptFileError, match=r"model\.safetensors is a link that leaves"):
+        resolve(llama)
+
+
+def test_a_pipe_is_no_shard(llama):
+    (llama / "model.safetensors").unlink()
+    os.mkfifo(llama / "model.safetensors")
+    with pytest.raises(CorruptFileError, match="not a regular file"):
+        resolve(llama)
+
+
+def test_companions_are_the_files_a_model_needs(llama):
+    wanted = [
+        "tokenizer.json",
+        "merges.txt",
+        "spiece.model",
+        "chat_template.jinja",
+        "LICENSE",
+        "preprocessor_config.json",
+    ]
+    unwanted = ["README.md", "modeling.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "halve.json", "x.gguf"]
+    for name in [*wanted, *unwanted]:
+        (llama / name).write_text("{}")
+    (llama / "additional_chat_templates").mkdir()
+    (llama / "additional_chat_templates" / "tools.jinja").write_text("x")
+    names = {str(path.relative_to(llama)) for path in companions(llama)}
+    assert names == {*wanted, "generation_config.json", "additional_chat_templates/tools.jinja"}
+
+
+def test_a_hub_model_comes_from_the_cache(tmp_path, sharded, monkeypatch):
+    (sharded / "pytorch_model.bin").write_bytes(b"pickle")
+    snapshot = cache(tmp_path / "cache", sharded, monkeypatch)
+    source = resolve("org/tiny")
+    assert (source.kind, source.path, source.name, source.revision) == ("hub", snapshot, "org/tiny", COMMIT)
+    loaded = load_model(source)
+    assert torch.equal(loaded.model.lm_head.weight, models.decoder("llama").lm_head.weight)
+    assert loaded.model.config._name_or_path == "org/tiny"
+    (snapshot / "vocab.txt").symlink_to("/etc/hostname")
+    with pytest.raises(CorruptFileError, match="leaves"):
+        resolve("org/tiny")
+
+
+def test_only_safetensors_and_settings_are_asked_of_the_hub(tmp_path, sharded, monkeypatch):
+    snapshot = cache(tmp_path / "cache", sharded, monkeypatch)
+    asked = []
+
+    def download(name, *, revision, allow_patterns, local_files_only):
+        asked.append((name, revision, allow_patterns, local_files_only))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolve("org/tiny", revision="v1")
+    (_, first, settings, offline), (_, second, weights, _) = asked
+    assert (first, second, offline) == ("v1", COMMIT, True)
+    assert weights == sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) and "." in pattern for pattern in settings)
+    asked.clear()
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").write_text('{"auto_map": {}}')
+    with pytest.raises(UnsupportedModelError, match="auto_map"):
+        resolve("org/tiny")
+    assert len(asked) == 1  # refused before the weights were fetched
+
+
+def test_a_hub_model_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="org/absent is no directory here and could not be taken from the hub"):
+        resolve("org/absent")
+
+
+def test_gguf_files_are_recognised(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"GGUF" + bytes(20))
+    source = resolve(path)
+    assert (source.kind, source.path, source.shards, source.size) == ("gguf", path, (), 24)
+    with pytest.raises(UnsupportedModelError, match="could not load"):
+        load_model(path)
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'halve\[gguf\]'"):
+        resolve(path)
+    part = tmp_path / "big-00001-of-00002.gguf"
+    part.write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedModelError, match="merge the parts"):
+        resolve(part)
+    path.write_bytes(b"GGML")
+    with pytest.raises(CorruptFileError, match="signature"):
+        resolve(path)
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    with pytest.raises(InputError, match="is a file"):
+        resolve(tmp_path / "model.onnx")
+
+
+def test_a_model_from_memory_has_a_layout_of_its_own():
+    loaded = LoadedModel(models.decoder("llama_tied"), None, None)
+    assert loaded.layout.locate("lm_head.weight").tensors == ("model.embed_tokens.weight",)
+    assert loaded.layout is loaded.layout

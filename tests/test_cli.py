@@ -1,0 +1,128 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from halve.cli import EXIT_FAILED, EXIT_FALLBACKS, EXIT_REFUSED, app
+from models import decoder
+from tiny_tokenizers import SENTENCES, byte_bpe
+
+run = CliRunner().invoke
+FAST = ["--samples", "4", "--seq-len", "16", "--method", "wanda", "--refit", "none"]
+
+
+@pytest.fixture
+def model(tmp_path):
+    decoder("llama", vocab_size=320).save_pretrained(tmp_path / "dense")
+    byte_bpe().save_pretrained(tmp_path / "dense")
+    return str(tmp_path / "dense")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(SENTENCES * 40), encoding="utf-8")
+    return str(path)
+
+
+def test_prune_then_check_then_eval(model, text, tmp_path):
+    out = str(tmp_path / "out")
+    result = run(app, ["prune", model, "--out", out, "--calibration", text, *FAST])
+    assert result.exit_code == 0, result.output
+    assert "21 matrices at 2:4 by wanda" in result.output
+    assert "model.layers.2.mlp.down_proj.weight" in result.output  # plain lines where there is no terminal
+    result = run(app, ["check", out, "--against", model])
+    assert result.exit_code == 0
+    assert result.output.startswith("ok: 21 matrices at 2:4")
+    result = run(app, ["check", out, "--json"])
+    assert json.loads(result.stdout)["ok"] is True
+    arguments = ["eval", out, "--data", text, "--seq-len", "32", "--max-windows", "3"]
+    result = run(app, arguments)
+    assert result.exit_code == 0
+    for word in ("32", "3", "perplexity", "dtype"):
+        assert word in result.output
+    (entry,) = json.loads(run(app, [*arguments, "--json"]).stdout)
+    assert (entry["seq_len"], entry["windows"]) == (32, 3)
+
+
+def test_check_fails_on_a_dense_model(model, tmp_path, text):
+    run(app, ["prune", model, "--out", str(tmp_path / "out"), "--calibration", text, *FAST])
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes((tmp_path / "dense" / "model.safetensors").read_bytes())
+    result = run(app, ["check", str(tmp_path / "out")])
+    assert result.exit_code == EXIT_FAILED
+    assert "problem:" in result.output
+
+
+def test_compare_prints_a_row_each(model, text):
+    arguments = ["compare", model, "--data", text, "--calibration", text, "--samples", "4", "--seq-len", "16"]
+    arguments += ["--methods", "magnitude,prox-gradient+gd", "-o", "prox-gradient.beta=1.5", "-o", "gd.steps=5"]
+    result = run(app, [*arguments, "--max-windows", "2"])
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.output.split())
+    for name in ("dense", "magnitude", "prox-gradient+gd", "perplexity text.txt", "2 windows of 16 tokens"):
+        assert name in printed
+
+
+def test_methods_are_listed():
+    result = run(app, ["methods"])
+    assert result.exit_code == 0
+    for name in ("magnitude", "wanda", "sparsegpt", "prox-gradient"):
+        assert name in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pattern", "5:4"], "pattern '5:4' is not understood"),
+        (["--method", "wandda"], "did you mean 'wanda'"),
+        (["-o", "betta=1"], "betta"),
+        (["-o", "beta"], "write NAME=VALUE"),
+        (["--calibration", "no/such.txt"], "does not exist"),
+        (["--dtype", "int8"], "--dtype 'int8' is not known"),
+        (["--device", "gpu"], "device 'gpu'"),
+        (["--refit", "sgd"], "unknown refit 'sgd'"),
+    ],
+)
+def test_one_sentence_and_exit_code_2_for_bad_input(model, tmp_path, arguments, message):
+    result = run(app, ["prune", model, "--out", str(tmp_path / "out"), "--samples", "2", "--seq-len", "8", *arguments])
+    assert result.exit_code == EXIT_REFUSED
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_fallbacks_has_its_own_exit_code(tmp_path, text):
+    dead = decoder("llama", vocab_size=320)
+    dead.model.layers[1].self_attn.v_proj.weight.data.zero_()
+    dead.save_pretrained(tmp_path / "dense")
+    byte_bpe().save_pretrained(tmp_path / "dense")
+    arguments = ["prune", str(tmp_path / "dense"), "--calibration", text, *FAST]
+    result = run(app, [*arguments, "--out", str(tmp_path / "one")])
+    assert result.exit_code == EXIT_FAILED
+    assert "model.layers.1.self_attn.o_proj.weight could not be pruned by wanda" in result.output
+    assert not (tmp_path / "one").exists()
+    result = run(app, [*arguments, "--out", str(tmp_path / "two"), "--fallback", "magnitude"])
+    assert result.exit_code == EXIT_FALLBACKS
+    assert "1 of 21 matrices fell back" in result.output
+
+
+def test_ctrl_c_leaves_no_checkpoint(model, text, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "halve", "prune", model, "--out", str(out), "--calibration", text]
+    options = ["--samples", "64", "--seq-len", "64", "-o", "beta=1.0001"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("block"):
+                break
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert not out.exists()

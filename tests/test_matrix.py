@@ -1,0 +1,271 @@
+import pytest
+import torch
+
+import layer_oracles as oracle
+from halve import linalg, methods
+from halve import matrix as matrix_module
+from halve.errors import InputError, PatternError
+from halve.gram import Statistics
+from halve.matrix import prune_weight, validate_settings
+from halve.outcome import Status
+
+METHODS = list(methods.METHODS)
+FAST = {"prox-gradient": {"beta": 1.15}}
+
+
+def prune(weight, gram, method="wanda", refit="cg", pattern="2:4", **options):
+    return prune_weight(weight, gram, pattern, method, refit, **FAST.get(method, {}), **options)
+
+
+def check_pruned(outcome, weight, keep=2, group=4):
+    pruned = outcome.weight
+    assert pruned.dtype == weight.dtype
+    assert pruned.shape == weight.shape
+    assert bool(torch.isfinite(pruned).all())
+    assert bool(((pruned.reshape(len(weight), -1, group) != 0).sum(-1) <= keep).all())
+    assert not bool(torch.signbit(pruned[pruned == 0]).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_prunes_refits_and_reports(method, dtype):
+    weight, gram = oracle.layer(12, 32, seed=0)
+    weight = weight.to(dtype)
+    outcome = prune(weight, Statistics(gram, 77), method)
+    assert outcome.status is Status.OK
+    assert outcome.method == method
+    assert outcome.reason == ""
+    check_pruned(outcome, weight)
+    facts = outcome.facts
+    assert facts["tokens"] == 77
+    assert facts["seconds"] > 0
+    assert facts["relative_loss"] == pytest.approx(oracle.relative_loss(outcome.weight, weight, gram), rel=1e-4)
+    assert facts["relative_loss"] < facts["relative_loss_before_refit"]
+    assert facts["refit_iterations"] > 0
+    mask = outcome.weight != 0
+    best = oracle.relative_loss(oracle.best_on_mask(weight, gram, mask), weight, gram)
+    assert facts["relative_loss"] <= best * (1.001 if dtype in (torch.float32, torch.float64) else 1.02)
+
+
+def test_defaults_are_those_of_the_paper_with_conjugate_gradients():
+    weight, gram = oracle.layer(2, 8, seed=1)
+    outcome = prune_weight(weight, gram)
+    assert outcome.method == "prox-gradient"
+    assert {"iterations", "lipschitz", "refit_kept_rows", "refit_row_iterations"} <= set(outcome.facts)
+    check_pruned(outcome, weight)
+    assert "tokens" not in outcome.facts
+    assert prune_weight(weight, gram, tokens=5).facts["tokens"] == 5
+
+
+def test_refits_differ_as_they_should():
+    weight, gram = oracle.layer(12, 32, seed=2)
+    none, gd, cg = (prune(weight, gram, refit=refit) for refit in ("none", "gd", "cg"))
+    assert torch.equal(
+        none.weight, methods.get("wanda").solve(weight, Statistics(gram, 1), matrix_module.Pattern("2:4"), None).weight
+    )
+    assert none.facts["relative_loss"] == none.facts["relative_loss_before_refit"]
+    assert "refit_iterations" not in none.facts
+    assert gd.facts["refit_iterations"] == 1000
+    assert cg.facts["relative_loss"] <= 1.001 * gd.facts["relative_loss"] < 0.9 * none.facts["relative_loss"]
+
+
+def test_options_reach_method_and_refit():
+    weight, gram = oracle.layer(4, 16, seed=3)
+    outcome = prune_weight(weight, gram, method="sparsegpt", refit="gd", damping=0.1, refit_steps=3)
+    assert outcome.facts["damping"] == pytest.approx(0.1)
+    assert outcome.facts["refit_iterations"] == 3
+
+
+def test_free_slots_are_used():
+    weight, gram = oracle.layer(8, 16, seed=4)
+    weight[:, 4:7] = 0.0
+    outcome = prune(weight, gram)
+    assert bool(((outcome.weight[:, 4:8] != 0).sum(-1) == 2).all())
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "4:8", "50%"])
+def test_other_patterns(pattern):
+    weight, gram = oracle.layer(8, 32, seed=5)
+    outcome = prune(weight, gram, "sparsegpt", pattern=pattern)
+    keep, group = (16, 32) if pattern == "50%" else map(int, pattern.split(":"))
+    check_pruned(outcome, weight, keep, group)
+
+
+def test_autocast_and_gradients_of_the_caller_do_not_matter():
+    weight, gram = oracle.layer(8, 32, seed=6)
+    expected = prune(weight, gram).weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outcome = prune(weight.clone().requires_grad_(), gram)
+    assert torch.equal(outcome.weight, expected)
+    assert not outcome.weight.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "case", ["dead", "constant", "equal", "one token", "1e30", "1e-30", "zero group", "zero row", "tiny", "duplicate"]
+)
+def test_degenerate_layers_give_valid_weights(method, case):
+    weight, gram = oracle.layer(6, 16, seed=7, tokens=1 if case == "one token" else None)
+    if case == "dead":
+        gram[[1, 4, 5, 6, 7]], gram[:, [1, 4, 5, 6, 7]] = 0.0, 0.0
+    elif case == "constant":
+        gram = torch.ones(16, 16)
+    elif case == "equal":
+        weight = torch.full((6, 16), 0.25)
+    elif case in {"1e30", "1e-30"}:
+        gram = gram * float(case)
+    elif case == "zero group":
+        weight[:, 4:8] = 0.0
+    elif case == "zero row":
+        weight[2] = 0.0
+    elif case == "tiny":
+        weight = weight * 1e-37
+    elif case == "duplicate":
+        gram = gram[torch.arange(16) // 4 * 4][:, torch.arange(16) // 4 * 4]
+    outcome = prune(weight, gram, method, tokens=1)
+    assert outcome.status is Status.OK
+    check_pruned(outcome, weight)
+    if case not in {"zero row", "tiny"}:
+        magnitude = oracle.relative_loss(prune(weight, None, "magnitude", "none").weight, weight, gram)
+        assert oracle.relative_loss(outcome.weight, weight, gram) <= magnitude * (1 + 1e-6)
+
+
+def test_magnitude_without_statistics():
+    weight, _ = oracle.layer(4, 16, seed=8)
+    outcome = prune(weight, None, "magnitude", "none")
+    assert outcome.status is Status.OK
+    check_pruned(outcome, weight)
+    assert set(outcome.facts) == {"seconds"}
+    with pytest.raises(InputError, match=r'refit cg needs gram.*set refit="none"'):
+        prune(weight, None, "magnitude", "cg")
+    with pytest.raises(InputError, match="method wanda needs gram"):
+        prune(weight, None, "wanda", "none")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if methods.METHODS[name].needs_statistics])
+def test_zero_gram_fails_or_falls_back_and_says_so(method):
+    weight, gram = oracle.layer(4, 16, seed=9)
+    failed = prune(weight, 0 * gram, method)
+    assert failed.status is Status.FAILED
+    assert torch.equal(failed.weight, weight)
+    assert failed.method == method
+    assert f"method {method} failed: the Gram matrix is zero" in failed.reason
+    fallen = prune(weight, 0 * gram, method, fallback="magnitude")
+    assert fallen.status is Status.FELL_BACK
+    assert fallen.method == "magnitude"
+    assert "used magnitude instead" in fallen.reason
+    assert torch.equal(fallen.weight, prune(weight, None, "magnitude", "none").weight)
+    both = prune(weight, 0 * gram, method, fallback="wanda")
+    assert both.status is Status.FAILED
+    assert "fallback wanda failed too" in both.reason
+    assert torch.equal(both.weight, weight)
+
+
+def test_zero_gram_fails_the_refit_of_magnitude_pruning():
+    weight, gram = oracle.layer(4, 16, seed=9)
+    outcome = prune(weight, 0 * gram, "magnitude", "cg")
+    assert outcome.status is Status.FAILED
+    assert "refit cg failed: the Gram matrix is zero" in outcome.reason
+    assert prune(weight, 0 * gram, "magnitude", "none").status is Status.OK
+    fallen = prune(weight, 0 * gram, "magnitude", "cg", fallback="magnitude")
+    assert fallen.status is Status.FELL_BACK
+    check_pruned(fallen, weight)
+
+
+@pytest.mark.parametrize("fallback", ["magnitude", "wanda"])
+def test_failed_factorisation_fails_or_falls_back(monkeypatch, fallback):
+    monkeypatch.setattr(linalg, "_cholesky", lambda matrix: None)
+    monkeypatch.setattr(linalg, "_cholesky_by_eigenvalues", lambda matrix, damping: None)
+    weight, gram = oracle.layer(4, 16, seed=10)
+    failed = prune(weight, gram, "sparsegpt")
+    assert failed.status is Status.FAILED
+    assert torch.equal(failed.weight, weight)
+    assert "method sparsegpt failed" in failed.reason
+    fallen = prune(weight, gram, "sparsegpt", fallback=fallback)
+    assert fallen.status is Status.FELL_BACK
+    assert fallen.method == fallback
+    assert f"used {fallback} instead" in fallen.reason
+    assert torch.equal(fallen.weight, prune(weight, gram, fallback).weight)
+    assert fallen.facts["relative_loss"] < fallen.facts["relative_loss_before_refit"]
+
+
+@pytest.mark.parametrize(("bad", "reason"), [(float("nan"), "not finite"), (1.0, "not 2:4")])
+def test_a_wrong_result_is_caught(monkeypatch, bad, reason):
+    def broken(weight, stats, pattern, options):
+        return matrix_module.Outcome(torch.full_like(weight, bad), Status.OK, "wanda")
+
+    row = methods.Method("wanda", broken, methods.METHODS["wanda"].options, True, True, False, "", "")
+    monkeypatch.setitem(methods.METHODS, "wanda", row)
+    weight, gram = oracle.layer(4, 16, seed=11)
+    outcome = prune(weight, gram, refit="none")
+    assert outcome.status is Status.FAILED
+    assert reason in outcome.reason
+    assert torch.equal(outcome.weight, weight)
+
+
+def with_entry(tensor, index, value):
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
+
+
+WEIGHT, GRAM = oracle.layer(4, 16, seed=12)
+
+
+@pytest.mark.parametrize(
+    ("weight", "gram", "options", "message"),
+    [
+        (WEIGHT[0], GRAM, {}, r"weight must be .* got torch.float32 of shape \(16,\)"),
+        (WEIGHT.int(), GRAM, {}, "weight must be .* got torch.int32"),
+        (WEIGHT[:0], GRAM, {}, "weight must be a non-empty"),
+        (WEIGHT.tolist(), GRAM, {}, "weight must be .* got list"),
+        (with_entry(WEIGHT, (2, 3), float("nan")), GRAM, {}, "weight has NaN or infinity, first at row 2, column 3"),
+        (WEIGHT, GRAM[:8, :8], {}, r"gram must be floating point of shape \(16, 16\) .* got .*\(8, 8\)"),
+        (WEIGHT, GRAM.int(), {}, "gram must be floating point"),
+        (WEIGHT, "gram", {}, "gram must be floating point .* got str"),
+        (WEIGHT, GRAM.to("meta"), {}, "gram is on meta and weight on cpu"),
+        (WEIGHT, with_entry(GRAM, (0, 1), float("inf")), {}, "gram has NaN or infinity"),
+        (WEIGHT, GRAM.double() * 1e300, {}, "gram has NaN or infinity in float32"),
+        (WEIGHT, with_entry(GRAM, (0, 1), 9.0), {}, "gram is not symmetric"),
+        (WEIGHT, with_entry(GRAM, (3, 3), -1.0), {}, "gram has a negative diagonal entry at feature 3"),
+        (WEIGHT, GRAM, {"tokens": 0}, "tokens must be at least 1, got 0"),
+        (WEIGHT, GRAM, {"method": "wandaa"}, "unknown method 'wandaa': did you mean 'wanda'"),
+        (WEIGHT, GRAM, {"refit": "cgg"}, "unknown refit 'cgg': did you mean 'cg'"),
+        (WEIGHT, GRAM, {"beta": 1.1}, "method wanda has no option 'beta'"),
+        (WEIGHT, GRAM, {"refit_steps": 5}, "refit cg has no option 'refit_steps'"),
+        (WEIGHT, GRAM, {"refit_tolerance": -1.0}, "refit_tolerance must be"),
+        (WEIGHT, GRAM, {"fallback": "sparsegpt"}, "fallback 'sparsegpt' is unknown: choose one of magnitude, wanda"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(monkeypatch, weight, gram, options, message):
+    monkeypatch.setattr(matrix_module, "_solve", lambda task: pytest.fail("work began"))
+    with pytest.raises(InputError, match=message):
+        prune(weight, gram, **options)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "method", "message"),
+    [
+        ("4:2", "wanda", "not understood"),
+        ("3:5", "wanda", "divisible by 5, got d_in = 16"),
+        (
+            "50%",
+            "prox-gradient",
+            "prunes to N:M such as 2:4, not to 50%: for that choose one of magnitude, wanda, sparse",
+        ),
+    ],
+)
+def test_bad_patterns_are_refused_before_any_work(monkeypatch, pattern, method, message):
+    monkeypatch.setattr(matrix_module, "_solve", lambda task: pytest.fail("work began"))
+    with pytest.raises(PatternError, match=message):
+        prune(WEIGHT, GRAM, method, pattern=pattern)
+
+
+def test_settings_can_be_checked_alone():
+    validate_settings("sparsegpt", "gd", "50%", fallback="wanda", damping=0.1, refit_steps=5)
+    with pytest.raises(PatternError, match="not to 50%"):
+        validate_settings("prox-gradient", "cg", "50%")
+    with pytest.raises(InputError, match="no option 'refit_steps'"):
+        validate_settings("wanda", "cg", "2:4", refit_steps=5)
+    with pytest.raises(InputError, match="fallback 'x' is unknown"):
+        validate_settings("wanda", "cg", "2:4", fallback="x")

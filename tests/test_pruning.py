@@ -1,0 +1,185 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import halve
+from halve.errors import CalibrationError, InputError, UnsupportedModelError
+from halve.pruning import token_batches
+from halve.tokens import TokenSet, hash_ids
+from models import decoder, tokens, vit
+from tiny_tokenizers import SENTENCES, byte_bpe
+
+FAST = {"method": "wanda", "refit": "none", "samples": 4, "seq_len": 16}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny Llama on disk, with a tokenizer."""
+    directory = tmp_path / "dense"
+    decoder("llama", vocab_size=320).save_pretrained(directory)
+    byte_bpe().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(SENTENCES * 40), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_checkpoint_is_pruned_written_and_loads_with_plain_transformers(tmp_path, text, family):
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    decoder(family, vocab_size=320).to(torch.bfloat16).save_pretrained(dense)
+    byte_bpe().save_pretrained(dense)
+    pruned = halve.prune(dense, out, calibration=text, min_expert_tokens=1, **FAST | {"refit": "cg"})
+    assert halve.check(out, against=dense).ok
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for name, parameter in pruned.model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name))
+    before, after = load_file(dense / "model.safetensors"), load_file(out / "model.safetensors")
+    listed = {name for matrix in pruned.record["matrices"] for name in matrix["tensors"]}
+    assert before.keys() == after.keys()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == listed
+    assert (out / "config.json").read_bytes() == (dense / "config.json").read_bytes()
+    assert (out / "tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
+
+
+def test_the_record_says_what_was_done(checkpoint, text, tmp_path):
+    pruned = halve.prune(checkpoint, tmp_path / "out", calibration=text, seed=3, **FAST | {"refit": "cg"})
+    record = json.loads((tmp_path / "out" / "halve.json").read_text())
+    assert record["pattern"] == "2:4"
+    assert (record["method"], record["refit"]) == ("wanda", "cg")
+    calibration = record["calibration"]
+    assert (calibration["samples"], calibration["seq_len"], calibration["tokens"]) == (4, 16, 64)
+    assert calibration["seed"] == 3
+    assert len(calibration["sha256"]) == 64
+    assert len(record["matrices"]) == 21
+    for matrix, report in zip(record["matrices"], pruned.report.matrices, strict=True):
+        assert matrix["status"] == "ok"
+        assert matrix["facts"]["tokens"] == 64
+        assert matrix["facts"]["relative_loss"] == report.facts["relative_loss"]
+        assert matrix["facts"]["relative_loss"] <= matrix["facts"]["relative_loss_before_refit"]
+    assert {entry["reason"] for entry in record["excluded"]} == {"outside the blocks", "embedding, outside the blocks"}
+    assert record["environment"]["torch"] == torch.__version__
+    assert "config.json" in record["files"]
+
+
+def test_a_model_in_memory_is_pruned_in_place():
+    model = decoder("llama")
+    pruned = halve.prune(model, calibration=tokens(), method="sparsegpt")
+    assert pruned.model is model
+    assert pruned.out is None
+    assert halve.Pattern("2:4").satisfied_by(model.model.layers[2].mlp.down_proj.weight)
+    assert all(not module.training for module in model.modules())
+
+
+def test_training_mode_is_put_back():
+    model = decoder("llama").train()
+    halve.prune(model, calibration=tokens(), method="wanda")
+    assert model.training
+
+
+def test_an_in_memory_model_can_be_written(tmp_path):
+    model = decoder("llama_tied")
+    halve.prune(model, tmp_path / "out", calibration=tokens(), **FAST)
+    assert halve.check(tmp_path / "out").ok
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens()).logits, model(tokens()).logits)
+
+
+def test_images_are_given_as_batches():
+    model = vit()
+    pruned = halve.prune(model, calibration=[{"pixel_values": torch.randn(6, 3, 16, 16)}], method="wanda")
+    assert len(pruned.report.matrices) == 18
+    assert pruned.record["calibration"]["source"] == "batches"
+
+
+def test_without_data_the_model_writes_its_own(checkpoint):
+    pruned = halve.prune(checkpoint, **FAST)
+    assert pruned.record["calibration"]["source"] == "self"
+    again = halve.prune(checkpoint, **FAST)
+    assert again.record["calibration"]["sha256"] == pruned.record["calibration"]["sha256"]
+    other = halve.prune(checkpoint, seed=1, **FAST)
+    assert other.record["calibration"]["sha256"] != pruned.record["calibration"]["sha256"]
+
+
+def test_the_default_length_is_the_models_if_that_is_less(checkpoint, text):
+    pruned = halve.prune(checkpoint, calibration=text, method="wanda", refit="none", samples=2)
+    assert pruned.record["calibration"]["seq_len"] == 128
+
+
+def test_hidden_states_can_be_offloaded(checkpoint, text, tmp_path):
+    folder = tmp_path / "spill"
+    with pytest.raises(InputError, match=r"offload directory .* does not exist"):
+        halve.prune(checkpoint, calibration=text, offload=folder, **FAST)
+    folder.mkdir()
+    spilled = halve.prune(checkpoint, calibration=text, offload=folder, **FAST)
+    plain = halve.prune(checkpoint, calibration=text, **FAST)
+    assert not list(folder.iterdir())
+    for name, parameter in plain.model.named_parameters():
+        assert torch.equal(parameter, spilled.model.get_parameter(name))
+
+
+def test_bad_input_is_refused_before_any_work_and_nothing_is_written(checkpoint, text, tmp_path):
+    out = tmp_path / "out"
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious").touch()
+    cases = [
+        (checkpoint, {"out": full}, "not empty"),
+        (checkpoint, {"out": checkpoint}, "lies in, the input"),
+        (checkpoint, {"out": out, "pattern": "5:4"}, "not understood"),
+        (checkpoint, {"out": out, "method": "wanda+"}, "unknown method"),
+        (checkpoint, {"out": out, "dtype": torch.float16}, "keeps its own dtypes"),
+        (checkpoint, {"out": out, "device": "gpu"}, "not understood"),
+        (checkpoint, {"out": out, "forward_dtype": "float8"}, "float8"),
+        (checkpoint, {"out": out, "seq_len": 129}, "max_position_embeddings = 128"),
+        (checkpoint, {"out": out, "calibration": tmp_path / "nothing.txt"}, "does not exist"),
+        (checkpoint, {"out": out, "calibration": torch.zeros(3)}, "give token ids of shape"),
+        (checkpoint, {"out": out, "calibration": torch.full((2, 8), 400)}, "vocabulary has 320"),
+        (checkpoint, {"out": out, "calibration": [torch.zeros(3)]}, "not a dictionary of tensors"),
+        (tmp_path / "missing", {"out": out}, "does not exist"),
+        (decoder("llama"), {}, "has no tokenizer"),
+        (torch.nn.Linear(4, 4), {"out": out, "calibration": tokens()}, "not a transformers model"),
+    ]
+    for model, arguments, message in cases:
+        with pytest.raises(InputError, match=message):
+            halve.prune(model, **{"calibration": text if model is checkpoint else None, **FAST, **arguments})
+        assert not out.exists()
+    assert [path.name for path in full.iterdir()] == ["precious"]
+
+
+def test_too_little_text_says_how_many_samples_would_fit(checkpoint, text):
+    with pytest.raises((CalibrationError, InputError), match="samples"):
+        halve.prune(checkpoint, calibration=text, method="wanda", samples=10_000, seq_len=128)
+
+
+def test_meta_parameters_are_refused():
+    with torch.device("meta"):
+        model = decoder("llama")
+    with pytest.raises(InputError, match="meta device"):
+        halve.prune(model, calibration=tokens())
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UnsupportedModelError, match="no list of blocks"):
+        halve.prune(torch.nn.Linear(4, 4), calibration=[{"input": torch.randn(2, 4)}])
+
+
+def test_token_batches_hold_at_most_4096_tokens_and_lose_none():
+    ids = tokens(30, 512)
+    batches = token_batches(ids)
+    assert [len(batch["input_ids"]) for batch in batches] == [8, 8, 8, 6]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), ids)
+    assert len(token_batches(tokens(2, 5000))) == 2
+
+
+def test_a_token_set_is_taken_as_it_is():
+    ids = tokens()
+    given = TokenSet(ids, "mine", hash_ids(ids), 1)
+    pruned = halve.prune(decoder("llama"), calibration=given, method="wanda")
+    assert pruned.record["calibration"]["source"] == "mine"

@@ -1,0 +1,174 @@
+import pytest
+import torch
+
+from halve.blocks import HiddenStates, run_model
+from halve.errors import CalibrationError, InputError
+from halve.layers import find_stack
+from halve.matrix import prune_weight
+from halve.outcome import Status
+from halve.pattern import Pattern
+from halve.run import LayerFailedError, Settings, plan_model, prune_blocks
+from models import DECODERS, MIXTURES, bert, decoder, tokens, vit
+
+CPU = torch.device("cpu")
+
+
+def settings(method="wanda", refit="none", pattern="2:4", **changes):
+    return Settings(Pattern(pattern), method, refit, **changes)
+
+
+def batches(count=2, rows=4):
+    return [{"input_ids": tokens(rows, seed=seed)} for seed in range(count)]
+
+
+def assert_pruned(model, report):
+    """Every reported matrix is in the pattern, every other parameter is exactly as before."""
+    reported = {matrix.parameter for matrix in report.matrices}
+    for matrix in report.matrices:
+        parameter = model.get_parameter(matrix.parameter).data
+        weight = parameter if matrix.layout == "out_in" else parameter.mT
+        assert Pattern("2:4").satisfied_by(weight), matrix.name
+        assert weight.isfinite().all()
+        assert 0.2 < (weight == 0).float().mean() < 0.8
+    return reported
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("method", ["wanda", "prox-gradient"])
+def test_every_family_is_pruned_and_nothing_else_is_touched(family, method):
+    model = decoder(family)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    options = {"beta": 1.3} if method == "prox-gradient" else {}
+    report = prune_blocks(model, batches(), settings(method, "cg", options=options, min_expert_tokens=1), device=CPU)
+    reported = assert_pruned(model, report)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in reported), name
+    assert report.blocks == 3
+    assert all(0 <= m.facts["relative_loss"] < 1 for m in report.matrices if m.status is Status.OK)
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [(bert(), batches()), (vit(), [{"pixel_values": torch.randn(4, 3, 16, 16)}])],
+)
+def test_encoders_and_vision_transformers(model, data):
+    report = prune_blocks(model, data, settings("sparsegpt", "cg"), device=CPU)
+    assert_pruned(model, report)
+    assert len(report.matrices) == 18
+
+
+def test_later_blocks_see_what_the_pruned_earlier_ones_give():
+    """The oracle prunes the second block by hand, from the inputs that a model with a pruned first block feeds it."""
+    model, reference = decoder("llama"), decoder("llama")
+    report = prune_blocks(model, batches(), settings("sparsegpt"), device=CPU)
+    stack = list(find_stack(reference)[1])
+    for matrix in report.matrices:
+        if ".layers.0." in matrix.parameter:
+            reference.get_parameter(matrix.parameter).data.copy_(model.get_parameter(matrix.parameter))
+    seen = []
+    hook = stack[1].self_attn.o_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2)))
+    for batch in batches():
+        run_model(reference, batch)
+    hook.remove()
+    x = torch.cat(seen).double()
+    gram = (x.T @ x / len(x)).float()
+    expected = prune_weight(stack[1].self_attn.o_proj.weight.data, gram, "2:4", "sparsegpt", "none")
+    got = model.model.layers[1].self_attn.o_proj.weight
+    assert torch.equal(got == 0, expected.weight == 0)
+    torch.testing.assert_close(got.data, expected.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_two_runs_give_the_same_bytes_in_memory_or_on_disk(tmp_path):
+    models = [decoder("gemma3") for _ in range(3)]
+    for model, folder in zip(models, (None, None, tmp_path), strict=True):
+        prune_blocks(model, batches(), settings("sparsegpt", "cg"), device=CPU, offload=folder)
+    for name, parameter in models[0].named_parameters():
+        assert torch.equal(parameter, models[1].get_parameter(name))
+        assert torch.equal(parameter, models[2].get_parameter(name))
+
+
+def test_bfloat16_models_keep_their_dtype_and_products_may_run_in_bfloat16():
+    model = decoder("llama").to(torch.bfloat16)
+    report = prune_blocks(model, batches(), settings("wanda", "cg"), device=CPU, precision=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert_pruned(model, report)
+
+
+def test_experts_with_few_tokens_are_pruned_by_magnitude_and_listed():
+    model = decoder("mixtral")
+    data = [{"input_ids": tokens(1, length=6)}]
+    report = prune_blocks(model, data, settings("sparsegpt", min_expert_tokens=1000), device=CPU)
+    assert_pruned(model, report)
+    experts = [matrix for matrix in report.matrices if "experts" in matrix.name]
+    assert experts
+    assert report.fallbacks == tuple(experts)
+    assert {matrix.method for matrix in experts} == {"magnitude"}
+    assert "calibration tokens reached this expert (at least 1000 are needed)" in experts[0].reason
+    assert any("fell back to another method" in warning for warning in report.warnings)
+
+
+def test_fewer_tokens_than_inputs_is_a_warning():
+    report = prune_blocks(decoder("llama"), [{"input_ids": tokens(1, 8)}], settings(), device=CPU)
+    assert any("fewer calibration tokens than they have inputs" in warning for warning in report.warnings)
+    report = prune_blocks(decoder("llama"), batches(4, 8), settings(), device=CPU)
+    assert report.warnings == ()
+
+
+def test_a_layer_that_fails_stops_the_run_or_falls_back_visibly():
+    def dead(model):
+        # An attention whose values are zero: the output projection's inputs are all zero.
+        model.model.layers[1].self_attn.v_proj.weight.data.zero_()
+        return model
+
+    with pytest.raises(LayerFailedError, match=r"layers\.1\.self_attn\.o_proj\.weight could not be pruned by wanda"):
+        prune_blocks(dead(decoder("llama")), batches(), settings(), device=CPU)
+    report = prune_blocks(dead(decoder("llama")), batches(), settings(fallback="magnitude"), device=CPU)
+    assert [matrix.name for matrix in report.fallbacks] == ["model.layers.1.self_attn.o_proj.weight"]
+    assert report.fallbacks[0].method == "magnitude"
+    assert report.fallbacks[0].asked == "wanda"
+
+
+def test_infinite_activations_name_the_block_where_they_began():
+    model = decoder("llama")
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(1e30)
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1e30)
+    with pytest.raises(CalibrationError, match="outputs of the dense model's block 1 are not finite"):
+        prune_blocks(model, batches(), settings(), device=CPU)
+
+
+def test_progress_counts_every_matrix_once():
+    steps = []
+    report = prune_blocks(decoder("llama"), batches(), settings(), device=CPU, listen=steps.append)
+    solved = [step.matrix.name for step in steps if step.matrix is not None]
+    assert solved == [matrix.name for matrix in report.matrices]
+    assert steps[-1].phase == "done"
+    assert steps[-1].finished == steps[-1].matrices == len(solved)
+
+
+def test_bad_settings_are_refused_before_any_work():
+    for bad in (
+        {"method": "wandda"},
+        {"refit": "sgd"},
+        {"options": {"betta": 1}},
+        {"fallback": "nothing"},
+        {"method": "prox-gradient", "pattern": "50%"},
+    ):
+        with pytest.raises(InputError):
+            settings(**bad)
+    with pytest.raises(InputError, match="no calibration batches"):
+        prune_blocks(decoder("llama"), [], settings(), device=CPU)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_plan_of_a_mixture_has_both_kinds_of_experts(family):
+    plan, _ = plan_model(decoder(family), batches()[0], Pattern("2:4"))
+    assert {m.parameter.rpartition(".")[2] for m in plan.matrices if m.expert} == {"gate_up_proj", "down_proj"}
+
+
+def test_hidden_states_come_back_from_disk_unchanged(tmp_path):
+    states = HiddenStates(tmp_path)
+    first, second = torch.randn(2, 3), torch.randn(2, 3)
+    states.append(first)
+    assert torch.equal(states[0], first)
+    states[0] = second
+    assert torch.equal(states[0], second)
