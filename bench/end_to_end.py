@@ -1,6 +1,6 @@
 """Perplexity and layer loss of every method on a real model, on the same calibration set and texts.
 
-    python bench/end_to_end.py MODEL --calibration c4-calibration.jsonl --data c4-validation.jsonl --data wikitext2-test.txt
+    python bench/end_to_end.py MODEL --calibration c4-calibration.jsonl --data c4-validation.jsonl --data wikitext2.txt
 
 Each method prunes its own copy, block by block; one JSON line a method is appended as soon as it is finished.
 """

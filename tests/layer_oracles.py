@@ -92,7 +92,7 @@ def sparsegpt_unstructured(weight: Tensor, gram: Tensor, sparsity: float, block:
 
 def proximal_gradient(weight: Tensor, gram: Tensor, lambda0: float, beta: float, check_every: int) -> Tensor:
     """Algorithm 2 on one row at a time in float64 for 2:4, with the exact prox of halve in float64."""
-    from halve.prox import prox
+    from halve.proximal import prox
 
     features = gram.double().diagonal().sqrt()
     target = weight.double() * features

@@ -74,7 +74,7 @@ def _partial(w: Tensor, subsets: Tensor, i: int) -> Tensor:
 
 
 def _polish(w: Tensor, z: Tensor, lam: Tensor, subsets: Tensor, sweeps: int = 20) -> Tensor:
-    """Coordinate descent on the support of the start, then Newton steps that are kept where they lower the objective."""
+    """Coordinate descent on the support of the start, then Newton steps kept where they lower the objective."""
     keep = subsets.shape[1] - 1
     on = w > 0
     w = w.clone()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from halve.outcome import Outcome, Status
     from halve.pattern import Pattern
     from halve.perplexity import Perplexity, evaluate
-    from halve.prox import prox
+    from halve.proximal import prox
     from halve.pruning import Pruned, prune
     from halve.verification import CheckResult, check
 
@@ -26,7 +26,7 @@ _HOMES = {
     "Status": "outcome",
     "check": "verification",
     "evaluate": "perplexity",
-    "prox": "prox",
+    "prox": "proximal",
     "prune": "pruning",
     "prune_weight": "matrix",
 }

@@ -308,7 +308,7 @@ def _reporting() -> Iterator[None]:
     """Turn Halve's errors into one sentence and an exit code."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # ours is the only one
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is the only one
     try:
         yield
     except HalveError as error:

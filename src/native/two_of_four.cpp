@@ -362,7 +362,7 @@ void unsort(const T* __restrict z, T* __restrict out, int n, const Block<T>& b) 
 template <typename T>
 bool two_of_four(const T* z, T* out, std::size_t groups, double lam) {
     Block<T> block;
-    const T strength = static_cast<T>(std::min(lam, 1e30));
+    const T strength = static_cast<T>(lam);
     for (std::size_t start = 0; start < groups; start += BLOCK) {
         const int n = static_cast<int>(std::min<std::size_t>(BLOCK, groups - start));
         if (!sort_block(z + 4 * start, n, strength, block)) return false;

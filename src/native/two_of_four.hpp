@@ -1,4 +1,4 @@
-// The exact proximal operator of lam * e_3 for groups of four: the compiled twin of halve/prox.py, where the
+// The exact proximal operator of lam * e_3 for groups of four: the compiled twin of halve/proximal.py, where the
 // mathematics is explained. The same source is compiled once for each instruction set.
 #pragma once
 

@@ -15,7 +15,7 @@ from halve.errors import InputError, PatternError
 from halve.gram import Statistics
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
-from halve.prox import prox
+from halve.proximal import prox
 from halve.quadratic import Scaled, spectral_bound
 
 CHECK_EVERY = 8

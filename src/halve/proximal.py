@@ -21,7 +21,7 @@ from torch import Tensor
 from halve import kernels
 from halve.errors import InputError, PatternError
 from halve.pattern import Pattern
-from halve.prox_faces import prox_of_pairs, prox_on_faces
+from halve.proximal_faces import prox_of_pairs, prox_on_faces
 
 Backend = Literal["auto", "reference", "native"]
 
@@ -33,6 +33,8 @@ _THREE_IS_SAFE_BELOW = 0.92
 """Share of the slope at the fourth entry below which the point of face 3 stands (see `_denser_faces`)."""
 _STARTS = ((0.45, 0.9), (0.3, 1.0), (0.6, 1.2))
 """Starts of `_face_of_four` in the order tried: the first serves all but some groups in a million."""
+_FLOAT32_LAMS = (1e-30, 1e30)
+"""Strengths that float32 holds to its full accuracy; beyond them the computation is in float64."""
 _CHUNK = 1 << 18
 """Groups at a time: bounds the memory, and makes the many operations on a few slow groups a small share of the time."""
 
@@ -53,7 +55,8 @@ def regulariser(weight: Tensor, pattern: str | Pattern = "2:4") -> Tensor:
         InputError: ``weight`` is not floating point.
     """
     parsed, keep = _checked(weight, pattern, "weight")
-    groups = weight.to(_compute_dtype(weight)).unflatten(-1, (-1, parsed.budget(weight.shape[-1])[1])).abs()
+    _, size = parsed.budget(weight.shape[-1])
+    groups = weight.to(_compute_dtype(weight)).reshape(*weight.shape[:-1], weight.shape[-1] // size, size).abs()
     value = [torch.ones_like(groups[..., 0]), *(torch.zeros_like(groups[..., 0]) for _ in range(keep + 1))]
     for entry in groups.unbind(-1):
         for degree in range(keep + 1, 0, -1):
@@ -81,46 +84,49 @@ def prox(z: Tensor, lam: float, pattern: str | Pattern = "2:4", *, backend: Back
 
     Raises:
         PatternError: the pattern is unstructured or malformed, or does not fit the last dimension.
-        InputError: ``z`` is not floating point or not finite, or ``lam`` is negative or not finite; the
-            backend is unknown, or has no kernel for this.
+        InputError: ``z`` is not floating point or not finite, ``lam`` is negative or not finite, or the backend is
+            unknown or has no kernel for this.
     """
     parsed, keep = _checked(z, pattern, "z")
     strength = float(lam)
     if not (math.isfinite(strength) and strength >= 0.0):
         raise InputError(f"lam = {lam} cannot weigh a penalty: pass a finite number >= 0")
-    _, size = parsed.budget(z.shape[-1])
-    if _takes_kernel(backend, z, parsed, strength):
-        solved = kernels.prox_two_of_four(z.detach().to(_compute_dtype(z)).contiguous(), strength)
-        if solved is None:
-            raise InputError("z holds NaN or infinity: the proximal operator needs finite weights")
-        return solved.to(z.dtype)
-    flat = z.detach().reshape(-1, size)
-    result = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    chunk = _CHUNK if (keep, size) == (2, 4) else max(1, _CHUNK // size**3)
-    for start in range(0, len(flat), chunk):
-        part = flat[start : start + chunk].to(_compute_dtype(z))
-        if not math.isfinite(float((part - part).sum())):
-            raise InputError("z holds NaN or infinity: the proximal operator needs finite weights")
-        if strength == 0.0:
-            solved = part + 0.0
-        elif (keep, size) == (2, 4):
-            solved = _two_of_four(part, strength)
-        else:
-            solved = _any_pattern(part, strength, keep)
-        result[start : start + chunk] = solved
-    return result.reshape(z.shape)
-
-
-def _takes_kernel(backend: str, z: Tensor, pattern: Pattern, lam: float) -> bool:
     if backend not in get_args(Backend):
         raise InputError(f"backend {backend!r} is unknown: choose one of {', '.join(get_args(Backend))}")
-    fits = pattern == Pattern("2:4") and z.device.type == "cpu" and lam > 0.0 and kernels.available()
-    if backend == "native" and not fits:
-        raise InputError(
-            f"there is no compiled kernel for {pattern} on {z.device} at lam = {lam} ({kernels.describe()}): "
-            "use backend auto"
-        )
-    return fits and backend != "reference"
+    _, size = parsed.budget(z.shape[-1])
+    has_kernel = (keep, size) == (2, 4) and z.device.type == "cpu" and kernels.available()
+    if backend == "native" and not has_kernel:
+        raise InputError(f"there is no kernel for {parsed} on {z.device} ({kernels.describe()}): use backend auto")
+    wide = strength > 0.0 and not _FLOAT32_LAMS[0] <= strength <= _FLOAT32_LAMS[1]
+    exact = z.detach().to(torch.float64 if wide else _compute_dtype(z)).reshape(-1, size).contiguous()
+    solved: Tensor | None
+    if strength == 0.0:
+        solved = exact + 0.0 if _all_finite(exact) else None
+    elif has_kernel and backend != "reference":
+        solved = kernels.prox_two_of_four(exact, strength)
+    else:
+        solved = _reference(exact, strength, keep)
+    if solved is None:
+        raise InputError("z holds NaN or infinity: the proximal operator needs finite weights")
+    return solved.to(z.dtype).reshape(z.shape)
+
+
+def _reference(z: Tensor, lam: float, keep: int) -> Tensor | None:
+    """Solve (groups, M) chunk by chunk in PyTorch; None if an entry is not finite."""
+    size = z.shape[1]
+    fast = (keep, size) == (2, 4)
+    chunk = _CHUNK if fast else max(1, _CHUNK // size**3)
+    result = torch.empty_like(z)
+    for start in range(0, len(z), chunk):
+        part = z[start : start + chunk]
+        if not _all_finite(part):
+            return None
+        result[start : start + chunk] = _two_of_four(part, lam) if fast else _any_pattern(part, lam, keep)
+    return result
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return math.isfinite(float((tensor - tensor).sum()))  # infinity - infinity is NaN; no mask, unlike isfinite
 
 
 def _checked(tensor: Tensor, pattern: str | Pattern, name: str) -> tuple[Pattern, int]:
@@ -159,7 +165,7 @@ def _two_of_four(z: Tensor, lam: float) -> Tensor:
     for i, j in _STABLE_NETWORK:
         swaps.append(torch.sub(w[i], w[j]).view(bits).bitwise_right_shift_(shift))  # all ones where w[i] < w[j]
         w[i], w[j] = torch.maximum(w[i], w[j]), torch.minimum(w[i], w[j])
-    mu = (w[0] * lam).clamp_(max=1e30)
+    mu = w[0] * lam
     undecided = torch.nonzero((mu < _SPARSE_FROM) & (w[2] > 0)).squeeze(1)
     top = torch.stack([plane[undecided] for plane in w])
     w[2].zero_()

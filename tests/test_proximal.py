@@ -10,7 +10,7 @@ from torch import Tensor
 from halve import kernels
 from halve.errors import InputError, PatternError
 from halve.pattern import Pattern
-from halve.prox import prox, regulariser
+from halve.proximal import prox, regulariser
 from oracles import brute_force_prox, elementary, prox_objective
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -21,6 +21,11 @@ OTHER_PATTERNS = {"1:2": 9, "1:4": 7, "2:3": 9, "3:4": 7, "2:5": 6, "3:5": 6, "3
 needs_kernel = pytest.mark.skipif(not kernels.available(), reason=kernels.describe())
 BACKENDS = ["reference", pytest.param("native", marks=needs_kernel)]
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
+PATTERNS = ["2:4", "1:4", "3:4", "2:6"]
+CASES = [("2:4", "reference"), pytest.param("2:4", "native", marks=needs_kernel)] + [
+    (pattern, "reference") for pattern in PATTERNS[1:]
+]
+each_case = pytest.mark.parametrize(("pattern", "backend"), CASES)
 
 
 def solve(z: Tensor, lam: Tensor, pattern: str = "2:4", backend: str = "reference") -> Tensor:
@@ -40,7 +45,7 @@ def excess(w: Tensor, z: Tensor, lam: Tensor, keep: int, lowest: Tensor) -> Tens
 
 @cache
 def bulk() -> tuple[Tensor, Tensor, Tensor]:
-    """Groups of 2:4 over lam 1e-4..1e4 and scales 1e-6..1e6, half of them where lam times scale decides; float32 values."""
+    """float32 values over lam 1e-4..1e4 and scales 1e-6..1e6, three in four where lam times scale decides the face."""
     generator = torch.Generator().manual_seed(20250118)
     blocks, size = 104, 1000
 
@@ -201,7 +206,9 @@ def test_any_group_matches_brute_force(rows, log_lam, pattern):
     lam = torch.full((len(z),), 10**log_lam, dtype=torch.float64)
     _, lowest = brute_force_prox(z, lam, keep, levels=5)
     for dtype in DTYPES:
-        assert excess(prox(z.to(dtype), 10**log_lam, pattern), z, lam, keep, lowest).max() <= TOLERANCE[dtype]
+        for backend in ("reference", "auto"):
+            w = prox(z.to(dtype), 10**log_lam, pattern, backend=backend)
+            assert excess(w, z, lam, keep, lowest).max() <= TOLERANCE[dtype]
 
 
 def random_groups(pattern: str, seed: int = 0) -> Tensor:
@@ -209,118 +216,132 @@ def random_groups(pattern: str, seed: int = 0) -> Tensor:
     return torch.randn(300, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-PATTERNS = ["2:4", "1:4", "3:4", "2:6"]
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
+@each_case
 @pytest.mark.parametrize("lam", [0.01, 0.3, 2.0])
-def test_equivariance(pattern, lam):
+def test_equivariance(pattern, backend, lam):
     z = random_groups(pattern)
-    w = prox(z, lam, pattern)
+
+    def solved(z: Tensor, lam: float) -> Tensor:
+        return prox(z, lam, pattern, backend=backend)
+
+    w = solved(z, lam)
     sign = torch.randn(z.shape, generator=torch.Generator().manual_seed(9)).sign().double()
-    torch.testing.assert_close(prox(z * sign, lam, pattern), w * sign, rtol=0, atol=0)
+    torch.testing.assert_close(solved(z * sign, lam), w * sign, rtol=0, atol=0)
     order = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(9))
-    torch.testing.assert_close(prox(z[:, order], lam, pattern), w[:, order], rtol=0, atol=0)
+    torch.testing.assert_close(solved(z[:, order], lam), w[:, order], rtol=0, atol=0)
     keep = Pattern.parse(pattern).keep
     for c in (0.25, 4.0, 1e3):
-        torch.testing.assert_close(
-            prox(c * z, lam, pattern), c * prox(z, lam * c ** (keep - 1), pattern), rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(solved(c * z, lam), c * solved(z, lam * c ** (keep - 1)), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@each_case
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shrinks_and_keeps_sign_and_order(pattern, dtype):
+def test_shrinks_and_keeps_sign_and_order(pattern, backend, dtype):
     z = random_groups(pattern, 3).to(dtype)
     for lam in (1e-3, 0.3, 1.0):
-        w = prox(z, lam, pattern)
+        w = prox(z, lam, pattern, backend=backend)
         assert (w * z >= 0).all()
         assert (w.abs() <= z.abs()).all()
         by_z = w.abs().gather(-1, z.abs().argsort(-1, descending=True))
         assert (by_z.diff(dim=-1) <= 0).all()
 
 
-def test_larger_lam_never_has_a_larger_regulariser():
-    # of two minimisers the one with the larger weight on r has the smaller r: exact for every global minimum
-    z = random_groups("2:4", 5)
-    values = torch.stack([regulariser(prox(z, lam)) for lam in (0.0, 0.01, 0.1, 0.3, 0.6, 1.0, 2.0, 5.0)])
+@each_case
+def test_larger_lam_never_has_a_larger_regulariser(pattern, backend):
+    # of two global minimisers the one with the larger weight on r has the smaller r
+    z = random_groups(pattern, 5)
+    lams = (0.0, 0.01, 0.1, 0.3, 0.6, 1.0, 2.0, 5.0)
+    values = torch.stack([regulariser(prox(z, lam, pattern, backend=backend), pattern) for lam in lams])
     assert (values.diff(dim=0) <= 1e-12).all()
+    assert (values[0] > values[3]).all()
 
 
-def test_reaches_the_projection_for_large_lam():
-    z = random_groups("2:4", 6)
-    torch.testing.assert_close(prox(z, 1e6), Pattern("2:4").project(z), rtol=0, atol=0)
+@each_case
+def test_reaches_the_projection_for_large_lam(pattern, backend):
+    z = random_groups(pattern, 6)
+    w = prox(z, 1e6, pattern, backend=backend)
+    torch.testing.assert_close(w, Pattern(pattern).project(z), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, "16:32"])
-def test_lam_zero_returns_z(pattern):
+@each_case
+def test_lam_zero_returns_z(pattern, backend):
     z = random_groups(pattern)
-    w = prox(z, 0.0, pattern)
+    z[0] = -0.0
+    w = prox(z, 0.0, pattern, backend=backend)
     assert torch.equal(w, z)
+    assert not torch.signbit(w[0]).any()
     assert w.data_ptr() != z.data_ptr()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("lam", [0.0, 0.5, 50.0])
-def test_zeros_are_positive(pattern, lam):
+@each_case
+@pytest.mark.parametrize("lam", [0.5, 50.0])
+def test_zeros_are_positive(pattern, backend, lam):
     z = random_groups(pattern)
     z[::3] = -z[::3].abs()
     z[1::5, 1:] = -0.0
-    w = prox(z, lam, pattern)
+    w = prox(z, lam, pattern, backend=backend)
     assert not torch.signbit(w[w == 0]).any()
     assert (w == 0).any()
 
 
-@pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "3:4", "2:6"])
-def test_ties_keep_the_lowest_index(pattern):
+@each_case
+def test_ties_keep_the_lowest_index(pattern, backend):
     parsed = Pattern.parse(pattern)
     z = torch.full((1, parsed.group), -3.0)
     expected = [-3.0] * parsed.keep + [0.0] * (parsed.group - parsed.keep)
-    assert prox(z, 10.0, pattern).tolist() == [expected]
+    assert prox(z, 10.0, pattern, backend=backend).tolist() == [expected]
     if pattern == "2:4":
-        assert prox(torch.tensor([[1.0, 2.0, 2.0, 3.0]]), 10.0).tolist() == [[0.0, 2.0, 0.0, 3.0]]
-        assert prox(torch.tensor([[2.0, 1.0, 2.0, 2.0]]), 10.0).tolist() == [[2.0, 0.0, 2.0, 0.0]]
+        z = torch.tensor([[1.0, 2.0, 2.0, 3.0], [2.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 1.0]])
+        expected = [[0.0, 2.0, 0.0, 3.0], [2.0, 0.0, 2.0, 0.0], [1.0, 0.0, 2.0, 0.0]]
+        assert prox(z, 10.0, backend=backend).tolist() == expected
 
 
+@each_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
-def test_narrow_dtypes_are_computed_in_float32(dtype, pattern):
-    z = torch.randn(64, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
-    for lam in (0.1, 1.0):
-        w = prox(z, lam, pattern)
+def test_narrow_dtypes_are_computed_in_float32(pattern, backend, dtype):
+    z = torch.randn(64, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for lam in (0.0, 0.1, 1.0):
+        w = prox(z, lam, pattern, backend=backend)
         assert w.dtype == dtype
-        assert torch.equal(w, prox(z.float(), lam, pattern).to(dtype))
+        assert torch.equal(w, prox(z.float(), lam, pattern, backend=backend).to(dtype))
 
 
-def test_shapes_views_and_chunks(monkeypatch):
+@each_case
+def test_shapes_views_and_chunks(pattern, backend, monkeypatch):
     z = torch.randn(6, 5, 24, generator=torch.Generator().manual_seed(3))
-    w = prox(z, 0.5)
-    assert w.shape == z.shape
-    assert torch.equal(prox(z.transpose(0, 1), 0.5), w.transpose(0, 1))
-    assert torch.equal(prox(z[..., 8:16], 0.5), w[..., 8:16])
-    assert prox(z[:0], 0.5).shape == (0, 5, 24)
-    monkeypatch.setattr("halve.prox._CHUNK", 7)
-    assert torch.equal(prox(z, 0.5), w)
     before = z.clone()
-    prox(z, 0.5)
+    w = prox(z, 0.5, pattern, backend=backend)
     assert torch.equal(z, before)
+    assert w.shape == z.shape
+    assert torch.equal(prox(z.transpose(0, 1), 0.5, pattern, backend=backend), w.transpose(0, 1))
+    assert torch.equal(prox(z[..., 12:], 0.5, pattern, backend=backend), w[..., 12:])
+    assert prox(z[:0], 0.5, pattern, backend=backend).shape == (0, 5, 24)
+    assert regulariser(z[:0], pattern).shape == (0, 5, 24 // Pattern(pattern).group)
+    monkeypatch.setattr("halve.proximal._CHUNK", 7 if pattern == "2:4" else 7 * Pattern(pattern).group ** 3)
+    assert torch.equal(prox(z, 0.5, pattern, backend=backend), w)
 
 
 def test_no_gradient():
-    z = torch.randn(2, 8, requires_grad=True)
-    assert not prox(z, 0.5).requires_grad
+    assert not prox(torch.randn(2, 8, requires_grad=True), 0.5).requires_grad
 
 
-@pytest.mark.parametrize("lam", [1e-300, 1e-30, 1e30, 1e300])
+@both_backends
+@pytest.mark.parametrize("lam", [1e-300, 1e-44, 1e-30, 1e30, 1e44, 1e300])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extreme_strengths_stay_finite(lam, dtype):
-    top = 1e30 if dtype == torch.float32 else 1e300
-    z = torch.tensor([[1.0, 0.5, 0.25, 0.125]], dtype=dtype) * torch.tensor([[1.0], [top], [1 / top]], dtype=dtype)
-    w = prox(z, lam)
-    assert torch.isfinite(w).all()
-    assert torch.equal(w[:, :2], z[:, :2]) or lam * z[0, 0] < 1.3
-    if lam == 1e300:
-        assert torch.equal(w[0], torch.tensor([1.0, 0.5, 0.0, 0.0], dtype=dtype))
+def test_extreme_strengths(lam, dtype, backend):
+    scales = (1.0, 1e30, 1e-44) if dtype == torch.float32 else (1.0, 1e300, 1e-300)
+    group = torch.tensor([1.0, 0.5, 0.25, 0.125], dtype=torch.float64)
+    z = (group * torch.tensor(scales, dtype=torch.float64)[:, None]).to(dtype)
+    w = prox(z, lam, backend=backend)
+    for row, scale in enumerate(scales):
+        strength = lam * scale
+        if strength > 1e3:
+            assert torch.equal(w[row], Pattern("2:4").project(z[row]))
+        elif strength < 1e-20:
+            assert torch.equal(w[row], z[row])
+        else:
+            expected = (scale * prox(z[row].double() / scale, strength)).to(dtype)
+            torch.testing.assert_close(w[row], expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "3:4", "4:8", "7:8"])
@@ -333,25 +354,35 @@ def test_regulariser_is_the_elementary_polynomial(pattern):
     assert (regulariser(parsed.project(w), pattern) == 0).all()
 
 
+@each_case
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_finite_is_refused(pattern, backend, bad):
+    z = torch.randn(3, 24, generator=torch.Generator().manual_seed(7))
+    for at in ((0, 0), (1, 3), (2, 23)):
+        broken = z.clone()
+        broken[at] = bad
+        for lam in (0.0, 1.0, 1e6):
+            with pytest.raises(InputError, match="NaN or infinity"):
+                prox(broken, lam, pattern, backend=backend)
+
+
 def test_bad_input_is_named():
     z = torch.randn(2, 8)
     for lam in (-1.0, math.nan, math.inf):
         with pytest.raises(InputError, match="lam = "):
             prox(z, lam)
-    for bad in (math.nan, math.inf, -math.inf):
-        broken = z.clone()
-        broken[1, 3] = bad
-        for pattern in ("2:4", "1:4", "3:4"):
-            for lam in (0.0, 1.0):
-                with pytest.raises(InputError, match="NaN or infinity"):
-                    prox(broken, lam, pattern)
     with pytest.raises(InputError, match=r"z has dtype torch\.int64"):
         prox(torch.ones(2, 8, dtype=torch.int64), 1.0)
     with pytest.raises(InputError, match=r"weight has dtype torch\.int32"):
         regulariser(torch.ones(2, 8, dtype=torch.int32))
-    with pytest.raises(PatternError, match="50% has no groups"):
-        prox(z, 1.0, "50%")
-    with pytest.raises(PatternError, match="divisible by 4"):
-        prox(torch.randn(2, 6), 1.0)
-    with pytest.raises(PatternError, match="single number"):
-        prox(torch.tensor(1.0), 1.0)
+    for operator in (regulariser, lambda z, pattern: prox(z, 1.0, pattern)):
+        with pytest.raises(PatternError, match="50% has no groups"):
+            operator(z, "50%")
+        with pytest.raises(PatternError, match="divisible by 4"):
+            operator(z[:, :6], "2:4")
+        with pytest.raises(PatternError, match="single number"):
+            operator(torch.tensor(1.0), "2:4")
+    with pytest.raises(InputError, match="backend 'cuda' is unknown"):
+        prox(z, 1.0, backend="cuda")
+    with pytest.raises(InputError, match="no kernel for 1:4"):
+        prox(z, 1.0, "1:4", backend="native")

@@ -1,0 +1,107 @@
+"""How fast the proximal operator of 2:4 is, beside the usual alternating updates and beside copying the tensor.
+
+    python bench/prox_operator.py [--json PATH] [--weights 4194304] [--threads 2] [--repeats 7]
+
+The peer is what published implementations do, in plain PyTorch: a hundred sweeps of exact updates, one coordinate at a
+time, over the whole tensor. All contenders run in turns in the same process; the medians are reported.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halve import kernels
+from halve.proximal import prox, regulariser
+
+SWEEPS = 100
+
+
+def alternating_updates(z: Tensor, lam: float, sweeps: int = SWEEPS) -> Tensor:
+    """Minimise over one coordinate after another, from z: ``w_i = max(0, |z_i| - lam e_2(the others))``."""
+    magnitudes = z.abs()
+    w = magnitudes.clone()
+    for _ in range(sweeps):
+        for i in range(4):
+            a, b, c = (w[:, j] for j in range(4) if j != i)
+            w[:, i] = (magnitudes[:, i] - lam * (a * b + b * c + c * a)).clamp_(min=0)
+    return w * z.sign()
+
+
+def objective(w: Tensor, z: Tensor, lam: float) -> float:
+    difference = w.double() - z.double()
+    return float(0.5 * (difference * difference).sum() + lam * regulariser(w.double()).sum())
+
+
+def median_seconds(contenders: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
+    """Time the contenders in turns, so that whatever else the machine does falls on all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, run in contenders.items():
+            begin = time.perf_counter()
+            run()
+            if turn:  # the first turn warms caches and threads
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--weights", type=int, default=4 << 20, help="N(0, 1) weights in the tensor")
+    parser.add_argument(
+        "--peer-weights", type=int, default=1 << 20, help="of them, how many the alternating updates get"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--lams", type=float, nargs="+", default=[0.01, 0.1, 1.0, 10.0, 100.0])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    z = torch.randn(options.weights // 4, 4, generator=torch.Generator().manual_seed(0))
+    small = z[: options.peer_weights // 4]
+    print(f"{z.numel()} weights, float32, {options.threads} threads, median of {options.repeats}; {kernels.describe()}")
+    print(f"{'lam':>6} {'backend':>10} {'M weights/s':>12} {'x alternating':>14} {'x copy time':>12} {'objective':>22}")
+    rows = []
+    for lam in options.lams:
+        contenders: dict[str, Callable[[], Tensor]] = {
+            "copy": z.clone,
+            "alternating": lambda lam=lam: alternating_updates(small, lam),
+            "reference": lambda lam=lam: prox(z, lam, backend="reference"),
+        }
+        if kernels.available():
+            contenders["native"] = lambda lam=lam: prox(z, lam, backend="native")
+        seconds = median_seconds(contenders, options.repeats)
+        speed = {name: (small if name == "alternating" else z).numel() / time for name, time in seconds.items()}
+        lost = {name: objective(contenders[name](), z, lam) for name in ("reference", "native") if name in contenders}
+        for name in speed:
+            row = {
+                "lam": lam,
+                "backend": name,
+                "weights_per_second": speed[name],
+                "times_alternating": speed[name] / speed["alternating"],
+                "times_the_time_of_a_copy": speed["copy"] / speed[name],
+                "objective": lost.get(name),
+            }
+            rows.append(row)
+            shown = "" if row["objective"] is None else f"{row['objective']:.6f}"
+            print(
+                f"{lam:>6g} {name:>10} {speed[name] / 1e6:>12.1f} {row['times_alternating']:>14.1f} "
+                f"{row['times_the_time_of_a_copy']:>12.1f} {shown:>22}"
+            )
+    if options.json:
+        facts = {
+            "weights": z.numel(),
+            "threads": options.threads,
+            "kernel": kernels.describe(),
+            "torch": torch.__version__,
+        }
+        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
