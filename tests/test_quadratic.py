@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import layer_oracles as oracle
+from halve import quadratic
 from halve.errors import CalibrationError
 from halve.quadratic import (
     Scaled,
@@ -148,3 +149,19 @@ def test_spectral_bound_of_simple_matrices():
     assert spectral_bound(torch.zeros(8, 8)) == 0.0
     assert spectral_bound(torch.eye(50)) >= 1.0
     assert spectral_bound(torch.ones(50, 50)) >= 50.0
+
+
+@pytest.mark.parametrize("d_in", [64, 320])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slope_steps_along_the_gradient_whatever_the_products_dtype(monkeypatch, d_in, dtype):
+    monkeypatch.setattr(quadratic, "compute_dtype", lambda _device: dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * d_in, d_in, generator=generator)
+    gram = x.T @ x / len(x)
+    target = torch.randn(8, d_in, generator=generator)
+    weight = target + 0.01 * torch.randn(8, d_in, generator=generator)
+    slope = quadratic.Slope(gram, -0.5)
+    assert slope.dtype == (dtype if d_in >= 256 else torch.float32)
+    moved = slope.step(weight, target).double() - weight.double()
+    expected = -0.5 * (weight.double() - target.double()) @ gram.double()
+    assert float((moved - expected).norm() / expected.norm()) < (1e-4 if slope.dtype == torch.float32 else 6e-3)

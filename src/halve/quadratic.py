@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halve.device import compute_dtype
 from halve.errors import CalibrationError
 
 DEAD_SHARE = 1e-10
 """Features whose mean square is at most this share of the average one count as dead."""
+_NARROW_FROM = 256
+"""Smallest d_in for which `Slope` leaves float32: below, products are not what takes the time."""
 
 
 def row_losses(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
@@ -154,6 +157,27 @@ class Scaled:
         weight = (scaled * self.scale).div_(self.features).to(self.original.dtype)
         weight = torch.where(self.dead & (scaled != 0), self.original, weight)
         return weight.add_(0.0)
+
+
+class Slope:
+    """Steps along the gradient ``(V - V0) H̃``, its product taken in bfloat16 where the hardware multiplies that faster.
+
+    Rounding there is relative to the difference from V0, not to V: each step's gradient is off by some 0.4 %, and the
+    losses that the iterations reach agree with float32's to a few parts in ten thousand.
+
+    Args:
+        gram: (d_in, d_in) float32, H̃.
+        factor: what the gradient is multiplied by, negative to descend.
+    """
+
+    def __init__(self, gram: Tensor, factor: float) -> None:
+        worthwhile = gram.shape[0] >= _NARROW_FROM
+        self.dtype = compute_dtype(gram.device) if worthwhile else torch.float32
+        self._product = (gram * factor).to(self.dtype)
+
+    def step(self, weight: Tensor, target: Tensor) -> Tensor:
+        """Return ``weight + factor (weight - target) H̃``, all (d_out, d_in) float32."""
+        return weight + (weight - target).to(self.dtype) @ self._product
 
 
 def spectral_bound(gram: Tensor, *, columns: int = 8, powers: int = 8) -> float:

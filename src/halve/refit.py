@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halve.errors import InputError
 from halve.pattern import apply_mask
-from halve.quadratic import Scaled, row_losses, spectral_bound
+from halve.quadratic import Scaled, Slope, row_losses, spectral_bound
 
 REPACK_SHARE = 0.1
 """Share of converged rows at which the others are packed together."""
@@ -97,14 +97,11 @@ def refit_gd(
     """
     GDOptions(steps)
     problem = Scaled.of(original, gram)
-    step = 1.0 / spectral_bound(problem.gram)
-    smooth = problem.gram * -step
-    smooth.diagonal().add_(1.0)
-    constant = (problem.weight @ problem.gram).mul_(step)
+    slope = Slope(problem.gram, -1.0 / spectral_bound(problem.gram))
     keep = mask.float()
     solution = problem.apply(weight).mul_(keep)
     for _ in range(steps):
-        solution = torch.addmm(constant, solution, smooth).mul_(keep)
+        solution = slope.step(solution, problem.weight).mul_(keep)
     fitted, kept = _never_worse(problem, solution, weight, mask, gram)
     return fitted, {"refit_iterations": float(steps), "refit_kept_rows": float(kept)}
 

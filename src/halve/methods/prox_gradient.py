@@ -2,8 +2,8 @@
 
     V ← prox_{λ/L}(V - (V - V0) H̃ / L),   λ ← β λ,   until every group is N:M
 
-in the unit-diagonal variables of ``quadratic.Scaled``. With ``A = I - H̃/L`` and ``C = V0 H̃/L`` the inner step is the
-single product ``C + V A``.
+in the unit-diagonal variables of ``quadratic.Scaled``. Only the small difference ``V - V0`` is multiplied, so the
+product may be taken in bfloat16 (`quadratic.Slope`).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from halve.gram import Statistics
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.proximal import prox
-from halve.quadratic import Scaled, spectral_bound
+from halve.quadratic import Scaled, Slope, spectral_bound
 
 CHECK_EVERY = 8
 """Iterations between two looks for finished rows; at β = 1.01, λ grows by 8 % in between."""
@@ -112,10 +112,8 @@ def _descend(
     """Run the iteration on (d_out, d_in) float32 ``start`` towards ``target`` V0, rows leaving as they finish."""
     result = start.clone()
     step = 1.0 / lipschitz
-    smooth = gram * -step
-    smooth.diagonal().add_(1.0)
+    slope = Slope(gram, -step)
     rows = torch.arange(start.shape[0], device=start.device)
-    constant = (target @ gram).mul_(step)
     current = start
     finished = torch.zeros_like(rows, dtype=torch.bool)
     lam = options.lambda0
@@ -133,11 +131,11 @@ def _descend(
                 return _Descent(result, iterations, row_iterations, lam)
             if left >= REPACK_SHARE * len(rows):
                 keep = ~finished
-                rows, current, constant = rows[keep], current[keep], constant[keep]
+                rows, current, target = rows[keep], current[keep], target[keep]
                 finished = torch.zeros_like(rows, dtype=torch.bool)
         if iterations:
             lam = min(lam * options.beta, _LARGEST_LAMBDA)
-        current = prox(torch.addmm(constant, current, smooth), lam * step, pattern)
+        current = prox(slope.step(current, target), lam * step, pattern)
         iterations += 1
         row_iterations += len(rows)
 
