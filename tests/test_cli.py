@@ -33,6 +33,7 @@ def test_prune_then_check_then_eval(model, text, tmp_path):
     out = str(tmp_path / "out")
     result = run(app, ["prune", model, "--out", out, "--calibration", text, *FAST])
     assert result.exit_code == 0, result.output
+    assert "plan: 21 matrices in 3 blocks; left dense: 1 embedding, outside the blocks; 1 outside" in result.output
     assert "21 matrices at 2:4 by wanda" in result.output
     assert "model.layers.2.mlp.down_proj.weight" in result.output  # plain lines where there is no terminal
     result = run(app, ["check", out, "--against", model])

@@ -105,3 +105,10 @@ def test_only_more_than_n_is_a_violation():
     assert Pattern("3:4").satisfied_by(weight)
     assert Pattern("2:4").satisfied_by(torch.tensor([[1.0, float("nan"), 0, 0]]))
     assert not Pattern("1:4").satisfied_by(torch.tensor([[1.0, float("nan"), 0, 0]]))
+
+
+@pytest.mark.parametrize("text", ["2:4", "50%"])
+def test_no_rows_are_fine(text):
+    empty = torch.zeros(0, 8)
+    assert Pattern(text).project(empty).shape == (0, 8)
+    assert Pattern(text).satisfied_by(empty)

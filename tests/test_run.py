@@ -141,6 +141,8 @@ def test_progress_counts_every_matrix_once():
     report = prune_blocks(decoder("llama"), batches(), settings(), device=CPU, listen=steps.append)
     solved = [step.matrix.name for step in steps if step.matrix is not None]
     assert solved == [matrix.name for matrix in report.matrices]
+    assert steps[0].phase == "plan"
+    assert len(steps[0].plan.matrices) == len(solved)
     assert steps[-1].phase == "done"
     assert steps[-1].finished == steps[-1].matrices == len(solved)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -327,7 +328,11 @@ def _refused(error: HalveError) -> bool:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Any], None]]:
-    """Show a live bar on a terminal, one plain line a block elsewhere."""
+    """Show a live bar on a terminal, one plain line a matrix elsewhere; say so if the slow prox is in use."""
+    from halve import kernels
+
+    if not kernels.available():
+        err.print(f"[yellow]note:[/] {kernels.describe()}", highlight=False)
     if not err.is_terminal:
         yield _plain_progress
         return
@@ -344,6 +349,8 @@ def _progress() -> Iterator[Callable[[Any], None]]:
         task = bar.add_task("reading", total=None, last="")
 
         def show(step: Any) -> None:
+            if step.plan is not None:
+                bar.console.print(_plan(step.plan), highlight=False)
             description = f"block {min(step.block + 1, step.blocks)}/{step.blocks} {step.phase}"
             bar.update(task, description=description, completed=step.finished, total=step.matrices)
             if step.matrix is not None:
@@ -353,9 +360,18 @@ def _progress() -> Iterator[Callable[[Any], None]]:
 
 
 def _plain_progress(step: Any) -> None:
+    if step.plan is not None:
+        sys.stderr.write(_plan(step.plan) + "\n")
     if step.phase == "solve" and step.matrix is not None:
         sys.stderr.write(f"block {step.block + 1}/{step.blocks} {step.matrix.name} {_loss(step.matrix)}\n")
         sys.stderr.flush()
+
+
+def _plan(plan: Any) -> str:
+    """Say how many parameters will be pruned, and why the others stay dense (halve.json names each)."""
+    reasons = Counter(entry.reason for entry in plan.excluded)
+    dense = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
+    return f"plan: {len(plan.matrices)} matrices in {len(plan.blocks)} blocks; left dense: {dense}"
 
 
 def _loss(matrix: Any) -> str:

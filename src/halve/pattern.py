@@ -91,8 +91,9 @@ class Pattern:
         Raises:
             PatternError: the last dimension does not fit.
         """
-        _, group = self.budget(weight.shape[-1])
-        return weight.reshape(*weight.shape[:-1], -1, group)
+        d_in = weight.shape[-1]
+        _, group = self.budget(d_in)
+        return weight.reshape(*weight.shape[:-1], d_in // group, group)
 
     def keep_mask(self, scores: Tensor) -> Tensor:
         """Mark the entries to keep: the largest scores of each group, ties to the lowest index.

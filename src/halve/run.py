@@ -130,10 +130,11 @@ class Progress:
     Attributes:
         block: index of the current block.
         blocks: number of blocks.
-        phase: ``capture``, ``collect``, ``solve``, ``replay`` or ``done``.
-        matrix: the matrix just finished, in phase ``solve``.
+        phase: ``plan``, ``capture``, ``collect``, ``solve``, ``replay`` or ``done``.
         finished: matrices finished so far.
         matrices: matrices in all.
+        matrix: the matrix just finished, in phase ``solve``.
+        plan: what will be done, in phase ``plan``, before anything is.
     """
 
     block: int
@@ -142,6 +143,7 @@ class Progress:
     finished: int
     matrices: int
     matrix: MatrixReport | None = None
+    plan: Plan | None = None
 
 
 Listener = Callable[[Progress], None]
@@ -230,6 +232,7 @@ class _Loop:
 
     def run(self, batches: Sequence[Batch], returns: Sequence[Any], offload: Path | None) -> RunReport:
         members = [self._model.get_submodule(name) for name in self._plan.blocks]
+        self._tell(0, "plan", plan=self._plan)
         self._tell(0, "capture")
         started = time.perf_counter()
         stream = stream_of.capture(self._model, members, batches, returns, offload)
@@ -329,9 +332,9 @@ class _Loop:
         self._reports.append(report)
         self._tell(matrix.block, "solve", report)
 
-    def _tell(self, block: int, phase: str, matrix: MatrixReport | None = None) -> None:
+    def _tell(self, block: int, phase: str, matrix: MatrixReport | None = None, plan: Plan | None = None) -> None:
         finished, total = len(self._reports), len(self._plan.matrices)
-        self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix))
+        self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, plan))
 
 
 def _prune_unseen(weight: torch.Tensor, statistics: Statistics | None, settings: Settings) -> Outcome:
