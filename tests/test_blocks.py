@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from halve import blocks
-from halve.errors import CalibrationError, UnsupportedModelError
+from halve.errors import CalibrationError, InputError, UnsupportedModelError
 from halve.layers import find_stack
 from models import DECODERS, MIXTURES, bert, decoder, tokens, vit
 
@@ -177,3 +177,59 @@ def test_working_copy_is_float32_and_separate():
     work = blocks.working_copy(block, torch.device("cpu"))
     assert {p.dtype for p in work.parameters()} == {torch.float32}
     assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x += self.up(x)
+        return x
+
+
+def test_a_block_that_writes_into_its_input_is_refused():
+    model = Between(1.0)
+    model.blocks = nn.ModuleList([InPlace(), InPlace()])
+    with pytest.raises(UnsupportedModelError, match="block 0 of Between writes into its own input"):
+        blocks.verify_replay(model, list(model.blocks), {"x": torch.randn(2, 5, 8)})
+
+
+class WithExtra(InPlace):
+    """Returns a second tensor, as blocks with a shared position bias do."""
+
+    def forward(self, x, bias=None):
+        shift = torch.zeros(()) if bias is None else bias.mean()
+        return x + self.up(x) + shift, x + 1.0
+
+
+class Sharing(nn.Module):
+    def __init__(self, shares):
+        super().__init__()
+        self.blocks = nn.ModuleList([WithExtra(), WithExtra()])
+        self.shares = shares
+
+    def forward(self, x):
+        bias = None
+        for block in self.blocks:
+            x, extra = block(x, bias=bias)
+            bias = extra if self.shares else None
+        return x
+
+
+def test_what_blocks_hand_each_other_besides_the_hidden_state_is_detected():
+    batch = {"x": torch.randn(2, 5, 8)}
+    model = Sharing(shares=False)
+    blocks.verify_replay(model, list(model.blocks), batch)
+    model = Sharing(shares=True)
+    with pytest.raises(UnsupportedModelError, match="does not reproduce its own output"):
+        blocks.verify_replay(model, list(model.blocks), batch)
+
+
+def test_masks_that_are_not_batch_by_sequence_are_refused():
+    blocks.check_batches([{"input_ids": tokens(2), "attention_mask": torch.ones(2, 24)}])
+    with pytest.raises(InputError, match=r"attention_mask of calibration batch 0 has shape \(2, 1, 24, 24\)"):
+        blocks.check_batches([{"input_ids": tokens(2), "attention_mask": torch.ones(2, 1, 24, 24)}])
+    with pytest.raises(InputError, match="no calibration batches"):
+        blocks.check_batches([])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from halve import blocks
-from halve.collect import Collector, observe_fused
+from halve.collect import Collector, observe
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.layers import find_stack, make_plan
 from halve.pattern import Pattern
@@ -19,8 +19,8 @@ def collect_first_block(model, batches, skip=()):
     short = blocks.probe_batch(batches[0])
     with blocks.eager_experts(model):
         returns = blocks.verify_replay(model, members, short)
-        layouts = observe_fused(model, members, lambda: blocks.run_model(model, short))
-        plan = make_plan(model, Pattern("2:4"), layouts, skip)
+        observed = observe(model, members, lambda: blocks.run_model(model, short))
+        plan = make_plan(model, Pattern("2:4"), observed.layouts, skip)
         stream = blocks.capture(model, members, batches, returns)
         collector = Collector(members[0], plan.blocks[0], plan.of_block(0), CPU)
         with collector.watching():
@@ -179,3 +179,34 @@ def test_transposed_square_experts_are_told_from_straight_ones(batched):
     flat = x.flatten(0, 1)
     for matrix in plan.of_block(0):
         torch.testing.assert_close(statistics[matrix.name].gram, flat.T @ flat / 10)
+
+
+class ListedExperts(nn.Module):
+    """Experts in a module list, each called with the rows routed to it, be there none."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x):
+        which = (x.sum(-1) > 0).long()
+        parts = [expert(x[which == index]) for index, expert in enumerate(self.experts)]
+        out = x.clone()
+        for index, part in enumerate(parts):
+            out[which == index] = part
+        return out
+
+
+def test_an_expert_called_with_no_rows_counts_as_unseen():
+    model = Stack()
+    model.layers = nn.ModuleList([ListedExperts(), ListedExperts()])
+    _, statistics = collect_first_block(model, [{"x": torch.randn(2, 50, 8)}])
+    seen = [value.tokens if value else 0 for value in statistics.values()]
+    assert seen[0] + seen[1] == 100
+    assert seen[2] == 0
+
+
+def test_observe_lists_the_layers_that_were_called():
+    model = Stack()
+    observed = observe(model, list(model.layers), lambda: model(torch.randn(2, 5, 8)))
+    assert observed.called == {"layers.0.up.weight", "layers.1.up.weight"}

@@ -145,3 +145,10 @@ def test_without_the_compiled_module_everything_works_and_says_so():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "slower PyTorch reference" in result.stdout
+
+
+@needs_kernel
+def test_what_the_kernel_cannot_read_is_refused():
+    for z in (torch.zeros(6), torch.zeros(8).bfloat16(), torch.zeros(4, 4).T[:, :2]):
+        with pytest.raises(ValueError, match="no kernel for"):
+            kernels.prox_two_of_four(z, 0.1)

@@ -117,3 +117,20 @@ def test_convolutions_gates_and_nested_expert_lists():
     assert reasons["conv.weight"] == "convolution"
     assert reasons["gate.weight"] == "one output: a gate"
     assert reasons["table"] == "not the weight of a linear layer (Block.table)"
+
+
+def test_a_linear_router_beside_its_experts_stays_dense():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(8, 3)
+            self.up = nn.Linear(8, 8)
+            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Mixture(), Mixture()])
+    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, {}).excluded}
+    assert reasons == {
+        "layers.0.router.weight": "as many outputs as experts beside it: a router",
+        "layers.1.router.weight": "as many outputs as experts beside it: a router",
+    }

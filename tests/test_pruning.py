@@ -183,3 +183,20 @@ def test_a_token_set_is_taken_as_it_is():
     given = TokenSet(ids, "mine", hash_ids(ids), 1)
     pruned = halve.prune(decoder("llama"), calibration=given, method="wanda")
     assert pruned.record["calibration"]["source"] == "mine"
+
+
+def test_magnitude_without_refit_needs_no_data_at_all(tmp_path):
+    model = decoder("llama")
+    pruned = halve.prune(model, tmp_path / "out", method="magnitude", refit="none")
+    assert pruned.record["calibration"] == {"seed": 0, "source": "none", "batches": 0}
+    assert pruned.record["mean_relative_loss"] is None
+    assert halve.check(tmp_path / "out").matrices == 21
+
+
+def test_one_skip_pattern_and_a_generator_of_batches_are_fine():
+    batches = ({"input_ids": tokens(2, seed=seed)} for seed in range(2))
+    pruned = halve.prune(decoder("llama"), calibration=batches, method="wanda", skip="*down_proj*")
+    assert len(pruned.report.matrices) == 18
+    assert pruned.record["calibration"]["batches"] == 2
+    with pytest.raises(InputError, match="empty list"):
+        halve.prune(decoder("llama"), calibration=[], method="wanda")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from halve.blocks import HiddenStates, run_model
-from halve.errors import CalibrationError, InputError
+from halve.errors import CalibrationError, InputError, UnsupportedModelError
 from halve.layers import find_stack
 from halve.matrix import prune_weight
 from halve.outcome import Status
@@ -153,6 +153,7 @@ def test_bad_settings_are_refused_before_any_work():
         {"refit": "sgd"},
         {"options": {"betta": 1}},
         {"fallback": "nothing"},
+        {"min_expert_tokens": 0},
         {"method": "prox-gradient", "pattern": "50%"},
     ):
         with pytest.raises(InputError):
@@ -174,3 +175,40 @@ def test_hidden_states_come_back_from_disk_unchanged(tmp_path):
     assert torch.equal(states[0], first)
     states[0] = second
     assert torch.equal(states[0], second)
+
+
+def test_nothing_is_changed_when_a_layer_turns_out_not_to_be_called():
+    model = decoder("llama")
+    attention = model.model.layers[2].self_attn
+    hidden = attention.o_proj
+    attention.o_proj = None
+    attention.register_module("hidden_projection", hidden)
+    attention.o_proj = torch.nn.Identity()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.self_attn\.hidden_projection\.weight without calling"):
+        prune_blocks(model, batches(), settings(), device=CPU)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_products_that_fail_in_bfloat16_say_what_to_do():
+    model = decoder("llama")
+
+    class Picky(torch.nn.Identity):
+        def forward(self, x):
+            if torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("index_add_(): Float and BFloat16")
+            return x
+
+    model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda _m, _a, output: Picky()(output))
+    prune_blocks(model, batches(), settings(), device=CPU)
+    with pytest.raises(UnsupportedModelError, match="use forward_dtype float32"):
+        prune_blocks(model, batches(), settings(), device=CPU, precision=torch.bfloat16)
+
+
+def test_settings_know_all_their_options():
+    assert settings("prox-gradient", "cg", options={"beta": 1.2}).all_options["lambda0"] == 0.01
+    assert settings("prox-gradient", "cg", options={"beta": 1.2}).all_options["beta"] == 1.2
+    assert "refit_tolerance" in settings("wanda", "cg").all_options
+    assert settings("magnitude", "cg").needs_statistics
+    assert settings("wanda").needs_statistics
+    assert not settings("magnitude").needs_statistics

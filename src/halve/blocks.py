@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from halve.errors import CalibrationError, UnsupportedModelError
+from halve.errors import CalibrationError, InputError, UnsupportedModelError
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of one forward pass, as tensors: ``input_ids``, ``attention_mask``, ``pixel_values``, …"""
@@ -106,7 +106,10 @@ class _Recorder:
             rest = {key: value for key, value in kwargs.items() if key != keyword}
             hidden, call = kwargs[keyword], Call((), rest, keyword)
         self.calls.append((hidden, call))
-        return (hidden, *self.returns[1:]) if isinstance(self.returns, tuple) else hidden
+        if not isinstance(self.returns, tuple):
+            return hidden
+        # Other tensors belong to the short sample: whoever needs them must not get them (`verify_replay` will tell).
+        return (hidden, *(None if isinstance(value, Tensor) else value for value in self.returns[1:]))
 
 
 def run_model(model: nn.Module, batch: Batch) -> None:
@@ -144,7 +147,8 @@ def to_device(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
         return {key: to_device(item, device, dtype) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device, dtype) for item in value)
+        items = [to_device(item, device, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
@@ -260,9 +264,24 @@ def _replaced_forwards(blocks: Sequence[nn.Module], recorders: Sequence[_Recorde
 
 def _valid_positions(batch: Batch) -> Tensor | None:
     mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2 or bool(mask.all()):
-        return None
-    return mask.bool()
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+def check_batches(batches: Sequence[Batch]) -> None:
+    """Refuse calibration batches whose padding could not be told from data.
+
+    Raises:
+        InputError: there is none, or an attention mask is not (batch, sequence).
+    """
+    if not batches:
+        raise InputError("no calibration batches were given: pass at least one")
+    for index, batch in enumerate(batches):
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise InputError(
+                f"attention_mask of calibration batch {index} has shape {tuple(mask.shape)}: give (batch, sequence), "
+                "1 where a position counts"
+            )
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -308,7 +327,13 @@ def verify_replay(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -
     stream = capture(model, blocks, [batch], returns)
     hidden = stream.hidden[0].to(expected.device)
     for index, (block, calls) in enumerate(zip(blocks, stream.calls, strict=True)):
-        hidden = run_block(block, hidden, calls[0])
+        before = hidden._version  # noqa: SLF001 - the only way to see an in-place write
+        output = run_block(block, hidden, calls[0])
+        if hidden._version != before:  # noqa: SLF001
+            raise UnsupportedModelError(
+                f"block {index} of {type(model).__name__} writes into its own input, so it cannot be run twice on it"
+            )
+        hidden = output
         check_finite(hidden, f"the outputs of the dense model's block {index}")
     error = (hidden.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
     if not float(error) <= _REPLAY_TOLERANCE:

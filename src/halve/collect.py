@@ -5,6 +5,7 @@ Matrices that receive the very same tensor (query, key and value; gate and up) s
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.gram import GramAccumulator, Statistics
-from halve.layers import Layout, Matrix, is_fused
+from halve.layers import Layout, Matrix, is_fused, is_linear
 
 _LINEAR = {torch.nn.functional.linear}
 _MATMUL = {torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
@@ -56,33 +57,48 @@ class _ProductWatch(TorchFunctionMode):
         self._seen(*found, x, layout)
 
 
-def observe_fused(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], None]) -> dict[str, Layout]:
-    """Find out how the model multiplies with its fused 3-D parameters.
+@dataclass(frozen=True)
+class Observed:
+    """How a model used its weights in one forward pass.
+
+    Attributes:
+        layouts: full name of each fused 3-D parameter seen in a product, and how it was multiplied.
+        called: full names of the weights of linear layers that were called.
+    """
+
+    layouts: dict[str, Layout]
+    called: frozenset[str]
+
+
+def observe(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], None]) -> Observed:
+    """Find out how the model multiplies with the weights inside its blocks.
 
     Args:
         model: the model.
         blocks: its blocks.
         run: runs a short batch through the model, experts multiplied slice by slice (`halve.blocks.eager_experts`).
-
-    Returns:
-        dict[str, Layout]: full parameter name to layout, for the parameters seen in a product.
     """
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    fused = {
-        f"{path}.{leaf}": parameter
-        for path, module in model.named_modules()
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in inside and is_fused(module, parameter)
-    }
+    fused: dict[str, Tensor] = {}
     layouts: dict[str, Layout] = {}
+    called: set[str] = set()
 
-    def note(name: str, _expert: int | None, _x: Tensor, layout: Layout) -> None:
+    def note_product(name: str, _expert: int | None, _x: Tensor, layout: Layout) -> None:
         layouts[name] = layout
 
-    if fused:
-        with _ProductWatch(fused, note):
-            run()
-    return layouts
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in inside and is_fused(module, parameter):
+                    fused[f"{path}.{leaf}"] = parameter
+            if is_linear(module) and id(module.weight) in inside:
+                stack.enter_context(
+                    module.register_forward_pre_hook(lambda _module, _args, name=path: called.add(f"{name}.weight"))
+                )
+        if fused:
+            stack.enter_context(_ProductWatch(fused, note_product))
+        run()
+    return Observed(layouts, frozenset(called))
 
 
 class Collector:
@@ -134,6 +150,8 @@ class Collector:
         return before_forward
 
     def _see(self, matrix: Matrix, x: Tensor) -> None:
+        if x.numel() == 0:  # an expert called without tokens
+            return
         twin = next((name for other, name in self._inputs if _identical(other, x)), None)
         leader = self._leader.setdefault(matrix.name, twin or matrix.name)
         if leader != (twin or matrix.name):
@@ -151,6 +169,8 @@ class Collector:
                 f"the calibration data is padded, and experts ({name}) receive tokens without their positions: "
                 "pack the data without padding"
             )
+        if x.numel() == 0:
+            return
         for index in range(x.shape[0]) if expert is None else (expert,):
             matrix = self._experts[name, index]
             self._leader[matrix.name] = matrix.name

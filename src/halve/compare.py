@@ -1,24 +1,26 @@
 """Several methods on one model, one calibration set and the same texts: one row each."""
 
 import copy
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import gc
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from halve import store
-from halve.checkpoint import LoadedModel
+from halve import methods, refit, store, tokens
+from halve.checkpoint import LoadedModel, Source
 from halve.device import forward_precision, resolve_device
-from halve.errors import InputError
+from halve.errors import HalveError, InputError
 from halve.pattern import Pattern
 from halve.perplexity import Perplexity, perplexity
 from halve.pruning import Request, prune_loaded
-from halve.run import Listener, Settings
-from halve.tokens import TokenSet, evaluation_tokens
+from halve.report import environment
+from halve.run import MIN_EXPERT_TOKENS, Progress, RunReport, Settings
+from halve.tokens import TokenSet
 
 DENSE = "dense"
 
@@ -43,6 +45,22 @@ class Contender:
             raise InputError(f"{text!r} is not a method to compare: write a method (wanda) or method+refit (wanda+cg)")
         return cls(method, refit or "none")
 
+    def check_option_names(self, names: Iterable[str]) -> None:
+        """Refuse options that neither the method nor the refit has.
+
+        Args:
+            names: of the method's options, and of the refit's with the prefix ``refit_``.
+
+        Raises:
+            InputError: the method or the refit is unknown, or has no such option.
+        """
+        of_refit = [f"refit_{field.name}" for field in fields(refit.get(self.refit).options)]
+        known = [*(field.name for field in fields(methods.get(self.method).options)), *of_refit]
+        for name in names:
+            if name not in known:
+                choice = f"its options are {', '.join(known)}" if known else "it takes none"
+                raise InputError(f"{self} has no option {name!r}: {choice}")
+
     def __str__(self) -> str:
         return self.method if self.refit == "none" else f"{self.method}+{self.refit}"
 
@@ -53,11 +71,12 @@ class Row:
 
     Attributes:
         name: the contender, or ``dense``.
-        perplexities: one for each evaluation text.
-        mean_relative_loss: mean over the matrices, None for the dense model.
-        seconds: pruning time, without evaluation.
+        perplexities: one for each evaluation text; empty if the contender failed.
+        mean_relative_loss: mean over the matrices; None for the dense model, or if nothing was measured.
+        seconds: of pruning, without copying the model, writing and evaluation.
         fallbacks: number of matrices pruned by another method than asked.
         warnings: sentences the user should read.
+        error: why the contender failed, empty if it did not.
     """
 
     name: str
@@ -66,6 +85,7 @@ class Row:
     seconds: float
     fallbacks: int
     warnings: tuple[str, ...]
+    error: str = ""
 
 
 def compare(
@@ -77,9 +97,12 @@ def compare(
     out: Path | None = None,
     seed: int = 0,
     forward_dtype: str = "auto",
-    listen: Listener | None = None,
+    listen: Callable[[Contender, Progress], None] | None = None,
 ) -> Iterator[Row]:
-    """Yield one `Row` for the dense model and one for each contender, as each is finished.
+    """Return an iterator over one `Row` for the dense model and one for each contender, as each is finished.
+
+    The arguments are checked at the call, before the first row is asked for. A contender that fails has a row with
+    its ``error``, and the others go on.
 
     Args:
         loaded: the dense model; it stays as it is, a copy is pruned (so twice its memory is needed).
@@ -89,34 +112,80 @@ def compare(
         out: directory under which each pruned checkpoint is written, None to write none.
         seed: that chose the calibration data, for the record.
         forward_dtype: of the evaluation: ``auto``, ``float32`` or ``bfloat16``.
-        listen: called at every step of pruning.
+        listen: called with the contender that runs, at every step of pruning.
 
     Raises:
-        InputError: see `halve.prune`.
+        InputError: there is nothing to compare or to evaluate on, tokens do not fit the model, or ``out`` cannot be
+            written to (`check_destinations`).
     """
-    places = {contender: None if out is None else checkpoint_directory(out, contender) for contender in requests}
-    for contender, place in places.items():
-        if place is not None:
-            needed = store.output_bytes(loaded, requests[contender].dtype)
-            store.check_destination(place, loaded.source, needed * len(requests))
+    if not requests or not evaluation:
+        raise InputError("there is nothing to compare: give at least one contender and one evaluation text")
+    for texts in (calibration, *evaluation):
+        tokens.check_length(texts.seq_len, loaded.model)
+        tokens.check_vocabulary(texts.ids, loaded.model, texts.source)
+    forward_precision(forward_dtype, next(iter(requests.values())).device)
+    if out is not None:
+        needed = store.output_bytes(loaded, next(iter(requests.values())).dtype)
+        check_destinations(out, requests, loaded.source, needed)
+    return _rows(loaded, requests, calibration, evaluation, out, seed, forward_dtype, listen)
 
+
+def check_destinations(out: Path, contenders: Iterable[Contender], source: Source | None, size: int) -> None:
+    """Check that every contender's checkpoint can be written, before any work.
+
+    Args:
+        out: the directory under which they are written.
+        contenders: what will be compared.
+        source: the dense model's files, None for a model in memory.
+        size: bytes of one checkpoint.
+
+    Raises:
+        InputError: a directory is in use, cannot be written, or the volume is too full for all.
+    """
+    places = [checkpoint_directory(out, contender) for contender in contenders]
+    for place in places:
+        store.check_destination(place, source, size * len(places))
+
+
+def _rows(
+    loaded: LoadedModel,
+    requests: Mapping[Contender, Request],
+    calibration: TokenSet,
+    evaluation: Sequence[TokenSet],
+    out: Path | None,
+    seed: int,
+    forward_dtype: str,
+    listen: Callable[[Contender, Progress], None] | None,
+) -> Iterator[Row]:
     def measure(model: nn.Module, device: torch.device) -> tuple[Perplexity, ...]:
-        return tuple(perplexity(model, tokens, device=device, dtype=forward_dtype) for tokens in evaluation)
+        return tuple(perplexity(model, texts, device=device, dtype=forward_dtype) for texts in evaluation)
+
+    def compete(contender: Contender, request: Request) -> Row:
+        gc.collect()  # the previous copy, should it sit in a reference cycle: at most two models at a time
+        place = None if out is None else checkpoint_directory(out, contender)
+        candidate = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source)
+        report: RunReport | None = None
+        scores: tuple[Perplexity, ...] = ()
+        failure = ""
+
+        def tell(step: Progress) -> None:
+            if listen is not None:
+                listen(contender, step)
+
+        try:
+            report = prune_loaded(candidate, calibration, request, place, seed=seed, listen=tell).report
+            scores = measure(candidate.model, request.device)
+        except HalveError as error:
+            failure = str(error)
+        if report is None:
+            return Row(str(contender), (), None, 0.0, 0, (), failure)
+        seconds = sum(report.seconds.values())
+        loss = _finite(report.mean_relative_loss)
+        return Row(str(contender), scores, loss, seconds, len(report.fallbacks), report.warnings, failure)
 
     yield Row(DENSE, measure(loaded.model, next(iter(requests.values())).device), None, 0.0, 0, ())
     for contender, request in requests.items():
-        started = time.perf_counter()
-        candidate = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source)
-        report = prune_loaded(candidate, calibration, request, places[contender], seed=seed, listen=listen).report
-        seconds = time.perf_counter() - started
-        yield Row(
-            str(contender),
-            measure(candidate.model, request.device),
-            report.mean_relative_loss,
-            seconds,
-            len(report.fallbacks),
-            report.warnings,
-        )
+        yield compete(contender, request)
 
 
 def make_requests(
@@ -126,6 +195,7 @@ def make_requests(
     pattern: str | Pattern = "2:4",
     skip: Sequence[str] = (),
     fallback: str | None = None,
+    min_expert_tokens: int = MIN_EXPERT_TOKENS,
     device: str = "auto",
     forward_dtype: str = "auto",
     dtype: torch.dtype | None = None,
@@ -138,6 +208,7 @@ def make_requests(
         pattern: see `halve.prune`, as for the others.
         skip: parameters that stay dense.
         fallback: method for matrices that a contender fails on.
+        min_expert_tokens: experts that see fewer tokens are pruned by magnitude.
         device: ``auto``, ``cpu``, ``cuda``, …
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``.
         dtype: of written checkpoints, for GGUF input.
@@ -145,7 +216,7 @@ def make_requests(
     Raises:
         InputError: an option belongs to no contender, or any setting is not usable.
     """
-    known = {name for contender in contenders for name in (contender.method, contender.refit)}
+    known = {name for contender in contenders for name in (contender.method, contender.refit)} - {"none"}
     if stray := sorted(set(options) - known):
         raise InputError(f"options for {stray[0]!r} belong to none of the compared: {', '.join(sorted(known))}")
     target = resolve_device(device)
@@ -154,7 +225,10 @@ def make_requests(
     for contender in contenders:
         of_refit = {f"refit_{name}": value for name, value in options.get(contender.refit, {}).items()}
         own = {**options.get(contender.method, {}), **of_refit}
-        settings = Settings(Pattern.parse(pattern), contender.method, contender.refit, own, tuple(skip), fallback)
+        contender.check_option_names(own)
+        settings = Settings(
+            Pattern.parse(pattern), contender.method, contender.refit, own, tuple(skip), fallback, min_expert_tokens
+        )
         found[contender] = Request(settings, target, precision, dtype)
     return found
 
@@ -167,7 +241,7 @@ def evaluation_texts(
     Args:
         loaded: the model, and its tokenizer.
         sources: see `halve.tokens.evaluation_tokens`, as for the others.
-        seq_len: window length.
+        seq_len: window length, at most what the model was built for.
         max_windows: only the first windows; None takes all.
         text_field: field of ``.jsonl`` and ``.parquet`` files.
 
@@ -177,25 +251,47 @@ def evaluation_texts(
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise InputError("the model has no tokenizer, so perplexity of text cannot be measured: give another model")
+    tokens.check_length(seq_len, loaded.model)
     return [
-        evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, field=text_field)
+        tokens.evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, field=text_field)
         for source in sources
     ]
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the rows as plain JSON values."""
-    return [
-        {
-            "name": row.name,
-            "perplexity": {p.source: p.value for p in row.perplexities},
-            "mean_relative_loss": row.mean_relative_loss,
-            "seconds": round(row.seconds, 2),
-            "fallbacks": row.fallbacks,
-            "warnings": list(row.warnings),
-        }
-        for row in rows
-    ]
+def as_json(
+    rows: Sequence[Row], *, model: str, pattern: str | Pattern, calibration: TokenSet, seed: int
+) -> dict[str, Any]:
+    """Return the record of a comparison as plain JSON values; numbers that are not finite become None.
+
+    Args:
+        rows: what is finished.
+        model: what the user named.
+        pattern: the sparsity pattern.
+        calibration: the tokens that all were pruned with.
+        seed: that chose them.
+    """
+    return {
+        "model": model,
+        "pattern": Pattern.parse(pattern).text,
+        "calibration": {
+            "source": calibration.source,
+            "samples": calibration.samples,
+            "seq_len": calibration.seq_len,
+            "sha256": calibration.sha256,
+            "seed": seed,
+        },
+        "environment": environment(),
+        "rows": [_row_json(row) for row in rows],
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    scores = [{**asdict(p), "value": _finite(p.value), "nll": _finite(p.nll)} for p in row.perplexities]
+    return {**asdict(row), "perplexities": scores, "seconds": round(row.seconds, 2), "warnings": list(row.warnings)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def checkpoint_directory(parent: Path, contender: Contender) -> Path:

@@ -1,5 +1,6 @@
 """Where a model runs, in which precision, and the mode for running one without training it."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,17 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """Return the device to compute on.
 
     Args:
-        device: ``"auto"`` is the first CUDA GPU if there is one, else the CPU; anything else is taken literally.
+        device: ``"auto"`` is the first CUDA GPU if there is one, else the CPU; otherwise ``"cpu"``, ``"cuda"`` or
+            ``"cuda:N"``.
 
     Raises:
-        InputError: the name is not a device, or the device is not present.
+        InputError: the name is not one of these, or the device is not present.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is not understood: write auto, cpu, cuda or cuda:0") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device), re.ASCII):
+        raise InputError(f"device {str(device)!r} is not understood: write auto, cpu, cuda or cuda:0")
+    resolved = torch.device(device)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {str(device)!r} is not present: torch sees {torch.cuda.device_count()} CUDA GPUs; "
@@ -62,7 +63,7 @@ def forward_precision(name: str, device: torch.device) -> torch.dtype:
         InputError: another name.
     """
     if name not in _PRECISIONS:
-        raise InputError(f"forward precision {name!r} is not understood: choose {', '.join(_PRECISIONS)}")
+        raise InputError(f"forward dtype {name!r} is not understood: choose {', '.join(_PRECISIONS)}")
     return _PRECISIONS[name] or compute_dtype(device)
 
 

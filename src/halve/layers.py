@@ -218,7 +218,18 @@ def _classify(
     d_out, d_in = parameter.shape if layout == "out_in" else parameter.T.shape
     if d_out == 1:
         return "one output: a gate"
+    if d_out in _expert_counts(owners[path.rpartition(".")[0]]):
+        return "as many outputs as experts beside it: a router"
     return [Matrix(name, name, block, d_out, d_in, layout, routed=_in_nested_list(path, owners, blocks))]
+
+
+def _expert_counts(parent: nn.Module) -> set[int]:
+    """Numbers of experts that ``parent`` holds: lengths of its module lists, and of its children's fused parameters."""
+    counts = {len(child) for child in parent.children() if isinstance(child, nn.ModuleList)}
+    for child in (parent, *parent.children()):
+        fused = (p for _, p in child.named_parameters(recurse=False) if is_fused(child, p))
+        counts.update(parameter.shape[0] for parameter in fused)
+    return counts
 
 
 def _in_nested_list(path: str, owners: dict[str, nn.Module], blocks: Iterable[str]) -> bool:

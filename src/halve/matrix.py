@@ -64,6 +64,21 @@ def validate_settings(
     _settings(method, refit, pattern, fallback, options)
 
 
+def effective_options(method: str, refit: str, **options: Any) -> dict[str, Any]:
+    """Return all options of a method and a refit (with the prefix ``refit_``), those not given at their defaults.
+
+    Args:
+        method: a name in ``halve.methods.METHODS``.
+        refit: ``none``, ``cg`` or ``gd``.
+        **options: as for ``prune_weight``.
+
+    Raises:
+        InputError: a name or an option is unknown, or a value is out of range.
+    """
+    of_method, of_refit = _split_options(method, refit, options)
+    return asdict(of_method) | {f"{_REFIT_PREFIX}{name}": value for name, value in asdict(of_refit).items()}
+
+
 def prune_weight(
     weight: Tensor,
     gram: Tensor | Statistics | None,
@@ -116,10 +131,7 @@ def _settings(
 ) -> _Settings:
     pattern = Pattern.parse(pattern)
     row, refit_row = methods.get(method), refits.get(refit)
-    of_refit = {name.removeprefix(_REFIT_PREFIX): value for name, value in options.items() if _is_of_refit(name)}
-    of_method = {name: value for name, value in options.items() if not _is_of_refit(name)}
-    method_options = methods.make_options(row, **of_method)
-    refit_options = refits.make_options(refit_row, **of_refit)
+    method_options, refit_options = _split_options(row, refit_row, options)
     if fallback is not None and fallback not in FALLBACKS:
         raise InputError(f"fallback {fallback!r} is unknown: choose one of {', '.join(FALLBACKS)}, or None")
     if not pattern.structured and not row.unstructured:
@@ -128,6 +140,12 @@ def _settings(
             f"method {row.name} prunes to N:M such as 2:4, not to {pattern}: for that choose one of {takers}"
         )
     return _Settings(pattern, row, method_options, refit_row, refit_options, fallback)
+
+
+def _split_options(method: str | Method, refit: str | Refit, options: dict[str, Any]) -> tuple[Any, Any]:
+    of_refit = {name.removeprefix(_REFIT_PREFIX): value for name, value in options.items() if _is_of_refit(name)}
+    of_method = {name: value for name, value in options.items() if not _is_of_refit(name)}
+    return methods.make_options(method, **of_method), refits.make_options(refit, **of_refit)
 
 
 def _task(weight: Tensor, gram: Tensor | Statistics | None, tokens: int | None, settings: _Settings) -> _Task:

@@ -78,7 +78,7 @@ def prune(
         pattern: ``N:M`` keeps N of every M consecutive weights; ``S%`` zeroes S percent of each row.
         method: see `halve.methods`.
         refit: re-adjustment of the kept weights: ``none``, ``gd`` (masked gradient steps), ``cg``.
-        calibration: text, tokens or batches; None lets the model write its own text.
+        calibration: text, tokens or batches; None lets the model write its own text, if method or refit need any.
         tokenizer: for a model in memory; otherwise the checkpoint's own.
         samples: number of calibration sequences.
         seq_len: tokens in each; None takes 2048, or the model's maximum if that is less.
@@ -105,7 +105,15 @@ def prune(
         LayerFailedError: a matrix could not be pruned and no fallback was allowed.
     """
     request = Request(
-        Settings(Pattern.parse(pattern), method, refit, options, tuple(skip), fallback, min_expert_tokens),
+        Settings(
+            Pattern.parse(pattern),
+            method,
+            refit,
+            options,
+            (skip,) if isinstance(skip, str) else tuple(skip),
+            fallback,
+            min_expert_tokens,
+        ),
         resolve_device(device),
         forward_precision(forward_dtype, resolve_device(device)),
         dtype,
@@ -113,6 +121,8 @@ def prune(
     )
     destination = None if out is None else Path(out)
     loaded = _load(model, destination, dtype, tokenizer)
+    if calibration is None and not request.settings.needs_statistics:
+        return prune_loaded(loaded, [], request, destination, seed=seed, listen=listen)
     data = calibration_data(loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=text_field)
     return prune_loaded(loaded, data, request, destination, seed=seed, listen=listen)
 
@@ -149,7 +159,7 @@ def prune_loaded(
 
     Args:
         loaded: the model.
-        data: calibration tokens or batches.
+        data: calibration tokens or batches; an empty list for a method and refit that need none.
         request: how to prune.
         out: the checkpoint's directory, absent or empty.
         seed: that chose the calibration data, for the record.
@@ -163,14 +173,16 @@ def prune_loaded(
         folder = None
         if request.offload is not None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=request.offload)))
+        batches = token_batches(data.ids) if isinstance(data, TokenSet) else data
         done = prune_blocks(
             loaded.model,
-            token_batches(data.ids) if isinstance(data, TokenSet) else data,
+            batches or [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}],
             request.settings,
             device=request.device,
             precision=request.precision,
             offload=folder,
             listen=listen,
+            collect=bool(batches),
         )
     changed = {matrix.parameter for matrix in done.matrices}
     record = report.to_json(
@@ -273,6 +285,9 @@ def token_batches(ids: Tensor) -> list[Batch]:
 
 
 def _checked_batches(batches: Sequence[Batch]) -> list[Batch]:
+    batches = list(batches)
+    if not batches:
+        raise InputError("calibration is an empty list: give at least one batch, or None to let the model write")
     for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
             raise InputError(
@@ -333,7 +348,7 @@ def _calibration_record(data: TokenSet | Sequence[Batch]) -> dict[str, Any]:
             "revision": data.revision,
             "sha256": data.sha256,
         }
-    return {"source": "batches", "batches": len(data)}
+    return {"source": "batches" if data else "none", "batches": len(data)}
 
 
 def _verify(directory: Path, source: Path | None) -> None:
@@ -341,4 +356,6 @@ def _verify(directory: Path, source: Path | None) -> None:
     against = source if source is not None and source.is_dir() else None
     verdict = check(directory, against=against)
     if not verdict.ok:
-        raise CorruptFileError(f"the checkpoint just written to {directory} is wrong: {verdict.problems[0]}")
+        raise CorruptFileError(
+            f"the checkpoint just written to {directory} is wrong, do not use it: {verdict.problems[0]}"
+        )

@@ -114,9 +114,13 @@ class CGOptions:
     max_iterations: int = 500
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.tolerance < float("inf"):
+        if (
+            isinstance(self.tolerance, bool)
+            or not isinstance(self.tolerance, int | float)
+            or not 0.0 <= self.tolerance < float("inf")
+        ):
             raise InputError(f"refit_tolerance must be a finite number of at least 0, got {self.tolerance!r}")
-        if not isinstance(self.max_iterations, int) or self.max_iterations < 1:
+        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int) or self.max_iterations < 1:
             raise InputError(f"refit_max_iterations must be a whole number of at least 1, got {self.max_iterations!r}")
 
 
@@ -127,7 +131,7 @@ class GDOptions:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise InputError(f"refit_steps must be a whole number of at least 1, got {self.steps!r}")
 
 

@@ -68,7 +68,7 @@ def to_json(
         "pattern": settings.pattern.text,
         "method": settings.method,
         "refit": settings.refit,
-        "options": dict(settings.options),
+        "options": settings.all_options,
         "skip": list(settings.skip),
         "fallback": settings.fallback,
         "min_expert_tokens": settings.min_expert_tokens,

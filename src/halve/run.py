@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from halve import blocks as stream_of
+from halve import methods
 from halve.blocks import Batch, Stream
-from halve.collect import Collector, observe_fused
+from halve.collect import Collector, observe
 from halve.device import autocast
-from halve.errors import HalveError, InputError
+from halve.errors import HalveError, InputError, UnsupportedModelError
 from halve.gram import Statistics
 from halve.layers import Excluded, Layout, Matrix, Plan, find_stack, make_plan, set_matrix
-from halve.matrix import prune_weight, validate_settings
+from halve.matrix import effective_options, prune_weight, validate_settings
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 
@@ -55,7 +56,19 @@ class Settings:
     fallback: str | None = None
     min_expert_tokens: int = MIN_EXPERT_TOKENS
 
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The options of method and refit, those not given at their defaults."""
+        return effective_options(self.method, self.refit, **self.options)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method or the refit looks at the layers' inputs."""
+        return methods.get(self.method).needs_statistics or self.refit != "none"
+
     def __post_init__(self) -> None:
+        if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 1:
+            raise InputError(f"min_expert_tokens must be a whole number of at least 1, got {self.min_expert_tokens!r}")
         validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)
 
 
@@ -170,8 +183,15 @@ def plan_model(model: nn.Module, batch: Batch, pattern: Pattern, skip: Sequence[
     short = stream_of.probe_batch(batch)
     with stream_of.eager_experts(model):
         returns = stream_of.verify_replay(model, members, short)
-        layouts = observe_fused(model, members, lambda: stream_of.run_model(model, short))
-    return make_plan(model, pattern, layouts, skip), returns
+        observed = observe(model, members, lambda: stream_of.run_model(model, short))
+    plan = make_plan(model, pattern, observed.layouts, skip)
+    for matrix in plan.matrices:
+        if not matrix.routed and matrix.parameter not in observed.called:
+            raise UnsupportedModelError(
+                f"the model uses {matrix.name} without calling its layer, so its inputs cannot be seen: "
+                "leave it dense with skip"
+            )
+    return plan, returns
 
 
 def prune_blocks(
@@ -183,6 +203,7 @@ def prune_blocks(
     precision: torch.dtype = torch.float32,
     offload: Path | None = None,
     listen: Listener | None = None,
+    collect: bool = True,
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
 
@@ -195,16 +216,17 @@ def prune_blocks(
         precision: bfloat16 runs the blocks' products under autocast; statistics stay float32.
         offload: a directory for the hidden states of the calibration set; None keeps them in memory.
         listen: called at every step.
+        collect: False prunes without statistics, for a method and refit that need none; ``batches`` then only serve
+            to find out how the model is built.
 
     Raises:
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
         CalibrationError: NaN or infinity in activations, or no statistics.
         UnsupportedModelError: see `plan_model`.
     """
-    if not batches:
-        raise InputError("no calibration batches were given: pass at least one")
+    stream_of.check_batches(batches)
     plan, returns = plan_model(model, batches[0], settings.pattern, settings.skip)
-    loop = _Loop(model, plan, settings, device, precision, listen or (lambda _progress: None))
+    loop = _Loop(model, plan, settings, device, precision, listen or (lambda _progress: None), collect=collect)
     with stream_of.eager_experts(model):
         return loop.run(batches, returns, offload)
 
@@ -220,7 +242,10 @@ class _Loop:
         device: torch.device,
         precision: torch.dtype,
         listen: Listener,
+        *,
+        collect: bool,
     ) -> None:
+        self._collecting = collect
         self._model = model
         self._plan = plan
         self._settings = settings
@@ -255,13 +280,13 @@ class _Loop:
         matrices = self._plan.of_block(index)
         if matrices:
             started = time.perf_counter()
-            statistics = self._collect(index, work, matrices, stream)
+            statistics = self._collect(index, work, matrices, stream) if self._collecting else {}
             self._seconds["collect"] += time.perf_counter() - started
             started = time.perf_counter()
             for matrix in matrices:
-                self._solve(matrix, statistics[matrix.name], work)
+                self._solve(matrix, statistics.get(matrix.name), work)
             self._seconds["solve"] += time.perf_counter() - started
-        if index + 1 < len(self._plan.blocks):
+        if self._collecting and index + 1 < len(self._plan.blocks):
             self._tell(index, "replay")
             started = time.perf_counter()
             with autocast(work, self._precision):
@@ -284,7 +309,15 @@ class _Loop:
         hidden, call = stream_of.to_device(
             (stream.hidden[batch], stream.calls[index][batch]), self._device, torch.float32
         )
-        output = stream_of.run_block(work, hidden, call)
+        try:
+            output = stream_of.run_block(work, hidden, call)
+        except RuntimeError as error:
+            if self._precision == torch.float32:
+                raise
+            raise UnsupportedModelError(
+                f"{self._plan.blocks[index]} fails with products in {self._precision} ({error}): "
+                "use forward_dtype float32"
+            ) from error
         stream_of.check_finite(output, f"the outputs of {self._plan.blocks[index]} on calibration batch {batch}")
         return output
 
@@ -292,19 +325,22 @@ class _Loop:
         settings = self._settings
         parameter = self._model.get_parameter(matrix.parameter)
         weight = matrix.view(parameter.data).to(self._device)
-        few = statistics is None or (matrix.routed and statistics.tokens < settings.min_expert_tokens)
+        few = self._collecting and matrix.routed and _tokens(statistics) < settings.min_expert_tokens
         if few:
             outcome = _prune_unseen(weight, statistics, settings)
         else:
-            outcome = prune_weight(
-                weight,
-                statistics,
-                settings.pattern,
-                settings.method,
-                settings.refit,
-                fallback=settings.fallback,
-                **settings.options,
-            )
+            try:
+                outcome = prune_weight(
+                    weight,
+                    statistics,
+                    settings.pattern,
+                    settings.method,
+                    settings.refit,
+                    fallback=settings.fallback,
+                    **settings.options,
+                )
+            except InputError as error:
+                raise InputError(f"{matrix.name}: {error}") from error
         if outcome.status is Status.FAILED:
             raise LayerFailedError(
                 f"{matrix.name} could not be pruned by {settings.method}: {outcome.reason}; "
@@ -337,9 +373,13 @@ class _Loop:
         self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, plan))
 
 
+def _tokens(statistics: Statistics | None) -> int:
+    return 0 if statistics is None else statistics.tokens
+
+
 def _prune_unseen(weight: torch.Tensor, statistics: Statistics | None, settings: Settings) -> Outcome:
     """Prune an expert whose statistics are missing or too thin by magnitude, and say so."""
-    tokens = 0 if statistics is None else statistics.tokens
+    tokens = _tokens(statistics)
     outcome = prune_weight(weight, None, settings.pattern, "magnitude", "none")
     if settings.method == "magnitude":
         return outcome

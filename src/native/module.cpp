@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -53,12 +54,19 @@ bool run(halve::TwoOfFour<T> solve, const T* z, T* out, std::size_t groups, doub
     threads = std::max<std::size_t>(1, std::min(threads, groups / GROUPS_A_THREAD));
     std::vector<char> finite(threads, 1);
     std::vector<std::thread> workers;
+    workers.reserve(threads);
     const std::size_t share = (groups + threads - 1) / threads;
     const auto part = [&](std::size_t index) {
         const std::size_t start = std::min(groups, index * share), stop = std::min(groups, start + share);
         finite[index] = solve(z + 4 * start, out + 4 * start, stop - start, lam);
     };
-    for (std::size_t index = 1; index < threads; ++index) workers.emplace_back(part, index);
+    for (std::size_t index = 1; index < threads; ++index) {
+        try {
+            workers.emplace_back(part, index);
+        } catch (const std::system_error&) {  // no more threads to be had: do its part here
+            part(index);
+        }
+    }
     part(0);
     for (std::thread& worker : workers) worker.join();
     return std::all_of(finite.begin(), finite.end(), [](char ok) { return ok != 0; });

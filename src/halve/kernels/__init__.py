@@ -38,8 +38,13 @@ def prox_two_of_four(z: Tensor, lam: float, instruction_set: str | None = None) 
         Tensor | None: a new tensor like ``z``; None if ``z`` holds NaN or infinity.
 
     Raises:
-        ValueError: the processor does not have the instruction set.
+        ValueError: ``z`` is anything else, nothing was compiled, or the processor lacks the instruction set.
     """
+    suits = z.is_contiguous() and z.device.type == "cpu" and z.dtype in (torch.float32, torch.float64)
+    if not (available() and suits and z.numel() % 4 == 0):
+        raise ValueError(
+            f"no kernel for {z.dtype} of shape {tuple(z.shape)} and strides {z.stride()} on {z.device} ({describe()})"
+        )
     out = torch.empty_like(z)
     name = instruction_set or instruction_sets()[0]
     wide = z.dtype == torch.float64

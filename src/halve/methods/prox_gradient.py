@@ -40,11 +40,15 @@ class ProxGradientOptions:
     max_iterations: int = 5000
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.lambda0 < float("inf"):
+        if (
+            isinstance(self.lambda0, bool)
+            or not isinstance(self.lambda0, int | float)
+            or not 0.0 < self.lambda0 < float("inf")
+        ):
             raise InputError(f"lambda0 of prox-gradient must be a positive finite number, got {self.lambda0!r}")
-        if not 1.0 < self.beta < float("inf"):
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 1.0 < self.beta < float("inf"):
             raise InputError(f"beta of prox-gradient must be a finite number above 1, got {self.beta!r}")
-        if not isinstance(self.max_iterations, int) or self.max_iterations < 1:
+        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int) or self.max_iterations < 1:
             raise InputError(
                 f"max_iterations of prox-gradient must be a whole number of at least 1, got {self.max_iterations!r}"
             )

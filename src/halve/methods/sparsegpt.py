@@ -34,9 +34,13 @@ class SparseGPTOptions:
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.damping < float("inf"):
+        if (
+            isinstance(self.damping, bool)
+            or not isinstance(self.damping, int | float)
+            or not 0.0 < self.damping < float("inf")
+        ):
             raise InputError(f"damping of sparsegpt must be a positive finite number, got {self.damping!r}")
-        if not isinstance(self.block_size, int) or self.block_size < 1:
+        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise InputError(f"block_size of sparsegpt must be a whole number of at least 1, got {self.block_size!r}")
 
 
