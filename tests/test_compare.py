@@ -1,10 +1,15 @@
+import json
+import weakref
+
 import pytest
 import torch
 
 from halve import check
+from halve import compare as comparison
 from halve.checkpoint import LoadedModel
 from halve.compare import Contender, as_json, checkpoint_directory, compare, evaluation_texts, make_requests
-from halve.errors import InputError
+from halve.errors import FactorisationError, InputError
+from halve.perplexity import perplexity
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens
 
@@ -42,7 +47,20 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
     assert rows[0].mean_relative_loss is None
     assert rows[3].mean_relative_loss < rows[2].mean_relative_loss < rows[1].mean_relative_loss
     assert len({row.perplexities[0].value for row in rows}) == 4
-    assert as_json(rows)[1]["perplexity"].keys() == {"one", "two"}
+    record = as_json(rows, model="tiny", pattern="2:4", calibration=token_set(0, "calibration"), seed=3)
+    record = json.loads(json.dumps(record, allow_nan=False))
+    calibration = token_set(0, "calibration")
+    assert record["calibration"] == {
+        "source": "calibration",
+        "samples": calibration.samples,
+        "seq_len": calibration.seq_len,
+        "sha256": calibration.sha256,
+        "seed": 3,
+    }
+    assert (record["model"], record["pattern"]) == ("tiny", "2:4")
+    assert record["environment"]["torch"] == torch.__version__
+    assert [p["source"] for p in record["rows"][1]["perplexities"]] == ["one", "two"]
+    assert record["rows"][1]["perplexities"][0]["value"] == rows[1].perplexities[0].value
     for contender in contenders:
         assert check(checkpoint_directory(tmp_path, contender)).ok
 
@@ -53,8 +71,105 @@ def test_options_go_to_their_method_or_refit():
     assert requests[contenders[0]].settings.options == {"beta": 1.2, "refit_steps": 7}
     assert requests[contenders[1]].settings.options == {"refit_steps": 7}
     assert requests[contenders[2]].settings.options == {}
-    with pytest.raises(InputError, match="'sparsegpt' belong to none"):
+    with pytest.raises(InputError, match=r"'sparsegpt' belong to none of the compared: gd, prox-gradient, wanda$"):
         make_requests(contenders, {"sparsegpt": {"damping": 0.1}})
+    assert make_requests(contenders, {}, min_expert_tokens=5)[contenders[0]].settings.min_expert_tokens == 5
+
+
+@pytest.mark.parametrize("name", ["model", "method", "pattern", "steps"])
+def test_an_option_of_neither_method_nor_refit_is_refused(name):
+    message = f"prox-gradient\\+gd has no option '{name}': its options are lambda0, beta, max_iterations, refit_steps"
+    with pytest.raises(InputError, match=message):
+        make_requests([Contender("prox-gradient", "gd")], {"prox-gradient": {name: 3}})
+
+
+@pytest.mark.parametrize(
+    ("contender", "owner", "option", "value"),
+    [
+        ("prox-gradient", "prox-gradient", "beta", "abc"),
+        ("prox-gradient", "prox-gradient", "lambda0", True),
+        ("prox-gradient", "prox-gradient", "max_iterations", True),
+        ("sparsegpt", "sparsegpt", "damping", True),
+        ("sparsegpt", "sparsegpt", "damping", [1]),
+        ("sparsegpt", "sparsegpt", "block_size", True),
+        ("wanda+cg", "cg", "tolerance", "x"),
+        ("wanda+cg", "cg", "max_iterations", True),
+        ("wanda+gd", "gd", "steps", True),
+    ],
+)
+def test_options_of_another_type_are_refused(contender, owner, option, value):
+    with pytest.raises(InputError, match=f"{option} .*must be a .*number.*, got "):
+        make_requests([Contender.parse(contender)], {owner: {option: value}})
+
+
+def duel(*names):
+    requests = make_requests([Contender.parse(name) for name in names], {}, forward_dtype="float32")
+    loaded = LoadedModel(decoder("llama"), None, None)
+    return loaded, requests, token_set(0, "calibration"), [token_set(1, "text")]
+
+
+def test_arguments_are_checked_at_the_call(tmp_path):
+    loaded, requests, calibration, texts = duel("magnitude")
+    (tmp_path / "magnitude").mkdir()
+    (tmp_path / "magnitude" / "file").touch()
+    with pytest.raises(InputError, match="is not empty"):
+        compare(loaded, requests, calibration, texts, out=tmp_path)
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare(loaded, {}, calibration, texts)
+    with pytest.raises(InputError, match="forward dtype 'int8'"):
+        compare(loaded, requests, calibration, texts, forward_dtype="int8")
+    ids = torch.zeros(1, 100_000, dtype=torch.int64)
+    with pytest.raises(InputError, match="exceeds the model's max_position_embeddings"):
+        compare(loaded, requests, calibration, [TokenSet(ids, "long", hash_ids(ids), 1)])
+
+
+def test_a_contender_that_fails_has_a_row_and_the_others_go_on(monkeypatch):
+    real = comparison.prune_loaded
+
+    def fail_wanda(candidate, data, request, out, **arguments):
+        if request.settings.method == "wanda":
+            raise FactorisationError("no luck")
+        return real(candidate, data, request, out, **arguments)
+
+    monkeypatch.setattr(comparison, "prune_loaded", fail_wanda)
+    rows = list(compare(*duel("wanda", "magnitude")))
+    assert [(row.name, row.error) for row in rows] == [("dense", ""), ("wanda", "no luck"), ("magnitude", "")]
+    assert rows[1].perplexities == ()
+    assert len(rows[2].perplexities) == 1
+
+
+def test_the_numbers_of_pruning_survive_a_failed_evaluation(monkeypatch):
+    calls = []
+
+    def fail_second(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise InputError("not finite")
+        return perplexity(*arguments, **keywords)
+
+    monkeypatch.setattr(comparison, "perplexity", fail_second)
+    row = list(compare(*duel("magnitude")))[1]
+    assert (row.error, row.perplexities) == ("not finite", ())
+    assert row.mean_relative_loss > 0.0
+
+
+def test_seconds_are_those_of_pruning_and_at_most_two_models_live(monkeypatch):
+    real, copies, seconds = comparison.prune_loaded, [], []
+
+    def watched(candidate, *arguments, **keywords):
+        assert all(copy() is None for copy in copies)
+        copies.append(weakref.ref(candidate.model))
+        pruned = real(candidate, *arguments, **keywords)
+        seconds.append(sum(pruned.report.seconds.values()))
+        return pruned
+
+    monkeypatch.setattr(comparison, "prune_loaded", watched)
+    heard = []
+    loaded, requests, calibration, texts = duel("magnitude", "wanda")
+    rows = list(compare(loaded, requests, calibration, texts, listen=lambda who, _step: heard.append(str(who))))
+    assert len(copies) == 2
+    assert [row.seconds for row in rows] == [0.0, *seconds]
+    assert list(dict.fromkeys(heard)) == ["magnitude", "wanda"]
 
 
 def test_a_model_without_tokenizer_cannot_read_text():

@@ -39,7 +39,7 @@ def test_literal_devices(monkeypatch):
         resolve_device("cuda")
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cpu:x"])
+@pytest.mark.parametrize("name", ["gpu", "", "cpu:x", "mps", "meta", "cuda:", "cuda:-1"])
 def test_unknown_device(name):
     with pytest.raises(InputError, match="not understood"):
         resolve_device(name)
@@ -79,7 +79,7 @@ def test_forward_precision(monkeypatch):
     fake_cpu(monkeypatch, amx=True, avx512=False)
     assert forward_precision("auto", CPU) == torch.bfloat16
     assert forward_precision("float32", CPU) == torch.float32
-    with pytest.raises(InputError, match="'float16' is not understood: choose auto, float32, bfloat16"):
+    with pytest.raises(InputError, match="forward dtype 'float16' is not understood: choose auto, float32, bfloat16"):
         forward_precision("float16", CPU)
 
 

@@ -1,18 +1,23 @@
 """The ``halve`` command: argument parsing and printing, nothing else."""
 
 import json
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from halve.errors import HalveError, InputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 EXIT_FAILED = 1
 """A check found problems, or a run stopped because a matrix or the data failed."""
@@ -52,13 +57,14 @@ OffloadOption = Annotated[Path | None, typer.Option(help="Keep hidden states in 
 DtypeOption = Annotated[
     str | None, typer.Option(help="Written dtype for GGUF input: float32 (default), bfloat16, float16.")
 ]
+ExpertOption = Annotated[int, typer.Option(help="Experts with fewer tokens are pruned by magnitude.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
 def prune(
     model: ModelArgument,
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must not exist.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")],
     pattern: PatternOption = "2:4",
     method: Annotated[str, typer.Option(help="See `halve methods`.")] = "prox-gradient",
     refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, gd, cg.")] = "cg",
@@ -69,50 +75,59 @@ def prune(
     field: FieldOption = "text",
     skip: SkipOption = None,
     fallback: FallbackOption = None,
-    min_expert_tokens: Annotated[int, typer.Option(help="Experts with fewer tokens are pruned by magnitude.")] = 32,
+    min_expert_tokens: ExpertOption = 32,
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",
     dtype: DtypeOption = None,
     offload: OffloadOption = None,
     option: Annotated[
-        list[str] | None, typer.Option("-o", "--option", help="NAME=VALUE of the method or refit. Repeatable.")
+        list[str] | None,
+        typer.Option("-o", "--option", help="beta=1.02 of the method, refit_steps=200 of the refit. Repeatable."),
     ] = None,
 ) -> None:
     """Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."""
+    from halve.compare import Contender
+    from halve.matrix import validate_settings
     from halve.pruning import prune as prune_model
 
-    with _reporting(), _progress() as listen:
-        pruned = prune_model(
-            model,
-            out_dir,
-            pattern=pattern,
-            method=method,
-            refit=refit,
-            calibration=calibration,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            text_field=field,
-            skip=skip or (),
-            fallback=fallback,
-            min_expert_tokens=min_expert_tokens,
-            device=device,
-            forward_dtype=forward_dtype,
-            dtype=_torch_dtype(dtype),
-            offload=offload,
-            listen=listen,
-            **_options(option or []),
-        )
+    with _reporting("interrupted: no checkpoint was written"):
+        options = _options(option or [])
+        Contender(method, refit).check_option_names(options)
+        validate_settings(method, refit, pattern, fallback=fallback, **options)
+        if calibration == "self":
+            _announce_generation(samples, seq_len)
+        with _progress() as listen:
+            pruned = prune_model(
+                model,
+                out_dir,
+                pattern=pattern,
+                method=method,
+                refit=refit,
+                calibration=calibration,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                text_field=field,
+                skip=skip or (),
+                fallback=fallback,
+                min_expert_tokens=min_expert_tokens,
+                device=device,
+                forward_dtype=forward_dtype,
+                dtype=_torch_dtype(dtype),
+                offload=offload,
+                listen=listen,
+                **options,
+            )
     report = pruned.report
     for warning in report.warnings:
-        err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        _say(err, warning, label="warning", style="yellow")
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in report.seconds.items())
-    out.print(
+    _say(
+        out,
         f"{len(report.matrices)} matrices at {pattern} by {method}, refit {refit}: mean relative loss "
         f"{report.mean_relative_loss:.4f} ({seconds})",
-        highlight=False,
     )
-    out.print(f"verified and written: {out_dir}", highlight=False)
+    _say(out, f"verified and written: {out_dir}")
     if report.fallbacks:
         raise typer.Exit(EXIT_FALLBACKS)
 
@@ -127,22 +142,25 @@ def check(
     """Re-read the bytes on disk: the pattern holds, all values are finite, nothing is missing or touched."""
     from dataclasses import asdict
 
+    from halve.verification import REPORT
     from halve.verification import check as check_checkpoint
 
     with _reporting():
+        if pattern is None and directory.is_dir() and not (directory / REPORT).exists():
+            raise InputError(f"{directory} has no {REPORT}: give --pattern")
         result = check_checkpoint(directory, against=against, pattern=pattern)
     if as_json:
         out.print_json(json.dumps(asdict(result)))
     else:
         for note in result.notes:
-            out.print(f"note: {note}", highlight=False)
+            _say(out, note, label="note")
         for problem in result.problems:
-            out.print(f"[red]problem:[/] {problem}", highlight=False)
+            _say(out, problem, label="problem", style="red")
         verdict = "ok" if result.ok else f"{len(result.problems)} problems"
-        out.print(
+        _say(
+            out,
             f"{verdict}: {result.matrices} matrices at {result.pattern}, {result.tensors} tensors, "
             f"{result.sparsity:.1%} zeros in the pruned matrices",
-            highlight=False,
         )
     if not result.ok:
         raise typer.Exit(EXIT_FAILED)
@@ -156,7 +174,7 @@ def evaluate_command(
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows.")] = None,
     field: FieldOption = "text",
     device: DeviceOption = "auto",
-    dtype: ForwardOption = "auto",
+    forward_dtype: ForwardOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity, always with sequence length, window count and dtype."""
@@ -166,7 +184,15 @@ def evaluate_command(
 
     with _reporting():
         results = [
-            evaluate(model, source, seq_len=seq_len, max_windows=max_windows, field=field, device=device, dtype=dtype)
+            evaluate(
+                model,
+                source,
+                seq_len=seq_len,
+                max_windows=max_windows,
+                field=field,
+                device=device,
+                dtype=forward_dtype,
+            )
             for source in data
         ]
     if as_json:
@@ -175,7 +201,7 @@ def evaluate_command(
     table = Table("data", "perplexity", "sequence length", "windows", "dtype", "seconds")
     for result in results:
         table.add_row(
-            result.source,
+            Text(result.source),
             f"{result.value:.3f}",
             str(result.seq_len),
             str(result.windows),
@@ -184,7 +210,7 @@ def evaluate_command(
         )
     out.print(table)
     for note in {result.note for result in results if result.note}:
-        out.print(f"note: {note}", highlight=False)
+        _say(out, note, label="note")
 
 
 @app.command()
@@ -206,6 +232,7 @@ def compare(
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
     skip: SkipOption = None,
     fallback: FallbackOption = None,
+    min_expert_tokens: ExpertOption = 32,
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",
     option: Annotated[
@@ -213,7 +240,8 @@ def compare(
         typer.Option("-o", "--option", help="METHOD.NAME=VALUE or REFIT.NAME=VALUE. Repeatable."),
     ] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Also write each pruned checkpoint, to OUT/METHOD.")
+        Path | None,
+        typer.Option("--out", help="Also write each pruned checkpoint, to OUT/METHOD; must be new or empty."),
     ] = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -221,9 +249,10 @@ def compare(
     """Prune with several methods on the same statistics settings, and print one table."""
     from halve import checkpoint
     from halve import compare as comparison
-    from halve.pruning import text_tokens
+    from halve.pruning import DEFAULT_SEQ_LEN, text_tokens
+    from halve.tokens import check_length, longest
 
-    rows = []
+    rows: list[Any] = []
     with _reporting():
         contenders = [comparison.Contender.parse(text) for text in methods.split(",")]
         requests = comparison.make_requests(
@@ -232,35 +261,45 @@ def compare(
             pattern=pattern,
             skip=skip or (),
             fallback=fallback,
+            min_expert_tokens=min_expert_tokens,
             device=device,
             forward_dtype=forward_dtype,
             dtype=_torch_dtype(dtype),
         )
-        loaded = checkpoint.load_model(model)
+        source = checkpoint.resolve(model)
+        if out_dir is not None:
+            comparison.check_destinations(out_dir, requests, source, source.size)
+        loaded = checkpoint.load_model(source)
+        if seq_len is None:
+            seq_len = min(DEFAULT_SEQ_LEN, longest(loaded.model) or DEFAULT_SEQ_LEN)
+        check_length(seq_len, loaded.model)
+        window = seq_len if eval_seq_len is None else eval_seq_len
+        texts = comparison.evaluation_texts(loaded, data, seq_len=window, max_windows=max_windows, text_field=field)
+        if calibration == "self":
+            _announce_generation(samples, seq_len)
         tokens = text_tokens(loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=field)
-        texts = comparison.evaluation_texts(
-            loaded, data, seq_len=eval_seq_len or tokens.seq_len, max_windows=max_windows, text_field=field
-        )
-        with _progress() as listen:
-            for row in comparison.compare(
-                loaded,
-                requests,
-                tokens,
-                texts,
-                out=out_dir,
-                seed=seed,
-                forward_dtype=forward_dtype,
-                listen=listen,
-            ):
-                rows.append(row)
-                scores = ", ".join(f"{Path(p.source).name} {p.value:.2f}" for p in row.perplexities)
-                err.print(f"{row.name}: {scores} ({row.seconds:.0f} s)", highlight=False)
-                for warning in row.warnings:
-                    err.print(f"[yellow]warning ({row.name}):[/] {warning}", highlight=False)
-    if as_json:
-        out.print_json(json.dumps(comparison.as_json(rows)))
-    else:
-        out.print(comparison_table(rows, pattern))
+        try:
+            with _progress() as show:
+                for row in comparison.compare(
+                    loaded,
+                    requests,
+                    tokens,
+                    texts,
+                    out=out_dir,
+                    seed=seed,
+                    forward_dtype=forward_dtype,
+                    listen=lambda contender, step: show(step, str(contender)),
+                ):
+                    rows.append(row)
+                    _say_row(row)
+        finally:  # what is finished is worth having, whatever stopped the rest
+            if as_json:
+                record = comparison.as_json(rows, model=model, pattern=pattern, calibration=tokens, seed=seed)
+                out.print_json(json.dumps(record))
+            elif rows:
+                out.print(comparison_table(rows, pattern))
+    if any(row.error for row in rows):
+        raise typer.Exit(EXIT_FAILED)
     if any(row.fallbacks for row in rows):
         raise typer.Exit(EXIT_FALLBACKS)
 
@@ -282,7 +321,22 @@ def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed
 
-    out.print(f"halve {installed('halve')}", highlight=False)
+    _say(out, f"halve {installed('halve')}")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Hold the options that belong to no command."""
 
 
 def comparison_table(rows: list[Any], pattern: str) -> Table:
@@ -291,21 +345,43 @@ def comparison_table(rows: list[Any], pattern: str) -> Table:
     caption = "; ".join(f"{Path(p.source).name}: {p.windows} windows of {p.seq_len} tokens, {p.dtype}" for p in first)
     table = Table(
         "method",
-        *[f"perplexity {Path(p.source).name}" for p in first],
+        *[Column(Text(f"perplexity {Path(p.source).name}")) for p in first],
         "mean relative loss",
         "seconds",
-        title=f"{pattern}, lower is better",
-        caption=caption,
+        title=Text(f"{pattern}, lower is better"),
+        caption=Text(f"{caption}; seconds of pruning alone"),
     )
     for row in rows:
         loss = "" if row.mean_relative_loss is None else f"{row.mean_relative_loss:.4f}"
         name = row.name if not row.fallbacks else f"{row.name} ({row.fallbacks} fallbacks)"
-        table.add_row(name, *[f"{p.value:.2f}" for p in row.perplexities], loss, f"{row.seconds:.0f}")
+        scores = ["failed"] * len(first) if row.error else [f"{p.value:.2f}" for p in row.perplexities]
+        table.add_row(name, *scores, loss, f"{row.seconds:.0f}")
     return table
 
 
+def _say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
+    """Print a sentence as it is: no markup is read in it, and where there is no terminal it stays on one line."""
+    text = Text.assemble((f"{label}: ", style), sentence) if label else Text(sentence)
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _say_row(row: Any) -> None:
+    for warning in row.warnings:
+        _say(err, warning, label=f"warning ({row.name})", style="yellow")
+    if row.error:
+        _say(err, row.error, label=f"error ({row.name})", style="red")
+        return
+    scores = ", ".join(f"{Path(p.source).name} {p.value:.2f}" for p in row.perplexities)
+    _say(err, f"{row.name}: {scores} ({row.seconds:.0f} s of pruning)")
+
+
+def _announce_generation(samples: int, seq_len: int | None) -> None:
+    length = "2048 (or its maximum)" if seq_len is None else seq_len
+    _say(err, f"the model writes {samples} x {length} calibration tokens …")
+
+
 @contextmanager
-def _reporting() -> Iterator[None]:
+def _reporting(interrupted: str = "interrupted") -> Iterator[None]:
     """Turn Halve's errors into one sentence and an exit code."""
     from transformers.utils import logging
 
@@ -313,10 +389,10 @@ def _reporting() -> Iterator[None]:
     try:
         yield
     except HalveError as error:
-        err.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        _say(err, str(error), label="error", style="red")
         raise typer.Exit(EXIT_REFUSED if _refused(error) else EXIT_FAILED) from error
     except KeyboardInterrupt:
-        err.print("interrupted: no checkpoint was written")
+        _say(err, interrupted)
         raise typer.Exit(130) from None
 
 
@@ -326,51 +402,69 @@ def _refused(error: HalveError) -> bool:
     return isinstance(error, InputError | UnsupportedModelError)
 
 
+class _Show(Protocol):
+    def __call__(self, step: Any, runner: str = "") -> None: ...
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[Any], None]]:
+def _progress() -> Iterator[_Show]:
     """Show a live bar on a terminal, one plain line a matrix elsewhere; say so if the slow prox is in use."""
     from halve import kernels
 
     if not kernels.available():
-        err.print(f"[yellow]note:[/] {kernels.describe()}", highlight=False)
+        _say(err, kernels.describe(), label="note", style="yellow")
     if not err.is_terminal:
         yield _plain_progress
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
+    with progress_bar(err) as bar:
         task = bar.add_task("reading", total=None, last="")
 
-        def show(step: Any) -> None:
+        def show(step: Any, runner: str = "") -> None:
             if step.plan is not None:
-                bar.console.print(_plan(step.plan), highlight=False)
-            description = f"block {min(step.block + 1, step.blocks)}/{step.blocks} {step.phase}"
+                _say(bar.console, _prefix(runner) + _plan(step.plan))
+            description = f"{_prefix(runner)}block {min(step.block + 1, step.blocks)}/{step.blocks} {step.phase}"
             bar.update(task, description=description, completed=step.finished, total=step.matrices)
             if step.matrix is not None:
-                bar.update(task, last=f"{step.matrix.name} {_loss(step.matrix)}")
+                short = re.sub(r"^.*?\.\d+\.", "", step.matrix.name)
+                bar.update(task, last=f"{short} {_loss(step.matrix)}")
 
         yield show
 
 
-def _plain_progress(step: Any) -> None:
+def progress_bar(console: Console) -> "Progress":
+    """Return the bar of a run: what runs, the count and the remaining time keep their width; the last matrix yields."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    ]
+    roomy = console.width >= 120
+    if roomy:
+        narrowing = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        columns.append(TextColumn("{task.fields[last]}", markup=False, table_column=narrowing))
+    return Progress(*columns, console=console, transient=True, expand=roomy)
+
+
+def _plain_progress(step: Any, runner: str = "") -> None:
+    prefix = _prefix(runner)
     if step.plan is not None:
-        sys.stderr.write(_plan(step.plan) + "\n")
+        sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")
     if step.phase == "solve" and step.matrix is not None:
-        sys.stderr.write(f"block {step.block + 1}/{step.blocks} {step.matrix.name} {_loss(step.matrix)}\n")
+        sys.stderr.write(f"{prefix}block {step.block + 1}/{step.blocks} {step.matrix.name} {_loss(step.matrix)}\n")
         sys.stderr.flush()
+
+
+def _prefix(runner: str) -> str:
+    return f"{runner}: " if runner else ""
 
 
 def _plan(plan: Any) -> str:
     """Say how many parameters will be pruned, and why the others stay dense (halve.json names each)."""
     reasons = Counter(entry.reason for entry in plan.excluded)
-    dense = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
+    dense = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"  # noqa: RUF001 - a times sign
     return f"plan: {len(plan.matrices)} matrices in {len(plan.blocks)} blocks; left dense: {dense}"
 
 
@@ -396,7 +490,9 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not name or not equals:
-            raise InputError(f"--option {pair!r} is not understood: write NAME=VALUE, for example beta=1.02")
+            raise InputError(
+                f"--option {pair!r} is not understood: write NAME=VALUE, for example beta=1.02 or refit_steps=200"
+            )
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
