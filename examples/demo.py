@@ -17,8 +17,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halve import check, checkpoint, compare
-from halve.cli import comparison_table
 from halve.pruning import text_tokens
+from halve.terminal import comparison_table
 
 SAMPLES, SEQ_LEN, WINDOWS = 32, 512, 32
 BETA = 1.05

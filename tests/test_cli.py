@@ -1,4 +1,3 @@
-import io
 import json
 import signal
 import subprocess
@@ -6,11 +5,10 @@ import sys
 import time
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from halve import compare as comparison
-from halve.cli import EXIT_FAILED, EXIT_FALLBACKS, EXIT_REFUSED, app, progress_bar
+from halve.cli import EXIT_FAILED, EXIT_FALLBACKS, EXIT_REFUSED, app
 from halve.errors import FactorisationError
 from models import decoder
 from tiny_tokenizers import SENTENCES, byte_bpe
@@ -146,18 +144,6 @@ def test_sentences_on_a_pipe_are_not_wrapped(tmp_path):
     path = tmp_path / ("[bold]" + "x" * 120)
     result = run(app, ["check", str(path)])
     assert result.stderr == f"error: {path} is not a directory: give the directory of a checkpoint\n"
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_the_bar_keeps_count_and_remaining_time_readable(width):
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    bar = progress_bar(console)
-    bar.add_task("prox-gradient+cg: block 30/30 collect", total=210, completed=150, last="self_attn.q_proj.weight " * 4)
-    console.print(bar.get_renderable())
-    (line,) = console.file.getvalue().splitlines()
-    for part in ("prox-gradient+cg: block 30/30 collect", "150/210", "-:--:--"):
-        assert part in line
-    assert ("self_attn" in line) == (width == 120)
 
 
 def test_version_and_a_cheap_start():

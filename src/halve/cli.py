@@ -1,23 +1,17 @@
-"""The ``halve`` command: argument parsing and printing, nothing else."""
+"""The ``halve`` command: arguments in, calls out; what is printed, and how, is `halve.terminal`'s."""
 
 import json
-import re
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from halve.errors import HalveError, InputError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from halve.terminal import announce_generation, comparison_table, err, out, progress, say, say_row
 
 EXIT_FAILED = 1
 """A check found problems, or a run stopped because a matrix or the data failed."""
@@ -33,9 +27,6 @@ app = typer.Typer(
     help="Prune trained neural networks to N:M sparsity, and see what it cost.",
     epilog="Exit codes: 0 complete; 1 failed or problems found; 2 refused, nothing done; 3 complete with fallbacks.",
 )
-out = Console()
-err = Console(stderr=True)
-
 ModelArgument = Annotated[str, typer.Argument(help="A directory, a .gguf file, or a Hugging Face hub id.")]
 PatternOption = Annotated[str, typer.Option(help="N:M keeps N of every M weights; S% zeroes S percent of a row.")]
 CalibrationOption = Annotated[
@@ -95,8 +86,8 @@ def prune(
         Contender(method, refit).check_option_names(options)
         validate_settings(method, refit, pattern, fallback=fallback, **options)
         if calibration == "self":
-            _announce_generation(samples, seq_len)
-        with _progress() as listen:
+            announce_generation(samples, seq_len)
+        with progress() as listen:
             pruned = prune_model(
                 model,
                 out_dir,
@@ -120,14 +111,14 @@ def prune(
             )
     report = pruned.report
     for warning in report.warnings:
-        _say(err, warning, label="warning", style="yellow")
+        say(err, warning, label="warning", style="yellow")
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in report.seconds.items())
-    _say(
+    say(
         out,
         f"{len(report.matrices)} matrices at {pattern} by {method}, refit {refit}: mean relative loss "
         f"{report.mean_relative_loss:.4f} ({seconds})",
     )
-    _say(out, f"verified and written: {out_dir}")
+    say(out, f"verified and written: {out_dir}")
     if report.fallbacks:
         raise typer.Exit(EXIT_FALLBACKS)
 
@@ -153,11 +144,11 @@ def check(
         out.print_json(json.dumps(asdict(result)))
     else:
         for note in result.notes:
-            _say(out, note, label="note")
+            say(out, note, label="note")
         for problem in result.problems:
-            _say(out, problem, label="problem", style="red")
+            say(out, problem, label="problem", style="red")
         verdict = "ok" if result.ok else f"{len(result.problems)} problems"
-        _say(
+        say(
             out,
             f"{verdict}: {result.matrices} matrices at {result.pattern}, {result.tensors} tensors, "
             f"{result.sparsity:.1%} zeros in the pruned matrices",
@@ -210,7 +201,7 @@ def evaluate_command(
         )
     out.print(table)
     for note in {result.note for result in results if result.note}:
-        _say(out, note, label="note")
+        say(out, note, label="note")
 
 
 @app.command()
@@ -249,8 +240,8 @@ def compare(
     """Prune with several methods on the same statistics settings, and print one table."""
     from halve import checkpoint
     from halve import compare as comparison
-    from halve.pruning import DEFAULT_SEQ_LEN, text_tokens
-    from halve.tokens import check_length, longest
+    from halve.pruning import default_length, text_tokens
+    from halve.tokens import check_length
 
     rows: list[Any] = []
     with _reporting():
@@ -271,15 +262,15 @@ def compare(
             comparison.check_destinations(out_dir, requests, source, source.size)
         loaded = checkpoint.load_model(source)
         if seq_len is None:
-            seq_len = min(DEFAULT_SEQ_LEN, longest(loaded.model) or DEFAULT_SEQ_LEN)
+            seq_len = default_length(loaded)
         check_length(seq_len, loaded.model)
         window = seq_len if eval_seq_len is None else eval_seq_len
         texts = comparison.evaluation_texts(loaded, data, seq_len=window, max_windows=max_windows, text_field=field)
         if calibration == "self":
-            _announce_generation(samples, seq_len)
+            announce_generation(samples, seq_len)
         tokens = text_tokens(loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=field)
         try:
-            with _progress() as show:
+            with progress() as show:
                 for row in comparison.compare(
                     loaded,
                     requests,
@@ -291,7 +282,7 @@ def compare(
                     listen=lambda contender, step: show(step, str(contender)),
                 ):
                     rows.append(row)
-                    _say_row(row)
+                    say_row(row)
         finally:  # what is finished is worth having, whatever stopped the rest
             if as_json:
                 record = comparison.as_json(rows, model=model, pattern=pattern, calibration=tokens, seed=seed)
@@ -321,7 +312,7 @@ def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed
 
-    _say(out, f"halve {installed('halve')}")
+    say(out, f"halve {installed('halve')}")
 
 
 def _show_version(wanted: bool) -> None:
@@ -339,47 +330,6 @@ def common(
     """Hold the options that belong to no command."""
 
 
-def comparison_table(rows: list[Any], pattern: str) -> Table:
-    """Return the table of a comparison, `halve.compare.Row` by row."""
-    first = rows[0].perplexities
-    caption = "; ".join(f"{Path(p.source).name}: {p.windows} windows of {p.seq_len} tokens, {p.dtype}" for p in first)
-    table = Table(
-        "method",
-        *[Column(Text(f"perplexity {Path(p.source).name}")) for p in first],
-        "mean relative loss",
-        "seconds",
-        title=Text(f"{pattern}, lower is better"),
-        caption=Text(f"{caption}; seconds of pruning alone"),
-    )
-    for row in rows:
-        loss = "" if row.mean_relative_loss is None else f"{row.mean_relative_loss:.4f}"
-        name = row.name if not row.fallbacks else f"{row.name} ({row.fallbacks} fallbacks)"
-        scores = ["failed"] * len(first) if row.error else [f"{p.value:.2f}" for p in row.perplexities]
-        table.add_row(name, *scores, loss, f"{row.seconds:.0f}")
-    return table
-
-
-def _say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
-    """Print a sentence as it is: no markup is read in it, and where there is no terminal it stays on one line."""
-    text = Text.assemble((f"{label}: ", style), sentence) if label else Text(sentence)
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def _say_row(row: Any) -> None:
-    for warning in row.warnings:
-        _say(err, warning, label=f"warning ({row.name})", style="yellow")
-    if row.error:
-        _say(err, row.error, label=f"error ({row.name})", style="red")
-        return
-    scores = ", ".join(f"{Path(p.source).name} {p.value:.2f}" for p in row.perplexities)
-    _say(err, f"{row.name}: {scores} ({row.seconds:.0f} s of pruning)")
-
-
-def _announce_generation(samples: int, seq_len: int | None) -> None:
-    length = "2048 (or its maximum)" if seq_len is None else seq_len
-    _say(err, f"the model writes {samples} x {length} calibration tokens …")
-
-
 @contextmanager
 def _reporting(interrupted: str = "interrupted") -> Iterator[None]:
     """Turn Halve's errors into one sentence and an exit code."""
@@ -389,10 +339,10 @@ def _reporting(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
     except HalveError as error:
-        _say(err, str(error), label="error", style="red")
+        say(err, str(error), label="error", style="red")
         raise typer.Exit(EXIT_REFUSED if _refused(error) else EXIT_FAILED) from error
     except KeyboardInterrupt:
-        _say(err, interrupted)
+        say(err, interrupted)
         raise typer.Exit(130) from None
 
 
@@ -400,77 +350,6 @@ def _refused(error: HalveError) -> bool:
     from halve.errors import UnsupportedModelError
 
     return isinstance(error, InputError | UnsupportedModelError)
-
-
-class _Show(Protocol):
-    def __call__(self, step: Any, runner: str = "") -> None: ...
-
-
-@contextmanager
-def _progress() -> Iterator[_Show]:
-    """Show a live bar on a terminal, one plain line a matrix elsewhere; say so if the slow prox is in use."""
-    from halve import kernels
-
-    if not kernels.available():
-        _say(err, kernels.describe(), label="note", style="yellow")
-    if not err.is_terminal:
-        yield _plain_progress
-        return
-    with progress_bar(err) as bar:
-        task = bar.add_task("reading", total=None, last="")
-
-        def show(step: Any, runner: str = "") -> None:
-            if step.plan is not None:
-                _say(bar.console, _prefix(runner) + _plan(step.plan))
-            description = f"{_prefix(runner)}block {min(step.block + 1, step.blocks)}/{step.blocks} {step.phase}"
-            bar.update(task, description=description, completed=step.finished, total=step.matrices)
-            if step.matrix is not None:
-                short = re.sub(r"^.*?\.\d+\.", "", step.matrix.name)
-                bar.update(task, last=f"{short} {_loss(step.matrix)}")
-
-        yield show
-
-
-def progress_bar(console: Console) -> "Progress":
-    """Return the bar of a run: what runs, the count and the remaining time keep their width; the last matrix yields."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
-    ]
-    roomy = console.width >= 120
-    if roomy:
-        narrowing = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-        columns.append(TextColumn("{task.fields[last]}", markup=False, table_column=narrowing))
-    return Progress(*columns, console=console, transient=True, expand=roomy)
-
-
-def _plain_progress(step: Any, runner: str = "") -> None:
-    prefix = _prefix(runner)
-    if step.plan is not None:
-        sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")
-    if step.phase == "solve" and step.matrix is not None:
-        sys.stderr.write(f"{prefix}block {step.block + 1}/{step.blocks} {step.matrix.name} {_loss(step.matrix)}\n")
-        sys.stderr.flush()
-
-
-def _prefix(runner: str) -> str:
-    return f"{runner}: " if runner else ""
-
-
-def _plan(plan: Any) -> str:
-    """Say how many parameters will be pruned, and why the others stay dense (halve.json names each)."""
-    reasons = Counter(entry.reason for entry in plan.excluded)
-    dense = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"  # noqa: RUF001 - a times sign
-    return f"plan: {len(plan.matrices)} matrices in {len(plan.blocks)} blocks; left dense: {dense}"
-
-
-def _loss(matrix: Any) -> str:
-    loss = matrix.facts.get("relative_loss")
-    return "" if loss is None else f"relative loss {loss:.4f}"
 
 
 def _torch_dtype(name: str | None) -> Any:

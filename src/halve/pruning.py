@@ -265,7 +265,7 @@ def text_tokens(
     if loaded.tokenizer is None:
         raise InputError("the model has no tokenizer, so text cannot be used: give tokenizer, or tokens as calibration")
     if seq_len is None:
-        seq_len = min(DEFAULT_SEQ_LEN, tokens.longest(loaded.model) or DEFAULT_SEQ_LEN)
+        seq_len = default_length(loaded)
     tokens.check_length(seq_len, loaded.model)
     return tokens.calibration_tokens(
         source,
@@ -276,6 +276,11 @@ def text_tokens(
         field=text_field,
         model=loaded.model,
     )
+
+
+def default_length(loaded: LoadedModel) -> int:
+    """Return the length of calibration sequences where none is asked for: 2048, or the model's maximum if less."""
+    return min(DEFAULT_SEQ_LEN, tokens.longest(loaded.model) or DEFAULT_SEQ_LEN)
 
 
 def token_batches(ids: Tensor) -> list[Batch]:

@@ -1,0 +1,136 @@
+"""What the command line prints: sentences, tables, a live bar, and plain lines where there is no terminal."""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+out = Console()
+err = Console(stderr=True)
+
+
+def comparison_table(rows: list[Any], pattern: str) -> Table:
+    """Return the table of a comparison, `halve.compare.Row` by row."""
+    first = rows[0].perplexities
+    caption = "; ".join(f"{Path(p.source).name}: {p.windows} windows of {p.seq_len} tokens, {p.dtype}" for p in first)
+    table = Table(
+        "method",
+        *[Column(Text(f"perplexity {Path(p.source).name}")) for p in first],
+        "mean relative loss",
+        "seconds",
+        title=Text(f"{pattern}, lower is better"),
+        caption=Text(f"{caption}; seconds of pruning alone"),
+    )
+    for row in rows:
+        loss = "" if row.mean_relative_loss is None else f"{row.mean_relative_loss:.4f}"
+        name = row.name if not row.fallbacks else f"{row.name} ({row.fallbacks} fallbacks)"
+        scores = ["failed"] * len(first) if row.error else [f"{p.value:.2f}" for p in row.perplexities]
+        table.add_row(name, *scores, loss, f"{row.seconds:.0f}")
+    return table
+
+
+def say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
+    """Print a sentence as it is: no markup is read in it, and where there is no terminal it stays on one line."""
+    text = Text.assemble((f"{label}: ", style), sentence) if label else Text(sentence)
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def say_row(row: Any) -> None:
+    """Print what became of one contender of a comparison (`halve.compare.Row`), as soon as it is known."""
+    for warning in row.warnings:
+        say(err, warning, label=f"warning ({row.name})", style="yellow")
+    if row.error:
+        say(err, row.error, label=f"error ({row.name})", style="red")
+        return
+    scores = ", ".join(f"{Path(p.source).name} {p.value:.2f}" for p in row.perplexities)
+    say(err, f"{row.name}: {scores} ({row.seconds:.0f} s of pruning)")
+
+
+def announce_generation(samples: int, seq_len: int | None) -> None:
+    """Say that the model is about to write its own calibration text, which takes a while."""
+    length = "2048 (or its maximum)" if seq_len is None else seq_len
+    say(err, f"the model writes {samples} x {length} calibration tokens …")
+
+
+class Show(Protocol):
+    """A display of progress, as `progress` yields it."""
+
+    def __call__(self, step: Any, runner: str = "") -> None:
+        """Display one `halve.run.Progress`; ``runner`` names what is running where there are several."""
+
+
+@contextmanager
+def progress() -> Iterator[Show]:
+    """Show a live bar on a terminal, one plain line a matrix elsewhere; say so if the slow prox is in use."""
+    from halve import kernels
+
+    if not kernels.available():
+        say(err, kernels.describe(), label="note", style="yellow")
+    if not err.is_terminal:
+        yield _plain_progress
+        return
+    with progress_bar(err) as bar:
+        task = bar.add_task("reading", total=None, last="")
+
+        def show(step: Any, runner: str = "") -> None:
+            if step.plan is not None:
+                say(bar.console, _prefix(runner) + _plan(step.plan))
+            description = f"{_prefix(runner)}block {min(step.block + 1, step.blocks)}/{step.blocks} {step.phase}"
+            bar.update(task, description=description, completed=step.finished, total=step.matrices)
+            if step.matrix is not None:
+                short = re.sub(r"^.*?\.\d+\.", "", step.matrix.name)
+                bar.update(task, last=f"{short} {_loss(step.matrix)}")
+
+        yield show
+
+
+def progress_bar(console: Console) -> "Progress":
+    """Return the bar of a run: what runs, the count and the remaining time keep their width; the last matrix yields."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    ]
+    roomy = console.width >= 120
+    if roomy:
+        narrowing = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        columns.append(TextColumn("{task.fields[last]}", markup=False, table_column=narrowing))
+    return Progress(*columns, console=console, transient=True, expand=roomy)
+
+
+def _plain_progress(step: Any, runner: str = "") -> None:
+    prefix = _prefix(runner)
+    if step.plan is not None:
+        sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")
+    if step.phase == "solve" and step.matrix is not None:
+        sys.stderr.write(f"{prefix}block {step.block + 1}/{step.blocks} {step.matrix.name} {_loss(step.matrix)}\n")
+        sys.stderr.flush()
+
+
+def _prefix(runner: str) -> str:
+    return f"{runner}: " if runner else ""
+
+
+def _plan(plan: Any) -> str:
+    """Say how many parameters will be pruned, and why the others stay dense (halve.json names each)."""
+    reasons = Counter(entry.reason for entry in plan.excluded)
+    dense = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"  # noqa: RUF001 - a times sign
+    return f"plan: {len(plan.matrices)} matrices in {len(plan.blocks)} blocks; left dense: {dense}"
+
+
+def _loss(matrix: Any) -> str:
+    loss = matrix.facts.get("relative_loss")
+    return "" if loss is None else f"relative loss {loss:.4f}"

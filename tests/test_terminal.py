@@ -1,0 +1,39 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from halve.terminal import comparison_table, progress_bar, say
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_keeps_count_and_remaining_time_readable(width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    bar = progress_bar(console)
+    bar.add_task("prox-gradient+cg: block 30/30 collect", total=210, completed=150, last="self_attn.q_proj.weight " * 4)
+    console.print(bar.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    for part in ("prox-gradient+cg: block 30/30 collect", "150/210", "-:--:--"):
+        assert part in line
+    assert ("self_attn" in line) == (width == 120)
+
+
+def test_sentences_are_printed_as_they_are_and_stay_on_one_line():
+    console = Console(file=io.StringIO(), width=20, color_system=None)
+    say(console, "x[/y] [bold]not markup[/] " + "long " * 10, label="note")
+    assert console.file.getvalue() == "note: x[/y] [bold]not markup[/] " + "long " * 10 + "\n"
+
+
+def test_the_table_marks_failures_and_fallbacks():
+    score = SimpleNamespace(source="/a/text.txt", windows=2, seq_len=16, dtype="float32", value=12.345)
+    dense = SimpleNamespace(
+        name="dense", perplexities=[score], mean_relative_loss=None, seconds=0.0, fallbacks=0, error=""
+    )
+    fell = SimpleNamespace(**{**vars(dense), "name": "wanda", "fallbacks": 3, "mean_relative_loss": 0.01234})
+    failed = SimpleNamespace(**{**vars(dense), "name": "sparsegpt", "perplexities": [], "error": "no"})
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(comparison_table([dense, fell, failed], "2:4"))
+    printed = console.file.getvalue()
+    for part in ("perplexity text.txt", "12.35", "wanda (3 fallbacks)", "0.0123", "failed", "2 windows of 16 tokens"):
+        assert part in printed
