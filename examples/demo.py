@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from halve import check, checkpoint, compare
 from halve.pruning import text_tokens
@@ -61,6 +62,7 @@ def answer(directory: Path) -> str:
 def main(folder: Path) -> None:
     """Run the demo in ``folder``."""
     started = time.perf_counter()
+    logging.disable_progress_bar()
     if (folder / "pruned").exists():  # of the previous run
         shutil.rmtree(folder / "pruned")
     model, text = unpack_model(folder), held_out_text(folder)
@@ -70,7 +72,7 @@ def main(folder: Path) -> None:
         "so its numbers are a little worse than the method can do."
     )
     loaded = checkpoint.load_model(model)
-    out.print(f"The model writes {SAMPLES} x {SEQ_LEN} tokens to calibrate on …")
+    out.print(f"The model writes {SAMPLES} x {SEQ_LEN} tokens to calibrate on, which takes some minutes …")
     tokens = text_tokens(loaded, "self", samples=SAMPLES, seq_len=SEQ_LEN, seed=0, text_field="text")
     contenders = [compare.Contender.parse(name) for name in ("magnitude", "wanda", "sparsegpt", "prox-gradient+cg")]
     requests = compare.make_requests(contenders, {"prox-gradient": {"beta": BETA}})
