@@ -7,8 +7,7 @@ are independent. Neither solver ever returns a row with a larger loss than it wa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from halve.errors import InputError
 from halve.pattern import apply_mask
 from halve.quadratic import Scaled, Slope, row_losses, spectral_bound
+from halve.tables import build_options, find_row
 
 REPACK_SHARE = 0.1
 """Share of converged rows at which the others are packed together."""
@@ -171,11 +171,7 @@ def get(name: str) -> Refit:
     Raises:
         InputError: there is none; the message suggests what may have been meant.
     """
-    if isinstance(name, str) and name in REFITS:
-        return REFITS[name]
-    close = get_close_matches(str(name), REFITS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise InputError(f"unknown refit {name!r}: {hint}choose one of {', '.join(REFITS)}")
+    return find_row(REFITS, name, "refit")
 
 
 def make_options(refit: str | Refit, **options: Any) -> Any:
@@ -185,12 +181,7 @@ def make_options(refit: str | Refit, **options: Any) -> Any:
         InputError: the refit is unknown or has no option of that name, or a value is out of range.
     """
     refit = get(refit) if isinstance(refit, str) else refit
-    allowed = [field.name for field in fields(refit.options)]
-    unknown = [name for name in options if name not in allowed]
-    if unknown:
-        known = f"its options are {', '.join(f'refit_{name}' for name in allowed)}" if allowed else "it takes none"
-        raise InputError(f"refit {refit.name} has no option 'refit_{unknown[0]}': {known}")
-    return refit.options(**options)
+    return build_options(refit.options, f"refit {refit.name}", options, prefix="refit_")
 
 
 def _conjugate_gradients(

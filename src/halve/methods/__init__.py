@@ -6,13 +6,12 @@ zeros are +0.0. Methods compute in float32, and trust that their input was check
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any
 
-from halve.errors import InputError
 from halve.methods import magnitude, prox_gradient, sparsegpt, wanda
 from halve.outcome import Outcome
+from halve.tables import build_options, find_row
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,7 @@ def get(name: str) -> Method:
     Raises:
         InputError: there is none; the message suggests what may have been meant.
     """
-    if isinstance(name, str) and name in METHODS:
-        return METHODS[name]
-    close = get_close_matches(str(name), METHODS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise InputError(f"unknown method {name!r}: {hint}choose one of {', '.join(METHODS)}")
+    return find_row(METHODS, name, "method")
 
 
 def make_options(method: str | Method, **options: Any) -> Any:
@@ -106,9 +101,4 @@ def make_options(method: str | Method, **options: Any) -> Any:
         InputError: the method is unknown or has no option of that name, or a value is out of range.
     """
     method = get(method) if isinstance(method, str) else method
-    allowed = [field.name for field in fields(method.options)]
-    unknown = [name for name in options if name not in allowed]
-    if unknown:
-        known = f"its options are {', '.join(allowed)}" if allowed else "it takes none"
-        raise InputError(f"method {method.name} has no option {unknown[0]!r}: {known}")
-    return method.options(**options)
+    return build_options(method.options, f"method {method.name}", options)
