@@ -1,377 +1,431 @@
-// Compiled once for each instruction set, HALVE_ISA naming it. Loops run over the groups of a block, without branches,
-// so that the compiler vectorises them; the few groups that Newton's method has not settled are finished one by one.
+// Compiled once for each instruction set, HALVE_ISA naming it. A vector holds one entry of as many groups as it has
+// lanes; every candidate is computed for all of them and masks choose. The few groups that a fixed number of Newton
+// steps does not settle wait in `Late` until they fill vectors of their own.
+//
+// What a group becomes depends on that group alone, never on its neighbours or on its place.
 #include "two_of_four.hpp"
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
+
+#include "simd.hpp"
 
 namespace halve::HALVE_ISA {
 namespace {
-
-constexpr int BLOCK = 256;  // groups at a time: few enough for the arrays below to stay in the cache
 
 constexpr double SPARSE_FROM = 1.2072;  // from here on no minimiser has a third non-zero: (1 + sqrt 2) / 2
 constexpr double THREE_IS_SAFE_BELOW = 0.92;  // share of the fourth entry's slope
 constexpr int STARTS = 3;
 constexpr double START[STARTS][2] = {{0.45, 0.9}, {0.3, 1.0}, {0.6, 1.2}};
-constexpr int STEPS = 4, MORE_STEPS = 16;
+constexpr int STEPS_ON_THREE = 2, MORE_STEPS_ON_THREE = 32;
+constexpr int STEPS_ON_FOUR = 2, MORE_STEPS_ON_FOUR = 2, LATE_STEPS = 16;
 
 template <typename T>
-constexpr T newton_tolerance() {
-    return sizeof(T) == 8 ? T(1e-6) : T(1e-3);
-}
+constexpr T NEWTON_TOLERANCE = sizeof(T) == 8 ? T(1e-6) : T(1e-3);
 
-template <typename T>
-inline void two_largest(T y1, T mu, T u3, T& u1, T& u2, T& inverse) {
-    const T t = mu * u3;
-    inverse = T(1) / (T(1) - t * t);
-    u1 = (T(1) - t * y1) * inverse;
+// Magnitudes of a group in decreasing order, divided by the largest, and mu = lam * the largest.
+template <typename V>
+struct Group {
+    V y1, y2, y3, mu;  // y0 = 1
+};
+
+template <typename V>
+inline void two_largest(V y1, V mu, V u3, V& u1, V& u2, V& inverse) {
+    const V t = mu * u3;
+    inverse = reciprocal(1 - t * t);
+    u1 = (1 - t * y1) * inverse;
     u2 = (y1 - t) * inverse;
 }
 
-// Newton steps on h(u_3) = u_3 - y_3 + mu u_1 u_2.
-template <typename T, int Count>
-inline void descend_to_third(T y1, T y2, T mu, T& u3, T& before) {
-    const T limit = std::min(y2, T(0.75) / mu);
-    for (int step = 0; step < Count; ++step) {
-        T u1, u2, inverse;
-        two_largest(y1, mu, u3, u1, u2, inverse);
-        const T product = u1 * u2;
-        const T value = mu * product + (u3 - y2);
-        const T slope = T(1) - mu * mu * (u1 * u1 + u2 * u2 - T(2) * mu * u3 * product) * inverse;
+// One Newton step on h(u_3) = u_3 - y_3 + mu u_1 u_2.
+template <typename V>
+inline V step_to_third(const Group<V>& g, V u3, V limit) {
+    V u1, u2, inverse;
+    two_largest(g.y1, g.mu, u3, u1, u2, inverse);
+    const V product = u1 * u2;
+    const V value = g.mu * product + (u3 - g.y2);
+    const V slope = 1 - g.mu * g.mu * (u1 * u1 + u2 * u2 - 2 * g.mu * u3 * product) * inverse;
+    const V tiny = V{} + decltype(value[0] + 0)(1e-30), zero = {};
+    return smaller(larger(u3 - value * reciprocal(larger(slope, tiny)), zero), limit);
+}
+
+template <typename T, typename V = typename Simd<T>::Real, typename M = typename Simd<T>::Mask>
+inline M descend_to_third(const Group<V>& g, V& u3) {
+    // Two bounds of the root from above: one Newton step from 0, where h is convex and falls, and y_2 / (2 mu).
+    const V over_mu = reciprocal(g.mu), tiny = V{} + T(1e-30), zero = {};
+    const V slope = 1 - g.mu * g.mu * (1 + g.y1 * g.y1);
+    const V from_zero = larger((g.y2 - g.mu * g.y1) * reciprocal(larger(slope, tiny)), zero);
+    const V limit = smaller(T(0.75) * over_mu, g.y2);
+    u3 = smaller(slope > 0 ? from_zero : g.y2, smaller(T(0.5) * g.y1 * over_mu, g.y2));
+    V before = u3;
+    for (int step = 0; step < STEPS_ON_THREE; ++step) {
         before = u3;
-        u3 = std::min(std::max(u3 - value / std::max(slope, T(1e-30)), T(0)), limit);
+        u3 = step_to_third(g, u3, limit);
     }
+    const auto moved = [&] {
+        const V change = u3 - before;
+        return larger(change, -change) > NEWTON_TOLERANCE<T> * u3;
+    };
+    M open = moved();
+    for (int step = 0; step < MORE_STEPS_ON_THREE && any(open); ++step) {
+        before = u3;
+        u3 = open ? step_to_third(g, u3, limit) : u3;
+        open &= moved();
+    }
+    return ~open;
 }
 
-template <typename T>
-inline bool third_settled(T u3, T before) {
-    return std::abs(u3 - before) <= newton_tolerance<T>() * u3;
-}
-
-template <typename T>
-inline bool four_is_convex(T s, T q, T d, T e) {
-    const T left = T(1) + q - e * e / (T(1) - s);
-    const T right = T(1) + s - d * d / (T(1) - q);
-    return (s < T(1)) & (q < T(1)) & (left > T(0)) & (left * right > (s + q) * (s + q));
+template <typename V>
+inline auto four_is_convex(V s, V q, V d, V e) {
+    const V left = 1 + q - e * e * reciprocal(1 - s);
+    const V right = 1 + s - d * d * reciprocal(1 - q);
+    return (s < 1) & (q < 1) & (left > 0) & (left * right > (s + q) * (s + q));
 }
 
 // Sums and differences of the pairs (1, 2) and (3, 4), and the last Newton step.
-template <typename T>
+template <typename V>
 struct Four {
-    T s, q, d, e, step_s, step_q;
+    V s, q, d, e, step_s, step_q;
 };
 
-template <typename T>
-inline Four<T> start_of_four(T y1, T y2, T y3, T mu, double damping, double share) {
-    const T s = T(1) + y1, q = y2 + y3;
-    const T low = std::max(s - T(share) * mu * y2 * y3, T(0)) / (T(1) + T(damping) * mu * q);
-    const T high = std::max(q - T(share) * mu * y1, T(0)) / (T(1) + T(damping) * mu * s);
-    return {low, high, T(1) - y1, y2 - y3, T(0), T(0)};
+template <typename T, typename V = typename Simd<T>::Real>
+inline Four<V> start_of_four(const Group<V>& g, const double (&start)[2]) {
+    const T damping = T(start[0]), share = T(start[1]);
+    const V s = 1 + g.y1, q = g.y2 + g.y3, zero = {};
+    const V low = larger(s - share * g.mu * g.y2 * g.y3, zero) * reciprocal(1 + damping * g.mu * q);
+    const V high = larger(q - share * g.mu * g.y1, zero) * reciprocal(1 + damping * g.mu * s);
+    return {low, high, 1 - g.y1, g.y2 - g.y3, zero, zero};
 }
 
-template <typename T, int Count>
-inline void descend_on_four(T y1, T y2, T y3, T mu, Four<T>& f) {
-    const T sum_s = T(1) + y1, sum_q = y2 + y3, diff_d = T(1) - y1, diff_e = y2 - y3;
-    for (int step = 0; step < Count; ++step) {
-        const T ms = mu * f.s, mq = mu * f.q, md = mu * f.d, me = mu * f.e;
-        const T over_q = T(1) / (T(1) - mq), over_s = T(1) / (T(1) - ms);
-        const T rest_d = f.d * (T(1) - mq) - diff_d, rest_e = f.e * (T(1) - ms) - diff_e;
-        const T lift_d = md * over_q, lift_e = me * over_s;
-        const T rest_s = f.s + f.s * mq - sum_s + T(0.5) * (f.q * mq - f.e * me) + lift_e * rest_e;
-        const T rest_q = f.q + f.q * ms - sum_q + T(0.5) * (f.s * ms - f.d * md) + lift_d * rest_d;
-        const T ss = T(1) + mq - me * lift_e, qq = T(1) + ms - md * lift_d, sq = ms + mq;
-        const T inverse = T(1) / (ss * qq - sq * sq);
-        f.step_s = (qq * rest_s - sq * rest_q) * inverse;
-        f.step_q = (ss * rest_q - sq * rest_s) * inverse;
-        f.d = f.d - rest_d * over_q - lift_d * f.step_q;
-        f.e = f.e - rest_e * over_s - lift_e * f.step_s;
-        f.s -= f.step_s;
-        f.q -= f.step_q;
+template <typename T, typename V = typename Simd<T>::Real>
+inline void step_on_four(const Group<V>& g, Four<V>& f) {
+    const V sum_s = 1 + g.y1, sum_q = g.y2 + g.y3, diff_d = 1 - g.y1, diff_e = g.y2 - g.y3;
+    const V ms = g.mu * f.s, mq = g.mu * f.q, md = g.mu * f.d, me = g.mu * f.e;
+    const V over_q = reciprocal(1 - mq), over_s = reciprocal(1 - ms);
+    const V rest_d = f.d * (1 - mq) - diff_d, rest_e = f.e * (1 - ms) - diff_e;
+    const V lift_d = md * over_q, lift_e = me * over_s;
+    const V rest_s = f.s + f.s * mq - sum_s + T(0.5) * (f.q * mq - f.e * me) + lift_e * rest_e;
+    const V rest_q = f.q + f.q * ms - sum_q + T(0.5) * (f.s * ms - f.d * md) + lift_d * rest_d;
+    const V ss = 1 + mq - me * lift_e, qq = 1 + ms - md * lift_d, sq = ms + mq;
+    const V inverse = reciprocal(ss * qq - sq * sq);
+    f.step_s = (qq * rest_s - sq * rest_q) * inverse;
+    f.step_q = (ss * rest_q - sq * rest_s) * inverse;
+    f.d = f.d - rest_d * over_q - lift_d * f.step_q;
+    f.e = f.e - rest_e * over_s - lift_e * f.step_s;
+    f.s -= f.step_s;
+    f.q -= f.step_q;
+}
+
+template <typename T, typename V = typename Simd<T>::Real>
+inline auto four_settled(const Four<V>& f) {
+    const V noise = T(16) * std::numeric_limits<T>::epsilon() * f.s;
+    return (larger(f.step_s, -f.step_s) <= NEWTON_TOLERANCE<T> * f.s) &
+           (larger(f.step_q, -f.step_q) <= NEWTON_TOLERANCE<T> * f.q + noise);
+}
+
+// Continue the groups that have not settled, at most `steps` times; the others stay as they are.
+template <typename T, typename V = typename Simd<T>::Real, typename M = typename Simd<T>::Mask>
+inline M settle_on_four(const Group<V>& g, Four<V>& f, int steps) {
+    M settled = four_settled<T>(f);
+    for (int step = 0; step < steps && any(~settled); ++step) {
+        Four<V> next = f;
+        step_on_four<T>(g, next);
+        f = {settled ? f.s : next.s,           settled ? f.q : next.q,
+             settled ? f.d : next.d,           settled ? f.e : next.e,
+             settled ? f.step_s : next.step_s, settled ? f.step_q : next.step_q};
+        settled |= four_settled<T>(f);
     }
+    return settled;
 }
 
-template <typename T>
-inline bool four_settled(const Four<T>& f) {
-    const T noise = T(16) * std::numeric_limits<T>::epsilon() * f.s;
-    const T tolerance = newton_tolerance<T>();
-    return (std::abs(f.step_s) <= tolerance * f.s) & (std::abs(f.step_q) <= tolerance * f.q + noise);
-}
-
-// The candidate without zeros: mu de_3/du for each entry, its objective, and whether it is a local minimum.
-template <typename T>
+// A candidate: mu de_3/du for each entry, and its objective.
+template <typename V>
 struct Candidate {
-    T d0, d1, d2, d3, objective;
-    bool positive;
+    V d0, d1, d2, d3, objective;
 };
 
-template <typename T>
-inline Candidate<T> polish_four(T y1, T y2, T y3, T mu, const Four<T>& f) {
-    const T u0 = T(0.5) * (f.s + f.d);
-    const T a1 = mu * u0;
-    T s = f.s, q = f.q, e = f.e, u1 = s - u0;
+// The candidate without zeros, small entries accurate beside a dominant one, and whether it is a local minimum.
+template <typename T, typename V = typename Simd<T>::Real, typename M = typename Simd<T>::Mask>
+inline Candidate<V> polish_four(const Group<V>& g, const Four<V>& f, M& minimum) {
+    const V mu = g.mu, u0 = T(0.5) * (f.s + f.d), a1 = mu * u0;
+    V s = f.s, q = f.q, e = f.e, u1 = s - u0;
     for (int pass = 0; pass < 2; ++pass) {  // the first takes the noise out of q, which the second would meet squared
-        const T low_product = mu * T(0.25) * (q * q - e * e);
-        q = (y2 + y3 - T(2) * a1 * (y1 - low_product)) / (T(1) + mu * s - T(2) * a1 * a1);
-        u1 = y1 - low_product - a1 * q;
+        const V low_product = mu * T(0.25) * (q * q - e * e);
+        q = (g.y2 + g.y3 - 2 * a1 * (g.y1 - low_product)) * reciprocal(1 + mu * s - 2 * a1 * a1);
+        u1 = g.y1 - low_product - a1 * q;
         s = u0 + u1;
-        e = (y2 - y3) / (T(1) - mu * s);
+        e = (g.y2 - g.y3) * reciprocal(1 - mu * s);
     }
-    const T u2 = T(0.5) * (q + e), u3 = T(0.5) * (q - e);
-    Candidate<T> c;
-    c.positive = four_is_convex(mu * s, mu * q, mu * (u0 - u1), mu * e) & (u3 > T(0)) & (u1 > T(0));
-    const T low = u2 + u3, high = u0 + u1, product_low = u2 * u3, product_high = u0 * u1;
+    const V u2 = T(0.5) * (q + e), u3 = T(0.5) * (q - e);
+    minimum = four_is_convex(mu * s, mu * q, mu * (u0 - u1), mu * e) & (u3 > 0) & (u1 > 0);
+    const V low = u2 + u3, high = u0 + u1, product_low = u2 * u3, product_high = u0 * u1;
+    Candidate<V> c;
     c.d0 = mu * (u1 * low + product_low);
     c.d1 = mu * (u0 * low + product_low);
     c.d2 = mu * (u3 * high + product_high);
     c.d3 = mu * (u2 * high + product_high);
     // Euler: sum_i u_i d_i = 3 mu e_3
     c.objective = T(0.5) * (c.d0 * c.d0 + c.d1 * c.d1 + c.d2 * c.d2 + c.d3 * c.d3) +
-                  (u0 * c.d0 + u1 * c.d1 + u2 * c.d2 + u3 * c.d3) / T(3);
+                  (u0 * c.d0 + u1 * c.d1 + u2 * c.d2 + u3 * c.d3) * T(1.0 / 3.0);
     return c;
 }
 
-// An integer as wide as T, so that a comparison's result stays in the lane of its operands.
-template <typename T>
-using Flag = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+template <typename V>
+inline V load(const void* from) {
+    V vector;
+    std::memcpy(&vector, from, sizeof(V));
+    return vector;
+}
 
+// Groups of one vector that must wait, and what `Late` needs to know of them.
 template <typename T>
-struct Block {
-    alignas(64) T w[4][BLOCK];  // sorted magnitudes, then the solution
-    alignas(64) Flag<T> undecided[BLOCK];
-    // The groups that may keep more than two, packed: `at` is their place in the block.
-    alignas(64) T t[4][BLOCK], y1[BLOCK], y2[BLOCK], y3[BLOCK], mu[BLOCK], u3[BLOCK], d[4][BLOCK];
-    alignas(64) T three[BLOCK], forced[BLOCK];
-    alignas(64) Flag<T> open[BLOCK], settled[BLOCK], wins[BLOCK], four[BLOCK];
-    int at[BLOCK];
-    // Of those, the groups that may keep four, packed again: `dense` is their place in the arrays above.
-    alignas(64) T x1[BLOCK], x2[BLOCK], x3[BLOCK], xmu[BLOCK], c[4][BLOCK], objective[BLOCK];
-    alignas(64) Flag<T> found[BLOCK];
-    int dense[BLOCK];
+struct Open {
+    typename Simd<T>::Mask mask = {};
+    Group<typename Simd<T>::Real> group;
+    typename Simd<T>::Real three, forced;
 };
 
+// What is known of the groups of one vector, between the stages of `solve_vectors`.
 template <typename T>
-bool sort_block(const T* __restrict z, int n, T lam, Block<T>& b) {
-    Flag<T> spoiled = 0;
-    for (int g = 0; g < n; ++g) {
-        const T z0 = z[4 * g], z1 = z[4 * g + 1], z2 = z[4 * g + 2], z3 = z[4 * g + 3];
-        const T a = std::abs(z0), c = std::abs(z1), x = std::abs(z2), y = std::abs(z3);
-        spoiled |= !((a - a) + (c - c) + (x - x) + (y - y) == T(0));  // infinity - infinity is NaN
-        const T ab = std::max(a, c), ba = std::min(a, c), xy = std::max(x, y), yx = std::min(x, y);
-        const T top = std::max(ab, xy), low = std::min(ab, xy), high = std::max(ba, yx), bottom = std::min(ba, yx);
-        b.w[0][g] = top;
-        b.w[1][g] = std::max(low, high);
-        b.w[2][g] = std::min(low, high);
-        b.w[3][g] = bottom;
-        b.undecided[g] = (top * lam < T(SPARSE_FROM)) & (b.w[2][g] > T(0));
-    }
-    return spoiled == 0;
-}
+struct Work {
+    using V = typename Simd<T>::Real;
+    using M = typename Simd<T>::Mask;
 
-// Pack the undecided groups; where most are, take them all, in place, and mark the others closed.
+    V z[4];  // one vector a position
+    V w[4];  // magnitudes in decreasing order, in the end the solution's
+    M swapped[6];  // by the sorting network
+    M undecided, wins, keeps_four;
+    V top;
+    Open<T> open;  // its mask: first the groups that may keep four, in the end those not found
+    Four<V> four;
+    Candidate<V> c;
+};
+
+// Groups whose candidate without zeros was not found at the first attempt. They have been written as if there were
+// none; where the later attempts find one that wins, the group is written again.
 template <typename T>
-int pack(int n, T lam, Block<T>& b) {
+struct Late {
+    static constexpr int LANES = Simd<T>::LANES;
+    using V = typename Simd<T>::Real;
+    using M = typename Simd<T>::Mask;
+
+    alignas(64) T y1[LANES], y2[LANES], y3[LANES], mu[LANES], three[LANES];
+    alignas(64) T forced[LANES];  // positive where three non-zeros cannot be optimal
+    T z[LANES][4];
+    T* out[LANES];
     int count = 0;
-    for (int g = 0; g < n; ++g) {
-        b.at[count] = g;
-        count += static_cast<int>(b.undecided[g]);
-    }
-    if (2 * count > n) {
-        count = n;
-        for (int g = 0; g < n; ++g) b.at[g] = g;
-        std::memcpy(b.t, b.w, sizeof(b.t));
-        std::memcpy(b.open, b.undecided, sizeof(b.open));
-    } else {
-        for (int k = 0; k < count; ++k) {
-            const int g = b.at[k];
-            for (int i = 0; i < 4; ++i) b.t[i][k] = b.w[i][g];
-            b.open[k] = 1;
+
+    // Take the open groups of one vector, which was stored at `to`.
+    void add_all(const Work<T>& k, T* to) {
+        for (int lane = 0; lane < LANES; ++lane) {
+            if (!k.open.mask[lane]) continue;
+            if (count == LANES) flush();
+            y1[count] = k.open.group.y1[lane];
+            y2[count] = k.open.group.y2[lane];
+            y3[count] = k.open.group.y3[lane];
+            mu[count] = k.open.group.mu[lane];
+            three[count] = k.open.three[lane];
+            forced[count] = k.open.forced[lane];
+            for (int i = 0; i < 4; ++i) z[count][i] = k.z[i][lane];
+            out[count] = to + 4 * (lane % 4 * (LANES / 4) + lane / 4);  // where `transpose` took the lane from
+            ++count;
         }
     }
-    for (int k = 0; k < count; ++k) {
-        // A closed group is solved for a harmless stand-in.
-        const T top = b.open[k] ? b.t[0][k] : T(1);
-        const T mu = b.open[k] ? top * lam : T(1);
-        b.y1[k] = b.open[k] ? b.t[1][k] / top : T(1);
-        b.y2[k] = b.open[k] ? b.t[2][k] / top : T(1);
-        b.y3[k] = b.open[k] ? b.t[3][k] / top : T(0);
-        b.mu[k] = mu;
-    }
-    return count;
-}
 
-// Solve face 3 for the packed groups; return how many need face 4 looked at, packed again.
-template <typename T>
-int solve_three(int count, Block<T>& b) {
-    for (int k = 0; k < count; ++k) {
-        T u3 = std::min(b.y2[k], b.y1[k] / (T(2) * b.mu[k])), before = u3;
-        descend_to_third<T, STEPS>(b.y1[k], b.y2[k], b.mu[k], u3, before);
-        b.u3[k] = u3;
-        b.settled[k] = third_settled(u3, before);
-    }
-    for (int k = 0; k < count; ++k) {
-        T before = T(0);
-        for (int more = 0; more < 30 && !b.settled[k]; ++more) {
-            descend_to_third<T, 1>(b.y1[k], b.y2[k], b.mu[k], b.u3[k], before);
-            b.settled[k] = third_settled(b.u3[k], before);
+    void flush() {
+        if (count == 0) return;
+        for (int k = count; k < LANES; ++k) {  // harmless stand-ins
+            y1[k] = y2[k] = y3[k] = T(1);
+            mu[k] = T(0.01);
         }
-    }
-    for (int k = 0; k < count; ++k) {
-        const T y3 = b.y3[k], mu = b.mu[k], u3 = b.u3[k];
-        T u1, u2, inverse;
-        two_largest(b.y1[k], mu, u3, u1, u2, inverse);
-        const Flag<T> wins =
-            (b.open[k] != 0) & (b.settled[k] != 0) & (u3 > T(0)) & (mu * mu * (u1 * u1 + u2 * u2) < T(1));
-        const T push = mu * (u3 * (u1 + u2) + u1 * u2);
-        const Flag<T> leaves =
-            (y3 > push) | ((y3 >= T(THREE_IS_SAFE_BELOW) * push) &
-                           !four_is_convex(mu * (u1 + u2), mu * u3, mu * (u1 - u2), mu * u3));
-        const T d0 = mu * u2 * u3, d1 = mu * u1 * u3, d2 = mu * u1 * u2;
-        b.d[0][k] = d0;
-        b.d[1][k] = d1;
-        b.d[2][k] = d2;
-        b.d[3][k] = y3;
-        b.three[k] = T(0.5) * (d0 * d0 + d1 * d1 + d2 * d2 + y3 * y3) + u3 * d2;
-        b.forced[k] = y3 - push;  // positive where three non-zeros cannot be optimal
-        b.wins[k] = wins;
-        b.four[k] = wins & leaves & Flag<T>(y3 > T(0));
-    }
-    int dense = 0;
-    for (int k = 0; k < count; ++k) {
-        b.dense[dense] = k;
-        dense += static_cast<int>(b.four[k]);
-    }
-    for (int j = 0; j < dense; ++j) {
-        const int k = b.dense[j];
-        b.x1[j] = b.y1[k];
-        b.x2[j] = b.y2[k];
-        b.x3[j] = b.y3[k];
-        b.xmu[j] = b.mu[k];
-    }
-    return dense;
-}
-
-template <typename T>
-inline void store_candidate(int j, const Four<T>& f, Block<T>& b) {
-    const Candidate<T> c = polish_four(b.x1[j], b.x2[j], b.x3[j], b.xmu[j], f);
-    b.c[0][j] = c.d0;
-    b.c[1][j] = c.d1;
-    b.c[2][j] = c.d2;
-    b.c[3][j] = c.d3;
-    b.objective[j] = c.objective;
-    b.found[j] = four_settled(f) & c.positive;
-}
-
-// Look for the candidate without zeros in a fixed number of steps, all groups side by side.
-template <typename T>
-void attempt_four(int dense, Block<T>& b) {
-    for (int j = 0; j < dense; ++j) {
-        Four<T> f = start_of_four(b.x1[j], b.x2[j], b.x3[j], b.xmu[j], START[0][0], START[0][1]);
-        descend_on_four<T, STEPS>(b.x1[j], b.x2[j], b.x3[j], b.xmu[j], f);
-        store_candidate(j, f, b);
-    }
-}
-
-// Look again for the groups that were not served, one by one: stopping once settled keeps rounding errors out of the
-// worst conditioned.
-template <typename T>
-void retry_four(int dense, int start, Block<T>& b) {
-    for (int j = 0; j < dense; ++j) {
-        Four<T> f = start_of_four(b.x1[j], b.x2[j], b.x3[j], b.xmu[j], START[start][0], START[start][1]);
-        for (int step = 0; step < MORE_STEPS; ++step) {
-            descend_on_four<T, 1>(b.x1[j], b.x2[j], b.x3[j], b.xmu[j], f);
-            if (four_settled(f)) break;
+        const Group<V> g{load<V>(y1), load<V>(y2), load<V>(y3), load<V>(mu)};
+        const V lowest = load<V>(three);
+        const M must = load<V>(forced) > 0;
+        M waiting = M{} - 1;
+        for (int start = 0; start < STARTS && any(waiting); ++start) {
+            Four<V> f = start_of_four<T>(g, START[start]);
+            step_on_four<T>(g, f);
+            const M settled = settle_on_four<T>(g, f, LATE_STEPS - 1);
+            M minimum;
+            const Candidate<V> c = polish_four<T>(g, f, minimum);
+            const M found = waiting & settled & minimum;
+            const M wins = found & ((c.objective < lowest) | must);
+            for (int k = 0; k < count; ++k)
+                if (wins[k]) write(k, c);
+            waiting &= ~found;
         }
-        store_candidate(j, f, b);
+        count = 0;
     }
-}
 
-// Keep the candidates that were found and win; return how many groups are left, packed at the front.
-template <typename T>
-int keep_found(int dense, Block<T>& b) {
-    int left = 0;
-    for (int j = 0; j < dense; ++j) {
-        const int k = b.dense[j];
-        b.four[k] = b.found[j] & Flag<T>((b.objective[j] < b.three[k]) | (b.forced[k] > T(0)));
-        if (b.four[k])
-            for (int i = 0; i < 4; ++i) b.d[i][k] = b.c[i][j];
-        if (!b.found[j]) {
-            b.dense[left] = k;
-            b.x1[left] = b.x1[j];
-            b.x2[left] = b.x2[j];
-            b.x3[left] = b.x3[j];
-            b.xmu[left] = b.xmu[j];
-            ++left;
-        }
-    }
-    return left;
-}
-
-template <typename T>
-void solve_four(int dense, Block<T>& b) {
-    attempt_four(dense, b);
-    dense = keep_found(dense, b);
-    for (int start = 0; start < STARTS && dense > 0; ++start) {
-        retry_four(dense, start, b);
-        dense = keep_found(dense, b);
-    }
-}
-
-// Write the solution of the packed groups back, and the two largest of everybody else.
-template <typename T>
-void settle(int n, int count, Block<T>& b) {
-    for (int k = 0; k < count; ++k) {
-        const T top = b.t[0][k], wins = T(b.wins[k]), four = T(b.four[k]);
-        b.t[1][k] = wins ? std::max(b.t[1][k] - top * b.d[1][k], T(0)) : b.t[1][k];
-        b.t[2][k] = wins ? std::max(b.t[2][k] - top * b.d[2][k], T(0)) : T(0);
-        b.t[3][k] = four ? std::max(b.t[3][k] - top * b.d[3][k], T(0)) : T(0);
-        b.t[0][k] = wins ? std::max(top - top * b.d[0][k], T(0)) : top;
-    }
-    if (count == n) {
-        std::memcpy(b.w, b.t, sizeof(b.w));
-        return;
-    }
-    std::memset(b.w[2], 0, 2 * sizeof(b.w[2]));
-    for (int k = 0; k < count; ++k)
-        for (int i = 0; i < 4; ++i) b.w[i][b.at[k]] = b.t[i][k];
-}
-
-// Give each entry the solution of its rank; equal magnitudes rank by index.
-template <typename T>
-void unsort(const T* __restrict z, T* __restrict out, int n, const Block<T>& b) {
-    for (int g = 0; g < n; ++g) {
-        const T w0 = b.w[0][g], w1 = b.w[1][g], w2 = b.w[2][g], w3 = b.w[3][g];
-        T a[4];
-        for (int i = 0; i < 4; ++i) a[i] = std::abs(z[4 * g + i]);
-        const T c01 = a[0] >= a[1] ? T(1) : T(0), c02 = a[0] >= a[2] ? T(1) : T(0), c03 = a[0] >= a[3] ? T(1) : T(0);
-        const T c12 = a[1] >= a[2] ? T(1) : T(0), c13 = a[1] >= a[3] ? T(1) : T(0), c23 = a[2] >= a[3] ? T(1) : T(0);
-        const T beaten[4] = {T(3) - c01 - c02 - c03, T(2) + c01 - c12 - c13, T(1) + c02 + c12 - c23, c03 + c13 + c23};
+    void write(int k, const Candidate<V>& c) const {
+        const T corrections[4] = {c.d0[k], c.d1[k], c.d2[k], c.d3[k]};
+        T top = T(0);
+        for (const T entry : z[k]) top = std::fabs(entry) > top ? std::fabs(entry) : top;
         for (int i = 0; i < 4; ++i) {
-            const T rank = beaten[i];
-            const T value = rank < T(2) ? (rank < T(1) ? w0 : w1) : (rank < T(3) ? w2 : w3);
-            const T signed_value = std::copysign(value, z[4 * g + i]);
-            out[4 * g + i] = value > T(0) ? signed_value : T(0);
+            int rank = 0;
+            const T magnitude = std::fabs(z[k][i]);
+            for (int j = 0; j < 4; ++j) {
+                const T other = std::fabs(z[k][j]);
+                rank += other > magnitude || (other == magnitude && j < i);
+            }
+            const T value = magnitude - top * corrections[rank];
+            out[k][i] = value > T(0) ? std::copysign(value, z[k][i]) : T(0);
         }
     }
+};
+
+// Neighbours alone change places, so that equal magnitudes keep their order.
+constexpr int NETWORK[6] = {0, 2, 1, 0, 2, 1};
+
+// Load and sort; mark in `spoiled` what is not finite. Returns whether some groups may keep more than two.
+template <typename T, typename M = typename Simd<T>::Mask>
+inline bool prepare(const T* z, T lam, Work<T>& k, M& spoiled) {
+    using V = typename Simd<T>::Real;
+    V p[4], w[4];
+    for (int i = 0; i < 4; ++i) p[i] = load<V>(z + i * Simd<T>::LANES);
+    transpose<T>(p[0], p[1], p[2], p[3]);
+    for (int i = 0; i < 4; ++i) w[i] = (V)((M)p[i] & ~Simd<T>::SIGN);
+    spoiled |= ~((w[0] - w[0]) + (w[1] - w[1]) + (w[2] - w[2]) + (w[3] - w[3]) == 0);  // infinity - infinity is NaN
+    for (int n = 0; n < 6; ++n) {
+        V &first = w[NETWORK[n]], &second = w[NETWORK[n] + 1];
+        k.swapped[n] = first < second;
+        const V high = larger(first, second);
+        second = smaller(first, second);
+        first = high;
+    }
+    const M undecided = (w[0] * lam < T(SPARSE_FROM)) & (w[2] > 0);
+    const bool some = any(undecided);
+    k.undecided = undecided;
+    k.open.mask = M{};
+    for (int i = 0; i < 4; ++i) {
+        k.z[i] = p[i];
+        k.w[i] = i < 2 || some ? w[i] : V{};
+    }
+    return some;
+}
+
+// Find the candidate with three non-zeros. Returns whether some groups may keep four.
+template <typename T>
+inline bool solve_three(T lam, Work<T>& k) {
+    using V = typename Simd<T>::Real;
+    using M = typename Simd<T>::Mask;
+    const V one = V{} + T(1), zero = {};
+    const M undecided = k.undecided;
+    const V top = undecided ? k.w[0] : one;  // the others are solved for a stand-in
+    Group<V> g;
+    g.mu = undecided ? top * lam : one;
+    g.y1 = undecided ? k.w[1] / top : one;
+    g.y2 = undecided ? k.w[2] / top : one;
+    g.y3 = undecided ? k.w[3] / top : zero;
+
+    V u3, u1, u2, inverse;
+    const M settled = descend_to_third<T>(g, u3);
+    two_largest(g.y1, g.mu, u3, u1, u2, inverse);
+    const V mu = g.mu, y3 = g.y3;
+    const M wins = undecided & settled & (u3 > 0) & (mu * mu * (u1 * u1 + u2 * u2) < 1);
+    const V push = mu * (u3 * (u1 + u2) + u1 * u2), forced = y3 - push;
+    const M close = wins & (y3 >= T(THREE_IS_SAFE_BELOW) * push) & (y3 > 0);
+    const M leaves = close & ((forced > 0) | ~four_is_convex(mu * (u1 + u2), mu * u3, mu * (u1 - u2), mu * u3));
+    const Candidate<V> c{mu * u2 * u3, mu * u1 * u3, mu * u1 * u2, zero, zero};
+    k.c = c;
+    k.wins = wins;
+    k.keeps_four = M{};
+    k.top = top;
+    k.open.group = g;
+    k.open.three = T(0.5) * (c.d0 * c.d0 + c.d1 * c.d1 + c.d2 * c.d2 + y3 * y3) + u3 * c.d2;
+    k.open.forced = forced;
+    k.open.mask = leaves;
+    return any(leaves);
+}
+
+template <typename T>
+inline void approach_four(Work<T>& k) {
+    auto f = start_of_four<T>(k.open.group, START[0]);
+    for (int step = 0; step < STEPS_ON_FOUR; ++step) step_on_four<T>(k.open.group, f);
+    k.four = f;
+}
+
+// Choose between three and four non-zeros. Returns whether the choice is open for some groups.
+template <typename T>
+inline bool choose_four(Work<T>& k) {
+    typename Simd<T>::Mask minimum;
+    auto f = k.four;
+    const auto settled = settle_on_four<T>(k.open.group, f, MORE_STEPS_ON_FOUR);
+    const auto four = polish_four<T>(k.open.group, f, minimum);
+    const auto found = k.open.mask & settled & minimum;
+    const auto keeps = found & ((four.objective < k.open.three) | (k.open.forced > 0));
+    k.c.d0 = keeps ? four.d0 : k.c.d0;
+    k.c.d1 = keeps ? four.d1 : k.c.d1;
+    k.c.d2 = keeps ? four.d2 : k.c.d2;
+    k.c.d3 = four.d3;
+    k.keeps_four = keeps;
+    k.open.mask &= ~found;
+    return any(k.open.mask);
+}
+
+template <typename T>
+inline void apply(Work<T>& k) {
+    using V = typename Simd<T>::Real;
+    const V zero = {};
+    k.w[0] = k.wins ? larger(k.w[0] - k.top * k.c.d0, zero) : k.w[0];
+    k.w[1] = k.wins ? larger(k.w[1] - k.top * k.c.d1, zero) : k.w[1];
+    k.w[2] = k.wins ? larger(k.w[2] - k.top * k.c.d2, zero) : zero;
+    k.w[3] = k.keeps_four ? larger(k.w[3] - k.top * k.c.d3, zero) : zero;
+}
+
+// Undo the sorting and store with the signs of z.
+template <typename T>
+inline void finish(const Work<T>& k, T* out) {
+    using V = typename Simd<T>::Real;
+    using M = typename Simd<T>::Mask;
+    V w[4];
+    for (int i = 0; i < 4; ++i) w[i] = k.w[i];
+    for (int n = 5; n >= 0; --n) {
+        V &first = w[NETWORK[n]], &second = w[NETWORK[n] + 1];
+        const V back = k.swapped[n] ? second : first;
+        second = k.swapped[n] ? first : second;
+        first = back;
+    }
+    for (int i = 0; i < 4; ++i) w[i] = w[i] > 0 ? (V)((M)w[i] | ((M)k.z[i] & Simd<T>::SIGN)) : V{};
+    transpose<T>(w[0], w[1], w[2], w[3]);
+    for (int i = 0; i < 4; ++i) std::memcpy(out + i * Simd<T>::LANES, &w[i], sizeof(V));
+}
+
+// Solve one vector of groups from z into out, which may be the same; `late` will write to `home`.
+template <typename T, typename M = typename Simd<T>::Mask>
+inline void solve_vector(const T* z, T* out, T* home, T lam, M& spoiled, Late<T>& late) {
+    Work<T> k;
+    bool open = false;
+    if (prepare(z, lam, k, spoiled)) {
+        if (solve_three(lam, k)) {
+            approach_four(k);
+            open = choose_four(k);
+        }
+        apply(k);
+    }
+    finish(k, out);
+    if (open) late.add_all(k, home);
 }
 
 template <typename T>
 bool two_of_four(const T* z, T* out, std::size_t groups, double lam) {
-    Block<T> block;
+    constexpr std::size_t LANES = Simd<T>::LANES;
     const T strength = static_cast<T>(lam);
-    for (std::size_t start = 0; start < groups; start += BLOCK) {
-        const int n = static_cast<int>(std::min<std::size_t>(BLOCK, groups - start));
-        if (!sort_block(z + 4 * start, n, strength, block)) return false;
-        const int count = pack(n, strength, block);
-        solve_four(solve_three(count, block), block);
-        settle(n, count, block);
-        unsort(z + 4 * start, out + 4 * start, n, block);
+    typename Simd<T>::Mask spoiled = {};
+    Late<T> late;
+    std::size_t start = 0;
+    for (; start + LANES <= groups; start += LANES)
+        solve_vector(z + 4 * start, out + 4 * start, out + 4 * start, strength, spoiled, late);
+    if (start < groups) {
+        const std::size_t bytes = 4 * (groups - start) * sizeof(T);
+        T padded[4 * LANES] = {};
+        std::memcpy(padded, z + 4 * start, bytes);
+        solve_vector(padded, padded, out + 4 * start, strength, spoiled, late);
+        std::memcpy(out + 4 * start, padded, bytes);
     }
-    return true;
+    late.flush();
+    return !any(spoiled);
 }
 
 }  // namespace
