@@ -111,3 +111,89 @@ def proximal_gradient(weight: Tensor, gram: Tensor, lambda0: float, beta: float,
             lam, iteration = lam * beta, iteration + 1
         rows.append(row)
     return torch.stack(rows) * scale / features
+
+
+def _unit(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    features = gram.double().diagonal().sqrt()
+    return weight.double() * features, gram.double() / features / features[:, None], features
+
+
+def _largest_two(row: Tensor) -> Tensor:
+    groups = row.view(-1, 4)
+    kept = torch.zeros_like(groups, dtype=torch.bool)
+    kept.scatter_(1, groups.abs().argsort(dim=1, descending=True, stable=True)[:, :2], value=True)
+    return (groups * kept).view(-1)
+
+
+def alps(weight: Tensor, gram: Tensor, iterations: int = 300) -> Tensor:
+    """ALPS as published, for 2:4, in float64 with one eigendecomposition; without the final conjugate gradients."""
+    damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    dense0, unit, features = _unit(weight, damped)
+    values, vectors = torch.linalg.eigh(unit)
+    right = dense0 @ unit
+    sparse0 = torch.stack([_largest_two(row) for row in dense0])
+    dense, sparse, dual, rho, begun = dense0, sparse0, torch.zeros_like(dense0), 0.1, False
+    before, kept = sparse0 != 0, int((sparse0 != 0).sum())
+    for i in range(iterations):
+        dense = (right - dual + rho * sparse) @ (vectors / (values + rho)) @ vectors.mT
+        sparse = torch.stack([_largest_two(row) for row in dense + dual / rho])
+        dual = dual + rho * (dense - sparse)
+        if (i + 1) % 3:
+            continue
+        changed = int((before != (sparse != 0)).sum())
+        before = sparse != 0
+        if changed / kept > 0.1:
+            begun, rho = True, rho * 1.3
+        elif changed / kept > 0.005:
+            begun, rho = True, rho * 1.2
+        elif changed and begun:
+            rho *= 1.1
+        elif changed:
+            rho, dense, sparse, dual = rho / 5, dense0, sparse0, torch.zeros_like(dense0)
+        elif begun:
+            break
+        else:
+            rho /= 5
+        if i >= 30 and changed / kept < 0.0003:
+            break
+    return torch.stack([_largest_two(row) for row in dense]) / features
+
+
+def prox_admm(weight: Tensor, gram: Tensor, check_every: int) -> Tensor:
+    """prox-admm with its default schedule, one row at a time in float64, for 2:4."""
+    from halve.proximal import prox
+
+    target, unit, features = _unit(weight, gram)
+    scale = target.abs().mean()
+    target = target / scale
+    eye = torch.eye(len(gram), dtype=torch.float64)
+    rows = []
+    for start in target:
+        sparse, dual, rho, lam, seen = start, torch.zeros_like(start), 0.1, 0.01, start != 0
+        for i in range(1, 1000):
+            dense = torch.linalg.solve(unit + rho * eye, unit @ start + rho * (sparse - dual))
+            sparse = prox(dense + dual, lam / rho, "2:4")
+            dual = dual + dense - sparse
+            lam *= 1.1
+            if i % 5 == 0:
+                rho, dual = rho * 1.2, dual / 1.2
+            if i % check_every == 0:
+                done = bool(((sparse.view(-1, 4) != 0).sum(1) <= 2).all()) and bool(((sparse != 0) == seen).all())
+                if done:
+                    break
+                seen = sparse != 0
+        rows.append(sparse)
+    return torch.stack(rows) * scale / features
+
+
+def best_swap(row: Tensor, kept: Tensor, gram: Tensor) -> tuple[float, int, int]:
+    """Try every exchange within a group of four; return the lowest loss, what enters and what leaves."""
+    best = (float("inf"), -1, -1)
+    for enters in range(len(row)):
+        for leaves in range(enters // 4 * 4, enters // 4 * 4 + 4):
+            if kept[leaves] and not kept[enters]:
+                mask = kept.clone()
+                mask[enters], mask[leaves] = True, False
+                error = row * ~mask
+                best = min(best, (float(0.5 * error @ gram @ error), enters, leaves))
+    return best

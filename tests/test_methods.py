@@ -27,8 +27,17 @@ def solve(name, weight, gram, pattern="2:4", tokens=100, **options):
     return row.solve(weight, Statistics(gram, tokens), Pattern(pattern), methods.make_options(row, **options))
 
 
-def test_the_table_has_the_four_methods_and_is_complete():
-    assert NAMES == ["magnitude", "wanda", "sparsegpt", "prox-gradient"]
+def test_the_table_is_complete():
+    assert NAMES == [
+        "magnitude",
+        "wanda",
+        "ria",
+        "sparse-swaps",
+        "sparsegpt",
+        "alps",
+        "prox-gradient",
+        "prox-admm",
+    ]
     for name, row in methods.METHODS.items():
         assert row.name == name
         assert is_dataclass(row.options)
@@ -55,9 +64,9 @@ def test_contract_dtype_pattern_and_input_untouched(name, dtype):
 
 @pytest.mark.parametrize(("name", "pattern"), PATTERNS)
 def test_contract_every_pattern_and_positive_zeros(name, pattern):
-    slow = name == "prox-gradient"  # its proximal operator is fast for 2:4 only
+    slow = name.startswith("prox")  # the proximal operator is fast for 2:4 only
     weight, gram = oracle.layer(2 if slow else 6, 48, seed=1)
-    options = {"beta": 2.0} if slow else {}
+    options = {"prox-gradient": {"beta": 2.0}, "prox-admm": {"lambda_growth": 1.5}}.get(name, {})
     pruned = solve(name, weight, gram, pattern, **options).weight
     assert bool(torch.isfinite(pruned).all())
     assert not bool(torch.signbit(pruned[pruned == 0]).any())
@@ -102,6 +111,8 @@ def test_contract_dead_features_lose_but_keep_their_weights(name):
     pruned = solve(name, weight, gram).weight
     alive = (pruned != 0).float().mean(0)
     assert alive[[0, 5]].tolist() == [0.0, 0.0]
+    if name == "sparse-swaps":  # it may drop a live weight where that alone lowers the loss
+        return
     assert alive[11] == 1.0
     for start in (8, 12):
         group, magnitudes = pruned[:, start : start + 4], weight[:, start : start + 4].abs()
@@ -149,8 +160,9 @@ def test_diagonal_gram_makes_every_data_driven_mask_wanda():
 def test_order_of_the_methods_on_correlated_inputs():
     weight, gram = oracle.layer(32, 96, seed=8)
     losses = [oracle.relative_loss(solve(name, weight, gram).weight, weight, gram) for name in NAMES]
-    magnitude, wanda, sparsegpt, prox = losses
+    magnitude, wanda, _ria, swaps, sparsegpt, _alps, prox, _admm = losses
     assert prox < sparsegpt < wanda < magnitude
+    assert swaps < wanda
 
 
 @pytest.mark.parametrize(
@@ -158,7 +170,7 @@ def test_order_of_the_methods_on_correlated_inputs():
     [("wandaa", "did you mean 'wanda'"), ("sparse-gpt", "did you mean 'sparsegpt'"), ("xyz", "choose")],
 )
 def test_unknown_method_is_refused(name, hint):
-    with pytest.raises(InputError, match=rf"unknown method '{name}': .*{hint}.*magnitude, wanda, sparsegpt"):
+    with pytest.raises(InputError, match=rf"unknown method '{name}': .*{hint}.*magnitude, wanda, ria"):
         methods.get(name)
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from halve.device import compute_dtype
 from halve.errors import CalibrationError
+from halve.pattern import Pattern
 
 DEAD_SHARE = 1e-10
 """Features whose mean square is at most this share of the average one count as dead."""
 _NARROW_FROM = 256
-"""Smallest d_in for which `Slope` leaves float32: below, products are not what takes the time."""
+"""Smallest d_in for which products leave float32: below, they are not what takes the time."""
 
 
 def row_losses(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
@@ -159,6 +160,20 @@ class Scaled:
         return weight.add_(0.0)
 
 
+def product_dtype(gram: Tensor) -> torch.dtype:
+    """Return bfloat16 where the hardware multiplies it faster than float32 and ``gram`` is large enough to notice.
+
+    For products of a difference from the dense weights only: rounding then is relative to that difference.
+    """
+    return compute_dtype(gram.device) if gram.shape[0] >= _NARROW_FROM else torch.float32
+
+
+def settle_dead_groups(weight: Tensor, dead: Tensor, pattern: Pattern) -> Tensor:
+    """Project the groups whose features are all ``dead``, which would otherwise keep an iteration going for nothing."""
+    dead_groups = pattern.groups(dead).all(-1, keepdim=True).expand_as(pattern.groups(dead)).reshape(dead.shape)
+    return torch.where(dead_groups, pattern.project(weight), weight)
+
+
 class Slope:
     """Steps along the gradient ``(V - V0) H̃``, its product taken in bfloat16 where the hardware multiplies that faster.
 
@@ -171,8 +186,7 @@ class Slope:
     """
 
     def __init__(self, gram: Tensor, factor: float) -> None:
-        worthwhile = gram.shape[0] >= _NARROW_FROM
-        self.dtype = compute_dtype(gram.device) if worthwhile else torch.float32
+        self.dtype = product_dtype(gram)
         self._product = (gram * factor).to(self.dtype)
 
     def step(self, weight: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from halve.methods import magnitude, prox_gradient, sparsegpt, wanda
+from halve.methods import alps, magnitude, prox_admm, prox_gradient, ria, sparse_swaps, sparsegpt, wanda
 from halve.outcome import Outcome
 from halve.tables import build_options, find_row
 
@@ -61,6 +61,26 @@ _ROWS = (
         reference="Sun et al. 2024, arXiv 2306.11695",
     ),
     Method(
+        "ria",
+        ria.solve,
+        ria.RIAOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=False,
+        summary="keep the largest share of its row's and column's |w| times the fourth root of H_jj",
+        reference="Zhang et al. 2024, arXiv 2402.13485",
+    ),
+    Method(
+        "sparse-swaps",
+        sparse_swaps.solve,
+        sparse_swaps.SparseSwapsOptions,
+        needs_statistics=True,
+        unstructured=False,
+        updates_weights=False,
+        summary="Wanda's mask, then the best exchange of a kept and a pruned weight, again and again",
+        reference="Zimmer et al. 2025, arXiv 2512.10922",
+    ),
+    Method(
         "sparsegpt",
         sparsegpt.solve,
         sparsegpt.SparseGPTOptions,
@@ -71,6 +91,16 @@ _ROWS = (
         reference="Frantar and Alistarh 2023, arXiv 2301.00774",
     ),
     Method(
+        "alps",
+        alps.solve,
+        alps.ALPSOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=True,
+        summary="ADMM with projections onto the pattern and a growing penalty",
+        reference="Meng et al. 2024, arXiv 2406.07831",
+    ),
+    Method(
         "prox-gradient",
         prox_gradient.solve,
         prox_gradient.ProxGradientOptions,
@@ -79,6 +109,16 @@ _ROWS = (
         updates_weights=True,
         summary="proximal gradient descent with a growing N:M regulariser",
         reference="Kübler et al. 2025, arXiv 2501.18015, Algorithm 2",
+    ),
+    Method(
+        "prox-admm",
+        prox_admm.solve,
+        prox_admm.ProxADMMOptions,
+        needs_statistics=True,
+        unstructured=False,
+        updates_weights=True,
+        summary="ADMM with the exact proximal operator of the growing N:M regulariser",
+        reference="Halve, after Kübler et al. 2025, arXiv 2501.18015",
     ),
 )
 

@@ -16,7 +16,7 @@ from halve.gram import Statistics
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.proximal import prox
-from halve.quadratic import Scaled, Slope, spectral_bound
+from halve.quadratic import Scaled, Slope, settle_dead_groups, spectral_bound
 
 CHECK_EVERY = 8
 """Iterations between two looks for finished rows; at β = 1.01, λ grows by 8 % in between."""
@@ -81,7 +81,7 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxGrad
         )
     problem = Scaled.of(weight, stats.gram)
     lipschitz = spectral_bound(problem.gram)
-    start = _settle_dead_groups(problem.weight, problem.dead, pattern)
+    start = settle_dead_groups(problem.weight, problem.dead, pattern)
     descent = _descend(problem.weight, start, problem.gram, lipschitz, pattern, options)
     projected = pattern.violating_groups(descent.weight).any(-1)
     solution = pattern.project(descent.weight)
@@ -142,9 +142,3 @@ def _descend(
         current = prox(slope.step(current, target), lam * step, pattern)
         iterations += 1
         row_iterations += len(rows)
-
-
-def _settle_dead_groups(weight: Tensor, dead: Tensor, pattern: Pattern) -> Tensor:
-    """Project the groups whose features are all dead, which would otherwise keep the iteration going for nothing."""
-    dead_groups = pattern.groups(dead).all(-1, keepdim=True).expand_as(pattern.groups(dead)).reshape(dead.shape)
-    return torch.where(dead_groups, pattern.project(weight), weight)
