@@ -251,7 +251,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch, weight, gram, options
         (
             "50%",
             "prox-gradient",
-            "prunes to N:M such as 2:4, not to 50%: for that choose one of magnitude, wanda, sparse",
+            "prunes to N:M such as 2:4, not to 50%: for that choose one of magnitude, wanda, ria",
         ),
     ],
 )
