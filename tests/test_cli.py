@@ -52,6 +52,23 @@ def test_prune_then_check_then_eval(model, text, tmp_path):
     assert (entry["seq_len"], entry["windows"]) == (32, 3)
 
 
+def test_reconstruction_is_reported_recorded_and_verified(model, text, tmp_path):
+    out = tmp_path / "out"
+    asked = ["--reconstruct", "block", "--reconstruct-epochs", "2", "--reconstruct-lr", "0.001"]
+    result = run(app, ["prune", model, "--out", str(out), "--calibration", text, *FAST, *asked])
+    assert result.exit_code == 0, result.output
+    assert "3 blocks reconstructed: held-out error times" in result.output
+    record = json.loads((out / "halve.json").read_text())
+    assert record["reconstruction"] == {"epochs": 2, "learning_rate": 0.001, "held_out": 0.125}
+    assert [block["name"] for block in record["blocks"]] == [f"model.layers.{i}" for i in range(3)]
+    result = run(app, ["check", str(out), "--against", model])
+    assert result.exit_code == 0, result.output
+    record["blocks"] = []
+    (out / "halve.json").write_text(json.dumps(record))
+    result = run(app, ["check", str(out), "--against", model])
+    assert "was neither pruned nor tuned and differs" in result.output
+
+
 def test_check_fails_on_a_dense_model(model, tmp_path, text):
     run(app, ["prune", model, "--out", str(tmp_path / "out"), "--calibration", text, *FAST])
     weights = tmp_path / "out" / "model.safetensors"

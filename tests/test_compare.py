@@ -10,6 +10,7 @@ from halve.checkpoint import LoadedModel
 from halve.compare import Contender, as_json, checkpoint_directory, compare, evaluation_texts, make_requests
 from halve.errors import FactorisationError, InputError
 from halve.perplexity import perplexity
+from halve.reconstruct import Reconstruction
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens
 
@@ -23,7 +24,11 @@ def test_a_name_alone_is_the_method_as_published():
     assert Contender.parse("wanda") == Contender("wanda", "none")
     assert Contender.parse(" wanda+cg ") == Contender("wanda", "cg")
     assert str(Contender.parse("wanda+cg")) == "wanda+cg"
-    for text in ("", "+cg", "wanda+"):
+    for text in ("wanda+block", "wanda+cg+block"):
+        parsed = Contender.parse(text)
+        assert parsed.reconstruct
+        assert str(parsed) == text
+    for text in ("", "+cg", "wanda+", "wanda+cg+gd", "wanda+block+cg", "+block"):
         with pytest.raises(InputError, match="is not a method to compare"):
             Contender.parse(text)
 
@@ -73,6 +78,10 @@ def test_options_go_to_their_method_or_refit():
     assert requests[contenders[2]].settings.options == {}
     with pytest.raises(InputError, match=r"'sparsegpt' belong to none of the compared: gd, prox-gradient, wanda$"):
         make_requests(contenders, {"sparsegpt": {"damping": 0.1}})
+    tuned = Contender.parse("wanda+block")
+    asked = make_requests([*contenders, tuned], {"block": {"epochs": 3}})
+    assert asked[tuned].settings.reconstruction == Reconstruction(epochs=3)
+    assert asked[contenders[2]].settings.reconstruction is None
     assert make_requests(contenders, {}, min_expert_tokens=5)[contenders[0]].settings.min_expert_tokens == 5
 
 

@@ -7,6 +7,7 @@ from halve.layers import find_stack
 from halve.matrix import prune_weight
 from halve.outcome import Status
 from halve.pattern import Pattern
+from halve.reconstruct import Reconstruction
 from halve.run import LayerFailedError, Settings, plan_model, prune_blocks
 from models import DECODERS, MIXTURES, bert, decoder, tokens, vit
 
@@ -209,6 +210,39 @@ def test_settings_know_all_their_options():
     assert settings("prox-gradient", "cg", options={"beta": 1.2}).all_options["lambda0"] == 0.01
     assert settings("prox-gradient", "cg", options={"beta": 1.2}).all_options["beta"] == 1.2
     assert "refit_tolerance" in settings("wanda", "cg").all_options
-    assert settings("magnitude", "cg").needs_statistics
-    assert settings("wanda").needs_statistics
-    assert not settings("magnitude").needs_statistics
+    assert settings("magnitude", "cg").needs_calibration
+    assert settings("wanda").needs_calibration
+    assert not settings("magnitude").needs_calibration
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral"])
+def test_reconstruction_brings_the_output_closer_and_keeps_the_pattern(family):
+    data = batches(4, rows=8)
+    plain, tuned, dense = (decoder(family) for _ in range(3))
+    prune_blocks(plain, data, settings("wanda", min_expert_tokens=1), device=CPU)
+    options = Reconstruction(epochs=8, learning_rate=3e-3)
+    report = prune_blocks(tuned, data, settings("wanda", min_expert_tokens=1, reconstruction=options), device=CPU)
+    assert_pruned(tuned, report)
+    blocks = plan_model(dense, data[0], Pattern("2:4"))[0].blocks
+    assert tuple(block.name for block in report.reconstructions) == blocks
+    assert all(block.tuned.after < block.tuned.before for block in report.reconstructions)
+    for name, parameter in tuned.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name)) == (name not in report.changed), name
+    with torch.no_grad():
+        target = dense(**data[0]).logits
+        errors = [float((model(**data[0]).logits - target).square().mean()) for model in (plain, tuned)]
+    assert errors[1] < errors[0]
+
+
+def test_reconstruction_with_hidden_states_on_disk_is_the_same(tmp_path):
+    models = [decoder("llama") for _ in range(2)]
+    for model, folder in zip(models, (None, tmp_path), strict=True):
+        asked = settings("magnitude", reconstruction=Reconstruction(epochs=1))
+        prune_blocks(model, batches(4), asked, device=CPU, offload=folder)
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(first, second)
+    assert (tmp_path / "dense").is_dir()
+
+
+def test_reconstruction_needs_calibration():
+    assert settings("magnitude", reconstruction=Reconstruction()).needs_calibration

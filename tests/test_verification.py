@@ -154,7 +154,7 @@ def test_a_tensor_that_should_not_have_changed_is_found(tmp_path):
     rewrite(out, "model.norm.weight", lambda tensor: tensor + torch.eye(1, 32)[0] * 1e-6)
     assert check(out).ok
     result = check(out, against=before)
-    one_problem(result, "'model.norm.weight' was not pruned and differs")
+    one_problem(result, "'model.norm.weight' was neither pruned nor tuned and differs")
     assert result.compared == 8
 
 
@@ -165,7 +165,7 @@ def test_a_failed_matrix_must_be_untouched(tmp_path):
     matrix["status"] = "failed"
     (out / "halve.json").write_text(json.dumps(report))
     assert check(out).matrices == 20
-    one_problem(check(out, against=before), f"{NAME!r} was not pruned and differs")
+    one_problem(check(out, against=before), f"{NAME!r} was neither pruned nor tuned and differs")
 
 
 def test_other_names_dtypes_and_shapes_than_the_originals(tmp_path):
@@ -291,6 +291,6 @@ def test_a_dequantised_original_is_compared_by_value(tmp_path, monkeypatch):
     assert result.compared == 9
     assert "dequantised values" in result.notes[0]
     rewrite(out, "model.norm.weight", lambda tensor: tensor * 2)
-    one_problem(check(out, against=gguf), "'model.norm.weight' was not pruned and differs")
+    one_problem(check(out, against=gguf), "'model.norm.weight' was neither pruned nor tuned and differs")
     rewrite(out, "model.norm.weight", lambda tensor: tensor[:8].clone())
     one_problem(check(out, against=gguf), "has shape (8,)")

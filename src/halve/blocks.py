@@ -63,6 +63,16 @@ class HiddenStates:
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
         self._tensors[batch] = self._store(batch, hidden)
 
+    def copy(self, name: str) -> "HiddenStates":
+        """Return a second set of the same states; on disk, in a new folder ``name``."""
+        folder = None if self._directory is None else self._directory / name
+        if folder is not None:
+            folder.mkdir()
+        other = HiddenStates(folder)
+        for batch in range(len(self)):
+            other.append(self[batch])
+        return other
+
     def append(self, hidden: Tensor) -> None:
         """Add the hidden state of the next batch."""
         self._tensors.append(self._store(len(self), hidden))
@@ -121,7 +131,7 @@ def run_model(model: nn.Module, batch: Batch) -> None:
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """Return the hidden state after ``block``.
+    """Return the hidden state after ``block``, without gradients.
 
     Args:
         block: the block, with the device and dtype that hidden and call have.
@@ -129,10 +139,15 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         call: the block's other arguments.
     """
     with torch.no_grad():
-        if call.keyword is None:
-            output = block(hidden, *call.args, **call.kwargs)
-        else:
-            output = block(**{call.keyword: hidden}, **call.kwargs)
+        return apply_block(block, hidden, call)
+
+
+def apply_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Return the hidden state after ``block``, as `run_block` does, but with whatever gradients are asked for."""
+    if call.keyword is None:
+        output = block(hidden, *call.args, **call.kwargs)
+    else:
+        output = block(**{call.keyword: hidden}, **call.kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
 

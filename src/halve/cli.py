@@ -1,6 +1,7 @@
 """The ``halve`` command: arguments in, calls out; what is printed, and how, is `halve.terminal`'s."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,15 @@ def prune(
     pattern: PatternOption = "2:4",
     method: Annotated[str, typer.Option(help="See `halve methods`.")] = "prox-gradient",
     refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, gd, cg.")] = "cg",
+    reconstruct: Annotated[
+        str, typer.Option(help="block: then tune each block's survivors against the dense block's output; or none.")
+    ] = "none",
+    reconstruct_epochs: Annotated[
+        int | None, typer.Option(help="Passes over the calibration set.", show_default="6")
+    ] = None,
+    reconstruct_lr: Annotated[
+        float | None, typer.Option(help="Adam's first learning rate.", show_default="0.0003")
+    ] = None,
     calibration: CalibrationOption = "self",
     samples: SamplesOption = 128,
     seq_len: SeqLenOption = None,
@@ -80,11 +90,16 @@ def prune(
     from halve.compare import Contender
     from halve.matrix import validate_settings
     from halve.pruning import prune as prune_model
+    from halve.reconstruct import parse_reconstruction
 
     with _reporting("interrupted: no checkpoint was written"):
         options = _options(option or [])
         Contender(method, refit).check_option_names(options)
         validate_settings(method, refit, pattern, fallback=fallback, **options)
+        given = {"epochs": reconstruct_epochs, "learning_rate": reconstruct_lr}
+        tuning = parse_reconstruction(
+            reconstruct, **{name: value for name, value in given.items() if value is not None}
+        )
         if calibration == "self":
             announce_generation(samples, seq_len)
         with progress() as listen:
@@ -102,6 +117,7 @@ def prune(
                 skip=skip or (),
                 fallback=fallback,
                 min_expert_tokens=min_expert_tokens,
+                reconstruct=tuning,
                 device=device,
                 forward_dtype=forward_dtype,
                 dtype=_torch_dtype(dtype),
@@ -118,6 +134,12 @@ def prune(
         f"{len(report.matrices)} matrices at {pattern} by {method}, refit {refit}: mean relative loss "
         f"{report.mean_relative_loss:.4f} ({seconds})",
     )
+    if report.reconstructions:
+        ratios = [block.tuned.after / max(block.tuned.before, 1e-30) for block in report.reconstructions]
+        say(
+            out,
+            f"{len(ratios)} blocks reconstructed: held-out error times {math.prod(ratios) ** (1 / len(ratios)):.3f}",
+        )
     say(out, f"verified and written: {out_dir}")
     if report.fallbacks:
         raise typer.Exit(EXIT_FALLBACKS)

@@ -18,8 +18,10 @@ from halve.errors import HalveError, InputError
 from halve.pattern import Pattern
 from halve.perplexity import Perplexity, perplexity
 from halve.pruning import Request, prune_loaded
+from halve.reconstruct import BLOCK, parse_reconstruction
 from halve.report import environment
-from halve.run import MIN_EXPERT_TOKENS, Progress, RunReport, Settings
+from halve.run import MIN_EXPERT_TOKENS, Settings
+from halve.run_report import Progress, RunReport
 from halve.tokens import TokenSet
 
 DENSE = "dense"
@@ -27,23 +29,30 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Contender:
-    """A method with its refit, written ``method`` (as published, no refit) or ``method+refit``.
+    """A method with what follows it, written ``method[+refit][+block]``; ``method`` alone is as published.
 
     Attributes:
         method: name in `halve.methods`.
         refit: ``none``, ``gd`` or ``cg``.
+        reconstruct: whether blocks are reconstructed.
     """
 
     method: str
     refit: str
+    reconstruct: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Contender":
-        """Parse ``wanda`` or ``wanda+cg``."""
-        method, plus, refit = text.strip().partition("+")
-        if not method or (plus and not refit):
-            raise InputError(f"{text!r} is not a method to compare: write a method (wanda) or method+refit (wanda+cg)")
-        return cls(method, refit or "none")
+        """Parse ``wanda``, ``wanda+cg``, ``wanda+block`` or ``wanda+cg+block``."""
+        method, *rest = (part.strip() for part in text.split("+"))
+        reconstruct = rest[-1:] == [BLOCK]
+        rest = rest[:-1] if reconstruct else rest
+        if not method or len(rest) > 1 or not all(rest):
+            raise InputError(
+                f"{text!r} is not a method to compare: write a method (wanda), method+refit (wanda+cg), "
+                "or either with +block at the end (wanda+cg+block)"
+            )
+        return cls(method, rest[0] if rest else "none", reconstruct)
 
     def check_option_names(self, names: Iterable[str]) -> None:
         """Refuse options that neither the method nor the refit has.
@@ -62,7 +71,8 @@ class Contender:
                 raise InputError(f"{self} has no option {name!r}: {choice}")
 
     def __str__(self) -> str:
-        return self.method if self.refit == "none" else f"{self.method}+{self.refit}"
+        parts = [self.method, *([self.refit] if self.refit != "none" else []), *([BLOCK] if self.reconstruct else [])]
+        return "+".join(parts)
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,7 @@ def make_requests(
 
     Args:
         contenders: what to compare.
-        options: options by method or refit name; each contender gets those of its method and of its refit.
+        options: options by name of a method, a refit or ``block``; each contender gets those that concern it.
         pattern: see `halve.prune`, as for the others.
         skip: parameters that stay dense.
         fallback: method for matrices that a contender fails on.
@@ -217,6 +227,8 @@ def make_requests(
         InputError: an option belongs to no contender, or any setting is not usable.
     """
     known = {name for contender in contenders for name in (contender.method, contender.refit)} - {"none"}
+    if any(contender.reconstruct for contender in contenders):
+        known.add(BLOCK)
     if stray := sorted(set(options) - known):
         raise InputError(f"options for {stray[0]!r} belong to none of the compared: {', '.join(sorted(known))}")
     target = resolve_device(device)
@@ -226,8 +238,16 @@ def make_requests(
         of_refit = {f"refit_{name}": value for name, value in options.get(contender.refit, {}).items()}
         own = {**options.get(contender.method, {}), **of_refit}
         contender.check_option_names(own)
+        tuning = parse_reconstruction(BLOCK, **options.get(BLOCK, {})) if contender.reconstruct else None
         settings = Settings(
-            Pattern.parse(pattern), contender.method, contender.refit, own, tuple(skip), fallback, min_expert_tokens
+            Pattern.parse(pattern),
+            contender.method,
+            contender.refit,
+            own,
+            tuple(skip),
+            fallback,
+            min_expert_tokens,
+            tuning,
         )
         found[contender] = Request(settings, target, precision, dtype)
     return found

@@ -16,7 +16,9 @@ from halve.checkpoint import LoadedModel
 from halve.device import evaluation_mode, forward_precision, resolve_device
 from halve.errors import CorruptFileError, InputError
 from halve.pattern import Pattern
-from halve.run import MIN_EXPERT_TOKENS, Listener, RunReport, Settings, prune_blocks
+from halve.reconstruct import Reconstruction, parse_reconstruction
+from halve.run import MIN_EXPERT_TOKENS, Settings, prune_blocks
+from halve.run_report import Listener, RunReport
 from halve.tokens import TokenSet
 from halve.verification import check
 
@@ -62,6 +64,7 @@ def prune(
     skip: Sequence[str] = (),
     fallback: str | None = None,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
+    reconstruct: Reconstruction | str | None = None,
     device: str = "auto",
     forward_dtype: str = "auto",
     dtype: torch.dtype | None = None,
@@ -87,12 +90,14 @@ def prune(
         skip: shell-style patterns of parameter names that stay dense.
         fallback: method for matrices that the asked one fails on; None stops there.
         min_expert_tokens: experts that see fewer tokens are pruned by magnitude, and reported as fallen back.
+        reconstruct: ``block``, or `halve.reconstruct.Reconstruction`: after a block's matrices are pruned, tune what
+            survived, norms and biases included, against the dense model's output of that block.
         device: ``auto``, ``cpu``, ``cuda``, …
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``: products of the calibration's forward passes.
             Statistics and solves are float32.
         dtype: dtype of the written checkpoint where the input has none of its own (GGUF); None keeps float32.
         offload: a directory where hidden states are kept instead of in memory; a temporary folder is made in it.
-        listen: called with a `halve.run.Progress` at every step.
+        listen: called with a `halve.run_report.Progress` at every step.
         **options: of the method and the refit.
 
     Returns:
@@ -113,6 +118,7 @@ def prune(
             (skip,) if isinstance(skip, str) else tuple(skip),
             fallback,
             min_expert_tokens,
+            parse_reconstruction(reconstruct),
         ),
         resolve_device(device),
         forward_precision(forward_dtype, resolve_device(device)),
@@ -121,7 +127,7 @@ def prune(
     )
     destination = None if out is None else Path(out)
     loaded = _load(model, destination, dtype, tokenizer)
-    if calibration is None and not request.settings.needs_statistics:
+    if calibration is None and not request.settings.needs_calibration:
         return prune_loaded(loaded, [], request, destination, seed=seed, listen=listen)
     data = calibration_data(loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=text_field)
     return prune_loaded(loaded, data, request, destination, seed=seed, listen=listen)
@@ -184,17 +190,18 @@ def prune_loaded(
             listen=listen,
             collect=bool(batches),
         )
-    changed = {matrix.parameter for matrix in done.matrices}
     record = report.to_json(
         done,
+        request.settings,
         {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
+        {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
         calibration={"seed": seed, **_calibration_record(data)},
         device=str(request.device),
         precision=str(request.precision).removeprefix("torch."),
     )
     if out is not None:
-        store.write_checkpoint(out, loaded, changed, record, dtype=request.dtype)
+        store.write_checkpoint(out, loaded, done.changed, record, dtype=request.dtype)
         _verify(out, None if loaded.source is None else loaded.source.path)
     return Pruned(loaded.model, done, record, out)
 

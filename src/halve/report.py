@@ -4,7 +4,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 
 from halve import kernels
 from halve.disk_layout import Location
-from halve.run import MatrixReport, RunReport
+from halve.run import Settings
+from halve.run_report import BlockReport, MatrixReport, RunReport
 
 FORMAT = 1
 """Version of the layout of ``halve.json``."""
@@ -43,7 +45,9 @@ def _version(package: str) -> str:
 
 def to_json(
     report: RunReport,
+    settings: Settings,
     locations: Mapping[str, Location],
+    changed: Mapping[str, Sequence[str]],
     *,
     source: Mapping[str, Any],
     calibration: Mapping[str, Any],
@@ -54,13 +58,14 @@ def to_json(
 
     Args:
         report: what the run did.
+        settings: what was asked.
         locations: for each matrix by name, where it lies on disk; empty when nothing is written.
+        changed: for each changed parameter by name, the tensors on disk that hold it; empty when nothing is written.
         source: what was pruned (name, kind, revision).
         calibration: source, counts, seed and hash of the calibration data.
         device: where the run happened.
         precision: dtype of the forward products.
     """
-    settings = report.settings
     return {
         "format": FORMAT,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -72,11 +77,13 @@ def to_json(
         "skip": list(settings.skip),
         "fallback": settings.fallback,
         "min_expert_tokens": settings.min_expert_tokens,
+        "reconstruction": None if settings.reconstruction is None else asdict(settings.reconstruction),
         "calibration": dict(calibration),
         "device": device,
         "forward_dtype": precision,
         "mean_relative_loss": _finite(report.mean_relative_loss),
         "matrices": [_matrix(matrix, locations.get(matrix.name)) for matrix in report.matrices],
+        "blocks": [_block(block, changed) for block in report.reconstructions],
         "excluded": [
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
         ],
@@ -101,6 +108,17 @@ def _matrix(matrix: MatrixReport, location: Location | None) -> dict[str, Any]:
         "status": str(matrix.status),
         "reason": matrix.reason,
         "facts": {key: _finite(value) for key, value in matrix.facts.items()},
+    }
+
+
+def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return {
+        "name": block.name,
+        "error_before": block.tuned.before,
+        "error_after": block.tuned.after,
+        "epoch": block.tuned.epoch,
+        "steps": block.tuned.steps,
+        "tensors": [tensor for parameter in block.parameters for tensor in changed.get(parameter, ())],
     }
 
 

@@ -4,9 +4,9 @@ Statistics of a block come from inputs that already passed the pruned earlier bl
 one block at a time, as a float32 copy; the model keeps its own dtype and place.
 """
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from torch import nn
 
 from halve import blocks as stream_of
 from halve import methods
-from halve.blocks import Batch, Stream
+from halve.blocks import Batch, HiddenStates, Stream
 from halve.collect import Collector, observe
 from halve.device import autocast
 from halve.errors import HalveError, InputError, UnsupportedModelError
 from halve.gram import Statistics
-from halve.layers import Excluded, Layout, Matrix, Plan, find_stack, make_plan, set_matrix
+from halve.layers import Matrix, Plan, find_stack, make_plan, set_matrix
 from halve.matrix import effective_options, prune_weight, validate_settings
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
+from halve.reconstruct import Example, Reconstruction, reconstruct, trainable
+from halve.run_report import BlockReport, Listener, MatrixReport, Progress, RunReport
 
 MIN_EXPERT_TOKENS = 32
 """Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, and listed."""
@@ -45,6 +47,7 @@ class Settings:
         options: further options of method and refit.
         skip: shell-style patterns of parameters that stay dense.
         fallback: the method to use where the asked one fails; None stops the run instead.
+        reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
         min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back.
     """
 
@@ -55,6 +58,7 @@ class Settings:
     skip: tuple[str, ...] = ()
     fallback: str | None = None
     min_expert_tokens: int = MIN_EXPERT_TOKENS
+    reconstruction: Reconstruction | None = None
 
     @property
     def all_options(self) -> dict[str, Any]:
@@ -62,104 +66,14 @@ class Settings:
         return effective_options(self.method, self.refit, **self.options)
 
     @property
-    def needs_statistics(self) -> bool:
-        """Whether the method or the refit looks at the layers' inputs."""
-        return methods.get(self.method).needs_statistics or self.refit != "none"
+    def needs_calibration(self) -> bool:
+        """Whether the method, the refit or the reconstruction looks at calibration data."""
+        return methods.get(self.method).needs_statistics or self.refit != "none" or self.reconstruction is not None
 
     def __post_init__(self) -> None:
         if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 1:
             raise InputError(f"min_expert_tokens must be a whole number of at least 1, got {self.min_expert_tokens!r}")
         validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)
-
-
-@dataclass(frozen=True)
-class MatrixReport:
-    """What was done to one matrix.
-
-    Attributes:
-        name: the matrix (`halve.layers.Matrix`).
-        parameter: the parameter that holds it.
-        expert: its index in a fused parameter, else None.
-        shape: (d_out, d_in).
-        layout: how it lies in its parameter.
-        asked: the method asked for.
-        method: the method that made the mask.
-        refit: the refit asked for.
-        status: how the solve ended.
-        reason: empty unless something went otherwise than asked.
-        facts: numbers, see `halve.outcome.Outcome`.
-    """
-
-    name: str
-    parameter: str
-    expert: int | None
-    shape: tuple[int, int]
-    layout: Layout
-    asked: str
-    method: str
-    refit: str
-    status: Status
-    reason: str
-    facts: dict[str, float]
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """What a run did.
-
-    Attributes:
-        settings: what was asked.
-        matrices: one entry a pruned matrix, in order.
-        excluded: parameters that stayed dense, with reasons.
-        blocks: number of blocks.
-        seconds: wall-clock seconds by phase: ``capture``, ``collect`` (forward passes that gather statistics),
-            ``solve``, ``replay`` (forward passes through the pruned block).
-        warnings: sentences the user should read.
-    """
-
-    settings: Settings
-    matrices: tuple[MatrixReport, ...]
-    excluded: tuple[Excluded, ...]
-    blocks: int
-    seconds: dict[str, float]
-    warnings: tuple[str, ...]
-
-    @property
-    def fallbacks(self) -> tuple[MatrixReport, ...]:
-        """The matrices that were pruned by another method than asked."""
-        return tuple(matrix for matrix in self.matrices if matrix.status is Status.FELL_BACK)
-
-    @property
-    def mean_relative_loss(self) -> float:
-        """Mean of the matrices' relative losses; NaN when no matrix has one (no statistics)."""
-        losses = [m.facts["relative_loss"] for m in self.matrices if "relative_loss" in m.facts]
-        return sum(losses) / len(losses) if losses else math.nan
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of a run, for whoever displays it.
-
-    Attributes:
-        block: index of the current block.
-        blocks: number of blocks.
-        phase: ``plan``, ``capture``, ``collect``, ``solve``, ``replay`` or ``done``.
-        finished: matrices finished so far.
-        matrices: matrices in all.
-        matrix: the matrix just finished, in phase ``solve``.
-        plan: what will be done, in phase ``plan``, before anything is.
-    """
-
-    block: int
-    blocks: int
-    phase: str
-    finished: int
-    matrices: int
-    matrix: MatrixReport | None = None
-    plan: Plan | None = None
-
-
-Listener = Callable[[Progress], None]
 
 
 def plan_model(model: nn.Module, batch: Batch, pattern: Pattern, skip: Sequence[str] = ()) -> tuple[Plan, list[Any]]:
@@ -253,7 +167,11 @@ class _Loop:
         self._precision = precision
         self._listen = listen
         self._reports: list[MatrixReport] = []
-        self._seconds = dict.fromkeys(("capture", "collect", "solve", "replay"), 0.0)
+        self._blocks: list[BlockReport] = []
+        phases = ("capture", "collect", "solve", "reconstruct", "replay")
+        self._seconds = {
+            phase: 0.0 for phase in phases if phase != "reconstruct" or settings.reconstruction is not None
+        }
 
     def run(self, batches: Sequence[Batch], returns: Sequence[Any], offload: Path | None) -> RunReport:
         members = [self._model.get_submodule(name) for name in self._plan.blocks]
@@ -262,38 +180,44 @@ class _Loop:
         started = time.perf_counter()
         stream = stream_of.capture(self._model, members, batches, returns, offload)
         self._seconds["capture"] = time.perf_counter() - started
+        dense = stream.hidden.copy("dense") if self._settings.reconstruction is not None else None
         for index, block in enumerate(members):
-            self._prune_block(index, block, stream)
+            self._prune_block(index, block, stream, dense)
         self._tell(len(members), "done")
-        return RunReport(
-            self._settings,
-            tuple(self._reports),
-            self._plan.excluded,
-            len(members),
-            self._seconds,
-            tuple(_warnings(self._reports)),
-        )
+        return RunReport(tuple(self._reports), self._plan.excluded, len(members), self._seconds, tuple(self._blocks))
 
-    def _prune_block(self, index: int, block: nn.Module, stream: Stream) -> None:
+    def _prune_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
         work = stream_of.working_copy(block, self._device)
-        self._tell(index, "collect")
         matrices = self._plan.of_block(index)
+        if dense is not None:
+            self._advance(index, work, stream, dense)
         if matrices:
-            started = time.perf_counter()
-            statistics = self._collect(index, work, matrices, stream) if self._collecting else {}
-            self._seconds["collect"] += time.perf_counter() - started
-            started = time.perf_counter()
-            for matrix in matrices:
-                self._solve(matrix, statistics.get(matrix.name), work)
-            self._seconds["solve"] += time.perf_counter() - started
+            self._tell(index, "collect")
+            with self._timing("collect"):
+                statistics = self._collect(index, work, matrices, stream) if self._collecting else {}
+            with self._timing("solve"):
+                for matrix in matrices:
+                    self._solve(matrix, statistics.get(matrix.name), work)
+            if dense is not None:
+                self._tell(index, "reconstruct")
+                with self._timing("reconstruct"):
+                    self._reconstruct(index, work, matrices, stream, dense)
         if self._collecting and index + 1 < len(self._plan.blocks):
-            self._tell(index, "replay")
-            started = time.perf_counter()
-            with autocast(work, self._precision):
-                for batch in range(len(stream.hidden)):
-                    stream.hidden[batch] = self._forward(index, batch, work, stream)
-            self._seconds["replay"] += time.perf_counter() - started
+            self._advance(index, work, stream, stream.hidden)
         stream.calls[index].clear()
+
+    @contextmanager
+    def _timing(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - started
+
+    def _advance(self, index: int, work: nn.Module, stream: Stream, hidden: HiddenStates) -> None:
+        """Take hidden states through the block, in place."""
+        self._tell(index, "replay")
+        with self._timing("replay"), autocast(work, self._precision):
+            for batch in range(len(hidden)):
+                hidden[batch] = self._forward(index, batch, work, stream, hidden)
 
     def _collect(
         self, index: int, work: nn.Module, matrices: Sequence[Matrix], stream: Stream
@@ -302,13 +226,11 @@ class _Loop:
         with autocast(work, self._precision), collector.watching():
             for batch in range(len(stream.hidden)):
                 collector.start_batch(stream.valid[batch])
-                self._forward(index, batch, work, stream)
+                self._forward(index, batch, work, stream, stream.hidden)
         return collector.finish()
 
-    def _forward(self, index: int, batch: int, work: nn.Module, stream: Stream) -> torch.Tensor:
-        hidden, call = stream_of.to_device(
-            (stream.hidden[batch], stream.calls[index][batch]), self._device, torch.float32
-        )
+    def _forward(self, index: int, batch: int, work: nn.Module, stream: Stream, states: HiddenStates) -> torch.Tensor:
+        hidden, call = stream_of.to_device((states[batch], stream.calls[index][batch]), self._device, torch.float32)
         try:
             output = stream_of.run_block(work, hidden, call)
         except RuntimeError as error:
@@ -351,6 +273,28 @@ class _Loop:
         set_matrix(work.get_parameter(local), matrix, outcome.weight)
         self._report(matrix, outcome)
 
+    def _reconstruct(
+        self, index: int, work: nn.Module, matrices: Sequence[Matrix], stream: Stream, dense: HiddenStates
+    ) -> None:
+        prefix = f"{self._plan.blocks[index]}."
+        pruned = dict.fromkeys(matrix.parameter.removeprefix(prefix) for matrix in matrices)
+        masks = {name: work.get_parameter(name) != 0 for name in pruned}
+
+        def example(batch: int) -> Example:
+            moved = (stream.hidden[batch], stream.calls[index][batch], dense[batch])
+            hidden, call, target = stream_of.to_device(moved, self._device, torch.float32)
+            valid = stream.valid[batch]
+            return Example(hidden, call, target, None if valid is None else valid.to(self._device))
+
+        options = self._settings.reconstruction or Reconstruction()
+        tuned = reconstruct(work, masks, example, len(stream.hidden), options, self._precision)
+        names = tuple(trainable(work, masks)) if tuned.epoch else ()
+        for name in names:
+            ours, theirs = work.get_parameter(name).data, self._model.get_parameter(prefix + name).data
+            theirs.copy_(ours)
+            ours.copy_(theirs)  # in the model's own dtype
+        self._blocks.append(BlockReport(prefix[:-1], tuple(prefix + name for name in names), tuned))
+
     def _report(self, matrix: Matrix, outcome: Outcome) -> None:
         report = MatrixReport(
             matrix.name,
@@ -386,24 +330,3 @@ def _prune_unseen(weight: torch.Tensor, statistics: Statistics | None, settings:
     reason = f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
     facts = {**outcome.facts, "tokens": float(tokens)}
     return Outcome(outcome.weight, Status.FELL_BACK, "magnitude", reason, facts)
-
-
-def _warnings(reports: Sequence[MatrixReport]) -> list[str]:
-    thin = [m for m in reports if m.status is not Status.FELL_BACK and 0 < m.facts.get("tokens", 0) < m.shape[1]]
-    stopped = [m for m in reports if m.status is Status.MAX_ITER]
-    fallen = [m for m in reports if m.status is Status.FELL_BACK]
-    warnings = []
-    if thin:
-        warnings.append(
-            f"{len(thin)} of {len(reports)} matrices saw fewer calibration tokens than they have inputs "
-            f"({thin[0].name}: {thin[0].facts['tokens']:.0f} tokens, {thin[0].shape[1]} inputs): "
-            "methods that use correlations overfit there; use more samples"
-        )
-    if stopped:
-        warnings.append(f"{len(stopped)} matrices stopped at an iteration limit (the first is {stopped[0].name})")
-    if fallen:
-        warnings.append(
-            f"{len(fallen)} of {len(reports)} matrices fell back to another method "
-            f"(the first is {fallen[0].name}: {fallen[0].reason})"
-        )
-    return warnings

@@ -97,11 +97,11 @@ def check(
         found.tensors = len(entries)
         if record is not None:
             _check_files(directory, record, {shard.path.name for shard in shards}, found)
-        pruned = _check_tensors(entries, record, wanted, found)
+        changed = _check_tensors(entries, record, wanted, found) | set(() if record is None else record.tuned)
         if original is not None and original.kind == "gguf":
-            _compare_dequantised(entries, original, pruned, found)
+            _compare_dequantised(entries, original, changed, found)
         elif original is not None:
-            _compare(entries, original, pruned, found)
+            _compare(entries, original, changed, found)
     return CheckResult(
         ok=not found.problems,
         problems=tuple(found.problems),
@@ -116,10 +116,14 @@ def check(
 
 @dataclass(frozen=True)
 class _Record:
-    """What ``halve.json`` claims: the pattern, the layout of every pruned tensor, and the sha256 of every file."""
+    """What ``halve.json`` claims: the pattern, the layout of every pruned tensor, and the sha256 of every file.
+
+    ``tuned`` are the tensors that a reconstruction may have changed, pruned or not.
+    """
 
     pattern: Pattern | None
     layouts: Mapping[str, str]
+    tuned: Collection[str]
     files: Mapping[str, str]
 
 
@@ -152,7 +156,18 @@ def _read_record(directory: Path, found: _Findings) -> _Record | None:
     layouts = _recorded_layouts(text.get("matrices"), found)
     if pattern is None and layouts:
         found.problems.append(f"{REPORT} records pruned matrices and no pattern")
-    return _Record(pattern, layouts, files)
+    return _Record(pattern, layouts, _recorded_tuning(text.get("blocks", []), found), files)
+
+
+def _recorded_tuning(blocks: Any, found: _Findings) -> set[str]:
+    tuned: set[str] = set()
+    for block in blocks if isinstance(blocks, list) else [blocks]:
+        match block:
+            case {"tensors": [*names]} if all(isinstance(name, str) for name in names):
+                tuned |= set(names)
+            case _:
+                found.problems.append(f"{REPORT} has a malformed entry under 'blocks': {str(block)[:80]}")
+    return tuned
 
 
 def _recorded_layouts(matrices: Any, found: _Findings) -> dict[str, str]:
@@ -238,7 +253,7 @@ def _has_pattern(tensor: Tensor, pattern: Pattern) -> bool:
     )
 
 
-def _compare(entries: Mapping[str, TensorEntry], original: Source, pruned: set[str], found: _Findings) -> None:
+def _compare(entries: Mapping[str, TensorEntry], original: Source, changed: set[str], found: _Findings) -> None:
     """Compare with a safetensors original, byte by byte."""
     theirs = {entry.name: entry for path in original.shards for entry in read_shard(path).tensors}
     _compare_names(entries, theirs.keys(), found)
@@ -252,12 +267,12 @@ def _compare(entries: Mapping[str, TensorEntry], original: Source, pruned: set[s
             )
         elif all(ours == original for ours, original in zip(read_chunks(entry), read_chunks(other), strict=True)):
             found.compared += 1
-        elif name not in pruned:
-            found.problems.append(f"tensor {name!r} was not pruned and differs from the original")
+        elif name not in changed:
+            found.problems.append(f"tensor {name!r} was neither pruned nor tuned and differs from the original")
 
 
 def _compare_dequantised(
-    entries: Mapping[str, TensorEntry], original: Source, pruned: set[str], found: _Findings
+    entries: Mapping[str, TensorEntry], original: Source, changed: set[str], found: _Findings
 ) -> None:
     """Compare with what a GGUF original dequantises to."""
     found.notes.append(
@@ -277,8 +292,8 @@ def _compare_dequantised(
                 )
             elif tensor_bytes(read_tensor(entry)) == tensor_bytes(tensor.to(entry.dtype)):
                 found.compared += 1
-            elif name not in pruned:
-                found.problems.append(f"tensor {name!r} was not pruned and differs from the original")
+            elif name not in changed:
+                found.problems.append(f"tensor {name!r} was neither pruned nor tuned and differs from the original")
 
 
 def _compare_names(entries: Mapping[str, TensorEntry], theirs: Collection[str], found: _Findings) -> None:

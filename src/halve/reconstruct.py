@@ -1,0 +1,228 @@
+"""Block reconstruction: after a block's matrices are pruned, tune what survived against the dense block's output.
+
+The loss of one matrix says nothing of how the errors of a block's matrices add up, nor of those that earlier blocks
+have left in its input. Here a block sees the pruned model's hidden states and is trained, masks fixed, to return what
+the dense model's block returned on its own: ``Σ |B(x̃) - B₀(x)|²`` over the calibration tokens. As in AdaRound's and
+BRECQ's reconstruction for quantisation (Nagel et al. 2020, arXiv 2004.10568; Li et al. 2021, arXiv 2102.05426).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from halve.blocks import Call, apply_block
+from halve.errors import CalibrationError, InputError
+from halve.tables import build_options
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How to tune a block.
+
+    Attributes:
+        epochs: passes over the calibration set, >= 1.
+        learning_rate: of Adam at the start, > 0; it falls to zero along a cosine.
+        held_out: share of the batches that are not trained on but decide which epoch's weights stay, in [0, 0.5];
+            a set of fewer than four batches is trained on whole.
+    """
+
+    epochs: int = 6
+    learning_rate: float = 3e-4
+    held_out: float = 0.125
+
+    def __post_init__(self) -> None:
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
+            raise InputError(f"epochs of the reconstruction must be a whole number of at least 1, got {self.epochs!r}")
+        if not _is_number(self.learning_rate) or not 0.0 < self.learning_rate < math.inf:
+            raise InputError(
+                f"learning_rate of the reconstruction must be a positive number, got {self.learning_rate!r}"
+            )
+        if not _is_number(self.held_out) or not 0.0 <= self.held_out <= 0.5:
+            raise InputError(f"held_out of the reconstruction must lie between 0 and 0.5, got {self.held_out!r}")
+
+
+BLOCK = "block"
+"""What users write to ask for a reconstruction with the defaults."""
+
+
+def parse_reconstruction(asked: "Reconstruction | str | None", **options: Any) -> "Reconstruction | None":
+    """Return the options of the reconstruction that was asked for.
+
+    Args:
+        asked: ``block``, ready options, or ``none`` or None for no reconstruction.
+        **options: of `Reconstruction`, where ``asked`` is ``block``.
+
+    Raises:
+        InputError: ``asked`` or an option is not understood.
+    """
+    if asked == BLOCK:
+        return cast("Reconstruction", build_options(Reconstruction, "the reconstruction", options))
+    if options:
+        raise InputError(f"{next(iter(options))!r} belongs to a reconstruction, and none was asked for: add block")
+    if asked is None or asked == "none":
+        return None
+    if isinstance(asked, Reconstruction):
+        return asked
+    raise InputError(f"reconstruct {asked!r} is not understood: write {BLOCK} or none")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One batch for a block.
+
+    Attributes:
+        hidden: (batch, sequence, d_model), what enters the pruned block.
+        call: the block's other arguments.
+        target: (batch, sequence, d_model), what the dense model's block returned.
+        valid: (batch, sequence) bool of the positions that count, None when all do.
+    """
+
+    hidden: Tensor
+    call: Call
+    target: Tensor
+    valid: Tensor | None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a reconstruction achieved.
+
+    Attributes:
+        before: relative error of the block's output, ``Σ|e|² / Σ|target|²``, on the held-out batches.
+        after: the same afterwards; never larger.
+        epoch: the epoch whose weights stay, 0 if none was better than what was there.
+        steps: optimiser steps taken.
+    """
+
+    before: float
+    after: float
+    epoch: int
+    steps: int
+
+
+def reconstruct(
+    block: nn.Module,
+    masks: Mapping[str, Tensor],
+    examples: Callable[[int], Example],
+    count: int,
+    options: Reconstruction,
+    precision: torch.dtype,
+    seed: int = 0,
+) -> Tuned:
+    """Tune a block's pruned matrices, norms and biases in place; pruned weights stay exactly zero.
+
+    Args:
+        block: in float32; matrices without a mask are left alone.
+        masks: for each pruned parameter, by its name in ``block``, where it may differ from zero.
+        examples: gives batch number i, on the device of ``block``.
+        count: number of batches.
+        options: how to tune.
+        precision: dtype of the products in forward and backward passes; weights and updates are float32.
+        seed: of the order of the batches.
+
+    Returns:
+        Tuned: the errors before and after.
+
+    Raises:
+        CalibrationError: the error is not finite before anything was tuned.
+    """
+    held_out = list(range(count - round(options.held_out * count), count)) if count >= 4 else []
+    training = [index for index in range(count) if index not in held_out]
+    judged = held_out or training
+    trained = trainable(block, masks)
+    steps, total = 0, options.epochs * len(training)
+    with _requiring_gradients(block, trained.values()):
+        optimiser = torch.optim.Adam(trained.values(), lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))
+        )
+        before = best = _error(block, (examples(i) for i in judged), precision)
+        if not math.isfinite(before):
+            raise CalibrationError("the pruned block's output is not finite on the calibration set")
+        kept, epoch_kept = _snapshot(trained), 0
+        generator = torch.Generator().manual_seed(seed)
+        for epoch in range(1, options.epochs + 1):
+            for place in torch.randperm(len(training), generator=generator).tolist():
+                example = examples(training[place])
+                optimiser.zero_grad(set_to_none=True)
+                _loss(block, example, precision).backward()  # type: ignore[no-untyped-call]
+                for name, mask in masks.items():
+                    gradient = trained[name].grad
+                    if gradient is not None:
+                        gradient.mul_(mask)
+                optimiser.step()
+                schedule.step()
+                steps += 1
+            error = _error(block, (examples(i) for i in judged), precision)
+            if error < best:  # false for NaN
+                best, kept, epoch_kept = error, _snapshot(trained), epoch
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(kept[name])
+    return Tuned(before, best, epoch_kept, steps)
+
+
+def trainable(block: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Return the parameters that a reconstruction tunes: pruned matrices, and all vectors (norms, biases)."""
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if parameter.is_floating_point() and (name in masks or parameter.ndim <= 1)
+    }
+
+
+@contextmanager
+def _requiring_gradients(block: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let only ``trained`` require gradients inside, and put the flags back after."""
+    before = {parameter: parameter.requires_grad for parameter in block.parameters()}
+    wanted = set(trained)
+    for parameter in before:
+        parameter.requires_grad = parameter in wanted
+    try:
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad = flag
+            parameter.grad = None
+
+
+def _output(block: nn.Module, example: Example, precision: torch.dtype) -> Tensor:
+    with torch.autocast(example.hidden.device.type, precision, enabled=precision != torch.float32):
+        return apply_block(block, example.hidden, example.call)
+
+
+def _squares(output: Tensor, example: Example) -> tuple[Tensor, Tensor]:
+    """Return ``|e|²`` and ``|target|²`` of every position, (batch, sequence) float32."""
+    error = (output.float() - example.target).square().sum(-1)
+    size = example.target.square().sum(-1)
+    if example.valid is None:
+        return error, size
+    return error * example.valid, size * example.valid
+
+
+def _loss(block: nn.Module, example: Example, precision: torch.dtype) -> Tensor:
+    with torch.enable_grad():
+        error, size = _squares(_output(block, example, precision), example)
+        return error.sum() / size.sum()
+
+
+@torch.no_grad()
+def _error(block: nn.Module, examples: Iterator[Example], precision: torch.dtype) -> float:
+    lost = total = 0.0
+    for example in examples:
+        error, size = _squares(_output(block, example, precision), example)
+        lost, total = lost + float(error.sum()), total + float(size.sum())
+    return lost / total if total else 0.0
+
+
+def _snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,148 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from halve.blocks import Call
+from halve.errors import CalibrationError, InputError
+from halve.reconstruct import Example, Reconstruction, parse_reconstruction, reconstruct, trainable
+
+
+class Block(nn.Module):
+    """Two matrices with a norm between, a bias, and a matrix that is nobody's business."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, 32)
+        self.norm = nn.LayerNorm(32)
+        self.second = nn.Linear(32, 16, bias=False)
+        self.router = nn.Linear(16, 4, bias=False)
+
+    def forward(self, hidden, scale=1.0):
+        return hidden + scale * self.second(self.norm(torch.relu(self.first(hidden)))), None
+
+
+def problem(count=8, seed=1):
+    dense, block = Block(), Block()
+    masks = {}
+    with torch.no_grad():
+        for name in ("first.weight", "second.weight"):
+            parameter = block.get_parameter(name)
+            masks[name] = torch.zeros_like(parameter, dtype=torch.bool)
+            masks[name][:, ::2] = True
+            parameter.mul_(masks[name])
+        generator = torch.Generator().manual_seed(seed)
+        inputs = [torch.randn(2, 12, 16, generator=generator) for _ in range(count)]
+        examples = [Example(x, Call((), {"scale": 0.5}, None), dense(x, 0.5)[0], None) for x in inputs]
+    return block, masks, examples
+
+
+def relative_error(block, examples):
+    with torch.no_grad():
+        lost = sum(float((block(e.hidden, 0.5)[0] - e.target).double().square().sum()) for e in examples)
+    return lost / sum(float(e.target.double().square().sum()) for e in examples)
+
+
+def tune(block, masks, examples, precision=torch.float32, **options):
+    return reconstruct(
+        block, masks, examples.__getitem__, len(examples), Reconstruction(**options), precision=precision
+    )
+
+
+def test_error_on_held_out_batches_falls_and_is_reported_truly():
+    block, masks, examples = problem()
+    before = relative_error(block, examples[-1:])
+    tuned = tune(block, masks, examples, epochs=20, learning_rate=1e-2)
+    assert tuned.before == pytest.approx(before, rel=1e-5)
+    assert tuned.after == pytest.approx(relative_error(block, examples[-1:]), rel=1e-5)
+    assert tuned.after < 0.8 * before
+    assert tuned.steps == 20 * 7
+    assert 1 <= tuned.epoch <= 20
+
+
+def test_pruned_weights_stay_zero_and_foreign_matrices_stay():
+    block, masks, examples = problem()
+    before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    tune(block, masks, examples, epochs=3, learning_rate=1e-2)
+    for name, parameter in block.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name == "router.weight"), name
+        assert parameter.requires_grad
+        assert parameter.grad is None
+    for name, mask in masks.items():
+        assert not bool(block.get_parameter(name)[~mask].any())
+    assert set(trainable(block, masks)) == {"first.weight", "first.bias", "norm.weight", "norm.bias", "second.weight"}
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e30])
+def test_a_reconstruction_that_gains_nothing_is_undone(rate):
+    block, masks, examples = problem()
+    before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    tuned = tune(block, masks, examples, epochs=2, learning_rate=rate)
+    assert (tuned.epoch, tuned.after) == (0, tuned.before)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in block.named_parameters())
+
+
+def test_the_best_epoch_stays_not_the_last():
+    block, masks, examples = problem(count=4)
+    noisy = [
+        Example(e.hidden[:, :1], e.call, e.target[:, :1] + torch.randn_like(e.target[:, :1]), None)
+        for e in examples[:3]
+    ]
+    tuned = tune(block, masks, [*noisy, examples[3]], epochs=60, learning_rate=3e-3, held_out=0.25)
+    assert tuned.epoch < 60
+    assert tuned.after <= tuned.before
+
+
+def test_masked_positions_do_not_count():
+    block, masks, examples = problem()
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[:, 6:] = False
+    spoiled = [Example(e.hidden, e.call, torch.where(valid[..., None], e.target, 1e6), valid) for e in examples]
+    plain = [Example(e.hidden[:, :6], e.call, e.target[:, :6], None) for e in examples]
+    other, _, _ = problem()
+    first, second = tune(block, masks, spoiled, epochs=2), tune(other, masks, plain, epochs=2)
+    assert first.before == pytest.approx(second.before, rel=1e-5)
+    assert first.after == pytest.approx(second.after, rel=1e-3)
+
+
+def test_few_batches_are_all_trained_on():
+    block, masks, examples = problem(count=3)
+    assert tune(block, masks, examples, epochs=2).steps == 6
+
+
+def test_bfloat16_products_keep_float32_weights():
+    block, masks, examples = problem()
+    tuned = tune(block, masks, examples, precision=torch.bfloat16, epochs=10, learning_rate=1e-2)
+    assert tuned.after < 0.9 * tuned.before
+    weight = block.first.weight
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_an_error_that_is_not_finite_is_named():
+    block, masks, examples = problem()
+    with torch.no_grad():
+        block.first.bias[0] = math.nan
+    with pytest.raises(CalibrationError, match="not finite"):
+        tune(block, masks, examples)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("epochs", 0), ("epochs", 1.5), ("learning_rate", 0.0), ("held_out", 0.6), ("held_out", "x")]
+)
+def test_bad_options_are_refused(option, value):
+    with pytest.raises(InputError, match=f"{option} of the reconstruction must"):
+        Reconstruction(**{option: value})
+
+
+def test_what_users_write():
+    assert parse_reconstruction(None) is None
+    assert parse_reconstruction("none") is None
+    assert parse_reconstruction("block", epochs=2) == Reconstruction(epochs=2)
+    assert parse_reconstruction(Reconstruction(epochs=3)) == Reconstruction(epochs=3)
+    with pytest.raises(InputError, match="reconstruct 'blocks' is not understood"):
+        parse_reconstruction("blocks")
+    with pytest.raises(InputError, match="'epochs' belongs to a reconstruction, and none was asked for"):
+        parse_reconstruction("none", epochs=2)
