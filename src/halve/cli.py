@@ -59,7 +59,7 @@ def prune(
     out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")],
     pattern: PatternOption = "2:4",
     method: Annotated[str, typer.Option(help="See `halve methods`.")] = "prox-gradient",
-    refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, gd, cg.")] = "cg",
+    refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, cg, gd, swap.")] = "cg",
     reconstruct: Annotated[
         str, typer.Option(help="block: then tune each block's survivors against the dense block's output; or none.")
     ] = "none",

@@ -33,7 +33,7 @@ class Contender:
 
     Attributes:
         method: name in `halve.methods`.
-        refit: ``none``, ``gd`` or ``cg``.
+        refit: ``none``, ``cg``, ``gd`` or ``swap``.
         reconstruct: whether blocks are reconstructed.
     """
 

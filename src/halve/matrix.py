@@ -52,7 +52,7 @@ def validate_settings(
 
     Args:
         method: a name in ``halve.methods.METHODS``.
-        refit: ``none``, ``cg`` or ``gd``.
+        refit: ``none``, ``cg``, ``gd`` or ``swap``.
         pattern: N:M or a percentage.
         fallback: ``magnitude``, ``wanda`` or None.
         **options: of the method, and of the refit with the prefix ``refit_``.
@@ -69,7 +69,7 @@ def effective_options(method: str, refit: str, **options: Any) -> dict[str, Any]
 
     Args:
         method: a name in ``halve.methods.METHODS``.
-        refit: ``none``, ``cg`` or ``gd``.
+        refit: ``none``, ``cg``, ``gd`` or ``swap``.
         **options: as for ``prune_weight``.
 
     Raises:
@@ -99,7 +99,8 @@ def prune_weight(
         pattern: N:M, keep N of every M along ``d_in``, or a percentage of zeros a row if the method takes it.
         method: a name in ``halve.methods.METHODS``.
         refit: what to do with the kept weights once the mask is fixed: ``cg`` finds the best ones, ``gd`` is the
-            paper's masked gradient, ``none`` leaves them as the method made them.
+            paper's masked gradient, ``none`` leaves them as the method made them; ``swap`` finds the best ones and goes
+            on to exchange kept and pruned weights of a group as long as that lowers the loss (N:M only).
         tokens: number of inputs behind ``gram``, for the record; taken from ``gram`` if that is ``Statistics``.
         fallback: ``magnitude`` or ``wanda``, used if the method fails for numerical reasons; None reports failure.
         **options: of the method, and of the refit with the prefix ``refit_``.
@@ -138,6 +139,10 @@ def _settings(
         takers = ", ".join(other.name for other in methods.METHODS.values() if other.unstructured)
         raise PatternError(
             f"method {row.name} prunes to N:M such as 2:4, not to {pattern}: for that choose one of {takers}"
+        )
+    if not pattern.structured and refit_row.changes_mask:
+        raise PatternError(
+            f"refit {refit_row.name} exchanges weights within the groups of N:M, not of {pattern}: use cg"
         )
     return _Settings(pattern, row, method_options, refit_row, refit_options, fallback)
 
@@ -247,8 +252,8 @@ def _fit(task: _Task, outcome: Outcome) -> Outcome:
     facts["relative_loss_before_refit"] = relative_loss(weight, task.weight, gram)
     if task.refit.solve is not None:
         # Exactly N a group: a slot that the method left at zero may be put to use.
-        mask = task.pattern.keep_mask(weight.abs())
-        weight, refit_facts = task.refit.solve(weight, task.weight, gram, mask, **asdict(task.refit_options))
+        support = task.pattern if task.refit.changes_mask else task.pattern.keep_mask(weight.abs())
+        weight, refit_facts = task.refit.solve(weight, task.weight, gram, support, **asdict(task.refit_options))
         facts |= refit_facts
     facts["relative_loss"] = relative_loss(weight, task.weight, gram)
     return Outcome(weight, outcome.status, outcome.method, outcome.reason, facts)

@@ -80,7 +80,7 @@ def prune(
             ``model`` is in memory.
         pattern: ``N:M`` keeps N of every M consecutive weights; ``S%`` zeroes S percent of each row.
         method: see `halve.methods`.
-        refit: re-adjustment of the kept weights: ``none``, ``gd`` (masked gradient steps), ``cg``.
+        refit: re-adjustment of the kept weights: ``none``, ``cg``, ``gd``, ``swap``; see `halve.prune_weight`.
         calibration: text, tokens or batches; None lets the model write its own text, if method or refit need any.
         tokenizer: for a model in memory; otherwise the checkpoint's own.
         samples: number of calibration sequences.

@@ -16,6 +16,7 @@ from torch import Tensor
 from halve.errors import InputError
 from halve.pattern import apply_mask
 from halve.quadratic import Scaled, Slope, row_losses, spectral_bound
+from halve.swap import SwapOptions, refine
 from halve.tables import build_options, find_row
 
 REPACK_SHARE = 0.1
@@ -148,11 +149,13 @@ class Refit:
         name: what the user writes.
         options: the frozen dataclass of its options, whose fields are keyword arguments of ``solve``.
         solve: ``solve(weight, original, gram, mask, **options) -> (weight, facts)``; None leaves the weights alone.
+        changes_mask: whether it may exchange kept and pruned weights; ``solve`` then takes the pattern, not the mask.
     """
 
     name: str
     options: type[Any]
     solve: Callable[..., tuple[Tensor, dict[str, float]]] | None
+    changes_mask: bool = False
 
 
 REFITS: dict[str, Refit] = {
@@ -161,6 +164,7 @@ REFITS: dict[str, Refit] = {
         Refit("none", NoOptions, None),
         Refit("cg", CGOptions, refit_cg),
         Refit("gd", GDOptions, refit_gd),
+        Refit("swap", SwapOptions, refine, changes_mask=True),
     )
 }
 

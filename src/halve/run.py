@@ -43,7 +43,7 @@ class Settings:
     Attributes:
         pattern: the sparsity pattern.
         method: name in `halve.methods`.
-        refit: ``none``, ``gd`` or ``cg``.
+        refit: ``none``, ``cg``, ``gd`` or ``swap``.
         options: further options of method and refit.
         skip: shell-style patterns of parameters that stay dense.
         fallback: the method to use where the asked one fails; None stops the run instead.
