@@ -183,9 +183,15 @@ def test_methods_are_listed():
         (["--method", "wandda"], "did you mean 'wanda'"),
         (["-o", "betta=1"], "betta"),
         (["-o", "beta"], "write NAME=VALUE"),
-        (["-o", "model=3"], "has no option 'model': its options are lambda0, beta, max_iterations, refit_tolerance"),
+        (["-o", "model=3"], "has no option 'model': its options are effort, refit_tolerance"),
+        (["--effort", "hurry"], "effort must be one of fast, balanced, best, got 'hurry'"),
+        (["--effort", "best", "--method", "wanda"], "wanda+cg has no option 'effort'"),
+        (["--reconstruct", "blocks"], "reconstruct 'blocks' is not understood"),
         (["-o", "seed=3"], "has no option 'seed'"),
-        (["-o", "beta=abc"], "beta of prox-gradient must be a finite number above 1, got 'abc'"),
+        (
+            ["--method", "prox-gradient", "-o", "beta=abc"],
+            "beta of prox-gradient must be a finite number above 1, got 'abc'",
+        ),
         (["-o", "refit_tolerance=x"], "refit_tolerance must be"),
         (["--pattern", "[/red][bold]"], "pattern '[/red][bold]' is not understood"),
         (["--device", "mps"], "device 'mps'"),
@@ -222,7 +228,7 @@ def test_a_run_with_fallbacks_has_its_own_exit_code(tmp_path, text):
 def test_ctrl_c_leaves_no_checkpoint(model, text, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "halve", "prune", model, "--out", str(out), "--calibration", text]
-    options = ["--samples", "64", "--seq-len", "64", "-o", "beta=1.0001"]
+    options = ["--samples", "64", "--seq-len", "64", "--method", "prox-gradient", "-o", "beta=1.0001"]
     with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("block"):

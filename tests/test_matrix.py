@@ -33,7 +33,7 @@ def test_prunes_refits_and_reports(method, dtype):
     weight = weight.to(dtype)
     outcome = prune(weight, Statistics(gram, 77), method)
     assert outcome.status is Status.OK
-    assert outcome.method == method
+    assert outcome.method == ("prox-admm" if method == "auto" else method)
     assert outcome.reason == ""
     check_pruned(outcome, weight)
     facts = outcome.facts
@@ -47,11 +47,11 @@ def test_prunes_refits_and_reports(method, dtype):
     assert facts["relative_loss"] <= best * (1.001 if dtype in (torch.float32, torch.float64) else 1.02)
 
 
-def test_defaults_are_those_of_the_paper_with_conjugate_gradients():
+def test_defaults_are_auto_with_conjugate_gradients():
     weight, gram = oracle.layer(2, 8, seed=1)
     outcome = prune_weight(weight, gram)
-    assert outcome.method == "prox-gradient"
-    assert {"iterations", "lipschitz", "refit_kept_rows", "refit_row_iterations"} <= set(outcome.facts)
+    assert outcome.method == "prox-admm"
+    assert {"iterations", "rho", "refit_kept_rows", "refit_row_iterations"} <= set(outcome.facts)
     check_pruned(outcome, weight)
     assert "tokens" not in outcome.facts
     assert prune_weight(weight, gram, tokens=5).facts["tokens"] == 5
@@ -251,7 +251,7 @@ def test_bad_input_is_refused_before_any_work(monkeypatch, weight, gram, options
         (
             "50%",
             "prox-gradient",
-            "prunes to N:M such as 2:4, not to 50%: for that choose one of magnitude, wanda, ria",
+            "prunes to N:M such as 2:4, not to 50%: for that choose one of auto, magnitude, wanda, ria",
         ),
     ],
 )

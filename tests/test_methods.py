@@ -29,6 +29,7 @@ def solve(name, weight, gram, pattern="2:4", tokens=100, **options):
 
 def test_the_table_is_complete():
     assert NAMES == [
+        "auto",
         "magnitude",
         "wanda",
         "ria",
@@ -54,7 +55,7 @@ def test_contract_dtype_pattern_and_input_untouched(name, dtype):
     before = weight.clone()
     outcome = solve(name, weight, gram)
     assert outcome.status is Status.OK
-    assert outcome.method == name
+    assert outcome.method == ("prox-admm" if name == "auto" else name)
     assert outcome.weight.dtype == dtype
     assert outcome.weight.shape == weight.shape
     assert outcome.weight.data_ptr() != weight.data_ptr()
@@ -64,7 +65,7 @@ def test_contract_dtype_pattern_and_input_untouched(name, dtype):
 
 @pytest.mark.parametrize(("name", "pattern"), PATTERNS)
 def test_contract_every_pattern_and_positive_zeros(name, pattern):
-    slow = name.startswith("prox")  # the proximal operator is fast for 2:4 only
+    slow = name.startswith("prox")  # the proximal operator is fast for 2:4 and 1:M only
     weight, gram = oracle.layer(2 if slow else 6, 48, seed=1)
     options = {"prox-gradient": {"beta": 2.0}, "prox-admm": {"lambda_growth": 1.5}}.get(name, {})
     pruned = solve(name, weight, gram, pattern, **options).weight
@@ -160,9 +161,10 @@ def test_diagonal_gram_makes_every_data_driven_mask_wanda():
 def test_order_of_the_methods_on_correlated_inputs():
     weight, gram = oracle.layer(32, 96, seed=8)
     losses = [oracle.relative_loss(solve(name, weight, gram).weight, weight, gram) for name in NAMES]
-    magnitude, wanda, _ria, swaps, sparsegpt, _alps, prox, _admm = losses
+    auto, magnitude, wanda, _ria, swaps, sparsegpt, _alps, prox, admm = losses
     assert prox < sparsegpt < wanda < magnitude
     assert swaps < wanda
+    assert auto == admm
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_order_of_the_methods_on_correlated_inputs():
     [("wandaa", "did you mean 'wanda'"), ("sparse-gpt", "did you mean 'sparsegpt'"), ("xyz", "choose")],
 )
 def test_unknown_method_is_refused(name, hint):
-    with pytest.raises(InputError, match=rf"unknown method '{name}': .*{hint}.*magnitude, wanda, ria"):
+    with pytest.raises(InputError, match=rf"unknown method '{name}': .*{hint}.*auto, magnitude, wanda"):
         methods.get(name)
 
 

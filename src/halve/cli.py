@@ -58,7 +58,10 @@ def prune(
     model: ModelArgument,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")],
     pattern: PatternOption = "2:4",
-    method: Annotated[str, typer.Option(help="See `halve methods`.")] = "prox-gradient",
+    method: Annotated[str, typer.Option(help="See `halve methods`.")] = "auto",
+    effort: Annotated[
+        str | None, typer.Option(help="Of method auto: fast, balanced or best.", show_default="balanced")
+    ] = None,
     refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, cg, gd, swap.")] = "cg",
     reconstruct: Annotated[
         str, typer.Option(help="block: then tune each block's survivors against the dense block's output; or none.")
@@ -94,6 +97,8 @@ def prune(
 
     with _reporting("interrupted: no checkpoint was written"):
         options = _options(option or [])
+        if effort is not None:
+            options["effort"] = effort
         Contender(method, refit).check_option_names(options)
         validate_settings(method, refit, pattern, fallback=fallback, **options)
         given = {"epochs": reconstruct_epochs, "learning_rate": reconstruct_lr}

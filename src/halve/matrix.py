@@ -83,7 +83,7 @@ def prune_weight(
     weight: Tensor,
     gram: Tensor | Statistics | None,
     pattern: str | Pattern = "2:4",
-    method: str = "prox-gradient",
+    method: str = "auto",
     refit: str = "cg",
     *,
     tokens: int | None = None,
@@ -97,7 +97,7 @@ def prune_weight(
         gram: (d_in, d_in), ``H = XᵀX / tokens`` of the inputs (the scale does not matter), on the device of
             ``weight``; symmetric, finite, diagonal >= 0. None is enough for ``magnitude`` with ``refit="none"``.
         pattern: N:M, keep N of every M along ``d_in``, or a percentage of zeros a row if the method takes it.
-        method: a name in ``halve.methods.METHODS``.
+        method: a name in ``halve.methods.METHODS``; ``auto`` takes ``effort="fast"``, ``"balanced"`` or ``"best"``.
         refit: what to do with the kept weights once the mask is fixed: ``cg`` finds the best ones, ``gd`` is the
             paper's masked gradient, ``none`` leaves them as the method made them; ``swap`` finds the best ones and goes
             on to exchange kept and pruned weights of a group as long as that lowers the loss (N:M only).

@@ -111,6 +111,11 @@ def prox(z: Tensor, lam: float, pattern: str | Pattern = "2:4", *, backend: Back
     return solved.to(z.dtype).reshape(z.shape)
 
 
+def has_fast_solver(pattern: Pattern) -> bool:
+    """Whether the groups of ``pattern`` are solved in a few steps (2:4, 1:M), not by many generic iterations."""
+    return pattern.structured and (pattern.keep == 1 or (pattern.keep, pattern.group) == (2, 4))
+
+
 def _reference(z: Tensor, lam: float, keep: int) -> Tensor | None:
     """Solve (groups, M) chunk by chunk in PyTorch; None if an entry is not finite."""
     size = z.shape[1]

@@ -53,7 +53,7 @@ def prune(
     out: str | Path | None = None,
     *,
     pattern: str | Pattern = "2:4",
-    method: str = "prox-gradient",
+    method: str = "auto",
     refit: str = "cg",
     calibration: Calibration = None,
     tokenizer: Any = None,
@@ -79,7 +79,7 @@ def prune(
         out: directory for the pruned Hugging Face checkpoint; it must not exist yet or be empty. Required unless
             ``model`` is in memory.
         pattern: ``N:M`` keeps N of every M consecutive weights; ``S%`` zeroes S percent of each row.
-        method: see `halve.methods`.
+        method: see `halve.methods`; ``auto`` takes ``effort="fast"``, ``"balanced"`` or ``"best"``.
         refit: re-adjustment of the kept weights: ``none``, ``cg``, ``gd``, ``swap``; see `halve.prune_weight`.
         calibration: text, tokens or batches; None lets the model write its own text, if method or refit need any.
         tokenizer: for a model in memory; otherwise the checkpoint's own.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from halve.methods import alps, magnitude, prox_admm, prox_gradient, ria, sparse_swaps, sparsegpt, wanda
+from halve.methods import alps, auto, magnitude, prox_admm, prox_gradient, ria, sparse_swaps, sparsegpt, wanda
 from halve.outcome import Outcome
 from halve.tables import build_options, find_row
 
@@ -40,6 +40,16 @@ class Method:
 
 
 _ROWS = (
+    Method(
+        "auto",
+        auto.solve,
+        auto.AutoOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=True,
+        summary="the best of the below for the pattern and the effort: prox-admm, or alps; with exact swaps for best",
+        reference="Halve; arXiv 2501.18015 and 2406.07831",
+    ),
     Method(
         "magnitude",
         magnitude.solve,
