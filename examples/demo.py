@@ -22,7 +22,6 @@ from halve.pruning import text_tokens
 from halve.terminal import comparison_table
 
 SAMPLES, SEQ_LEN, WINDOWS = 32, 512, 32
-BETA = 1.05
 PROMPT = "What is the capital of France?"
 out = Console(soft_wrap=True, markup=False, highlight=False)
 
@@ -67,15 +66,11 @@ def main(folder: Path) -> None:
         shutil.rmtree(folder / "pruned")
     model, text = unpack_model(folder), held_out_text(folder)
     out.print(f"Model: {model.name}. Perplexity on {text.name}, {WINDOWS} windows of {SEQ_LEN} tokens.")
-    out.print(
-        f"prox-gradient runs with beta = {BETA} here, a schedule about five times faster than the paper's 1.01, "
-        "so its numbers are a little worse than the method can do."
-    )
     loaded = checkpoint.load_model(model)
     out.print(f"The model writes {SAMPLES} x {SEQ_LEN} tokens to calibrate on, which takes some minutes …")
     tokens = text_tokens(loaded, "self", samples=SAMPLES, seq_len=SEQ_LEN, seed=0, text_field="text")
-    contenders = [compare.Contender.parse(name) for name in ("magnitude", "wanda", "sparsegpt", "prox-gradient+cg")]
-    requests = compare.make_requests(contenders, {"prox-gradient": {"beta": BETA}})
+    contenders = [compare.Contender.parse(name) for name in ("magnitude", "wanda", "sparsegpt", "auto+cg")]
+    requests = compare.make_requests(contenders, {})
     texts = compare.evaluation_texts(loaded, [text], seq_len=SEQ_LEN, max_windows=WINDOWS, text_field="text")
     rows = []
     compared = time.perf_counter()
@@ -89,7 +84,6 @@ def main(folder: Path) -> None:
         f"The comparison took {elapsed:.0f} s: {pruning:.0f} s of pruning, the rest copying, writing and measuring."
     )
     record = compare.as_json(rows, model=model.name, pattern="2:4", calibration=tokens, seed=0)
-    record["options"] = {"prox-gradient": {"beta": BETA}}
     (folder / "demo.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     if any(row.error for row in rows):
         sys.exit("a method failed; see above")

@@ -183,7 +183,29 @@ def prox_admm(weight: Tensor, gram: Tensor, check_every: int) -> Tensor:
                     break
                 seen = sparse != 0
         rows.append(sparse)
-    return torch.stack(rows) * scale / features
+    return exchanged(torch.stack(rows) * scale / features, weight, gram)
+
+
+def exchanged(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
+    """Exchange a kept and a pruned weight, the latter at its best value, as long as that lowers the loss."""
+    gram = gram.double()
+    result = weight.double().clone()
+    for row, start in zip(result, original.double(), strict=True):
+        while True:
+            best = (float(0.5 * (row - start) @ gram @ (row - start)) * (1 - 1e-6), row)
+            for enters in range(len(row)):
+                for leaves in range(enters // 4 * 4, enters // 4 * 4 + 4):
+                    if row[leaves] != 0 and row[enters] == 0:
+                        trial = row.clone()
+                        trial[leaves] = 0.0
+                        trial[enters] -= (trial - start) @ gram[enters] / gram[enters, enters]
+                        loss = float(0.5 * (trial - start) @ gram @ (trial - start))
+                        if loss < best[0]:
+                            best = (loss, trial)
+            if best[1] is row:
+                break
+            row.copy_(best[1])
+    return result
 
 
 def best_swap(row: Tensor, kept: Tensor, gram: Tensor) -> tuple[float, int, int]:

@@ -39,6 +39,13 @@ def test_better_than_alps_and_than_the_proximal_gradient():
     assert mine.facts["iterations"] < 0.2 * slow.facts["iterations"]
 
 
+def test_exact_where_nothing_correlates():
+    weight, gram = oracle.layer(32, 64, seed=9)
+    best = weight.abs() * gram.diagonal().sqrt()
+    pruned = prune(weight, torch.diag(gram.diagonal())).weight
+    assert torch.equal(pruned != 0, Pattern("2:4").keep_mask(best))
+
+
 def test_slower_growth_is_better():
     weight, gram = oracle.layer(48, 128, seed=2)
     slow = prune(weight, gram, lambda_growth=1.03, rho_growth=1.06)

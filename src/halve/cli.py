@@ -70,7 +70,7 @@ def prune(
         int | None, typer.Option(help="Passes over the calibration set.", show_default="6")
     ] = None,
     reconstruct_lr: Annotated[
-        float | None, typer.Option(help="Adam's first learning rate.", show_default="0.0003")
+        float | None, typer.Option(help="Adam's first learning rate.", show_default="0.001")
     ] = None,
     calibration: CalibrationOption = "self",
     samples: SamplesOption = 128,
@@ -236,7 +236,7 @@ def compare(
     model: ModelArgument,
     data: Annotated[list[str], typer.Option(help="Texts for perplexity: wikitext2, c4, or a file. Repeatable.")],
     methods: Annotated[str, typer.Option(help="Comma-separated; wanda is as published, wanda+cg adds a refit.")] = (
-        "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,prox-gradient+cg"
+        "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,auto+cg"
     ),
     pattern: PatternOption = "2:4",
     calibration: CalibrationOption = "self",

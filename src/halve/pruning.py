@@ -26,6 +26,8 @@ DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
 _BATCH_TOKENS = 4096
 """Tokens a batch of the calibration set holds at most (at least one sequence)."""
+_STEP_TOKENS = 1024
+"""The same where blocks are reconstructed, which takes one optimiser step a batch."""
 
 Calibration = str | Path | TokenSet | Tensor | Sequence[Batch] | None
 """A file, directory, ``c4``, ``wikitext2`` or ``self`` (None); tokens (samples, seq_len); or ready batches."""
@@ -179,7 +181,8 @@ def prune_loaded(
         folder = None
         if request.offload is not None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=request.offload)))
-        batches = token_batches(data.ids) if isinstance(data, TokenSet) else data
+        most = _BATCH_TOKENS if request.settings.reconstruction is None else _STEP_TOKENS
+        batches = token_batches(data.ids, most) if isinstance(data, TokenSet) else data
         done = prune_blocks(
             loaded.model,
             batches or [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}],
@@ -290,9 +293,9 @@ def default_length(loaded: LoadedModel) -> int:
     return min(DEFAULT_SEQ_LEN, tokens.longest(loaded.model) or DEFAULT_SEQ_LEN)
 
 
-def token_batches(ids: Tensor) -> list[Batch]:
-    """Cut token ids (samples, seq_len) into batches of at most 4096 tokens (at least one sequence)."""
-    rows = max(1, _BATCH_TOKENS // ids.shape[1])
+def token_batches(ids: Tensor, most: int = _BATCH_TOKENS) -> list[Batch]:
+    """Cut token ids (samples, seq_len) into batches of at most ``most`` tokens (at least one sequence)."""
+    rows = max(1, most // ids.shape[1])
     return [{"input_ids": ids[start : start + rows]} for start in range(0, len(ids), rows)]
 
 

@@ -32,7 +32,7 @@ class Reconstruction:
     """
 
     epochs: int = 6
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     held_out: float = 0.125
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError, PatternError
+from halve.exchange import exchange
 from halve.gram import Statistics
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
@@ -84,7 +85,7 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
     Returns:
         Outcome: ``Status.MAX_ITER`` if rows had to be projected at the limit. Facts: ``iterations``,
             ``row_iterations`` (mean over rows), ``rho`` and ``lambda`` (the last ones), ``scale`` (of V),
-            ``projected_rows``.
+            ``projected_rows``, ``exchanges`` (of single weights at the end, see `halve.exchange`).
 
     Raises:
         PatternError: the pattern is unstructured; the regulariser exists for N:M only.
@@ -120,7 +121,12 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
     if bool(projected.any()):
         status = Status.MAX_ITER
         reason = f"{int(projected.sum())} rows were not {pattern} after {iteration.count} iterations and were projected"
-    return Outcome(problem.restore(pattern.project(sparse)), status, "prox-admm", reason, facts)
+    sparse = pattern.project(sparse)
+    if iteration.count:  # where features hardly correlate, a small ρ may leave a mask that a plain exchange improves
+        limit = sparse.shape[1]
+        sparse, _, exchanges, _ = exchange(sparse, problem.weight, problem.gram, pattern, limit=limit, restore=False)
+        facts["exchanges"] = float(exchanges)
+    return Outcome(problem.restore(sparse), status, "prox-admm", reason, facts)
 
 
 class _Iteration:
