@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from halve.device import autocast, compute_dtype, evaluation_mode, model_device, weight_dtype
 from halve.documents import Corpus, Document, open_corpus, pieces, shuffled
-from halve.errors import CalibrationError, InputError, UnsupportedModelError
+from halve.errors import CalibrationError, InputError
+from halve.generation import sample_text, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +28,6 @@ _BATCH = 64  # documents tokenised in one call
 _LONG = 2**16  # characters from which a document is tokenised alone, and only as far as needed
 _MARGIN = 1024  # tokens dropped before an artificial end of text, where they may differ
 _CHARACTERS_PER_TOKEN = 5
-_GENERATION_BATCH = 32
-_CACHE_BYTES = 2**31  # bound on the keys and values held while generating
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,12 @@ def calibration_tokens(
     if source == SELF:
         if model is None:
             raise InputError("source 'self' needs the model that writes the text: give model, or another source")
-        ids = _generate(model, tokenizer, samples, seq_len, seed)
+        check_length(seq_len, model)
+        vocabulary = len(tokenizer)
+        generator = torch.Generator().manual_seed(seed)
+        first = _first_tokens(tokenizer, samples, generator)
+        check_vocabulary(first, model, SELF)
+        ids = sample_text(model, first, seq_len, vocabulary, generator)
         return TokenSet(ids, SELF, hash_ids(ids), samples)
     corpus = open_corpus(source, use="calibration", field=field)
     ids, documents = _pack(corpus, tokenizer, samples, seq_len, seed)
@@ -202,7 +205,7 @@ def check_vocabulary(ids: Tensor, model: nn.Module, source: str) -> None:
 
 def longest(model: nn.Module) -> int | None:
     """Return ``max_position_embeddings`` of a model's configuration, None if it has no such limit."""
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
@@ -215,11 +218,6 @@ def check_length(seq_len: int, model: nn.Module) -> None:
     limit = longest(model)
     if limit is not None and seq_len > limit:
         raise InputError(f"seq_len = {seq_len} exceeds the model's max_position_embeddings = {limit}: lower seq_len")
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _check_counts(**counts: int) -> None:
@@ -331,57 +329,10 @@ def _encode_documents(
     yield from _encode(tokenizer, batch, add_special_tokens=False)
 
 
-def _generate(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", samples: int, seq_len: int, seed: int) -> Tensor:
-    """Sample (samples, seq_len) ids from the model, in batches as large as the key-value cache allows."""
-    check_length(seq_len, model)
-    vocabulary = len(tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    if tokenizer.bos_token_id is None:
-        special = set(tokenizer.all_special_ids)
-        ordinary = torch.tensor([token for token in range(vocabulary) if token not in special])
-        first = ordinary[torch.randint(len(ordinary), (samples,), generator=generator)]
-    else:
-        first = torch.full((samples,), tokenizer.bos_token_id)
-    check_vocabulary(first, model, SELF)
-    # Drawn at once, so that the text does not depend on the size of the batches or on the device.
-    uniform = 1.0 - torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
-    batch = max(1, min(_GENERATION_BATCH, _CACHE_BYTES // (_cache_bytes_per_token(model) * seq_len)))
-    with evaluation_mode(model), autocast(model, compute_dtype(model_device(model))):
-        parts = [
-            _sample(model, first[start : start + batch], uniform[start : start + batch], vocabulary)
-            for start in range(0, samples, batch)
-        ]
-    return torch.cat(parts)
-
-
-def _sample(model: nn.Module, first: Tensor, uniform: Tensor, vocabulary: int) -> Tensor:
-    """Continue ``first`` (batch,) at temperature 1 by inverting the distribution function at ``uniform`` (batch, len).
-
-    Only ids below ``vocabulary`` are drawn: rows that pad the model's output have no text.
-    """
-    device = model_device(model)
-    ids = [first.to(device)]
-    cache = None
-    for position in range(1, uniform.shape[1]):
-        output = model(input_ids=ids[-1][:, None], past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} returns no past_key_values, so it cannot write its own calibration text: "
-                "give another source"
-            )
-        cumulative = output.logits[:, -1, :vocabulary].float().softmax(-1).cumsum(-1)
-        total = cumulative[:, -1:]
-        if not bool(total.isfinite().all()):
-            raise CalibrationError(f"the model's logits are not finite after {position} tokens of its own text")
-        # At least the smallest float, as a token of probability 0 must never be drawn.
-        point = (uniform[:, position, None].to(device, total.dtype) * total).clamp_min(torch.finfo(total.dtype).tiny)
-        ids.append(torch.searchsorted(cumulative, point).squeeze(-1))
-    return torch.stack(ids, dim=1).cpu()
-
-
-def _cache_bytes_per_token(model: nn.Module) -> int:
-    """Bytes of keys and values that one token adds, at most: as if every attention head had its own."""
-    config = _text_config(model)
-    layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
-    return int(2 * layers * width * weight_dtype(model).itemsize)
+def _first_tokens(tokenizer: "PreTrainedTokenizerBase", samples: int, generator: torch.Generator) -> Tensor:
+    """Return what self-written texts begin with, (samples,): BOS, or a random ordinary token where there is none."""
+    if tokenizer.bos_token_id is not None:
+        return torch.full((samples,), tokenizer.bos_token_id)
+    special = set(tokenizer.all_special_ids)
+    ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    return ordinary[torch.randint(len(ordinary), (samples,), generator=generator)]
