@@ -14,7 +14,10 @@ from pathlib import Path
 from halve import checkpoint, compare
 from halve.pruning import text_tokens
 
-METHODS = "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,prox-gradient,prox-gradient+gd,prox-gradient+cg"
+METHODS = (
+    "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,alps+cg,prox-gradient,prox-gradient+gd,prox-gradient+cg,"
+    "auto+cg,auto+cg+block"
+)
 
 PATTERN = "2:4"
 
@@ -30,12 +33,20 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--beta", type=float, default=1.01, help="of prox-gradient")
+    parser.add_argument("--effort", default="balanced", help="of auto")
+    parser.add_argument("--epochs", type=int, default=6, help="of the block reconstruction")
+    parser.add_argument("--forward-dtype", default="auto")
     parser.add_argument("--json", type=Path, default=Path("end_to_end.jsonl"))
     arguments = parser.parse_args()
 
     contenders = [compare.Contender.parse(name) for name in arguments.methods.split(",")]
-    options = {"prox-gradient": {"beta": arguments.beta}} if "prox-gradient" in arguments.methods else {}
-    requests = compare.make_requests(contenders, options, pattern=PATTERN)
+    every = {
+        "prox-gradient": {"beta": arguments.beta},
+        "auto": {"effort": arguments.effort},
+        "block": {"epochs": arguments.epochs},
+    }
+    options = {name: values for name, values in every.items() if name in arguments.methods}
+    requests = compare.make_requests(contenders, options, pattern=PATTERN, forward_dtype=arguments.forward_dtype)
     loaded = checkpoint.load_model(arguments.model)
     tokens = text_tokens(
         loaded,
@@ -50,7 +61,11 @@ def main() -> None:
     )
     for row in compare.compare(loaded, requests, tokens, texts, seed=arguments.seed):
         entry = compare.as_json([row], model=arguments.model, pattern=PATTERN, calibration=tokens, seed=arguments.seed)
-        entry |= {"beta": arguments.beta, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        entry |= {
+            "options": options,
+            "forward_dtype": arguments.forward_dtype,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         with arguments.json.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         scores = row.error or "  ".join(f"{Path(p.source).name} {p.value:9.2f}" for p in row.perplexities)
