@@ -77,6 +77,20 @@ def test_bits_depend_on_neither_the_place_nor_the_neighbours(instruction_set, dt
 
 @needs_kernel
 @every_set
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_groups_that_wait_are_written_even_at_the_end(instruction_set, lanes):
+    # One group short of a full queue, and then several more in the last, partial vector.
+    easy = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    hard = 0.32 + 0.3 * torch.rand(3000, 4, generator=torch.Generator().manual_seed(5))  # one in 100 has to wait
+    for group in hard.split(1):
+        z = torch.cat([group.repeat(lanes - 1, 1), easy, group.repeat(3, 1)])
+        got = kernels.prox_two_of_four(z, 1.0, instruction_set)
+        same = torch.cat([got[: lanes - 1], got[lanes:]])
+        assert torch.equal(same, same[:1].expand_as(same)), group
+
+
+@needs_kernel
+@every_set
 def test_ties_signs_and_zeros(instruction_set):
     z = torch.tensor([[1.0, -1.0, 1.0, -1.0], [-0.0, 0.0, -0.0, 2.0], [0.0] * 4, [-3.0, 1e-30, -2.0, 1e-30]])
     got = kernels.prox_two_of_four(z, 100.0, instruction_set)

@@ -6,6 +6,7 @@ from halve.errors import InputError, PatternError
 from halve.gram import Statistics
 from halve.methods import wanda
 from halve.methods.sparse_swaps import SparseSwapsOptions, solve
+from halve.outcome import Status
 from halve.pattern import Pattern
 
 
@@ -34,9 +35,12 @@ def test_makes_the_best_swaps_from_wanda_until_none_helps():
 
 def test_the_limit_is_one_on_the_swaps_of_a_row():
     weight, gram = oracle.layer(8, 32, seed=1)
-    facts = prune(weight, gram, max_swaps=2).facts
-    assert facts["iterations"] == 2
-    assert facts["swaps"] <= 16
+    outcome = prune(weight, gram, max_swaps=2)
+    assert outcome.status is Status.MAX_ITER
+    assert "rows still improved after 2 swaps" in outcome.reason
+    assert outcome.facts["iterations"] == 2
+    assert outcome.facts["swaps"] <= 16
+    assert prune(weight, gram).status is Status.OK
 
 
 def test_unstructured_patterns_are_refused():

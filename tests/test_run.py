@@ -246,3 +246,16 @@ def test_reconstruction_with_hidden_states_on_disk_is_the_same(tmp_path):
 
 def test_reconstruction_needs_calibration():
     assert settings("magnitude", reconstruction=Reconstruction()).needs_calibration
+
+
+def test_reconstruction_leaves_shared_and_skipped_vectors_alone():
+    model = decoder("llama")
+    model.model.layers[1].input_layernorm.weight = model.model.layers[0].input_layernorm.weight
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    asked = settings("wanda", skip=("*.post_attention_layernorm.*",), reconstruction=Reconstruction(epochs=2))
+    report = prune_blocks(model, batches(4), asked, device=CPU)
+    assert all(block.tuned.epoch for block in report.reconstructions)
+    for name, parameter in model.named_parameters():
+        alone = "post_attention" in name or name.endswith("layers.0.input_layernorm.weight")
+        if "layernorm" in name:
+            assert torch.equal(parameter, before[name]) == alone, name

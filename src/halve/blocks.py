@@ -67,7 +67,7 @@ class HiddenStates:
         """Return a second set of the same states; on disk, in a new folder ``name``."""
         folder = None if self._directory is None else self._directory / name
         if folder is not None:
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
         other = HiddenStates(folder)
         for batch in range(len(self)):
             other.append(self[batch])

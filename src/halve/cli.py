@@ -72,6 +72,9 @@ def prune(
     reconstruct_lr: Annotated[
         float | None, typer.Option(help="Adam's first learning rate.", show_default="0.001")
     ] = None,
+    reconstruct_held_out: Annotated[
+        float | None, typer.Option(help="Share of the batches that only judge.", show_default="0.125")
+    ] = None,
     calibration: CalibrationOption = "self",
     samples: SamplesOption = 128,
     seq_len: SeqLenOption = None,
@@ -101,7 +104,7 @@ def prune(
             options["effort"] = effort
         Contender(method, refit).check_option_names(options)
         validate_settings(method, refit, pattern, fallback=fallback, **options)
-        given = {"epochs": reconstruct_epochs, "learning_rate": reconstruct_lr}
+        given = {"epochs": reconstruct_epochs, "learning_rate": reconstruct_lr, "held_out": reconstruct_held_out}
         tuning = parse_reconstruction(
             reconstruct, **{name: value for name, value in given.items() if value is not None}
         )
@@ -141,10 +144,9 @@ def prune(
     )
     if report.reconstructions:
         ratios = [block.tuned.after / max(block.tuned.before, 1e-30) for block in report.reconstructions]
-        say(
-            out,
-            f"{len(ratios)} blocks reconstructed: held-out error times {math.prod(ratios) ** (1 / len(ratios)):.3f}",
-        )
+        which = "held-out" if report.reconstructions[0].tuned.held_out else "training"
+        ratio = math.prod(ratios) ** (1 / len(ratios))
+        say(out, f"{len(ratios)} blocks reconstructed: {which} error times {ratio:.3f}")
     say(out, f"verified and written: {out_dir}")
     if report.fallbacks:
         raise typer.Exit(EXIT_FALLBACKS)
@@ -235,9 +237,9 @@ def evaluate_command(
 def compare(
     model: ModelArgument,
     data: Annotated[list[str], typer.Option(help="Texts for perplexity: wikitext2, c4, or a file. Repeatable.")],
-    methods: Annotated[str, typer.Option(help="Comma-separated; wanda is as published, wanda+cg adds a refit.")] = (
-        "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,auto+cg"
-    ),
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; wanda is as published, wanda+cg adds a refit, +block tunes blocks.")
+    ] = ("magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,auto+cg"),
     pattern: PatternOption = "2:4",
     calibration: CalibrationOption = "self",
     samples: SamplesOption = 128,
@@ -255,7 +257,7 @@ def compare(
     forward_dtype: ForwardOption = "auto",
     option: Annotated[
         list[str] | None,
-        typer.Option("-o", "--option", help="METHOD.NAME=VALUE or REFIT.NAME=VALUE. Repeatable."),
+        typer.Option("-o", "--option", help="METHOD.NAME=VALUE, REFIT.NAME=VALUE or block.NAME=VALUE. Repeatable."),
     ] = None,
     out_dir: Annotated[
         Path | None,

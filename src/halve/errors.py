@@ -22,7 +22,7 @@ class CalibrationError(HalveError):
 
 
 class FactorisationError(HalveError):
-    """A matrix could not be factorised at any rung of the damping ladder."""
+    """A matrix could not be factorised, not even damped or in float64."""
 
 
 class CorruptFileError(HalveError):

@@ -8,18 +8,37 @@ which needs no inverse (`halve.swap` costs exchanges as if the others followed, 
 is an upper bound on what an exchange and a refit achieve: whatever it accepts is an improvement.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from halve.pattern import Pattern
 
+_BYTES_AT_ONCE = 1 << 25
+"""Size of one intermediate tensor over the rows treated side by side."""
 _PROGRESS = 1e-6
 """Smallest decrease of a row's loss, as a share of it, for which an exchange is made: below lies rounding."""
 
 
+@dataclass(frozen=True)
+class Exchanges:
+    """What was exchanged.
+
+    Attributes:
+        total: number of exchanges in all rows.
+        rounds: the largest number in one row.
+        unfinished: rows that the limit stopped.
+    """
+
+    total: int
+    rounds: int
+    unfinished: int
+
+
 def exchange(
     weight: Tensor, target: Tensor, gram: Tensor, pattern: Pattern, *, limit: int, restore: bool
-) -> tuple[Tensor, Tensor, int, int]:
+) -> tuple[Tensor, Tensor, Exchanges]:
     """Make each row's best exchange, again and again, until none lowers the row's loss.
 
     Args:
@@ -31,20 +50,39 @@ def exchange(
         restore: whether entering weights take their value in v0, or else the best one.
 
     Returns:
-        tuple[Tensor, Tensor, int, int]: the weights, the mask (both (rows, d)), the number of exchanges in all, and
-        the largest number in one row.
+        tuple[Tensor, Tensor, Exchanges]: the weights, the mask (both (rows, d)), and what was done.
     """
+    _, size = pattern.budget(gram.shape[0])
+    chunk = max(1, _BYTES_AT_ONCE // (4 * gram.shape[0] * size))
+    parts = [
+        _exchange(weight[start : start + chunk], target[start : start + chunk], gram, pattern, limit, restore=restore)
+        for start in range(0, len(weight), chunk)
+    ]
+    weights, masks, done = zip(*parts, strict=True)
+    total = Exchanges(
+        sum(part.total for part in done), max(part.rounds for part in done), sum(part.unfinished for part in done)
+    )
+    return torch.cat(weights), torch.cat(masks), total
+
+
+def _exchange(
+    weight: Tensor, target: Tensor, gram: Tensor, pattern: Pattern, limit: int, *, restore: bool
+) -> tuple[Tensor, Tensor, Exchanges]:
     weight, mask = weight.clone(), pattern.keep_mask(weight.abs())
     difference = weight - target
     slope = difference @ gram
     loss = 0.5 * (difference * slope).sum(-1)
     rows = torch.arange(len(mask), device=mask.device)
     total = rounds = 0
-    while len(rows) and rounds < limit:
+    unfinished = 0
+    while len(rows):
         change, enters, leaves, value = _best(
             weight[rows], target[rows] if restore else None, mask[rows], slope, gram, pattern
         )
         useful = change < -_PROGRESS * loss
+        if rounds == limit:
+            unfinished = int(useful.sum())
+            break
         rows, enters, leaves, value = rows[useful], enters[useful], leaves[useful], value[useful]
         loss, slope = loss[useful] + change[useful], slope[useful]
         slope += value.unsqueeze(-1) * gram[enters] - weight[rows, leaves].unsqueeze(-1) * gram[leaves]
@@ -52,7 +90,7 @@ def exchange(
         mask[rows, enters], mask[rows, leaves] = True, False
         total += len(rows)
         rounds += bool(len(rows))
-    return weight, mask, total, rounds
+    return weight, mask, Exchanges(total, rounds, unfinished)
 
 
 def _best(

@@ -253,7 +253,11 @@ def _fit(task: _Task, outcome: Outcome) -> Outcome:
     if task.refit.solve is not None:
         # Exactly N a group: a slot that the method left at zero may be put to use.
         support = task.pattern if task.refit.changes_mask else task.pattern.keep_mask(weight.abs())
-        weight, refit_facts = task.refit.solve(weight, task.weight, gram, support, **asdict(task.refit_options))
+        try:
+            weight, refit_facts = task.refit.solve(weight, task.weight, gram, support, **asdict(task.refit_options))
+        except FactorisationError as error:
+            reason = f"refit {task.refit.name} failed: {error}"
+            return Outcome(task.weight, Status.FAILED, task.method.name, reason)
         facts |= refit_facts
     facts["relative_loss"] = relative_loss(weight, task.weight, gram)
     return Outcome(weight, outcome.status, outcome.method, outcome.reason, facts)

@@ -7,7 +7,7 @@ BRECQ's reconstruction for quantisation (Nagel et al. 2020, arXiv 2004.10568; Li
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,8 +27,8 @@ class Reconstruction:
     Attributes:
         epochs: passes over the calibration set, >= 1.
         learning_rate: of Adam at the start, > 0; it falls to zero along a cosine.
-        held_out: share of the batches that are not trained on but decide which epoch's weights stay, in [0, 0.5];
-            a set of fewer than four batches is trained on whole.
+        held_out: share of the batches, at least one if above 0, that are not trained on but decide which epoch's
+            weights stay, in [0, 0.5]; a set of fewer than four batches is trained on whole.
     """
 
     epochs: int = 6
@@ -62,13 +62,13 @@ def parse_reconstruction(asked: "Reconstruction | str | None", **options: Any) -
     """
     if asked == BLOCK:
         return cast("Reconstruction", build_options(Reconstruction, "the reconstruction", options))
+    if asked is not None and asked != "none" and not isinstance(asked, Reconstruction):
+        raise InputError(f"reconstruct {asked!r} is not understood: write {BLOCK} or none")
     if options:
-        raise InputError(f"{next(iter(options))!r} belongs to a reconstruction, and none was asked for: add block")
-    if asked is None or asked == "none":
-        return None
-    if isinstance(asked, Reconstruction):
-        return asked
-    raise InputError(f"reconstruct {asked!r} is not understood: write {BLOCK} or none")
+        raise InputError(
+            f"{next(iter(options))!r} is an option of the reconstruction: give it with reconstruct = {BLOCK!r} only"
+        )
+    return asked if isinstance(asked, Reconstruction) else None
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,19 @@ class Tuned:
     """What a reconstruction achieved.
 
     Attributes:
-        before: relative error of the block's output, ``Σ|e|² / Σ|target|²``, on the held-out batches.
-        after: the same afterwards; never larger.
+        before: relative error of the block's output, ``Σ|e|² / Σ|target|²``, on the held-out batches (on all of them
+            where none was held out).
+        after: the same afterwards, with the weights rounded to the model's dtype; never larger.
         epoch: the epoch whose weights stay, 0 if none was better than what was there.
         steps: optimiser steps taken.
+        held_out: number of batches held out.
     """
 
     before: float
     after: float
     epoch: int
     steps: int
+    held_out: int
 
 
 def reconstruct(
@@ -112,18 +115,18 @@ def reconstruct(
     count: int,
     options: Reconstruction,
     precision: torch.dtype,
-    seed: int = 0,
+    stored: Mapping[str, torch.dtype],
 ) -> Tuned:
-    """Tune a block's pruned matrices, norms and biases in place; pruned weights stay exactly zero.
+    """Tune parameters of a block in place; pruned weights stay exactly zero. Batches come in a fixed random order.
 
     Args:
-        block: in float32; matrices without a mask are left alone.
+        block: in float32.
         masks: for each pruned parameter, by its name in ``block``, where it may differ from zero.
         examples: gives batch number i, on the device of ``block``.
         count: number of batches.
         options: how to tune.
         precision: dtype of the products in forward and backward passes; weights and updates are float32.
-        seed: of the order of the batches.
+        stored: the parameters to tune, by name, and the dtype that each is kept in by the model (`trainable`).
 
     Returns:
         Tuned: the errors before and after.
@@ -131,10 +134,10 @@ def reconstruct(
     Raises:
         CalibrationError: the error is not finite before anything was tuned.
     """
-    held_out = list(range(count - round(options.held_out * count), count)) if count >= 4 else []
-    training = [index for index in range(count) if index not in held_out]
-    judged = held_out or training
-    trained = trainable(block, masks)
+    spared = max(1, round(options.held_out * count)) if count >= 4 and options.held_out > 0.0 else 0
+    training = list(range(count - spared))
+    judged = range(count - spared, count) if spared else training
+    trained = {name: block.get_parameter(name) for name in stored}
     steps, total = 0, options.epochs * len(training)
     with _requiring_gradients(block, trained.values()):
         optimiser = torch.optim.Adam(trained.values(), lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -143,9 +146,10 @@ def reconstruct(
         )
         before = best = _error(block, (examples(i) for i in judged), precision)
         if not math.isfinite(before):
-            raise CalibrationError("the pruned block's output is not finite on the calibration set")
-        kept, epoch_kept = _snapshot(trained), 0
-        generator = torch.Generator().manual_seed(seed)
+            raise CalibrationError("the output of the pruned block is not finite")
+        given = kept = _snapshot(trained)
+        epoch_kept = 0
+        generator = torch.Generator().manual_seed(0)
         for epoch in range(1, options.epochs + 1):
             for place in torch.randperm(len(training), generator=generator).tolist():
                 example = examples(training[place])
@@ -161,18 +165,38 @@ def reconstruct(
             error = _error(block, (examples(i) for i in judged), precision)
             if error < best:  # false for NaN
                 best, kept, epoch_kept = error, _snapshot(trained), epoch
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(kept[name])
-    return Tuned(before, best, epoch_kept, steps)
+        if epoch_kept:
+            _put(trained, {name: kept[name].to(dtype) for name, dtype in stored.items()})
+            best = _error(block, (examples(i) for i in judged), precision)
+        if not best < before:  # rounding may have cost all that was gained
+            best, epoch_kept = before, 0
+            _put(trained, given)
+    return Tuned(before, best, epoch_kept, steps, spared)
 
 
-def trainable(block: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Return the parameters that a reconstruction tunes: pruned matrices, and all vectors (norms, biases)."""
-    return {
-        name: parameter
+def trainable(block: nn.Module, pruned: Collection[str], frozen: Collection[str] = ()) -> dict[str, torch.dtype]:
+    """Choose what a reconstruction tunes: pruned matrices, norms, and biases of modules that were pruned.
+
+    Args:
+        block: the block, in the model's own dtype.
+        pruned: names in ``block`` of the pruned parameters.
+        frozen: names that must stay as they are.
+
+    Returns:
+        dict[str, torch.dtype]: names in ``block``, each with the parameter's dtype. A vector beside a matrix that was
+            left dense (a router's bias) is not among them.
+    """
+    dense = {
+        name.rpartition(".")[0]
         for name, parameter in block.named_parameters()
-        if parameter.is_floating_point() and (name in masks or parameter.ndim <= 1)
+        if parameter.ndim > 1 and name not in pruned
+    }
+    return {
+        name: parameter.dtype
+        for name, parameter in block.named_parameters()
+        if parameter.is_floating_point()
+        and name not in frozen
+        and (name in pruned or (parameter.ndim <= 1 and name.rpartition(".")[0] not in dense))
     }
 
 
@@ -218,6 +242,12 @@ def _error(block: nn.Module, examples: Iterator[Example], precision: torch.dtype
         error, size = _squares(_output(block, example, precision), example)
         lost, total = lost + float(error.sum()), total + float(size.sum())
     return lost / total if total else 0.0
+
+
+@torch.no_grad()
+def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def _snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -118,6 +118,7 @@ def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str
         "error_after": block.tuned.after,
         "epoch": block.tuned.epoch,
         "steps": block.tuned.steps,
+        "held_out_batches": block.tuned.held_out,
         "tensors": [tensor for parameter in block.parameters for tensor in changed.get(parameter, ())],
     }
 

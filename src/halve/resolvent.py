@@ -44,5 +44,6 @@ def _scaled_inverse(gram: Tensor, rho: float) -> Tensor:
             if bool(torch.isfinite(inverse).all()):
                 return inverse
     raise FactorisationError(
-        f"a {gram.shape[0]}x{gram.shape[1]} Gram matrix with {rho:g} added to its diagonal is not positive definite"
+        f"a {gram.shape[0]}x{gram.shape[1]} Gram matrix with {rho:g} added to its diagonal is not positive definite: "
+        "check that it is XᵀX / tokens, or use more calibration tokens"
     )

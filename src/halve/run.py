@@ -5,9 +5,11 @@ one block at a time, as a float32 copy; the model keeps its own dtype and place.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from halve import methods
 from halve.blocks import Batch, HiddenStates, Stream
 from halve.collect import Collector, observe
 from halve.device import autocast
-from halve.errors import HalveError, InputError, UnsupportedModelError
+from halve.errors import CalibrationError, HalveError, InputError, UnsupportedModelError
 from halve.gram import Statistics
 from halve.layers import Matrix, Plan, find_stack, make_plan, set_matrix
 from halve.matrix import effective_options, prune_weight, validate_settings
@@ -286,14 +288,35 @@ class _Loop:
             valid = stream.valid[batch]
             return Example(hidden, call, target, None if valid is None else valid.to(self._device))
 
+        original = self._model.get_submodule(prefix[:-1])
+        stored = trainable(original, pruned, self._frozen(prefix))
         options = self._settings.reconstruction or Reconstruction()
-        tuned = reconstruct(work, masks, example, len(stream.hidden), options, self._precision)
-        names = tuple(trainable(work, masks)) if tuned.epoch else ()
+        try:
+            tuned = reconstruct(work, masks, example, len(stream.hidden), options, self._precision, stored)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{prefix[:-1]}: {error}: leave out the reconstruction, or use other text"
+            ) from error
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"{prefix[:-1]} cannot be reconstructed with products in {self._precision} ({error}): "
+                "leave out the reconstruction, or use forward_dtype float32"
+            ) from error
+        names = tuple(stored) if tuned.epoch else ()
         for name in names:
-            ours, theirs = work.get_parameter(name).data, self._model.get_parameter(prefix + name).data
-            theirs.copy_(ours)
-            ours.copy_(theirs)  # in the model's own dtype
+            original.get_parameter(name).data.copy_(work.get_parameter(name).data)
         self._blocks.append(BlockReport(prefix[:-1], tuple(prefix + name for name in names), tuned))
+
+    def _frozen(self, prefix: str) -> set[str]:
+        """Names in a block of the parameters that other modules share or that the user asked to leave alone."""
+        everything = list(self._model.named_parameters(remove_duplicate=False))
+        uses = Counter(id(parameter) for _, parameter in everything)
+        return {
+            name.removeprefix(prefix)
+            for name, parameter in everything
+            if name.startswith(prefix)
+            and (uses[id(parameter)] > 1 or any(fnmatchcase(name, skipped) for skipped in self._settings.skip))
+        }
 
     def _report(self, matrix: Matrix, outcome: Outcome) -> None:
         report = MatrixReport(

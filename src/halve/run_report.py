@@ -148,8 +148,9 @@ def _of_blocks(blocks: Sequence[BlockReport]) -> list[str]:
     stuck = [block for block in blocks if block.tuned.epoch == 0]
     if not stuck:
         return []
+    where = "held-out batches" if stuck[0].tuned.held_out else "its batches"
     sentence = (
-        f"the reconstruction of {len(stuck)} of {len(blocks)} blocks gained nothing on held-out batches and was undone "
+        f"the reconstruction of {len(stuck)} of {len(blocks)} blocks gained nothing on {where} and was undone "
         f"(the first is {stuck[0].name}): use more samples or a lower learning rate"
     )
     return [sentence]

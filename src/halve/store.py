@@ -101,7 +101,7 @@ def write_checkpoint(
     Args:
         out: the directory, absent or empty; removed again if anything fails.
         loaded: the model, with its pruned weights in place.
-        changed: names, in the model's ``state_dict()``, of the parameters that were pruned.
+        changed: names, in the model's ``state_dict()``, of the parameters that were pruned or tuned.
         report: what is written to ``halve.json``; ``files``, the sha256 of every other file, is added to it.
         dtype: of the floating-point tensors written, only for a model from a GGUF file or from memory; None keeps the
             model's.

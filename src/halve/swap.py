@@ -21,10 +21,10 @@ from halve.errors import FactorisationError, InputError, PatternError
 from halve.pattern import Pattern
 from halve.quadratic import Scaled, row_losses
 
-_RIDGE = 1e-5
-"""Added to the unit diagonal, so that rows with dependent features have an inverse."""
-_BYTES_AT_ONCE = 1 << 25
-"""Memory for the inverses of the rows treated side by side: little enough for a last-level cache."""
+_RIDGES = ((1e-5, torch.float32), (1e-5, torch.float64), (1e-3, torch.float64))
+"""What is added to the unit diagonal, in which precision, until every row's matrix has a factor."""
+_BYTES_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 30}
+"""Memory for the inverses of the rows treated side by side: on a CPU, little enough for a last-level cache."""
 _REPACK_BELOW = 0.75
 """Share of rows still active below which the others are left out."""
 
@@ -64,7 +64,7 @@ def refine(
     Returns:
         tuple[Tensor, dict[str, float]]: weights in the dtype of ``weight``, no row worse than given, and facts:
             ``swaps`` (of all rows together), ``swap_rounds`` (most of one row), ``refit_kept_rows`` (rows that could
-            not be improved and were left as given).
+            not be improved and were left as given), ``refit_unconverged_rows`` (stopped by the limit).
 
     Raises:
         PatternError: the pattern is unstructured.
@@ -74,22 +74,41 @@ def refine(
     if not pattern.structured:
         raise PatternError(f"exact swaps exchange weights within the groups of N:M, and {pattern} has none: use cg")
     problem = Scaled.of(original, gram)
-    ridged = problem.gram.clone()
-    ridged.diagonal().add_(_RIDGE)
     mask = pattern.keep_mask(problem.apply(weight).abs())
     solution = torch.empty_like(problem.weight)
     keep, size = pattern.budget(gram.shape[0])
     kept = gram.shape[0] // size * keep
-    chunk = max(1, _BYTES_AT_ONCE // (4 * gram.shape[0] * kept))
-    swaps = rounds = 0
+    budget = _BYTES_AT_ONCE.get(gram.device.type, _BYTES_AT_ONCE["cpu"])
+    chunk = max(1, budget // (4 * gram.shape[0] * kept))
+    swaps = rounds = unconverged = 0
     for start in range(0, len(mask), chunk):
-        search = _Search(problem.weight[start : start + chunk], mask[start : start + chunk], ridged, pattern)
-        solution[start : start + chunk], made = search.run(max_swaps, tolerance)
+        search = _Search(problem.weight[start : start + chunk], mask[start : start + chunk], problem.gram, pattern)
+        solution[start : start + chunk], made, open_rows = search.run(max_swaps, tolerance)
         swaps, rounds = swaps + int(made.sum()), max(rounds, int(made.amax()))
+        unconverged += open_rows
     fitted = problem.restore(solution).to(weight.dtype)
     worse = ~(row_losses(fitted, original, gram) <= row_losses(weight, original, gram))
-    facts = {"swaps": float(swaps), "swap_rounds": float(rounds), "refit_kept_rows": float(worse.sum())}
+    facts = {
+        "swaps": float(swaps),
+        "swap_rounds": float(rounds),
+        "refit_kept_rows": float(worse.sum()),
+        "refit_unconverged_rows": float(unconverged),
+    }
     return torch.where(worse.unsqueeze(-1), weight, fitted), facts
+
+
+def _inverses(gram: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``gram`` with a ridge, and for every row the inverse on its kept entries, (n, k, k)."""
+    for ridge, dtype in _RIDGES:
+        ridged = gram.clone()
+        ridged.diagonal().add_(ridge)
+        lower, info = torch.linalg.cholesky_ex(ridged[kept.unsqueeze(-1), kept.unsqueeze(-2)].to(dtype))
+        if not bool((info != 0).any()):
+            return ridged, torch.cholesky_inverse(lower).to(gram.dtype)
+    raise FactorisationError(
+        f"the Gram matrix on a row's {kept.shape[1]} kept features is not positive definite even with "
+        f"{_RIDGES[-1][0]:g} of its mean diagonal added: use refit cg, or more calibration tokens"
+    )
 
 
 class _Search:
@@ -101,16 +120,14 @@ class _Search:
     def __init__(self, target: Tensor, mask: Tensor, gram: Tensor, pattern: Pattern) -> None:
         n, d = target.shape
         keep, size = pattern.budget(d)
-        self._gram, self._shape, self._group = gram, (n, d), (d // size, size - keep, keep)
+        self._shape, self._group = (n, d), (d // size, size - keep, keep)
         order = torch.sort(pattern.groups(mask).to(torch.uint8), dim=-1, descending=True, stable=True).indices
         order = order + torch.arange(0, d, size, device=gram.device).unsqueeze(-1)
         self._rows = torch.arange(n, device=gram.device)
         self._kept, self._pruned = order[..., :keep].reshape(n, -1), order[..., keep:].reshape(n, -1)
-        lower, info = torch.linalg.cholesky_ex(gram[self._kept.unsqueeze(-1), self._kept.unsqueeze(-2)])
-        if bool((info != 0).any()):
-            raise FactorisationError(f"the Gram matrix on {self._kept.shape[1]} kept features is not positive definite")
+        self._gram, self._inverse = _inverses(gram, self._kept)  # with a ridge; P, (n, k, k)
+        gram = self._gram
         cross = gram[self._pruned.unsqueeze(-1), self._kept.unsqueeze(-2)]
-        self._inverse = torch.cholesky_inverse(lower)  # P, (n, k, k)
         self._cross = cross @ self._inverse  # B, (n, c, k)
         self._schur = gram.diagonal()[self._pruned] - (self._cross * cross).sum(-1)  # s, (n, c)
         dropped = target.gather(1, self._pruned).unsqueeze(1)
@@ -120,14 +137,15 @@ class _Search:
         self._slope = slope.gather(1, self._pruned)  # g, (n, c)
         self._loss = 0.5 * (difference * slope).sum(-1)
 
-    def run(self, max_swaps: int, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Swap until nothing helps; return the weights (n, d) and the number of swaps (n,) of every row."""
+    def run(self, max_swaps: int, tolerance: float) -> tuple[Tensor, Tensor, int]:
+        """Swap until nothing helps; return each row's weights (n, d) and swaps (n,), and how many hit the limit."""
         n = self._shape[0]
-        result, swaps = torch.empty(self._shape, device=self._gram.device), torch.zeros_like(self._rows)
+        result, swaps = self._gram.new_empty(self._shape), torch.zeros_like(self._rows)
         active = torch.ones(n, dtype=torch.bool, device=self._gram.device)
         for made in range(max_swaps + 1):
             change, out, into = self._best()
             useful = active & (change < -tolerance * self._loss)
+            unconverged = int(useful.sum()) if made == max_swaps else 0
             ended = active & ~useful if made < max_swaps else active
             result[self._rows[ended]] = self._scattered()[ended]
             swaps[self._rows[ended]] = made
@@ -141,7 +159,7 @@ class _Search:
                 active = active[active]
             self._exchange(out, into)
             self._loss += change
-        return result, swaps
+        return result, swaps, unconverged
 
     def _best(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return each row's best change of loss, and the places of what goes out and what comes in."""
@@ -194,7 +212,7 @@ class _Search:
         self._kept[each, out], self._pruned[each, into] = entering, leaving
 
     def _scattered(self) -> Tensor:
-        wide = torch.zeros(len(self._rows), self._shape[1], device=self._gram.device)
+        wide = self._weight.new_zeros(len(self._rows), self._shape[1])
         return wide.scatter_(1, self._kept, self._weight)
 
     def _select(self, rows: Tensor) -> None:

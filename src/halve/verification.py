@@ -63,7 +63,7 @@ def check(
 
     Checked: the files' sha256 and the matrices' pattern as ``halve.json`` records them, that every floating-point
     tensor is finite, that shards and index agree, that ``config.json`` is a plain one; with ``against`` also that
-    every tensor of the original is there, and unchanged unless it was pruned.
+    every tensor of the original is there, and unchanged unless it was pruned or tuned.
 
     Args:
         path: a directory of safetensors.

@@ -418,6 +418,7 @@ bool two_of_four(const T* z, T* out, std::size_t groups, double lam) {
     for (; start + LANES <= groups; start += LANES)
         solve_vector(z + 4 * start, out + 4 * start, out + 4 * start, strength, spoiled, late);
     if (start < groups) {
+        late.flush();  // so that it cannot become full, and write, while the rest is still in `padded`
         const std::size_t bytes = 4 * (groups - start) * sizeof(T);
         T padded[4 * LANES] = {};
         std::memcpy(padded, z + 4 * start, bytes);

@@ -31,8 +31,9 @@ class AutoOptions:
     """Options of the automatic choice.
 
     Attributes:
-        effort: ``fast`` (about the time of sparsegpt with a refit, and better), ``balanced``, or ``best``, which takes
-            twice as many iterations and then makes exact swaps until none helps (N:M only).
+        effort: for 2:4 and 1:M ``fast`` (about the time of sparsegpt with a refit, and better), ``balanced``, or
+            ``best``, which takes twice as many iterations and then makes exact swaps until none helps. For other
+            patterns the first two are the same, and for unstructured ones all three.
     """
 
     effort: str = "balanced"
@@ -66,4 +67,5 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: AutoOpti
         return outcome
     limits = swap.SwapOptions()
     refined, facts = swap.refine(outcome.weight, weight, stats.gram, pattern, limits.max_swaps, limits.tolerance)
-    return replace(outcome, weight=refined, facts={**outcome.facts, **facts})
+    of_swaps = {name: value for name, value in facts.items() if name.startswith("swap")}
+    return replace(outcome, weight=refined, facts={**outcome.facts, **of_swaps})

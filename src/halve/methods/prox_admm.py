@@ -124,8 +124,8 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
     sparse = pattern.project(sparse)
     if iteration.count:  # where features hardly correlate, a small ρ may leave a mask that a plain exchange improves
         limit = sparse.shape[1]
-        sparse, _, exchanges, _ = exchange(sparse, problem.weight, problem.gram, pattern, limit=limit, restore=False)
-        facts["exchanges"] = float(exchanges)
+        sparse, _, done = exchange(sparse, problem.weight, problem.gram, pattern, limit=limit, restore=False)
+        facts["exchanges"] = float(done.total)
     return Outcome(problem.restore(sparse), status, "prox-admm", reason, facts)
 
 

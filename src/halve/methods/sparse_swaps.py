@@ -40,8 +40,8 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: SparseSw
         options: the limit on swaps.
 
     Returns:
-        Outcome: the kept weights bit for bit, the rest +0.0. Facts: ``iterations`` (most swaps of a row), ``swaps``
-            (of all rows together).
+        Outcome: the kept weights bit for bit, the rest +0.0; ``Status.MAX_ITER`` if rows still improved at the limit.
+            Facts: ``iterations`` (most swaps of a row), ``swaps`` (of all rows together), ``unfinished_rows``.
 
     Raises:
         PatternError: the pattern is unstructured.
@@ -50,8 +50,11 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: SparseSw
     if not pattern.structured:
         raise PatternError(f"sparse-swaps prunes to N:M, not to {pattern}: choose 2:4, or wanda for {pattern}")
     problem = Scaled.of(weight, stats.gram)
-    _, mask, swaps, rounds = exchange(
+    _, mask, done = exchange(
         pattern.project(problem.weight), problem.weight, problem.gram, pattern, limit=options.max_swaps, restore=True
     )
-    facts = {"iterations": float(rounds), "swaps": float(swaps)}
-    return Outcome(apply_mask(weight, mask), Status.OK, "sparse-swaps", facts=facts)
+    facts = {"iterations": float(done.rounds), "swaps": float(done.total), "unfinished_rows": float(done.unfinished)}
+    status, reason = Status.OK, ""
+    if done.unfinished:
+        status, reason = Status.MAX_ITER, f"{done.unfinished} rows still improved after {done.rounds} swaps"
+    return Outcome(apply_mask(weight, mask), status, "sparse-swaps", reason, facts)
