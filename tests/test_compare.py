@@ -70,6 +70,11 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
         assert check(checkpoint_directory(tmp_path, contender)).ok
 
 
+def test_a_contender_named_twice_is_refused():
+    with pytest.raises(InputError, match=r"wanda\+cg is named twice"):
+        make_requests([Contender.parse(name) for name in ("wanda+cg", "wanda", " wanda+cg")], {})
+
+
 def test_options_go_to_their_method_or_refit():
     contenders = [Contender.parse(name) for name in ("prox-gradient+gd", "wanda+gd", "wanda")]
     requests = make_requests(contenders, {"prox-gradient": {"beta": 1.2}, "gd": {"steps": 7}})

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -224,8 +225,10 @@ def make_requests(
         dtype: of written checkpoints, for GGUF input.
 
     Raises:
-        InputError: an option belongs to no contender, or any setting is not usable.
+        InputError: a contender is named twice, an option belongs to none, or any setting is not usable.
     """
+    if twice := next((contender for contender, count in Counter(contenders).items() if count > 1), None):
+        raise InputError(f"{twice} is named twice among the methods to compare: name it once")
     known = {name for contender in contenders for name in (contender.method, contender.refit)} - {"none"}
     if any(contender.reconstruct for contender in contenders):
         known.add(BLOCK)

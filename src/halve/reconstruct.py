@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from halve.blocks import Call, apply_block
 from halve.errors import CalibrationError, InputError
+from halve.options import check_count, check_positive, is_number
 from halve.tables import build_options
 
 
@@ -36,13 +37,9 @@ class Reconstruction:
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise InputError(f"epochs of the reconstruction must be a whole number of at least 1, got {self.epochs!r}")
-        if not _is_number(self.learning_rate) or not 0.0 < self.learning_rate < math.inf:
-            raise InputError(
-                f"learning_rate of the reconstruction must be a positive number, got {self.learning_rate!r}"
-            )
-        if not _is_number(self.held_out) or not 0.0 <= self.held_out <= 0.5:
+        check_count("epochs of the reconstruction", self.epochs)
+        check_positive("learning_rate of the reconstruction", self.learning_rate)
+        if not is_number(self.held_out) or not 0.0 <= self.held_out <= 0.5:
             raise InputError(f"held_out of the reconstruction must lie between 0 and 0.5, got {self.held_out!r}")
 
 
@@ -252,7 +249,3 @@ def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -
 
 def _snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

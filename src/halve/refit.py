@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.errors import InputError
+from halve.options import check_count, check_not_negative
 from halve.pattern import apply_mask
 from halve.quadratic import Scaled, Slope, row_losses, spectral_bound
 from halve.swap import SwapOptions, refine
@@ -115,14 +115,8 @@ class CGOptions:
     max_iterations: int = 500
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.tolerance, bool)
-            or not isinstance(self.tolerance, int | float)
-            or not 0.0 <= self.tolerance < float("inf")
-        ):
-            raise InputError(f"refit_tolerance must be a finite number of at least 0, got {self.tolerance!r}")
-        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int) or self.max_iterations < 1:
-            raise InputError(f"refit_max_iterations must be a whole number of at least 1, got {self.max_iterations!r}")
+        check_not_negative("refit_tolerance", self.tolerance)
+        check_count("refit_max_iterations", self.max_iterations)
 
 
 @dataclass(frozen=True)
@@ -132,8 +126,7 @@ class GDOptions:
     steps: int = 1000
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise InputError(f"refit_steps must be a whole number of at least 1, got {self.steps!r}")
+        check_count("refit_steps", self.steps)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.errors import FactorisationError, InputError, PatternError
+from halve.errors import FactorisationError, PatternError
+from halve.options import check_count, check_not_negative
 from halve.pattern import Pattern
 from halve.quadratic import Scaled, row_losses
 
@@ -42,10 +43,8 @@ class SwapOptions:
     tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_swaps, bool) or not isinstance(self.max_swaps, int) or self.max_swaps < 1:
-            raise InputError(f"refit_max_swaps must be a whole number of at least 1, got {self.max_swaps!r}")
-        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, int | float) or not self.tolerance >= 0:
-            raise InputError(f"refit_tolerance must be a number of at least 0, got {self.tolerance!r}")
+        check_count("refit_max_swaps", self.max_swaps)
+        check_not_negative("refit_tolerance", self.tolerance)
 
 
 def refine(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.errors import InputError
 from halve.gram import Statistics
+from halve.options import check_count, check_positive
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.quadratic import Scaled, dead_features
@@ -45,14 +45,9 @@ class ALPSOptions:
     max_iterations: int = 300
 
     def __post_init__(self) -> None:
-        for name in ("rho", "damping"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-                raise InputError(f"{name} of alps must be a positive finite number, got {value!r}")
-        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int) or self.max_iterations < 1:
-            raise InputError(
-                f"max_iterations of alps must be a whole number of at least 1, got {self.max_iterations!r}"
-            )
+        check_positive("rho of alps", self.rho)
+        check_positive("damping of alps", self.damping)
+        check_count("max_iterations of alps", self.max_iterations)
 
 
 def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ALPSOptions) -> Outcome:

@@ -18,6 +18,7 @@ from torch import Tensor
 from halve.errors import InputError, PatternError
 from halve.exchange import exchange
 from halve.gram import Statistics
+from halve.options import check_count, check_positive, is_number
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.proximal import prox
@@ -53,21 +54,16 @@ class ProxADMMOptions:
     max_iterations: int = 2000
 
     def __post_init__(self) -> None:
-        bounds = {"lambda0": 0.0, "lambda_growth": 1.0, "rho": 0.0}
-        for name, bound in bounds.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not bound < value < float("inf"):
-                raise InputError(f"{name} of prox-admm must be a finite number above {bound:g}, got {value!r}")
-        growth, most = self.rho_growth, self.lambda_growth**RHO_EVERY
-        if isinstance(growth, bool) or not isinstance(growth, int | float) or not 1.0 <= growth < most:
+        check_positive("lambda0 of prox-admm", self.lambda0)
+        check_positive("lambda_growth of prox-admm", self.lambda_growth, above=1.0)
+        check_positive("rho of prox-admm", self.rho)
+        most = self.lambda_growth**RHO_EVERY
+        if not is_number(self.rho_growth) or not 1.0 <= self.rho_growth < most:
             raise InputError(
                 f"rho_growth of prox-admm must be at least 1 and less than lambda_growth**{RHO_EVERY} = {most:g}, "
-                f"got {growth!r}"
+                f"got {self.rho_growth!r}"
             )
-        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int) or self.max_iterations < 1:
-            raise InputError(
-                f"max_iterations of prox-admm must be a whole number of at least 1, got {self.max_iterations!r}"
-            )
+        check_count("max_iterations of prox-admm", self.max_iterations)
 
 
 def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMMOptions) -> Outcome:

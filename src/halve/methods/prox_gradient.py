@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.errors import InputError, PatternError
+from halve.errors import PatternError
 from halve.gram import Statistics
+from halve.options import check_count, check_positive
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.proximal import prox
@@ -40,18 +41,9 @@ class ProxGradientOptions:
     max_iterations: int = 5000
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.lambda0, bool)
-            or not isinstance(self.lambda0, int | float)
-            or not 0.0 < self.lambda0 < float("inf")
-        ):
-            raise InputError(f"lambda0 of prox-gradient must be a positive finite number, got {self.lambda0!r}")
-        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not 1.0 < self.beta < float("inf"):
-            raise InputError(f"beta of prox-gradient must be a finite number above 1, got {self.beta!r}")
-        if isinstance(self.max_iterations, bool) or not isinstance(self.max_iterations, int) or self.max_iterations < 1:
-            raise InputError(
-                f"max_iterations of prox-gradient must be a whole number of at least 1, got {self.max_iterations!r}"
-            )
+        check_positive("lambda0 of prox-gradient", self.lambda0)
+        check_positive("beta of prox-gradient", self.beta, above=1.0)
+        check_count("max_iterations of prox-gradient", self.max_iterations)
 
 
 def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxGradientOptions) -> Outcome:

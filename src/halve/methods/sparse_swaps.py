@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from halve.errors import InputError, PatternError
+from halve.errors import PatternError
 from halve.exchange import exchange
 from halve.gram import Statistics
+from halve.options import check_count
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern, apply_mask
 from halve.quadratic import Scaled
@@ -26,8 +27,7 @@ class SparseSwapsOptions:
     max_swaps: int = 100
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_swaps, bool) or not isinstance(self.max_swaps, int) or self.max_swaps < 1:
-            raise InputError(f"max_swaps of sparse-swaps must be a whole number of at least 1, got {self.max_swaps!r}")
+        check_count("max_swaps of sparse-swaps", self.max_swaps)
 
 
 def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: SparseSwapsOptions) -> Outcome:

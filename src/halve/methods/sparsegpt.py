@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halve.errors import InputError
 from halve.gram import Statistics
 from halve.linalg import Factor, damped_cholesky
+from halve.options import check_count, check_positive
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.quadratic import dead_features, feature_scales
@@ -34,14 +34,8 @@ class SparseGPTOptions:
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.damping, bool)
-            or not isinstance(self.damping, int | float)
-            or not 0.0 < self.damping < float("inf")
-        ):
-            raise InputError(f"damping of sparsegpt must be a positive finite number, got {self.damping!r}")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise InputError(f"block_size of sparsegpt must be a whole number of at least 1, got {self.block_size!r}")
+        check_positive("damping of sparsegpt", self.damping)
+        check_count("block_size of sparsegpt", self.block_size)
 
 
 def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: SparseGPTOptions) -> Outcome:
