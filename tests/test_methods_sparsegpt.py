@@ -106,7 +106,7 @@ def test_failed_factorisation_is_not_replaced_by_something_else(monkeypatch):
 
 @pytest.mark.parametrize("damping", [0.0, -0.1, float("nan"), float("inf")])
 def test_bad_damping_is_refused(damping):
-    with pytest.raises(InputError, match="damping of sparsegpt must be a positive"):
+    with pytest.raises(InputError, match="damping of sparsegpt must be a finite number above 0"):
         SparseGPTOptions(damping=damping)
 
 
