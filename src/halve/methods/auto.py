@@ -31,7 +31,7 @@ class AutoOptions:
     """Options of the automatic choice.
 
     Attributes:
-        effort: for 2:4 and 1:M ``fast`` (about the time of sparsegpt with a refit, and better), ``balanced``, or
+        effort: for 2:4 and 1:M ``fast`` (faster than alps, and as good), ``balanced``, or
             ``best``, which takes twice as many iterations and then makes exact swaps until none helps. For other
             patterns the first two are the same, and for unstructured ones all three.
     """
