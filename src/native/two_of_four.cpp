@@ -186,7 +186,7 @@ struct Open {
     typename Simd<T>::Real three, forced;
 };
 
-// What is known of the groups of one vector, between the stages of `solve_vectors`.
+// What is known of the groups of one vector, between the stages of `solve_vector`.
 template <typename T>
 struct Work {
     using V = typename Simd<T>::Real;

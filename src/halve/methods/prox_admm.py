@@ -18,8 +18,9 @@ from torch import Tensor
 from halve.errors import InputError, PatternError
 from halve.exchange import exchange
 from halve.gram import Statistics
+from halve.methods.prox_gradient import project_unfinished
 from halve.options import check_count, check_positive, is_number
-from halve.outcome import Outcome, Status
+from halve.outcome import Outcome
 from halve.pattern import Pattern
 from halve.proximal import prox
 from halve.quadratic import Scaled, product_dtype, settle_dead_groups
@@ -94,30 +95,22 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
     start = settle_dead_groups(problem.weight, problem.dead, pattern)
     iteration = _Iteration(problem.weight, start, Resolvent(problem.gram, product_dtype(problem.gram)), pattern)
     rho, lam = options.rho, options.lambda0
-    while not iteration.finished:
+    while not iteration.finished and iteration.count < options.max_iterations:
         if iteration.count:
             lam = min(lam * options.lambda_growth, _LARGEST)
-        if iteration.count == options.max_iterations:
-            break
-        if iteration.count and iteration.count % RHO_EVERY == 0 and rho < _LARGEST:
-            rho *= options.rho_growth
-            iteration.rescale_dual(1.0 / options.rho_growth)
+            if iteration.count % RHO_EVERY == 0 and rho < _LARGEST:
+                rho *= options.rho_growth
+                iteration.rescale_dual(1.0 / options.rho_growth)
         iteration.step(rho, lam)
-    sparse = iteration.result()
-    projected = pattern.violating_groups(sparse).any(-1)
+    sparse, projected, status, reason = project_unfinished(iteration.result(), pattern, iteration.count)
     facts = {
         "iterations": float(iteration.count),
         "row_iterations": iteration.row_iterations / max(1, weight.shape[0]),
         "rho": rho,
         "lambda": lam,
         "scale": problem.scale,
-        "projected_rows": float(projected.sum()),
+        "projected_rows": float(projected),
     }
-    status, reason = Status.OK, ""
-    if bool(projected.any()):
-        status = Status.MAX_ITER
-        reason = f"{int(projected.sum())} rows were not {pattern} after {iteration.count} iterations and were projected"
-    sparse = pattern.project(sparse)
     if iteration.count:  # where features hardly correlate, a small ρ may leave a mask that a plain exchange improves
         limit = sparse.shape[1]
         sparse, _, done = exchange(sparse, problem.weight, problem.gram, pattern, limit=limit, restore=False)

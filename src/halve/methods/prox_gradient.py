@@ -75,23 +75,29 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxGrad
     lipschitz = spectral_bound(problem.gram)
     start = settle_dead_groups(problem.weight, problem.dead, pattern)
     descent = _descend(problem.weight, start, problem.gram, lipschitz, pattern, options)
-    projected = pattern.violating_groups(descent.weight).any(-1)
-    solution = pattern.project(descent.weight)
+    solution, projected, status, reason = project_unfinished(descent.weight, pattern, descent.iterations)
     facts = {
         "iterations": float(descent.iterations),
         "row_iterations": descent.row_iterations / max(1, weight.shape[0]),
         "lipschitz": lipschitz,
         "scale": problem.scale,
         "lambda": descent.last_lambda,
-        "projected_rows": float(projected.sum()),
+        "projected_rows": float(projected),
     }
-    status, reason = Status.OK, ""
-    if bool(projected.any()):
-        status = Status.MAX_ITER
-        reason = (
-            f"{int(projected.sum())} rows were not {pattern} after {descent.iterations} iterations and were projected"
-        )
     return Outcome(problem.restore(solution), status, "prox-gradient", reason, facts)
+
+
+def project_unfinished(weight: Tensor, pattern: Pattern, iterations: int) -> tuple[Tensor, int, Status, str]:
+    """Bring ``weight`` (d_out, d_in) into the pattern after the iterations of a growing regulariser.
+
+    Returns:
+        tuple[Tensor, int, Status, str]: the weights, how many rows were not in the pattern yet, and the status and
+        reason that this means.
+    """
+    rows = int(pattern.violating_groups(weight).any(-1).sum())
+    status = Status.MAX_ITER if rows else Status.OK
+    reason = f"{rows} rows were not {pattern} after {iterations} iterations and were projected" if rows else ""
+    return pattern.project(weight), rows, status, reason
 
 
 @dataclass(frozen=True)
