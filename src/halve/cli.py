@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from halve.cli_values import parse_dtype, parse_options, parse_options_by_method
 from halve.errors import HalveError, InputError
 from halve.terminal import announce_generation, comparison_table, err, out, progress, say, say_row
 
@@ -99,7 +100,7 @@ def prune(
     from halve.reconstruct import parse_reconstruction
 
     with _reporting("interrupted: no checkpoint was written"):
-        options = _options(option or [])
+        options = parse_options(option or [])
         if effort is not None:
             options["effort"] = effort
         Contender(method, refit).check_option_names(options)
@@ -128,7 +129,7 @@ def prune(
                 reconstruct=tuning,
                 device=device,
                 forward_dtype=forward_dtype,
-                dtype=_torch_dtype(dtype),
+                dtype=parse_dtype(dtype),
                 offload=offload,
                 listen=listen,
                 **options,
@@ -277,14 +278,14 @@ def compare(
         contenders = [comparison.Contender.parse(text) for text in methods.split(",")]
         requests = comparison.make_requests(
             contenders,
-            _options_by_method(option or []),
+            parse_options_by_method(option or []),
             pattern=pattern,
             skip=skip or (),
             fallback=fallback,
             min_expert_tokens=min_expert_tokens,
             device=device,
             forward_dtype=forward_dtype,
-            dtype=_torch_dtype(dtype),
+            dtype=parse_dtype(dtype),
         )
         source = checkpoint.resolve(model)
         if out_dir is not None:
@@ -379,47 +380,6 @@ def _refused(error: HalveError) -> bool:
     from halve.errors import UnsupportedModelError
 
     return isinstance(error, InputError | UnsupportedModelError)
-
-
-def _torch_dtype(name: str | None) -> Any:
-    if name is None:
-        return None
-    import torch
-
-    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in choices:
-        raise InputError(f"--dtype {name!r} is not known: choose one of {', '.join(choices)}")
-    return choices[name]
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    """Parse ``NAME=VALUE``; a value is a number or a truth value if it reads as one."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not name or not equals:
-            raise InputError(
-                f"--option {pair!r} is not understood: write NAME=VALUE, for example beta=1.02 or refit_steps=200"
-            )
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        options[name.replace("-", "_")] = value
-    return options
-
-
-def _options_by_method(pairs: list[str]) -> dict[str, dict[str, Any]]:
-    """Parse ``METHOD.NAME=VALUE``."""
-    grouped: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        method, dot, rest = pair.partition(".")
-        if not dot or "=" in method:
-            raise InputError(
-                f"--option {pair!r} is not understood: write METHOD.NAME=VALUE, for example prox-gradient.beta=1.02"
-            )
-        grouped.setdefault(method, {}).update(_options([rest]))
-    return grouped
 
 
 def main() -> None:

@@ -1,0 +1,63 @@
+"""What users write on the command line, turned into values."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from halve.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def parse_dtype(name: str | None) -> "torch.dtype | None":
+    """Return the dtype that ``--dtype`` names, None for None.
+
+    Raises:
+        InputError: no checkpoint is written in a dtype of that name.
+    """
+    if name is None:
+        return None
+    import torch
+
+    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in choices:
+        raise InputError(f"--dtype {name!r} is not known: choose one of {', '.join(choices)}")
+    return choices[name]
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Parse ``NAME=VALUE``; a value is a number or a truth value if it reads as one.
+
+    Raises:
+        InputError: a pair has no name or no value.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise InputError(
+                f"--option {pair!r} is not understood: write NAME=VALUE, for example beta=1.02 or refit_steps=200"
+            )
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        options[name.replace("-", "_")] = value
+    return options
+
+
+def parse_options_by_method(pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """Parse ``METHOD.NAME=VALUE`` into options by method.
+
+    Raises:
+        InputError: a pair is not of that form.
+    """
+    grouped: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        method, dot, rest = pair.partition(".")
+        if not dot or "=" in method:
+            raise InputError(
+                f"--option {pair!r} is not understood: write METHOD.NAME=VALUE, for example prox-gradient.beta=1.02"
+            )
+        grouped.setdefault(method, {}).update(parse_options([rest]))
+    return grouped

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from halve.cli_values import parse_dtype, parse_options, parse_options_by_method
+from halve.errors import InputError
+
+
+def test_values_read_as_what_they_are():
+    options = parse_options(["beta=1.02", "refit-steps=7", "effort=best", "flag=true"])
+    assert options == {"beta": 1.02, "refit_steps": 7, "effort": "best", "flag": True}
+
+
+@pytest.mark.parametrize("pair", ["beta", "=3", ""])
+def test_a_pair_without_name_or_value_is_refused(pair):
+    with pytest.raises(InputError, match="write NAME=VALUE"):
+        parse_options([pair])
+
+
+def test_options_by_method():
+    grouped = parse_options_by_method(["prox-gradient.beta=1.1", "block.epochs=2", "block.held_out=0.2"])
+    assert grouped == {"prox-gradient": {"beta": 1.1}, "block": {"epochs": 2, "held_out": 0.2}}
+    for pair in ("beta=1.1", "beta", "a=b.c"):
+        with pytest.raises(InputError, match=r"write METHOD\.NAME=VALUE"):
+            parse_options_by_method([pair])
+
+
+def test_dtypes():
+    assert parse_dtype(None) is None
+    assert parse_dtype("bfloat16") == torch.bfloat16
+    with pytest.raises(InputError, match="--dtype 'int8' is not known"):
+        parse_dtype("int8")
