@@ -63,7 +63,8 @@ def parse_reconstruction(asked: "Reconstruction | str | None", **options: Any) -
         raise InputError(f"reconstruct {asked!r} is not understood: write {BLOCK} or none")
     if options:
         raise InputError(
-            f"{next(iter(options))!r} is an option of the reconstruction: give it with reconstruct = {BLOCK!r} only"
+            f"{next(iter(options))!r} is an option of the reconstruction: it goes with reconstruct {BLOCK} "
+            f"(--reconstruct {BLOCK})"
         )
     return asked if isinstance(asked, Reconstruction) else None
 
