@@ -1,5 +1,6 @@
 """Text that a model writes itself, for calibration without a corpus."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -45,12 +46,14 @@ def _sample(model: nn.Module, first: Tensor, uniform: Tensor, vocabulary: int) -
     device = model_device(model)
     ids = [first.to(device)]
     cache = None
+    # transformers called it past_key_values until 5.24.
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     for position in range(1, uniform.shape[1]):
-        output = model(input_ids=ids[-1][:, None], past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = model(input_ids=ids[-1][:, None], use_cache=True, **{name: cache})
+        cache = getattr(output, name, None)
         if cache is None:
             raise UnsupportedModelError(
-                f"{type(model).__name__} returns no past_key_values, so it cannot write its own calibration text: "
+                f"{type(model).__name__} returns no {name}, so it cannot write its own calibration text: "
                 "give another source"
             )
         if position == 1:
