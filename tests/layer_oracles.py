@@ -96,7 +96,7 @@ def proximal_gradient(weight: Tensor, gram: Tensor, lambda0: float, beta: float,
 
     features = gram.double().diagonal().sqrt()
     target = weight.double() * features
-    scale = target.abs().mean()
+    scale = target.abs().mean(1, keepdim=True)
     target = target / scale
     unit = gram.double() / features / features[:, None]
     lipschitz = torch.linalg.eigvalsh(unit)[-1]
@@ -164,7 +164,7 @@ def prox_admm(weight: Tensor, gram: Tensor, check_every: int) -> Tensor:
     from halve.proximal import prox
 
     target, unit, features = _unit(weight, gram)
-    scale = target.abs().mean()
+    scale = target.abs().mean(1, keepdim=True)
     target = target / scale
     eye = torch.eye(len(gram), dtype=torch.float64)
     rows = []

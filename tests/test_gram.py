@@ -41,7 +41,7 @@ def test_large_half_precision_inputs_do_not_overflow():
 
 def test_rounding_of_the_product_cannot_make_the_gram_asymmetric():
     accumulator = accumulate(torch.ones(10, 4))
-    accumulator._sum[0, 1] += 1.0
+    accumulator._sums[0][0, 1] += 1.0
     gram = accumulator.finish().gram
     assert torch.equal(gram, gram.mT)
     assert float(gram[0, 1]) == pytest.approx(1.05)

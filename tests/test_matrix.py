@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -194,7 +196,7 @@ def test_a_wrong_result_is_caught(monkeypatch, bad, reason):
     def broken(weight, stats, pattern, options):
         return matrix_module.Outcome(torch.full_like(weight, bad), Status.OK, "wanda")
 
-    row = methods.Method("wanda", broken, methods.METHODS["wanda"].options, True, True, False, "", "")
+    row = replace(methods.METHODS["wanda"], solve=broken)
     monkeypatch.setitem(methods.METHODS, "wanda", row)
     weight, gram = oracle.layer(4, 16, seed=11)
     outcome = prune(weight, gram, refit="none")

@@ -8,7 +8,8 @@ from halve.matrix import prune_weight
 from halve.outcome import Status
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction
-from halve.run import LayerFailedError, Settings, plan_model, prune_blocks
+from halve.run import LayerFailedError, plan_model, prune_blocks
+from halve.settings import Settings
 from models import DECODERS, MIXTURES, bert, decoder, tokens, vit
 
 CPU = torch.device("cpu")

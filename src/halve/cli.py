@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from halve.cli_values import parse_dtype, parse_options, parse_options_by_method
+from halve.cli_values import parse_dtype, parse_options, parse_options_by_method, parse_shrinkage
 from halve.errors import HalveError, InputError
 from halve.terminal import announce_generation, comparison_table, err, out, progress, say, say_row
 
@@ -51,6 +51,15 @@ DtypeOption = Annotated[
     str | None, typer.Option(help="Written dtype for GGUF input: float32 (default), bfloat16, float16.")
 ]
 ExpertOption = Annotated[int, typer.Option(help="Experts with fewer tokens are pruned by magnitude.")]
+ShrinkageOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How far statistics are shrunk to their diagonal: 0 to 1, or auto (by held-out loss).",
+        show_default="auto for method auto, else 0",
+    ),
+]
+MatchOption = Annotated[float, typer.Option(help="How far targets are the dense model's outputs, 0 to 1.")]
+RidgeOption = Annotated[float, typer.Option(help="Holds the weights of such targets near the dense ones.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -63,10 +72,17 @@ def prune(
     effort: Annotated[
         str | None, typer.Option(help="Of method auto: fast, balanced or best.", show_default="balanced")
     ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Of method auto: seconds for solving; takes the effort as far as they go.")
+    ] = None,
     refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, cg, gd, swap.")] = "cg",
     reconstruct: Annotated[
-        str, typer.Option(help="block: then tune each block's survivors against the dense block's output; or none.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            help="block: then tune each block's survivors against the dense block's output; or none.",
+            show_default="block with --effort best, else none",
+        ),
+    ] = None,
     reconstruct_epochs: Annotated[
         int | None, typer.Option(help="Passes over the calibration set.", show_default="6")
     ] = None,
@@ -76,6 +92,9 @@ def prune(
     reconstruct_held_out: Annotated[
         float | None, typer.Option(help="Share of the batches that only judge.", show_default="0.125")
     ] = None,
+    shrinkage: ShrinkageOption = None,
+    match_dense: MatchOption = 0.0,
+    match_ridge: RidgeOption = 0.1,
     calibration: CalibrationOption = "self",
     samples: SamplesOption = 128,
     seq_len: SeqLenOption = None,
@@ -96,18 +115,22 @@ def prune(
     """Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."""
     from halve.compare import Contender
     from halve.matrix import validate_settings
+    from halve.objective import Objective
     from halve.pruning import prune as prune_model
-    from halve.reconstruct import parse_reconstruction
+    from halve.reconstruct import default_reconstruction, parse_reconstruction
 
     with _reporting("interrupted: no checkpoint was written"):
         options = parse_options(option or [])
-        if effort is not None:
-            options["effort"] = effort
+        options |= {
+            name: value for name, value in (("effort", effort), ("time_limit", time_limit)) if value is not None
+        }
         Contender(method, refit).check_option_names(options)
         validate_settings(method, refit, pattern, fallback=fallback, **options)
+        objective = Objective(parse_shrinkage(shrinkage), match_dense, match_ridge)
         given = {"epochs": reconstruct_epochs, "learning_rate": reconstruct_lr, "held_out": reconstruct_held_out}
         tuning = parse_reconstruction(
-            reconstruct, **{name: value for name, value in given.items() if value is not None}
+            default_reconstruction(method, options) if reconstruct is None else reconstruct,
+            **{name: value for name, value in given.items() if value is not None},
         )
         if calibration == "self":
             announce_generation(samples, seq_len)
@@ -126,7 +149,8 @@ def prune(
                 skip=skip or (),
                 fallback=fallback,
                 min_expert_tokens=min_expert_tokens,
-                reconstruct=tuning,
+                reconstruct="none" if tuning is None else tuning,
+                objective=objective,
                 device=device,
                 forward_dtype=forward_dtype,
                 dtype=parse_dtype(dtype),
@@ -254,6 +278,9 @@ def compare(
     skip: SkipOption = None,
     fallback: FallbackOption = None,
     min_expert_tokens: ExpertOption = 32,
+    shrinkage: ShrinkageOption = None,
+    match_dense: MatchOption = 0.0,
+    match_ridge: RidgeOption = 0.1,
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",
     option: Annotated[
@@ -270,6 +297,7 @@ def compare(
     """Prune with several methods on the same statistics settings, and print one table."""
     from halve import checkpoint
     from halve import compare as comparison
+    from halve.objective import Objective
     from halve.pruning import default_length, text_tokens
     from halve.tokens import check_length
 
@@ -283,6 +311,7 @@ def compare(
             skip=skip or (),
             fallback=fallback,
             min_expert_tokens=min_expert_tokens,
+            objective=Objective(parse_shrinkage(shrinkage), match_dense, match_ridge),
             device=device,
             forward_dtype=forward_dtype,
             dtype=parse_dtype(dtype),

@@ -25,6 +25,14 @@ def parse_dtype(name: str | None) -> "torch.dtype | None":
     return choices[name]
 
 
+def parse_shrinkage(text: str | None) -> float | str | None:
+    """Parse the value of ``--shrinkage``: a number, or a word that `halve.objective.Objective` judges."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
 def parse_options(pairs: list[str]) -> dict[str, Any]:
     """Parse ``NAME=VALUE``; a value is a number or a truth value if it reads as one.
 

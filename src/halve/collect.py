@@ -109,18 +109,24 @@ class Collector:
         prefix: the block's full name in the model; the matrices' names start with it.
         matrices: the block's matrices.
         device: where the Gram matrices are accumulated.
+        halves: whether to keep statistics of each half of the tokens apart.
     """
 
-    def __init__(self, block: nn.Module, prefix: str, matrices: Sequence[Matrix], device: torch.device) -> None:
+    def __init__(
+        self, block: nn.Module, prefix: str, matrices: Sequence[Matrix], device: torch.device, *, halves: bool = False
+    ) -> None:
         self._block = block
         self._prefix = f"{prefix}."
         self._device = device
+        self._halves = halves
         self._plain = {self._local(m.parameter): m for m in matrices if m.expert is None}
         self._experts = {(self._local(m.parameter), m.expert): m for m in matrices if m.expert is not None}
         self._leader: dict[str, str] = {}
         self._accumulators: dict[str, GramAccumulator] = {}
         self._inputs: list[tuple[Tensor, str]] = []
         self._valid: Tensor | None = None
+        self._dense: dict[str, Tensor] = {}
+        self._in_dense = False
 
     def _local(self, parameter: str) -> str:
         return parameter.removeprefix(self._prefix)
@@ -137,9 +143,19 @@ class Collector:
                 stack.enter_context(_ProductWatch(fused, self._see_expert))
             yield
         self._inputs.clear()
+        self._dense.clear()
 
-    def start_batch(self, valid: Tensor | None) -> None:
-        """Begin a batch; ``valid`` marks its (batch, sequence) positions that count, None when all do."""
+    def start_batch(self, valid: Tensor | None, *, dense: bool = False) -> None:
+        """Begin a batch.
+
+        Args:
+            valid: marks its (batch, sequence) positions that count; None when all do.
+            dense: whether the block is about to be run on the dense model's hidden states: the inputs are then only
+                kept, and paired with those of the next batch, the same tokens in the pruned model.
+        """
+        if dense:
+            self._dense.clear()
+        self._in_dense = dense
         self._inputs.clear()
         self._valid = valid
 
@@ -161,7 +177,11 @@ class Collector:
             )
         if twin is None:
             self._inputs.append((x, matrix.name))
-            self._accumulator(matrix).add(self._counted(x, matrix))
+            counted = self._counted(x, matrix)
+            if self._in_dense:
+                self._dense[matrix.name] = counted
+            else:
+                self._accumulator(matrix).add(counted, self._dense.get(matrix.name))
 
     def _see_expert(self, name: str, expert: int | None, x: Tensor, _layout: Layout) -> None:
         if self._valid is not None:
@@ -178,7 +198,9 @@ class Collector:
 
     def _accumulator(self, matrix: Matrix) -> GramAccumulator:
         if matrix.name not in self._accumulators:
-            self._accumulators[matrix.name] = GramAccumulator(matrix.d_in, device=self._device, name=matrix.name)
+            self._accumulators[matrix.name] = GramAccumulator(
+                matrix.d_in, device=self._device, name=matrix.name, halves=self._halves
+            )
         return self._accumulators[matrix.name]
 
     def _counted(self, x: Tensor, matrix: Matrix) -> Tensor:

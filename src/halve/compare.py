@@ -16,13 +16,14 @@ from halve import methods, refit, store, tokens
 from halve.checkpoint import LoadedModel, Source
 from halve.device import forward_precision, resolve_device
 from halve.errors import HalveError, InputError
+from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.perplexity import Perplexity, perplexity
 from halve.pruning import Request, prune_loaded
 from halve.reconstruct import BLOCK, parse_reconstruction
 from halve.report import environment
-from halve.run import MIN_EXPERT_TOKENS, Settings
 from halve.run_report import Progress, RunReport
+from halve.settings import MIN_EXPERT_TOKENS, Settings
 from halve.tokens import TokenSet
 
 DENSE = "dense"
@@ -207,6 +208,7 @@ def make_requests(
     skip: Sequence[str] = (),
     fallback: str | None = None,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
+    objective: Objective | None = None,
     device: str = "auto",
     forward_dtype: str = "auto",
     dtype: torch.dtype | None = None,
@@ -220,6 +222,7 @@ def make_requests(
         skip: parameters that stay dense.
         fallback: method for matrices that a contender fails on.
         min_expert_tokens: experts that see fewer tokens are pruned by magnitude.
+        objective: shrinkage of the statistics and targets from the dense model, the same for all.
         device: ``auto``, ``cpu``, ``cuda``, …
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``.
         dtype: of written checkpoints, for GGUF input.
@@ -251,6 +254,7 @@ def make_requests(
             fallback,
             min_expert_tokens,
             tuning,
+            objective or Objective(),
         )
         found[contender] = Request(settings, target, precision, dtype)
     return found

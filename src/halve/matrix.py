@@ -1,7 +1,8 @@
-"""Prune one weight matrix, from checked input to verified output."""
+"""Prune one weight matrix, or several with the same inputs, from checked input to verified output."""
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from halve.errors import CalibrationError, FactorisationError, InputError, Patte
 from halve.gram import Statistics
 from halve.linalg import full_precision
 from halve.methods import Method
+from halve.objective import Objective
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
-from halve.quadratic import relative_loss
+from halve.quadratic import ratio, row_losses
 from halve.refit import Refit
 
 FALLBACKS = ("magnitude", "wanda")
@@ -35,13 +37,21 @@ class _Settings:
     refit: Refit
     refit_options: Any
     fallback: str | None
+    objective: Objective
 
 
 @dataclass(frozen=True)
 class _Task(_Settings):
-    """What to do to which matrix, checked."""
+    """What to do to which rows, checked.
+
+    Attributes:
+        weight: (rows, d_in), of one matrix or of several one below the other.
+        sizes: number of rows of each matrix.
+        stats: of the inputs; None for a method and refit that need none.
+    """
 
     weight: Tensor
+    sizes: tuple[int, ...]
     stats: Statistics | None
 
 
@@ -61,7 +71,7 @@ def validate_settings(
         InputError: a name or an option is unknown, or a value is out of range.
         PatternError: the pattern is malformed, or not one for this method.
     """
-    _settings(method, refit, pattern, fallback, options)
+    _settings(method, refit, pattern, fallback, Objective(), options)
 
 
 def effective_options(method: str, refit: str, **options: Any) -> dict[str, Any]:
@@ -88,6 +98,7 @@ def prune_weight(
     *,
     tokens: int | None = None,
     fallback: str | None = None,
+    objective: Objective | None = None,
     **options: Any,
 ) -> Outcome:
     """Prune a matrix whose rows multiply inputs with the given statistics.
@@ -103,32 +114,117 @@ def prune_weight(
             on to exchange kept and pruned weights of a group as long as that lowers the loss (N:M only).
         tokens: number of inputs behind ``gram``, for the record; taken from ``gram`` if that is ``Statistics``.
         fallback: ``magnitude`` or ``wanda``, used if the method fails for numerical reasons; None reports failure.
+        objective: shrinkage of H and targets from the dense model; None leaves them at their defaults.
         **options: of the method, and of the refit with the prefix ``refit_``.
 
     Returns:
         Outcome: pruned weights in the dtype of ``weight``; ``FAILED`` with the weights unchanged if the Gram matrix
             is zero or could not be factorised; ``FELL_BACK`` if the fallback was used. Facts, where they apply:
-            ``relative_loss_before_refit``, ``relative_loss``, ``iterations``, ``refit_iterations``, ``damping``,
-            ``tokens``, ``seconds``, and others of the method and the refit.
+            ``relative_loss_before_refit``, ``relative_loss`` (on H as given, against what was aimed at: the dense
+            weights' outputs, or those of `halve.dense_target`), ``iterations``, ``refit_iterations``, ``damping``,
+            ``shrinkage``, ``tokens``, ``seconds``, and others of the method and the refit.
 
     Raises:
         InputError: an argument or option is unusable; nothing was computed.
         PatternError: the pattern is malformed, or does not fit the matrix or the method.
     """
-    task = _task(weight, gram, tokens, _settings(method, refit, pattern, fallback, options))
+    return prune_weights(
+        [weight], gram, pattern, method, refit, tokens=tokens, fallback=fallback, objective=objective, **options
+    )[0]
+
+
+def prune_weights(
+    weights: Sequence[Tensor],
+    gram: Tensor | Statistics | None,
+    pattern: str | Pattern = "2:4",
+    method: str = "auto",
+    refit: str = "cg",
+    *,
+    tokens: int | None = None,
+    fallback: str | None = None,
+    objective: Objective | None = None,
+    **options: Any,
+) -> list[Outcome]:
+    """Prune matrices that multiply the very same inputs, such as query, key and value.
+
+    Where the method's rows do not depend on one another the matrices are solved as one, which shares the
+    factorisations; their weights are then what each alone would have got, up to rounding.
+
+    Args:
+        weights: one or more, each (d_out, d_in) with the same d_in, dtype and device.
+        gram: as for `prune_weight`, as are the others.
+        pattern: see there.
+        method: see there.
+        refit: see there.
+        tokens: see there.
+        fallback: see there.
+        objective: see there.
+        **options: see there.
+
+    Returns:
+        list[Outcome]: one for each matrix, as `prune_weight` gives it; facts other than the losses are those of all
+        that were solved together, ``seconds`` a share in proportion to the rows.
+
+    Raises:
+        InputError, PatternError: as `prune_weight`; also if the matrices differ in dtype or device.
+    """
+    settings = _settings(method, refit, pattern, fallback, objective or Objective(), options)
+    for weight in weights:
+        _check_weight(weight)
+    if len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) != 1:
+        raise InputError("weights must be one or more matrices of the same width, dtype and device")
+    stats = _statistics(weights[0], gram, tokens, settings)
+    together = settings.method.independent_rows(settings.pattern)
+    stacks = [list(weights)] if together else [[weight] for weight in weights]
+    outcomes = []
+    for stack in stacks:
+        joined = stack[0] if len(stack) == 1 else torch.cat(stack)
+        sizes = tuple(len(weight) for weight in stack)
+        outcomes += _prune(_Task(weight=joined.detach(), sizes=sizes, stats=stats, **vars(settings)))
+    return outcomes
+
+
+def _prune(task: _Task) -> list[Outcome]:
     start = time.perf_counter()
     with full_precision():
-        outcome = _fit(task, _solve(task))
-        outcome = _verified(task, outcome)
-    facts = dict(outcome.facts)
-    if task.stats is not None and task.stats.tokens:
-        facts["tokens"] = float(task.stats.tokens)
-    facts["seconds"] = time.perf_counter() - start
-    return Outcome(outcome.weight, outcome.status, outcome.method, outcome.reason, facts)
+        shrinkage = 0.0
+        try:
+            aimed, shrinkage = _aimed(task)
+        except FactorisationError as error:
+            failed = Outcome(task.weight, Status.FAILED, task.method.name, f"match_dense failed: {error}")
+            outcomes = _split(task, failed)
+        else:
+            outcomes = _fit(task, aimed, _solve(aimed))
+        originals = torch.split(task.weight, list(task.sizes))
+        outcomes = [_verified(task, weight, outcome) for weight, outcome in zip(originals, outcomes, strict=True)]
+    seconds = time.perf_counter() - start
+    finished = []
+    for outcome, size in zip(outcomes, task.sizes, strict=True):
+        facts = dict(outcome.facts)
+        if task.stats is not None and task.stats.tokens:
+            facts["tokens"] = float(task.stats.tokens)
+        if shrinkage:
+            facts["shrinkage"] = shrinkage
+        facts["seconds"] = seconds * size / sum(task.sizes)
+        finished.append(replace(outcome, facts=facts))
+    return finished
+
+
+def _aimed(task: _Task) -> tuple[_Task, float]:
+    """Return the task with the weights and the Gram matrix that its objective asks for, and the shrinkage."""
+    if task.stats is None or not _is_live(task.stats):
+        return task, 0.0
+    weight, gram, shrinkage = task.objective.apply(task.weight, task.stats, task.pattern, task.method.name)
+    return replace(task, weight=weight, stats=replace(task.stats, gram=gram)), shrinkage
 
 
 def _settings(
-    method: str, refit: str, pattern: str | Pattern, fallback: str | None, options: dict[str, Any]
+    method: str,
+    refit: str,
+    pattern: str | Pattern,
+    fallback: str | None,
+    objective: Objective,
+    options: dict[str, Any],
 ) -> _Settings:
     pattern = Pattern.parse(pattern)
     row, refit_row = methods.get(method), refits.get(refit)
@@ -144,7 +240,7 @@ def _settings(
         raise PatternError(
             f"refit {refit_row.name} exchanges weights within the groups of N:M, not of {pattern}: use cg"
         )
-    return _Settings(pattern, row, method_options, refit_row, refit_options, fallback)
+    return _Settings(pattern, row, method_options, refit_row, refit_options, fallback, objective)
 
 
 def _split_options(method: str | Method, refit: str | Refit, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -153,23 +249,22 @@ def _split_options(method: str | Method, refit: str | Refit, options: dict[str, 
     return methods.make_options(method, **of_method), refits.make_options(refit, **of_refit)
 
 
-def _task(weight: Tensor, gram: Tensor | Statistics | None, tokens: int | None, settings: _Settings) -> _Task:
-    """Check the matrix and its statistics against the settings."""
-    _check_weight(weight)
+def _statistics(
+    weight: Tensor, gram: Tensor | Statistics | None, tokens: int | None, settings: _Settings
+) -> Statistics | None:
+    """Check a matrix and its statistics against the settings."""
     settings.pattern.budget(weight.shape[1])
-    if gram is not None:
-        stats = _checked_statistics(gram, weight, tokens)
-    elif settings.method.needs_statistics:
+    if gram is None and settings.method.needs_statistics:
         raise InputError(
             f"method {settings.method.name} needs gram, the Gram matrix of the inputs: only magnitude does not"
         )
-    elif settings.refit.solve is not None:
+    if gram is None and settings.refit.solve is not None:
         raise InputError(
             f'refit {settings.refit.name} needs gram, the Gram matrix of the inputs: give it, or set refit="none"'
         )
-    else:
-        stats = None
-    return _Task(weight=weight.detach(), stats=stats, **vars(settings))
+    if settings.objective.match_dense > 0.0 and not (isinstance(gram, Statistics) and gram.cross is not None):
+        raise InputError("match_dense needs statistics with the dense model's inputs (cross): set it to 0")
+    return None if gram is None else _checked_statistics(gram, weight, tokens)
 
 
 def _is_of_refit(name: str) -> bool:
@@ -187,6 +282,7 @@ def _check_weight(weight: Tensor) -> None:
 
 def _checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | None) -> Statistics:
     """Return ``gram`` as float32 statistics, or say what is wrong with it."""
+    given = gram if isinstance(gram, Statistics) else None
     if isinstance(gram, Statistics):
         tokens = gram.tokens if tokens is None else tokens
         gram = gram.gram
@@ -208,7 +304,7 @@ def _checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int |
     asymmetry, peak = float((gram32 - gram32.mT).abs().amax()), float(diagonal.amax())
     if asymmetry > _ASYMMETRY * peak:
         raise InputError(f"gram is not symmetric (largest difference {asymmetry:.3g}): it must be XᵀX / tokens")
-    return Statistics(gram32, tokens or 0)
+    return Statistics(gram32, tokens or 0) if given is None else replace(given, gram=gram32, tokens=tokens or 0)
 
 
 def _solve(task: _Task) -> Outcome:
@@ -243,28 +339,53 @@ def _is_live(stats: Statistics | None) -> bool:
     return stats is not None and bool((stats.gram.diagonal() > 0.0).any())
 
 
-def _fit(task: _Task, outcome: Outcome) -> Outcome:
-    """Refit the kept weights and measure what was lost, as far as there are statistics to do it with."""
-    if outcome.status is Status.FAILED or task.stats is None or not _is_live(task.stats):
-        return outcome
-    gram, facts = task.stats.gram, dict(outcome.facts)
-    weight = outcome.weight
-    facts["relative_loss_before_refit"] = relative_loss(weight, task.weight, gram)
+def _fit(task: _Task, aimed: _Task, outcome: Outcome) -> list[Outcome]:
+    """Refit the kept weights, and measure what each matrix lost, as far as there are statistics to do it with.
+
+    Args:
+        task: what was asked: its Gram matrix measures.
+        aimed: the same with the weights and the Gram matrix of the objective: they are what is solved for.
+        outcome: of the method.
+    """
+    if outcome.status is Status.FAILED:
+        return _split(task, replace(outcome, weight=task.weight))
+    if task.stats is None or aimed.stats is None or not _is_live(task.stats):
+        return _split(task, outcome)
+    gram, weight, facts = aimed.stats.gram, outcome.weight, dict(outcome.facts)
+    before = row_losses(weight, aimed.weight, task.stats.gram)
+    after = before
     if task.refit.solve is not None:
         # Exactly N a group: a slot that the method left at zero may be put to use.
         support = task.pattern if task.refit.changes_mask else task.pattern.keep_mask(weight.abs())
         try:
-            weight, refit_facts = task.refit.solve(weight, task.weight, gram, support, **asdict(task.refit_options))
+            weight, refit_facts = task.refit.solve(weight, aimed.weight, gram, support, **asdict(task.refit_options))
         except FactorisationError as error:
             reason = f"refit {task.refit.name} failed: {error}"
-            return Outcome(task.weight, Status.FAILED, task.method.name, reason)
+            return _split(task, Outcome(task.weight, Status.FAILED, task.method.name, reason))
         facts |= refit_facts
-    facts["relative_loss"] = relative_loss(weight, task.weight, gram)
-    return Outcome(weight, outcome.status, outcome.method, outcome.reason, facts)
+        after = row_losses(weight, aimed.weight, task.stats.gram)
+    total = row_losses(torch.zeros_like(weight), aimed.weight, task.stats.gram)
+    losses = []
+    for lost_before, lost, whole in zip(
+        *(torch.split(part, list(task.sizes)) for part in (before, after, total)), strict=True
+    ):
+        shares = [float(ratio(part.sum(), whole.sum())) for part in (lost_before, lost)]
+        losses.append(dict(zip(("relative_loss_before_refit", "relative_loss"), shares, strict=True)))
+    return _split(task, Outcome(weight, outcome.status, outcome.method, outcome.reason, facts), losses)
 
 
-def _verified(task: _Task, outcome: Outcome) -> Outcome:
-    """Look at the final bytes: the pattern in the final dtype, and finiteness."""
+def _split(task: _Task, outcome: Outcome, facts: Sequence[dict[str, float]] | None = None) -> list[Outcome]:
+    """Return the outcome of each matrix, with its own facts, if there are any, added."""
+    facts = [{} for _ in task.sizes] if facts is None else facts
+    parts = torch.split(outcome.weight, list(task.sizes))
+    return [
+        replace(outcome, weight=part.contiguous(), facts={**outcome.facts, **own})
+        for part, own in zip(parts, facts, strict=True)
+    ]
+
+
+def _verified(task: _Task, original: Tensor, outcome: Outcome) -> Outcome:
+    """Look at the final bytes of one matrix: the pattern in the final dtype, and finiteness."""
     if outcome.status is Status.FAILED:
         return outcome
     problem = ""
@@ -273,5 +394,5 @@ def _verified(task: _Task, outcome: Outcome) -> Outcome:
     elif not task.pattern.satisfied_by(outcome.weight):
         problem = f"{outcome.method} gave weights that are not {task.pattern}"
     if problem:
-        return Outcome(task.weight, Status.FAILED, task.method.name, problem)
+        return Outcome(original, Status.FAILED, task.method.name, problem)
     return outcome

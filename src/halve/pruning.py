@@ -15,10 +15,12 @@ from halve.blocks import Batch
 from halve.checkpoint import LoadedModel
 from halve.device import evaluation_mode, forward_precision, resolve_device
 from halve.errors import CorruptFileError, InputError
+from halve.objective import Objective
 from halve.pattern import Pattern
-from halve.reconstruct import Reconstruction, parse_reconstruction
-from halve.run import MIN_EXPERT_TOKENS, Settings, prune_blocks
+from halve.reconstruct import Reconstruction, default_reconstruction, parse_reconstruction
+from halve.run import prune_blocks
 from halve.run_report import Listener, RunReport
+from halve.settings import MIN_EXPERT_TOKENS, Settings
 from halve.tokens import TokenSet
 from halve.verification import check
 
@@ -67,6 +69,7 @@ def prune(
     fallback: str | None = None,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
     reconstruct: Reconstruction | str | None = None,
+    objective: Objective | None = None,
     device: str = "auto",
     forward_dtype: str = "auto",
     dtype: torch.dtype | None = None,
@@ -81,7 +84,8 @@ def prune(
         out: directory for the pruned Hugging Face checkpoint; it must not exist yet or be empty. Required unless
             ``model`` is in memory.
         pattern: ``N:M`` keeps N of every M consecutive weights; ``S%`` zeroes S percent of each row.
-        method: see `halve.methods`; ``auto`` takes ``effort="fast"``, ``"balanced"`` or ``"best"``.
+        method: see `halve.methods`; ``auto`` takes ``effort="fast"``, ``"balanced"`` or ``"best"``, and a
+            ``time_limit`` in seconds for solving all matrices.
         refit: re-adjustment of the kept weights: ``none``, ``cg``, ``gd``, ``swap``; see `halve.prune_weight`.
         calibration: text, tokens or batches; None lets the model write its own text, if method or refit need any.
         tokenizer: for a model in memory; otherwise the checkpoint's own.
@@ -93,7 +97,9 @@ def prune(
         fallback: method for matrices that the asked one fails on; None stops there.
         min_expert_tokens: experts that see fewer tokens are pruned by magnitude, and reported as fallen back.
         reconstruct: ``block``, or `halve.reconstruct.Reconstruction`: after a block's matrices are pruned, tune what
-            survived, norms and biases included, against the dense model's output of that block.
+            survived, norms and biases included, against the dense model's output of that block; ``none`` leaves it.
+            None is ``block`` for method ``auto`` with ``effort="best"``, else ``none``.
+        objective: shrinkage of the statistics and targets from the dense model, see `halve.objective.Objective`.
         device: ``auto``, ``cpu``, ``cuda``, …
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``: products of the calibration's forward passes.
             Statistics and solves are float32.
@@ -120,7 +126,8 @@ def prune(
             (skip,) if isinstance(skip, str) else tuple(skip),
             fallback,
             min_expert_tokens,
-            parse_reconstruction(reconstruct),
+            parse_reconstruction(default_reconstruction(method, options) if reconstruct is None else reconstruct),
+            objective or Objective(),
         ),
         resolve_device(device),
         forward_precision(forward_dtype, resolve_device(device)),

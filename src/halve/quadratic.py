@@ -49,7 +49,7 @@ def relative_row_losses(weight: Tensor, original: Tensor, gram: Tensor) -> Tenso
     Returns:
         Tensor: (d_out,) float64; 0 is lossless, 1 means the output is gone, 0 / 0 is 0.
     """
-    return _ratio(_quadratic_forms(weight.float() - original.float(), gram), _quadratic_forms(original.float(), gram))
+    return ratio(_quadratic_forms(weight.float() - original.float(), gram), _quadratic_forms(original.float(), gram))
 
 
 def relative_loss(weight: Tensor, original: Tensor, gram: Tensor) -> float:
@@ -64,7 +64,7 @@ def relative_loss(weight: Tensor, original: Tensor, gram: Tensor) -> float:
         float: the ratio; 0 / 0 is 0.
     """
     lost = _quadratic_forms(weight.float() - original.float(), gram).sum()
-    return float(_ratio(lost, _quadratic_forms(original.float(), gram).sum()))
+    return float(ratio(lost, _quadratic_forms(original.float(), gram).sum()))
 
 
 def gradient(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
@@ -102,17 +102,18 @@ def dead_features(gram: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scaled:
-    """The layer problem with unit diagonal: ``V = W diag(d) / scale``, ``H̃ = diag(d)⁻¹ H diag(d)⁻¹``.
+    """The layer problem with unit diagonal: ``V = diag(1/c) W diag(d)``, ``H̃ = diag(d)⁻¹ H diag(d)⁻¹``.
 
-    The loss in these variables is the layer's divided by ``scale²``. Magnitude pruning of V is Wanda.
+    A row's loss in these variables is the layer's divided by its ``c²``; every row has a scale of its own, so that rows
+    stay independent of one another. Magnitude pruning of V is Wanda.
 
     Attributes:
         original: (d_out, d_in), W0 as given.
-        weight: (d_out, d_in) float32, V0, mean magnitude 1.
+        weight: (d_out, d_in) float32, V0, each row of mean magnitude 1.
         gram: (d_in, d_in) float32, H̃; diagonal 1, smaller for dead features only.
         features: (d_in,) float32, d.
         dead: (d_in,) bool.
-        scale: mean of ``|W0 diag(d)|``, what makes λ dimensionless; 1 if W0 is zero.
+        scale: (d_out, 1) float32, c, each row's mean of ``|W0 diag(d)|``, what makes λ dimensionless; 1 for zero rows.
     """
 
     original: Tensor
@@ -120,16 +121,15 @@ class Scaled:
     gram: Tensor
     features: Tensor
     dead: Tensor
-    scale: float
+    scale: Tensor
 
     @classmethod
-    def of(cls, original: Tensor, gram: Tensor, scale: float | None = None) -> "Scaled":
+    def of(cls, original: Tensor, gram: Tensor) -> "Scaled":
         """Scale the problem of ``original`` (d_out, d_in) and ``gram`` (d_in, d_in) float32.
 
         Args:
             original: W0.
             gram: H.
-            scale: the mean of ``|W0 diag(d)|`` of the whole matrix, where ``original`` is only some of its rows.
 
         Returns:
             Scaled: the problem in unit-diagonal variables.
@@ -139,8 +139,8 @@ class Scaled:
         """
         features = feature_scales(gram)
         weight = original.float() * features
-        if scale is None:
-            scale = float(weight.abs().mean(dtype=torch.float64)) or 1.0
+        scale = weight.abs().mean(-1, keepdim=True)
+        scale = torch.where(scale > 0.0, scale, 1.0)
         weight /= scale
         unit = gram / features
         unit /= features.unsqueeze(-1)
@@ -246,6 +246,6 @@ def _quadratic_forms(difference: Tensor, gram: Tensor) -> Tensor:
     return (forms * peak).clamp_min(0.0)
 
 
-def _ratio(lost: Tensor, total: Tensor) -> Tensor:
-    """Divide, with 0 / 0 = 0."""
+def ratio(lost: Tensor, total: Tensor) -> Tensor:
+    """Return a loss as a share of what there is to lose, with 0 / 0 = 0."""
     return torch.where(lost == 0.0, lost, lost / total)

@@ -13,8 +13,8 @@ import torch
 
 from halve import kernels
 from halve.disk_layout import Location
-from halve.run import Settings
 from halve.run_report import BlockReport, MatrixReport, RunReport
+from halve.settings import Settings
 
 FORMAT = 1
 """Version of the layout of ``halve.json``."""
@@ -78,6 +78,7 @@ def to_json(
         "fallback": settings.fallback,
         "min_expert_tokens": settings.min_expert_tokens,
         "reconstruction": None if settings.reconstruction is None else asdict(settings.reconstruction),
+        "objective": asdict(settings.objective),
         "calibration": dict(calibration),
         "device": device,
         "forward_dtype": precision,

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,65 +16,27 @@ import torch
 from torch import nn
 
 from halve import blocks as stream_of
-from halve import methods
 from halve.blocks import Batch, HiddenStates, Stream
 from halve.collect import Collector, observe
 from halve.device import autocast
 from halve.errors import CalibrationError, HalveError, InputError, UnsupportedModelError
 from halve.gram import Statistics
 from halve.layers import Matrix, Plan, find_stack, make_plan, set_matrix
-from halve.matrix import effective_options, prune_weight, validate_settings
+from halve.matrix import prune_weight, prune_weights
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.reconstruct import Example, Reconstruction, reconstruct, trainable
 from halve.run_report import BlockReport, Listener, MatrixReport, Progress, RunReport
+from halve.settings import Settings
 
-MIN_EXPERT_TOKENS = 32
-"""Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, and listed."""
+_STACK_WEIGHTS = 1 << 28
+"""Most weights of matrices that are solved together: 1 GiB in float32, several of which a solver needs."""
+_LEAST_SECONDS = 1e-3
+"""What a time limit that is used up counts as."""
 
 
 class LayerFailedError(HalveError):
     """A matrix could not be pruned as asked and no fallback was allowed."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to do to every matrix.
-
-    Attributes:
-        pattern: the sparsity pattern.
-        method: name in `halve.methods`.
-        refit: ``none``, ``cg``, ``gd`` or ``swap``.
-        options: further options of method and refit.
-        skip: shell-style patterns of parameters that stay dense.
-        fallback: the method to use where the asked one fails; None stops the run instead.
-        reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
-        min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back.
-    """
-
-    pattern: Pattern
-    method: str
-    refit: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    skip: tuple[str, ...] = ()
-    fallback: str | None = None
-    min_expert_tokens: int = MIN_EXPERT_TOKENS
-    reconstruction: Reconstruction | None = None
-
-    @property
-    def all_options(self) -> dict[str, Any]:
-        """The options of method and refit, those not given at their defaults."""
-        return effective_options(self.method, self.refit, **self.options)
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the method, the refit or the reconstruction looks at calibration data."""
-        return methods.get(self.method).needs_statistics or self.refit != "none" or self.reconstruction is not None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 1:
-            raise InputError(f"min_expert_tokens must be a whole number of at least 1, got {self.min_expert_tokens!r}")
-        validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)
 
 
 def plan_model(model: nn.Module, batch: Batch, pattern: Pattern, skip: Sequence[str] = ()) -> tuple[Plan, list[Any]]:
@@ -142,6 +103,12 @@ def prune_blocks(
     """
     stream_of.check_batches(batches)
     plan, returns = plan_model(model, batches[0], settings.pattern, settings.skip)
+    routed = next((matrix for matrix in plan.matrices if matrix.routed), None)
+    if settings.objective.match_dense > 0.0 and routed is not None:
+        raise InputError(
+            f"match_dense pairs the tokens of the dense and the pruned model, which {routed.name} does not receive "
+            "alike: set it to 0 for mixtures of experts"
+        )
     loop = _Loop(model, plan, settings, device, precision, listen or (lambda _progress: None), collect=collect)
     with stream_of.eager_experts(model):
         return loop.run(batches, returns, offload)
@@ -182,7 +149,7 @@ class _Loop:
         started = time.perf_counter()
         stream = stream_of.capture(self._model, members, batches, returns, offload)
         self._seconds["capture"] = time.perf_counter() - started
-        dense = stream.hidden.copy("dense") if self._settings.reconstruction is not None else None
+        dense = stream.hidden.copy("dense") if self._settings.follows_dense else None
         for index, block in enumerate(members):
             self._prune_block(index, block, stream, dense)
         self._tell(len(members), "done")
@@ -191,16 +158,19 @@ class _Loop:
     def _prune_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
         work = stream_of.working_copy(block, self._device)
         matrices = self._plan.of_block(index)
+        matching = dense if self._settings.objective.match_dense > 0.0 else None
+        statistics: dict[str, Statistics | None] = {}
+        if matrices and self._collecting:
+            self._tell(index, "collect")
+            with self._timing("collect"):
+                statistics = self._collect(index, work, matrices, stream, matching)
         if dense is not None:
             self._advance(index, work, stream, dense)
         if matrices:
-            self._tell(index, "collect")
-            with self._timing("collect"):
-                statistics = self._collect(index, work, matrices, stream) if self._collecting else {}
             with self._timing("solve"):
-                for matrix in matrices:
-                    self._solve(matrix, statistics.get(matrix.name), work)
-            if dense is not None:
+                for stack in _stacks(matrices, statistics):
+                    self._solve(stack, statistics.get(stack[0].name), work)
+            if dense is not None and self._settings.reconstruction is not None:
                 self._tell(index, "reconstruct")
                 with self._timing("reconstruct"):
                     self._reconstruct(index, work, matrices, stream, dense)
@@ -222,11 +192,20 @@ class _Loop:
                 hidden[batch] = self._forward(index, batch, work, stream, hidden)
 
     def _collect(
-        self, index: int, work: nn.Module, matrices: Sequence[Matrix], stream: Stream
+        self,
+        index: int,
+        work: nn.Module,
+        matrices: Sequence[Matrix],
+        stream: Stream,
+        dense: HiddenStates | None,
     ) -> dict[str, Statistics | None]:
-        collector = Collector(work, self._plan.blocks[index], matrices, self._device)
+        halves = self._settings.objective.chooses_shrinkage(self._settings.method)
+        collector = Collector(work, self._plan.blocks[index], matrices, self._device, halves=halves)
         with autocast(work, self._precision), collector.watching():
             for batch in range(len(stream.hidden)):
+                if dense is not None:
+                    collector.start_batch(stream.valid[batch], dense=True)
+                    self._forward(index, batch, work, stream, dense)
                 collector.start_batch(stream.valid[batch])
                 self._forward(index, batch, work, stream, stream.hidden)
         return collector.finish()
@@ -245,32 +224,48 @@ class _Loop:
         stream_of.check_finite(output, f"the outputs of {self._plan.blocks[index]} on calibration batch {batch}")
         return output
 
-    def _solve(self, matrix: Matrix, statistics: Statistics | None, work: nn.Module) -> None:
-        settings = self._settings
-        parameter = self._model.get_parameter(matrix.parameter)
-        weight = matrix.view(parameter.data).to(self._device)
-        few = self._collecting and matrix.routed and _tokens(statistics) < settings.min_expert_tokens
+    def _solve(self, stack: Sequence[Matrix], statistics: Statistics | None, work: nn.Module) -> None:
+        """Prune matrices that share their statistics, and put the results into the model and the working copy."""
+        settings, first = self._settings, stack[0]
+        weights = [matrix.view(self._model.get_parameter(matrix.parameter).data).to(self._device) for matrix in stack]
+        few = self._collecting and first.routed and _tokens(statistics) < settings.min_expert_tokens
         if few:
-            outcome = _prune_unseen(weight, statistics, settings)
+            outcomes = [_prune_unseen(weight, statistics, settings) for weight in weights]
         else:
             try:
-                outcome = prune_weight(
-                    weight,
+                outcomes = prune_weights(
+                    weights,
                     statistics,
                     settings.pattern,
                     settings.method,
                     settings.refit,
                     fallback=settings.fallback,
-                    **settings.options,
+                    objective=settings.objective,
+                    **{**settings.options, **self._share_of_time(stack)},
                 )
             except InputError as error:
-                raise InputError(f"{matrix.name}: {error}") from error
+                raise InputError(f"{', '.join(matrix.name for matrix in stack)}: {error}") from error
+        for matrix, outcome in zip(stack, outcomes, strict=True):
+            self._put(matrix, outcome, work)
+
+    def _share_of_time(self, stack: Sequence[Matrix]) -> dict[str, float]:
+        """Return the time limit of these matrices, if there is one: a share of what is left, by operation counts."""
+        limit = self._settings.options.get("time_limit")
+        if limit is None:
+            return {}
+        spent = sum(report.facts.get("seconds", 0.0) for report in self._reports)
+        left = max(_LEAST_SECONDS, limit - spent)
+        cost = sum(_operations(matrix) for matrix in stack)
+        ahead = sum(_operations(matrix) for matrix in self._plan.matrices[len(self._reports) :])
+        return {"time_limit": left * cost / ahead}
+
+    def _put(self, matrix: Matrix, outcome: Outcome, work: nn.Module) -> None:
         if outcome.status is Status.FAILED:
             raise LayerFailedError(
-                f"{matrix.name} could not be pruned by {settings.method}: {outcome.reason}; "
+                f"{matrix.name} could not be pruned by {self._settings.method}: {outcome.reason}; "
                 "give a fallback to prune such layers by another method"
             )
-        set_matrix(parameter, matrix, outcome.weight)
+        set_matrix(self._model.get_parameter(matrix.parameter), matrix, outcome.weight)
         local = matrix.parameter.removeprefix(f"{self._plan.blocks[matrix.block]}.")
         set_matrix(work.get_parameter(local), matrix, outcome.weight)
         self._report(matrix, outcome)
@@ -338,6 +333,27 @@ class _Loop:
     def _tell(self, block: int, phase: str, matrix: MatrixReport | None = None, plan: Plan | None = None) -> None:
         finished, total = len(self._reports), len(self._plan.matrices)
         self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, plan))
+
+
+def _stacks(
+    matrices: Sequence[Matrix], statistics: Mapping[str, Statistics | None], most: int = _STACK_WEIGHTS
+) -> Iterator[list[Matrix]]:
+    """Group neighbours that share their statistics, at most ``most`` weights together."""
+    stack: list[Matrix] = []
+    for matrix in matrices:
+        shared = statistics.get(matrix.name)
+        size = sum(other.d_out * other.d_in for other in (*stack, matrix))
+        if stack and (shared is None or shared is not statistics.get(stack[0].name) or size > most):
+            yield stack
+            stack = []
+        stack.append(matrix)
+    if stack:
+        yield stack
+
+
+def _operations(matrix: Matrix) -> float:
+    """About how many multiplications the default solver takes: products of every row, and factorisations."""
+    return float(matrix.d_in**2 * (60 * matrix.d_out + 15 * matrix.d_in))
 
 
 def _tokens(statistics: Statistics | None) -> int:

@@ -12,6 +12,8 @@ inverse. Setting up costs about d³/4 multiplications a row and d²/2 numbers of
 for patience.
 """
 
+import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +50,14 @@ class SwapOptions:
 
 
 def refine(
-    weight: Tensor, original: Tensor, gram: Tensor, pattern: Pattern, max_swaps: int, tolerance: float
+    weight: Tensor,
+    original: Tensor,
+    gram: Tensor,
+    pattern: Pattern,
+    max_swaps: int,
+    tolerance: float,
+    *,
+    deadline: float = math.inf,
 ) -> tuple[Tensor, dict[str, float]]:
     """Refit the kept weights exactly, then swap until no exchange within a group lowers the loss.
 
@@ -59,11 +68,12 @@ def refine(
         pattern: N:M.
         max_swaps: see `SwapOptions`.
         tolerance: see `SwapOptions`.
+        deadline: reading of ``time.perf_counter`` after which no more rows are begun; those that lose most come first.
 
     Returns:
         tuple[Tensor, dict[str, float]]: weights in the dtype of ``weight``, no row worse than given, and facts:
             ``swaps`` (of all rows together), ``swap_rounds`` (most of one row), ``refit_kept_rows`` (rows that could
-            not be improved and were left as given), ``refit_unconverged_rows`` (stopped by the limit).
+            not be improved, or came too late, and stayed as given), ``refit_unconverged_rows`` (stopped by the limit).
 
     Raises:
         PatternError: the pattern is unstructured.
@@ -73,20 +83,25 @@ def refine(
     if not pattern.structured:
         raise PatternError(f"exact swaps exchange weights within the groups of N:M, and {pattern} has none: use cg")
     problem = Scaled.of(original, gram)
-    mask = pattern.keep_mask(problem.apply(weight).abs())
-    solution = torch.empty_like(problem.weight)
+    given = problem.apply(weight)
+    mask = pattern.keep_mask(given.abs())
+    solution = given.clone()
     keep, size = pattern.budget(gram.shape[0])
     kept = gram.shape[0] // size * keep
     budget = _BYTES_AT_ONCE.get(gram.device.type, _BYTES_AT_ONCE["cpu"])
     chunk = max(1, budget // (4 * gram.shape[0] * kept))
     swaps = rounds = unconverged = 0
-    for start in range(0, len(mask), chunk):
-        search = _Search(problem.weight[start : start + chunk], mask[start : start + chunk], problem.gram, pattern)
-        solution[start : start + chunk], made, open_rows = search.run(max_swaps, tolerance)
+    before = row_losses(weight, original, gram)
+    order = torch.arange(len(mask), device=mask.device) if deadline == math.inf else before.argsort(descending=True)
+    for rows in torch.split(order, chunk):
+        if time.perf_counter() > deadline:
+            break
+        search = _Search(problem.weight[rows], mask[rows], problem.gram, pattern)
+        solution[rows], made, open_rows = search.run(max_swaps, tolerance)
         swaps, rounds = swaps + int(made.sum()), max(rounds, int(made.amax()))
         unconverged += open_rows
     fitted = problem.restore(solution).to(weight.dtype)
-    worse = ~(row_losses(fitted, original, gram) <= row_losses(weight, original, gram))
+    worse = ~(row_losses(fitted, original, gram) < before)
     facts = {
         "swaps": float(swaps),
         "swap_rounds": float(rounds),

@@ -11,6 +11,8 @@ from typing import Any
 
 from halve.methods import alps, auto, magnitude, prox_admm, prox_gradient, ria, sparse_swaps, sparsegpt, wanda
 from halve.outcome import Outcome
+from halve.pattern import Pattern
+from halve.proximal import has_fast_solver
 from halve.tables import build_options, find_row
 
 
@@ -25,6 +27,8 @@ class Method:
         needs_statistics: whether ``stats`` must be given.
         unstructured: whether it takes patterns such as ``50%`` besides ``N:M``.
         updates_weights: whether the kept weights differ from the given ones.
+        independent_rows: whether a row's result depends on that row alone, given the pattern, so that matrices with
+            the same inputs may be solved as one.
         summary: one line for a listing.
         reference: where the method comes from.
     """
@@ -35,8 +39,17 @@ class Method:
     needs_statistics: bool
     unstructured: bool
     updates_weights: bool
+    independent_rows: Callable[[Pattern], bool]
     summary: str
     reference: str
+
+
+def _always(_pattern: Pattern) -> bool:
+    return True
+
+
+def _never(_pattern: Pattern) -> bool:
+    return False
 
 
 _ROWS = (
@@ -47,6 +60,7 @@ _ROWS = (
         needs_statistics=True,
         unstructured=True,
         updates_weights=True,
+        independent_rows=has_fast_solver,
         summary="the best of the below for the pattern and the effort: prox-admm, or alps; with exact swaps for best",
         reference="Halve; arXiv 2501.18015 and 2406.07831",
     ),
@@ -57,6 +71,7 @@ _ROWS = (
         needs_statistics=False,
         unstructured=True,
         updates_weights=False,
+        independent_rows=_always,
         summary="keep the largest |w| of each group",
         reference="Mishra et al. 2021, arXiv 2104.08378",
     ),
@@ -67,6 +82,7 @@ _ROWS = (
         needs_statistics=True,
         unstructured=True,
         updates_weights=False,
+        independent_rows=_always,
         summary="keep the largest |w| times the root mean square of its input",
         reference="Sun et al. 2024, arXiv 2306.11695",
     ),
@@ -77,6 +93,7 @@ _ROWS = (
         needs_statistics=True,
         unstructured=True,
         updates_weights=False,
+        independent_rows=_never,
         summary="keep the largest share of its row's and column's |w| times the fourth root of H_jj",
         reference="Zhang et al. 2024, arXiv 2402.13485",
     ),
@@ -87,6 +104,7 @@ _ROWS = (
         needs_statistics=True,
         unstructured=False,
         updates_weights=False,
+        independent_rows=_always,
         summary="Wanda's mask, then the best exchange of a kept and a pruned weight, again and again",
         reference="Zimmer et al. 2025, arXiv 2512.10922",
     ),
@@ -97,6 +115,7 @@ _ROWS = (
         needs_statistics=True,
         unstructured=True,
         updates_weights=True,
+        independent_rows=_always,
         summary="column by column, every error compensated by the columns still to come",
         reference="Frantar and Alistarh 2023, arXiv 2301.00774",
     ),
@@ -107,6 +126,7 @@ _ROWS = (
         needs_statistics=True,
         unstructured=True,
         updates_weights=True,
+        independent_rows=_never,
         summary="ADMM with projections onto the pattern and a growing penalty",
         reference="Meng et al. 2024, arXiv 2406.07831",
     ),
@@ -117,6 +137,7 @@ _ROWS = (
         needs_statistics=True,
         unstructured=False,
         updates_weights=True,
+        independent_rows=_always,
         summary="proximal gradient descent with a growing N:M regulariser",
         reference="Kübler et al. 2025, arXiv 2501.18015, Algorithm 2",
     ),
@@ -127,6 +148,7 @@ _ROWS = (
         needs_statistics=True,
         unstructured=False,
         updates_weights=True,
+        independent_rows=_always,
         summary="ADMM with the exact proximal operator of the growing N:M regulariser",
         reference="Halve, after Kübler et al. 2025, arXiv 2501.18015",
     ),

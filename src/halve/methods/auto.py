@@ -1,11 +1,14 @@
-"""The best method for an effort: what `halve` uses where nobody asks for a method.
+"""The best method for an effort or a time limit: what `halve` uses where nobody asks for a method.
 
 ``prox-admm`` wherever its proximal operator is fast (2:4 and 1:M), ``alps`` for every other pattern; see
 ``docs/benchmarks.md`` for the losses and times behind the choice.
 """
 
+import math
+import time
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from halve import swap
@@ -14,9 +17,12 @@ from halve.gram import Statistics
 from halve.methods import alps, prox_admm
 from halve.methods.alps import ALPSOptions
 from halve.methods.prox_admm import ProxADMMOptions
+from halve.options import check_positive
 from halve.outcome import Outcome
 from halve.pattern import Pattern
 from halve.proximal import has_fast_solver
+from halve.quadratic import row_losses
+from halve.refit import refit_cg
 
 _SCHEDULES = {
     "fast": ProxADMMOptions(lambda0=0.05, lambda_growth=1.3, rho=0.2, rho_growth=1.6),
@@ -24,6 +30,10 @@ _SCHEDULES = {
     "best": ProxADMMOptions(lambda_growth=1.05, rho_growth=1.1),
 }
 EFFORTS = tuple(_SCHEDULES)
+_NEXT_TAKES = {"fast": 3.0, "balanced": 2.0, "best": math.inf}
+"""How many times as long the next effort takes."""
+_COMPARED_TO = 1e-2
+"""Tolerance of the refit after which the rows of two efforts are compared."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +44,21 @@ class AutoOptions:
         effort: for 2:4 and 1:M ``fast`` (faster than alps, and as good), ``balanced``, or
             ``best``, which takes twice as many iterations and then makes exact swaps until none helps. For other
             patterns the first two are the same, and for unstructured ones all three.
+        time_limit: seconds, > 0, for the matrix or, where a model is pruned, for all of its matrices; None: no limit.
+            With one, ``effort`` is where to begin: higher efforts follow as long as there is time for them, each row
+            keeps the better of its results, and exact swaps use up the rest, the rows that lose most first. What is
+            begun is finished, so the first effort may take longer than the limit; and results depend on the machine's
+            speed.
     """
 
     effort: str = "balanced"
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
         if self.effort not in _SCHEDULES:
             raise InputError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
+        if self.time_limit is not None:
+            check_positive("time_limit of auto", self.time_limit)
 
 
 def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: AutoOptions) -> Outcome:
@@ -50,22 +68,52 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: AutoOpti
         weight: (d_out, d_in), any float dtype.
         stats: of the layer's inputs.
         pattern: N:M or a percentage.
-        options: the effort.
+        options: the effort and the time limit.
 
     Returns:
-        Outcome: of the method chosen, which it names; with ``best`` its facts include those of the swaps.
+        Outcome: of the method chosen, which it names; after swaps its facts include theirs.
 
     Raises:
         CalibrationError: the Gram matrix is zero.
         FactorisationError: the Gram matrix could not be factorised.
     """
-    if has_fast_solver(pattern):
+    deadline = math.inf if options.time_limit is None else time.perf_counter() + options.time_limit
+    if not has_fast_solver(pattern):
+        outcome = alps.solve(weight, stats, pattern, ALPSOptions())
+    elif options.time_limit is None:
         outcome = prox_admm.solve(weight, stats, pattern, _SCHEDULES[options.effort])
     else:
-        outcome = alps.solve(weight, stats, pattern, ALPSOptions())
-    if options.effort != "best" or not pattern.structured:
+        outcome = _climb(weight, stats, pattern, options.effort, deadline)
+    wanted = options.effort == "best" or options.time_limit is not None
+    if not wanted or not pattern.structured or time.perf_counter() > deadline:
         return outcome
     limits = swap.SwapOptions()
-    refined, facts = swap.refine(outcome.weight, weight, stats.gram, pattern, limits.max_swaps, limits.tolerance)
+    refined, facts = swap.refine(
+        outcome.weight, weight, stats.gram, pattern, limits.max_swaps, limits.tolerance, deadline=deadline
+    )
     of_swaps = {name: value for name, value in facts.items() if name.startswith("swap")}
     return replace(outcome, weight=refined, facts={**outcome.facts, **of_swaps})
+
+
+def _climb(weight: Tensor, stats: Statistics, pattern: Pattern, effort: str, deadline: float) -> Outcome:
+    """Take one effort after another from ``effort`` on while there is time, and keep the better rows of each."""
+    best: Outcome | None = None
+    for name in EFFORTS[EFFORTS.index(effort) :]:
+        begun = time.perf_counter()
+        found = prox_admm.solve(weight, stats, pattern, _SCHEDULES[name])
+        fitted, _ = refit_cg(
+            found.weight, weight, stats.gram, pattern.keep_mask(found.weight.abs()), tolerance=_COMPARED_TO
+        )
+        found = replace(found, weight=fitted)
+        best = found if best is None else _better_rows(best, found, weight, stats.gram)
+        now = time.perf_counter()
+        if now + _NEXT_TAKES[name] * (now - begun) > deadline:
+            break
+    assert best is not None  # noqa: S101 - there is at least one effort
+    return best
+
+
+def _better_rows(one: Outcome, other: Outcome, weight: Tensor, gram: Tensor) -> Outcome:
+    """Return the later outcome with those rows of the earlier one that lose less."""
+    keep = row_losses(one.weight, weight, gram) < row_losses(other.weight, weight, gram)
+    return replace(other, weight=torch.where(keep.unsqueeze(-1), one.weight, other.weight))

@@ -40,7 +40,7 @@ class ProxADMMOptions:
     """Options of prox-admm.
 
     Attributes:
-        lambda0: first λ, > 0; dimensionless, for weights of mean magnitude 1 after scaling.
+        lambda0: first λ, > 0; dimensionless, for rows of mean magnitude 1 after scaling.
         lambda_growth: factor of λ an iteration, > 1; closer to 1 is slower and a little better.
         rho: first ρ, > 0, in units of the features' mean square after scaling, which is 1.
         rho_growth: factor of ρ every five iterations, >= 1 and less than ``lambda_growth**5``, for the strength of the
@@ -81,8 +81,8 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
 
     Returns:
         Outcome: ``Status.MAX_ITER`` if rows had to be projected at the limit. Facts: ``iterations``,
-            ``row_iterations`` (mean over rows), ``rho`` and ``lambda`` (the last ones), ``scale`` (of V),
-            ``projected_rows``, ``exchanges`` (of single weights at the end, see `halve.exchange`).
+            ``row_iterations`` (mean over rows), ``rho`` and ``lambda`` (the last ones), ``scale`` (of V, mean over
+            rows), ``projected_rows``, ``exchanges`` (of single weights at the end, see `halve.exchange`).
 
     Raises:
         PatternError: the pattern is unstructured; the regulariser exists for N:M only.
@@ -108,7 +108,7 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
         "row_iterations": iteration.row_iterations / max(1, weight.shape[0]),
         "rho": rho,
         "lambda": lam,
-        "scale": problem.scale,
+        "scale": float(problem.scale.mean()),
         "projected_rows": float(projected),
     }
     if iteration.count:  # where features hardly correlate, a small ρ may leave a mask that a plain exchange improves

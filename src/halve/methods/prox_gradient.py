@@ -31,7 +31,7 @@ class ProxGradientOptions:
     """Options of the proximal gradient method.
 
     Attributes:
-        lambda0: first λ, > 0; dimensionless, for weights of mean magnitude 1 after scaling.
+        lambda0: first λ, > 0; dimensionless, for rows of mean magnitude 1 after scaling.
         beta: growth of λ an iteration, > 1; closer to 1 is slower and usually better.
         max_iterations: limit, >= 1; at the limit what is left is projected onto the pattern.
     """
@@ -60,8 +60,8 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxGrad
 
     Returns:
         Outcome: ``Status.MAX_ITER`` if rows had to be projected at the limit. Facts: ``iterations``,
-            ``row_iterations`` (mean over rows), ``lipschitz`` (L), ``scale`` (of V), ``lambda`` (the last one),
-            ``projected_rows``.
+            ``row_iterations`` (mean over rows), ``lipschitz`` (L), ``scale`` (of V, mean over rows), ``lambda``
+            (the last one), ``projected_rows``.
 
     Raises:
         PatternError: the pattern is unstructured; the regulariser exists for N:M only.
@@ -80,7 +80,7 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxGrad
         "iterations": float(descent.iterations),
         "row_iterations": descent.row_iterations / max(1, weight.shape[0]),
         "lipschitz": lipschitz,
-        "scale": problem.scale,
+        "scale": float(problem.scale.mean()),
         "lambda": descent.last_lambda,
         "projected_rows": float(projected),
     }

@@ -1,0 +1,62 @@
+"""What to do to every matrix of a model, checked before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from halve import methods
+from halve.errors import InputError
+from halve.matrix import effective_options, validate_settings
+from halve.objective import Objective
+from halve.pattern import Pattern
+from halve.reconstruct import Reconstruction
+
+MIN_EXPERT_TOKENS = 32
+"""Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, and listed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do to every matrix.
+
+    Attributes:
+        pattern: the sparsity pattern.
+        method: name in `halve.methods`.
+        refit: ``none``, ``cg``, ``gd`` or ``swap``.
+        options: further options of method and refit.
+        skip: shell-style patterns of parameters that stay dense.
+        fallback: the method to use where the asked one fails; None stops the run instead.
+        reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
+        min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back.
+        objective: shrinkage of the statistics, and targets from the dense model.
+    """
+
+    pattern: Pattern
+    method: str
+    refit: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    fallback: str | None = None
+    min_expert_tokens: int = MIN_EXPERT_TOKENS
+    reconstruction: Reconstruction | None = None
+    objective: Objective = field(default_factory=Objective)
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the dense model's hidden states go through the blocks beside the pruned model's."""
+        return self.reconstruction is not None or self.objective.match_dense > 0.0
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The options of method and refit, those not given at their defaults."""
+        return effective_options(self.method, self.refit, **self.options)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method, the refit or the reconstruction looks at calibration data."""
+        return methods.get(self.method).needs_statistics or self.refit != "none" or self.follows_dense
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 1:
+            raise InputError(f"min_expert_tokens must be a whole number of at least 1, got {self.min_expert_tokens!r}")
+        validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)
