@@ -183,7 +183,7 @@ def test_methods_are_listed():
         (["--method", "wandda"], "did you mean 'wanda'"),
         (["-o", "betta=1"], "betta"),
         (["-o", "beta"], "write NAME=VALUE"),
-        (["-o", "model=3"], "has no option 'model': its options are effort, refit_tolerance"),
+        (["-o", "model=3"], "has no option 'model': its options are effort, time_limit, refit_tolerance"),
         (["--effort", "hurry"], "effort must be one of fast, balanced, best, got 'hurry'"),
         (["--effort", "best", "--method", "wanda"], "wanda+cg has no option 'effort'"),
         (["--reconstruct", "blocks"], "reconstruct 'blocks' is not understood"),
