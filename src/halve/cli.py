@@ -11,6 +11,26 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from halve.cli_options import (
+    CalibrationOption,
+    DeviceOption,
+    DtypeOption,
+    ExpertOption,
+    FallbackOption,
+    FieldOption,
+    ForwardOption,
+    JsonOption,
+    MatchOption,
+    ModelArgument,
+    OffloadOption,
+    PatternOption,
+    RidgeOption,
+    SamplesOption,
+    SeedOption,
+    SeqLenOption,
+    ShrinkageOption,
+    SkipOption,
+)
 from halve.cli_values import parse_dtype, parse_options, parse_options_by_method, parse_shrinkage
 from halve.errors import HalveError, InputError
 from halve.terminal import announce_generation, comparison_table, err, out, progress, say, say_row
@@ -29,38 +49,6 @@ app = typer.Typer(
     help="Prune trained neural networks to N:M sparsity, and see what it cost.",
     epilog="Exit codes: 0 complete; 1 failed or problems found; 2 refused, nothing done; 3 complete with fallbacks.",
 )
-ModelArgument = Annotated[str, typer.Argument(help="A directory, a .gguf file, or a Hugging Face hub id.")]
-PatternOption = Annotated[str, typer.Option(help="N:M keeps N of every M weights; S% zeroes S percent of a row.")]
-CalibrationOption = Annotated[
-    str, typer.Option(help="A .txt, .jsonl or .parquet file, a directory, c4, wikitext2, or self (the model writes).")
-]
-SamplesOption = Annotated[int, typer.Option(help="Calibration sequences.")]
-SeqLenOption = Annotated[
-    int | None, typer.Option(help="Tokens in a sequence.", show_default="2048, or the model's maximum if less")
-]
-SeedOption = Annotated[int, typer.Option(help="Of the choice of calibration text.")]
-FieldOption = Annotated[str, typer.Option(help="Text field of .jsonl and .parquet files.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-ForwardOption = Annotated[str, typer.Option(help="Products of forward passes: auto, float32 or bfloat16.")]
-SkipOption = Annotated[list[str] | None, typer.Option(help="Leave parameters dense, e.g. '*.down_proj.*'. Repeatable.")]
-FallbackOption = Annotated[
-    str | None, typer.Option(help="Method for matrices that the asked one fails on; default: stop there.")
-]
-OffloadOption = Annotated[Path | None, typer.Option(help="Keep hidden states in this directory, not in memory.")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="Written dtype for GGUF input: float32 (default), bfloat16, float16.")
-]
-ExpertOption = Annotated[int, typer.Option(help="Experts with fewer tokens are pruned by magnitude.")]
-ShrinkageOption = Annotated[
-    str | None,
-    typer.Option(
-        help="How far statistics are shrunk to their diagonal: 0 to 1, or auto (by held-out loss).",
-        show_default="auto for method auto, else 0",
-    ),
-]
-MatchOption = Annotated[float, typer.Option(help="How far targets are the dense model's outputs, 0 to 1.")]
-RidgeOption = Annotated[float, typer.Option(help="Holds the weights of such targets near the dense ones.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()

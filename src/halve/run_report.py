@@ -129,10 +129,15 @@ def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
     fallen = [m for m in reports if m.status is Status.FELL_BACK]
     warnings = []
     if thin:
+        remedy = (
+            "their statistics were shrunk towards the diagonal, and more samples would serve better"
+            if all(m.facts.get("shrinkage", 0.0) > 0.0 for m in thin)
+            else "methods that use correlations overfit there; use more samples, or --shrinkage auto"
+        )
         warnings.append(
             f"{len(thin)} of {len(reports)} matrices saw fewer calibration tokens than they have inputs "
             f"({thin[0].name}: {thin[0].facts['tokens']:.0f} tokens, {thin[0].shape[1]} inputs): "
-            "methods that use correlations overfit there; use more samples"
+            f"{remedy}"
         )
     if stopped:
         warnings.append(f"{len(stopped)} matrices stopped at an iteration limit (the first is {stopped[0].name})")

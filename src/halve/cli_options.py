@@ -1,0 +1,39 @@
+"""Arguments and options that several commands share, with their help texts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[str, typer.Argument(help="A directory, a .gguf file, or a Hugging Face hub id.")]
+PatternOption = Annotated[str, typer.Option(help="N:M keeps N of every M weights; S% zeroes S percent of a row.")]
+CalibrationOption = Annotated[
+    str, typer.Option(help="A .txt, .jsonl or .parquet file, a directory, c4, wikitext2, or self (the model writes).")
+]
+SamplesOption = Annotated[int, typer.Option(help="Calibration sequences.")]
+SeqLenOption = Annotated[
+    int | None, typer.Option(help="Tokens in a sequence.", show_default="2048, or the model's maximum if less")
+]
+SeedOption = Annotated[int, typer.Option(help="Of the choice of calibration text.")]
+FieldOption = Annotated[str, typer.Option(help="Text field of .jsonl and .parquet files.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+ForwardOption = Annotated[str, typer.Option(help="Products of forward passes: auto, float32 or bfloat16.")]
+SkipOption = Annotated[list[str] | None, typer.Option(help="Leave parameters dense, e.g. '*.down_proj.*'. Repeatable.")]
+FallbackOption = Annotated[
+    str | None, typer.Option(help="Method for matrices that the asked one fails on; default: stop there.")
+]
+OffloadOption = Annotated[Path | None, typer.Option(help="Keep hidden states in this directory, not in memory.")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="Written dtype for GGUF input: float32 (default), bfloat16, float16.")
+]
+ExpertOption = Annotated[int, typer.Option(help="Experts with fewer tokens are pruned by magnitude.")]
+ShrinkageOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How far statistics are shrunk to their diagonal: 0 to 1, or auto (by held-out loss).",
+        show_default="auto for method auto, else 0",
+    ),
+]
+MatchOption = Annotated[float, typer.Option(help="How far targets are the dense model's outputs, 0 to 1.")]
+RidgeOption = Annotated[float, typer.Option(help="Holds the weights of such targets near the dense ones.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
