@@ -211,3 +211,11 @@ def test_zero_gram_is_refused(solver):
     weight, original, gram, mask = masked(2, 4)
     with pytest.raises(CalibrationError, match="Gram matrix is zero"):
         solver(weight, original, gram * 0, mask)
+
+
+def test_cg_stops_where_nothing_is_left_to_gain():
+    original, gram = oracle.layer(8, 128, seed=7, tokens=32)  # 32 tokens, 64 kept weights a row: no loss has a floor
+    mask = Pattern("2:4").keep_mask(original.abs())
+    fitted, facts = refit_cg(original * mask, original, gram, mask)
+    assert oracle.relative_loss(fitted, original, gram) < 2e-6
+    assert facts["refit_iterations"] < 40

@@ -22,6 +22,8 @@ from halve.tables import build_options, find_row
 REPACK_SHARE = 0.1
 """Share of converged rows at which the others are packed together."""
 _ROUNDING = torch.finfo(torch.float32).eps
+_LOSSLESS = 1e-6
+"""Share of a row's dense output below which its loss counts as none: with fewer tokens than inputs it has no floor."""
 WINDOW = 4
 """Conjugate gradient steps whose common progress decides whether a row has converged."""
 
@@ -37,7 +39,8 @@ def refit_cg(
     """Fit the kept weights by conjugate gradients, all rows at once.
 
     A row stops when its last ``WINDOW`` steps together lowered its loss by at most ``tolerance`` times that loss (the
-    estimate of the remaining error of Hestenes and Stiefel 1952; Strakoš and Tichý 2002), or when no descent is left.
+    estimate of the remaining error of Hestenes and Stiefel 1952; Strakoš and Tichý 2002), when it has lost less than a
+    millionth of the row's dense output, or when no descent is left.
     A stopped row costs nothing more. Its loss does not depend on the other rows beyond a few 1e-5 of itself: rounding
     may make it stop one step earlier or later. The default tolerance comes within 0.1 % of the exact optimum on the
     layers of a small language model.
@@ -192,12 +195,14 @@ def _conjugate_gradients(
     product = difference @ gram
     loss = (difference * product).sum(-1) * 0.5
     # Residuals below the rounding of the right-hand side carry no information.
-    negligible = (_ROUNDING * (target @ gram).mul_(keep)).square().sum(-1)
+    output = target @ gram
+    lossless = _LOSSLESS * 0.5 * (output * target).sum(-1)
+    negligible = (_ROUNDING * output.mul_(keep)).square().sum(-1)
     value, residual = start.clone(), product.neg_().mul_(keep)
     direction = residual.clone()
     square = (residual * residual).sum(-1)
     history = torch.full((start.shape[0], WINDOW), torch.inf, device=start.device)
-    finished = square <= negligible
+    finished = (square <= negligible) | (loss <= lossless)
     iterations = row_iterations = 0
     while iterations < max_iterations:
         left = int(finished.sum())
@@ -206,8 +211,9 @@ def _conjugate_gradients(
         if left >= REPACK_SHARE * len(rows):
             live = ~finished
             result[rows] = value
-            rows, value, residual, direction, keep, square, loss, history, negligible = (
-                part[live] for part in (rows, value, residual, direction, keep, square, loss, history, negligible)
+            rows, value, residual, direction, keep, square, loss, history, negligible, lossless = (
+                part[live]
+                for part in (rows, value, residual, direction, keep, square, loss, history, negligible, lossless)
             )
             finished = torch.zeros_like(rows, dtype=torch.bool)
         product = direction @ gram
@@ -221,7 +227,7 @@ def _conjugate_gradients(
         loss -= decrease
         history[:, iterations % WINDOW] = decrease
         previous, square = square, (residual * residual).sum(-1)
-        finished |= flat | (square <= negligible) | (history.sum(-1) <= tolerance * loss)
+        finished |= flat | (square <= negligible) | (loss <= lossless) | (history.sum(-1) <= tolerance * loss)
         beta = torch.where(finished, 0.0, square / previous)
         direction.mul_(beta.unsqueeze(-1)).add_(residual)
         iterations += 1
