@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from halve import compare as comparison
 from halve.cli import EXIT_FAILED, EXIT_FALLBACKS, EXIT_REFUSED, app
 from halve.errors import FactorisationError
+from halve.objective import Objective
 from models import decoder
 from tiny_tokenizers import SENTENCES, byte_bpe
 
@@ -67,6 +68,45 @@ def test_reconstruction_is_reported_recorded_and_verified(model, text, tmp_path)
     (out / "halve.json").write_text(json.dumps(record))
     result = run(app, ["check", str(out), "--against", model])
     assert "was neither pruned nor tuned and differs" in result.output
+
+
+def record_of(model, text, out, *arguments):
+    fixed = ["--calibration", text, "--samples", "4", "--seq-len", "16"]
+    result = run(app, ["prune", model, "--out", str(out), *fixed, *arguments])
+    assert result.exit_code == 0, result.output
+    return json.loads((out / "halve.json").read_text())
+
+
+def test_shrinkage_and_targets_are_recorded_and_reach_the_matrices(model, text, tmp_path):
+    asked = ["--shrinkage", "0.1", "--match-dense", "0.5", "--match-ridge", "0.2"]
+    record = record_of(model, text, tmp_path / "out", "--method", "wanda", *asked)
+    assert record["objective"] == {"shrinkage": 0.1, "match_dense": 0.5, "match_ridge": 0.2}
+    assert {matrix["facts"]["shrinkage"] for matrix in record["matrices"]} == {0.1}
+    plain = record_of(model, text, tmp_path / "plain", "--method", "wanda")
+    assert plain["objective"] == {"shrinkage": None, "match_dense": 0.0, "match_ridge": 0.1}
+    assert not any("shrinkage" in matrix["facts"] for matrix in plain["matrices"])
+    named = record_of(model, text, tmp_path / "named", "--method", "wanda", "--shrinkage", "auto")
+    assert named["objective"]["shrinkage"] == "auto"
+    assert any(matrix["facts"].get("shrinkage", 0.0) > 0.0 for matrix in named["matrices"])
+
+
+def test_a_time_limit_is_an_option_of_auto(model, text, tmp_path):
+    record = record_of(model, text, tmp_path / "out", "--effort", "fast", "--time-limit", "0.001")
+    assert (record["options"]["effort"], record["options"]["time_limit"]) == ("fast", 0.001)
+    assert record["reconstruction"] is None
+    assert record_of(model, text, tmp_path / "no", "--effort", "fast")["options"]["time_limit"] is None
+
+
+def test_the_best_effort_tunes_the_blocks_unless_told_not_to(model, text, tmp_path):
+    best = ["--effort", "best"]
+    tuned = record_of(model, text, tmp_path / "tuned", *best)
+    assert tuned["reconstruction"] == {"epochs": 6, "learning_rate": 0.001, "held_out": 0.125}
+    assert len(tuned["blocks"]) == 3
+    shorter = record_of(model, text, tmp_path / "shorter", *best, "--reconstruct-epochs", "1")
+    assert shorter["reconstruction"]["epochs"] == 1
+    plain = record_of(model, text, tmp_path / "plain", *best, "--reconstruct", "none")
+    assert plain["reconstruction"] is None
+    assert plain["blocks"] == []
 
 
 def test_check_fails_on_a_dense_model(model, tmp_path, text):
@@ -145,6 +185,24 @@ def test_compare_checks_before_the_model_writes_text(model, text, tmp_path, bad)
     assert result.stderr.startswith("error: ")
 
 
+def test_compare_gives_every_contender_the_same_objective(model, text, monkeypatch):
+    seen = []
+    real = comparison.prune_loaded
+
+    def note(candidate, data, request, out, **arguments):
+        seen.append(request.settings.objective)
+        return real(candidate, data, request, out, **arguments)
+
+    monkeypatch.setattr(comparison, "prune_loaded", note)
+    asked = ["--shrinkage", "auto", "--match-dense", "0.5", "--match-ridge", "0.2"]
+    result = run(app, compare_arguments(model, text, "--methods", "magnitude,wanda+cg", *asked))
+    assert result.exit_code == 0, result.output
+    assert seen == [Objective("auto", 0.5, 0.2)] * 2
+    result = run(app, compare_arguments(model, text, "--methods", "wanda", "--match-dense", "-1"))
+    assert result.exit_code == EXIT_REFUSED
+    assert result.stderr == "error: match_dense must be a number from 0 to 1, got -1.0\n"
+
+
 def test_generation_is_announced(model, text):
     arguments = compare_arguments(model, text, "--calibration", "self", "--methods", "magnitude")
     assert "the model writes 4 x 16 calibration tokens" in run(app, arguments).stderr
@@ -186,6 +244,17 @@ def test_methods_are_listed():
         (["-o", "model=3"], "has no option 'model': its options are effort, time_limit, refit_tolerance"),
         (["--effort", "hurry"], "effort must be one of fast, balanced, best, got 'hurry'"),
         (["--effort", "best", "--method", "wanda"], "wanda+cg has no option 'effort'"),
+        (["--time-limit", "0"], "time_limit of auto must be a finite number above 0, got 0.0"),
+        (["--time-limit", "nan"], "time_limit of auto must be a finite number above 0, got nan"),
+        (["--time-limit", "5", "--method", "wanda"], "wanda+cg has no option 'time_limit'"),
+        (["--shrinkage", "much"], "shrinkage must be auto or a number from 0 to 1, got 'much'"),
+        (["--shrinkage", "1.5"], "shrinkage must be auto or a number from 0 to 1, got 1.5"),
+        (["--shrinkage", "nan"], "shrinkage must be auto or a number from 0 to 1, got nan"),
+        (["--match-dense", "2"], "match_dense must be a number from 0 to 1, got 2.0"),
+        (["--match-dense", "nan"], "match_dense must be a number from 0 to 1, got nan"),
+        (["--match-ridge", "0"], "match_ridge must be a finite number above 0, got 0.0"),
+        (["--reconstruct-epochs", "2"], "'epochs' is an option of the reconstruction"),
+        (["--effort", "best", "--reconstruct", "none", "--reconstruct-lr", "1"], "'learning_rate' is an option of the"),
         (["--reconstruct", "blocks"], "reconstruct 'blocks' is not understood"),
         (["-o", "seed=3"], "has no option 'seed'"),
         (

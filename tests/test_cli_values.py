@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from halve.cli_values import parse_dtype, parse_options, parse_options_by_method
+from halve.cli_values import parse_dtype, parse_options, parse_options_by_method, parse_shrinkage
 from halve.errors import InputError
 
 
@@ -29,3 +29,11 @@ def test_dtypes():
     assert parse_dtype("bfloat16") == torch.bfloat16
     with pytest.raises(InputError, match="--dtype 'int8' is not known"):
         parse_dtype("int8")
+
+
+def test_a_shrinkage_is_a_number_or_a_word_left_to_the_objective():
+    assert parse_shrinkage(None) is None
+    assert parse_shrinkage("0.25") == 0.25
+    assert parse_shrinkage("1e-3") == 1e-3
+    assert parse_shrinkage("auto") == "auto"
+    assert parse_shrinkage("much") == "much"

@@ -210,3 +210,103 @@ def test_observe_lists_the_layers_that_were_called():
     model = Stack()
     observed = observe(model, list(model.layers), lambda: model(torch.randn(2, 5, 8)))
     assert observed.called == {"layers.0.up.weight", "layers.1.up.weight"}
+
+
+class Branches(nn.Module):
+    """A block with two matrices that share their input, and one behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.behind = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.behind(torch.tanh(self.one(x)) * torch.tanh(self.two(x)))
+
+
+def collector_of(model, *, halves=False):
+    members = list(model.layers)
+    observed = observe(model, members, lambda: model(torch.randn(2, 5, 8)))
+    plan = make_plan(model, Pattern("2:4"), observed.layouts, ())
+    return Collector(members[0], plan.blocks[0], plan.of_block(0), CPU, halves=halves)
+
+
+def branches():
+    model = Stack()
+    model.layers = nn.ModuleList([Branches(), Branches()])
+    return model
+
+
+def inputs_by_leaf(block, x):
+    x = x.double().flatten(0, -2)
+    one, two = block.one.weight.double(), block.two.weight.double()
+    inner = torch.tanh(x @ one.T + block.one.bias.double()) * torch.tanh(x @ two.T + block.two.bias.double())
+    return {"one": x, "two": x, "behind": inner}
+
+
+def two_streams(batches=3):
+    generator = torch.Generator().manual_seed(0)
+    dense = [torch.randn(2, 5, 8, generator=generator) for _ in range(batches)]
+    return dense, [x + 0.5 * torch.randn(x.shape, generator=generator) for x in dense]
+
+
+@torch.no_grad()
+def collect_both(block, collector, dense, pruned, valid=None):
+    with collector.watching():
+        for x, noisy in zip(dense, pruned, strict=True):
+            collector.start_batch(valid, dense=True)
+            block(x)
+            collector.start_batch(valid)
+            block(noisy)
+    return collector.finish()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dense_batches_are_paired_with_those_of_the_pruned_model(masked):
+    model = branches()
+    block, collector = model.layers[0], collector_of(model)
+    dense, pruned = two_streams()
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    if masked:
+        valid[0, 1:3] = False
+    statistics = collect_both(block, collector, dense, pruned, valid if masked else None)
+    kept = valid.flatten().repeat(len(dense))
+    mine, theirs = inputs_by_leaf(block, torch.cat(pruned)), inputs_by_leaf(block, torch.cat(dense))
+    for leaf, noisy in mine.items():
+        got = statistics[f"layers.0.{leaf}.weight"]
+        noisy, x = noisy[kept], theirs[leaf][kept]  # noqa: PLW2901 - only those that count
+        assert got.tokens == len(noisy) == (24 if masked else 30)
+        torch.testing.assert_close(got.gram.double(), noisy.T @ noisy / len(x), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got.cross.double(), x.T @ noisy / len(x), rtol=1e-4, atol=1e-6)
+        assert float((got.cross - got.gram).abs().max()) > 0.01
+        assert got.halves is None
+    assert statistics["layers.0.one.weight"] is statistics["layers.0.two.weight"]
+
+
+def test_batches_without_dense_ones_are_as_ever():
+    model = branches()
+    block, collector = model.layers[0], collector_of(model)
+    dense, pruned = two_streams()
+    with_dense = collect_both(block, collector, dense, pruned)
+    alone = collector_of(model)
+    with torch.no_grad(), alone.watching():
+        for noisy in pruned:
+            alone.start_batch(None)
+            block(noisy)
+    for name, value in alone.finish().items():
+        assert value.cross is None
+        assert value.halves is None
+        assert torch.equal(value.gram, with_dense[name].gram)
+
+
+def test_halves_of_every_batch_reach_the_statistics():
+    model = branches()
+    block, collector = model.layers[0], collector_of(model, halves=True)
+    dense, pruned = two_streams()
+    statistics = collect_both(block, collector, dense, pruned)
+    for leaf in ("one", "behind"):
+        firsts = torch.cat([inputs_by_leaf(block, x)[leaf][:5] for x in pruned])
+        seconds = torch.cat([inputs_by_leaf(block, x)[leaf][5:] for x in pruned])
+        got = statistics[f"layers.0.{leaf}.weight"]
+        for half, x in zip(got.halves, (firsts, seconds), strict=True):
+            torch.testing.assert_close(half.double(), x.T @ x / 15, rtol=1e-4, atol=1e-6)
+        assert got.cross is not None

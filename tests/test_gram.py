@@ -139,3 +139,106 @@ def test_wrong_sizes_are_refused():
         GramAccumulator(0)
     with pytest.raises(InputError, match=r"cannot merge statistics of b \(d_in 5\) into a \(4\)"):
         GramAccumulator(4, name="a").merge(GramAccumulator(5, name="b"))
+
+
+def by_halves(*batches):
+    accumulator = GramAccumulator(batches[0].shape[-1], halves=True)
+    for batch in batches:
+        accumulator.add(batch)
+    return accumulator
+
+
+def noisy_twin(x):
+    return x + 0.3 * x.roll(1, dims=-1).abs()
+
+
+@pytest.mark.parametrize("lengths", [(100, 100), (31, 7, 2), (1, 40), (9001, 20_000)])
+def test_halves_are_those_of_every_batch(lengths):
+    x = correlated_inputs(sum(lengths), 8, seed=7).float()
+    batches = x.split(lengths)
+    statistics = by_halves(*batches).finish()
+    middles = [(len(batch) + 1) // 2 for batch in batches]
+    parts = (
+        torch.cat([batch[:middle] for batch, middle in zip(batches, middles, strict=True)]),
+        torch.cat([batch[middle:] for batch, middle in zip(batches, middles, strict=True)]),
+    )
+    for half, part in zip(statistics.halves, parts, strict=True):
+        assert worst(half, reference(part)) < 1e-5
+        assert torch.equal(half, half.mT)
+    mean = sum(len(part) * half.double() for half, part in zip(statistics.halves, parts, strict=True)) / len(x)
+    assert worst(statistics.gram, mean) < 1e-6
+    assert worst(statistics.gram, reference(x)) < 1e-5
+    assert statistics.tokens == len(x)
+
+
+def test_a_batch_of_sequences_is_halved_by_its_sequences():
+    x = correlated_inputs(4 * 10, 8, seed=8).reshape(4, 10, 8)
+    first, second = by_halves(x).finish().halves
+    assert worst(first, reference(x[:2])) < 1e-6
+    assert worst(second, reference(x[2:])) < 1e-6
+
+
+def test_an_empty_half_counts_as_no_halves():
+    x = correlated_inputs(3, 8, seed=9)
+    alone = by_halves(*x.split(1)).finish()
+    assert alone.halves is None
+    assert alone.tokens == 3
+    assert worst(alone.gram, reference(x)) < 1e-6
+    assert by_halves(x).finish().halves is not None
+    assert accumulate(x).finish().halves is None
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cross_is_of_the_dense_inputs_by_the_pruned_ones(halves, dtype):
+    x = correlated_inputs(20_000, 8, seed=10)
+    dense, pruned = x.to(dtype), noisy_twin(x).to(dtype)
+    accumulator = GramAccumulator(8, halves=halves)
+    for start in (0, 37, 9000):
+        stop = {0: 37, 37: 9000, 9000: 20_000}[start]
+        accumulator.add(pruned[start:stop].reshape(1, -1, 8), dense[start:stop].reshape(1, -1, 8))
+    statistics = accumulator.finish()
+    expected = dense.double().mT @ pruned.double() / 20_000
+    scales = dense.double().square().mean(0).sqrt()[:, None] * pruned.double().square().mean(0).sqrt()
+    assert float(((statistics.cross.double() - expected).abs() / scales).max()) < 1e-5
+    assert float(((expected - expected.mT).abs() / scales).max()) > 1e-2  # so that a transposed one would be seen
+    assert worst(statistics.gram, reference(pruned)) < 1e-5
+    assert accumulate(pruned).finish().cross is None
+
+
+def test_merge_adds_halves_and_cross():
+    x = correlated_inputs(301, 8, seed=11)
+    together = GramAccumulator(8, halves=True)
+    parts = [GramAccumulator(8, halves=True) for _ in range(2)]
+    for accumulator, batch in zip(parts, x.split(200), strict=True):
+        accumulator.add(noisy_twin(batch), batch)
+        together.add(noisy_twin(batch), batch)
+    parts[0].merge(parts[1])
+    merged, expected = parts[0].finish(), together.finish()
+    assert merged.tokens == 301
+    assert worst(merged.gram, expected.gram.double()) < 1e-6
+    for half, other in zip(merged.halves, expected.halves, strict=True):
+        assert worst(half, other.double()) < 1e-6
+    torch.testing.assert_close(merged.cross, expected.cross, rtol=1e-5, atol=1e-6)
+    assert parts[1].tokens == 101
+
+
+@pytest.mark.parametrize("kind", ["halves", "cross"])
+def test_merging_what_keeps_different_sums_is_refused(kind):
+    x = correlated_inputs(10, 4, seed=12)
+    plain, other = GramAccumulator(4, name="a"), GramAccumulator(4, name="b", halves=kind == "halves")
+    plain.add(x)
+    other.add(x, x if kind == "cross" else None)
+    for one, two in ((plain, other), (other, plain)):
+        with pytest.raises(InputError, match=f"cannot merge statistics of {two.name} into {one.name}: .* different"):
+            one.merge(two)
+        assert one.tokens == 10
+
+
+def test_dense_inputs_that_are_not_finite_are_named():
+    x = torch.ones(5, 4)
+    dense = x.clone()
+    dense[2, 1] = float("nan")
+    accumulator = GramAccumulator(4, name="layers.3.mlp")
+    with pytest.raises(CalibrationError, match=r"layers\.3\.mlp have NaN or infinity, first at calibration token 2\b"):
+        accumulator.add(x, dense)

@@ -6,10 +6,13 @@ import torch
 import layer_oracles as oracle
 from halve import linalg, methods
 from halve import matrix as matrix_module
+from halve.dense_target import dense_target
 from halve.errors import InputError, PatternError
-from halve.gram import Statistics
-from halve.matrix import prune_weight, validate_settings
+from halve.gram import GramAccumulator, Statistics
+from halve.matrix import prune_weight, prune_weights, validate_settings
+from halve.objective import Objective
 from halve.outcome import Status
+from halve.shrinkage import shrink
 
 METHODS = list(methods.METHODS)
 FAST = {"prox-gradient": {"beta": 1.15}}
@@ -271,3 +274,214 @@ def test_settings_can_be_checked_alone():
         validate_settings("wanda", "cg", "2:4", refit_steps=5)
     with pytest.raises(InputError, match="fallback 'x' is unknown"):
         validate_settings("wanda", "cg", "2:4", fallback="x")
+
+
+def same_up_to_rounding(weight, other):
+    """The same kept places, and values that differ by no more than a refit that stops at its tolerance."""
+    difference = (weight - other).float().norm(dim=1) / other.float().norm(dim=1)
+    return torch.equal(weight != 0, other != 0) and float(difference.amax()) < 5e-3
+
+
+@pytest.mark.parametrize("order", ["rows", "columns", "one row"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_given_matrix_is_not_modified_however_it_lies_in_memory(method, order):
+    weight, gram = oracle.layer(1 if order == "one row" else 6, 32, seed=19)
+    given = weight.mT.contiguous().mT if order == "columns" else weight.clone()
+    outcome = prune(given, gram, method)
+    assert torch.equal(given, weight)
+    assert outcome.weight.is_contiguous()
+    assert same_up_to_rounding(outcome.weight, prune(weight.clone(), gram, method).weight)
+    true = oracle.relative_loss(outcome.weight, weight, gram)
+    assert outcome.facts["relative_loss"] == pytest.approx(true, rel=1e-4)
+
+
+def several(d_in=32, seed=13, dtype=torch.float32):
+    """Matrices of different heights, one of them much larger in its weights, and their common statistics."""
+    weight, gram = oracle.layer(19, d_in, seed=seed)
+    heights = (8, 2, 9)
+    return [
+        (factor * part).to(dtype) for factor, part in zip((1.0, 50.0, 0.3), weight.split(heights), strict=True)
+    ], Statistics(gram, 77)
+
+
+REFITS = ("none", "cg", "gd", "swap")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_several_matrices_get_what_each_alone_would_get(method, dtype):
+    weights, stats = several(dtype=dtype)
+    for pattern in ("2:4", "4:8") if method == "auto" else ("2:4",):
+        options = FAST.get(method, {})
+        together = prune_weights(weights, stats, pattern, method, **options)
+        assert len(together) == 3
+        for weight, outcome in zip(weights, together, strict=True):
+            alone = prune_weight(weight, stats, pattern, method, **options)
+            check_pruned(outcome, weight, *map(int, pattern.split(":")))
+            assert outcome.weight.is_contiguous()
+            if methods.METHODS[method].independent_rows(matrix_module.Pattern(pattern)):
+                assert same_up_to_rounding(outcome.weight, alone.weight)
+            else:
+                assert torch.equal(outcome.weight, alone.weight)
+            assert (outcome.status, outcome.method, outcome.reason) == (Status.OK, alone.method, "")
+            true = oracle.relative_loss(outcome.weight, weight, stats.gram)
+            assert outcome.facts["relative_loss"] == pytest.approx(true, rel=1e-4)
+            for fact in ("relative_loss", "relative_loss_before_refit"):
+                assert outcome.facts[fact] == pytest.approx(alone.facts[fact], rel=1e-3)
+            assert outcome.facts["tokens"] == 77
+            assert set(outcome.facts) == set(alone.facts)
+
+
+@pytest.mark.parametrize("refit", REFITS)
+def test_every_refit_serves_several_matrices(refit):
+    weights, stats = several(seed=14)
+    for weight, outcome in zip(weights, prune_weights(weights, stats, "2:4", "wanda", refit), strict=True):
+        alone = prune_weight(weight, stats, "2:4", "wanda", refit)
+        assert same_up_to_rounding(outcome.weight, alone.weight)
+        true = oracle.relative_loss(outcome.weight, weight, stats.gram)
+        assert outcome.facts["relative_loss"] == pytest.approx(true, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_matrices_are_solved_as_one_only_where_rows_are_independent(monkeypatch, method):
+    weights, stats = several()
+    heights = []
+    real = methods.METHODS[method]
+
+    def solve(weight, stats, pattern, options):
+        heights.append(len(weight))
+        return real.solve(weight, stats, pattern, options)
+
+    monkeypatch.setitem(methods.METHODS, method, replace(real, solve=solve))
+    prune_weights(weights, stats, "2:4", method, **FAST.get(method, {}))
+    assert heights == ([19] if method not in {"ria", "alps"} else [8, 2, 9])
+
+
+def test_the_time_of_a_common_solution_is_shared_by_the_rows():
+    weights, stats = several()
+    seconds = [outcome.facts["seconds"] for outcome in prune_weights(weights, stats)]
+    assert seconds[0] / 8 == pytest.approx(seconds[1] / 2) == pytest.approx(seconds[2] / 9)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.ones(2, 16), torch.ones(2, 32, dtype=torch.float64), torch.ones(2, 32, device="meta"), None],
+    ids=["width", "dtype", "device", "none"],
+)
+def test_matrices_that_do_not_go_together_are_refused(monkeypatch, other):
+    monkeypatch.setattr(matrix_module, "_solve", lambda task: pytest.fail("work began"))
+    monkeypatch.setattr(matrix_module, "_check_weight", lambda weight: None)  # it cannot look at the meta device
+    weights, stats = several()
+    with pytest.raises(InputError, match="must be one or more matrices of the same width, dtype and device"):
+        prune_weights([] if other is None else [*weights, other], stats)
+
+
+def test_one_bad_matrix_of_several_is_named():
+    weights, stats = several()
+    weights[2] = with_entry(weights[2], (3, 5), float("nan"))
+    with pytest.raises(InputError, match="weight has NaN or infinity, first at row 3, column 5"):
+        prune_weights(weights, stats)
+
+
+@pytest.mark.parametrize("method", ["auto", "alps"])
+def test_failure_leaves_each_matrix_its_own_weights(method):
+    weights, stats = several()
+    dead = Statistics(0 * stats.gram, 77)
+    for weight, outcome in zip(weights, prune_weights(weights, dead, "2:4", method), strict=True):
+        assert outcome.status is Status.FAILED
+        assert torch.equal(outcome.weight, weight)
+        assert "the Gram matrix is zero" in outcome.reason
+    for weight, outcome in zip(weights, prune_weights(weights, dead, "2:4", method, fallback="magnitude"), strict=True):
+        assert outcome.status is Status.FELL_BACK
+        assert torch.equal(outcome.weight, prune(weight, None, "magnitude", "none").weight)
+
+
+def test_a_wrong_result_of_one_matrix_is_not_held_against_the_others(monkeypatch):
+    def broken(weight, stats, pattern, options):
+        pruned = methods.METHODS["magnitude"].solve(weight, stats, pattern, None).weight
+        pruned[8] = 1.0  # the first row of the second matrix
+        return matrix_module.Outcome(pruned, Status.OK, "wanda")
+
+    monkeypatch.setitem(methods.METHODS, "wanda", replace(methods.METHODS["wanda"], solve=broken))
+    weights, stats = several()
+    outcomes = prune_weights(weights, stats, "2:4", "wanda", "none")
+    assert [outcome.status for outcome in outcomes] == [Status.OK, Status.FAILED, Status.OK]
+    assert "not 2:4" in outcomes[1].reason
+    assert torch.equal(outcomes[1].weight, weights[1])
+
+
+def two_streams(d_in=32, seed=15):
+    """The dense model's inputs, those of the pruned one, and the statistics of both, by halves."""
+    x = oracle.correlated_inputs(400, d_in, seed=seed).float()
+    noisy = x + 0.5 * x.square().mean(0).sqrt() * torch.tanh(x.roll(3, dims=1) / x.square().mean(0).sqrt())
+    accumulator = GramAccumulator(d_in, halves=True)
+    accumulator.add(noisy, x)
+    return x.double(), noisy.double(), accumulator.finish()
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "auto"])
+def test_matching_the_dense_model_brings_outputs_closer_to_it(method):
+    x, noisy, stats = two_streams()
+    weight, _ = oracle.layer(12, 32, seed=16)
+    matched = Objective(shrinkage=0.0, match_dense=1.0, match_ridge=1e-3)
+    errors = []
+    for objective in (Objective(shrinkage=0.0), replace(matched, match_dense=0.5), matched):
+        outcome = prune(weight, stats, method, objective=objective)
+        assert outcome.status is Status.OK
+        check_pruned(outcome, weight)
+        errors.append(float((noisy @ outcome.weight.double().mT - x @ weight.double().mT).norm()))
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_the_loss_that_is_reported_is_against_the_target_on_the_given_gram():
+    _, _, stats = two_streams()
+    weights = [weight * 0.1 for weight in several()[0]]
+    objective = Objective(shrinkage=0.3, match_dense=1.0)
+    for weight, outcome in zip(weights, prune_weights(weights, stats, "2:4", objective=objective), strict=True):
+        target = dense_target(weight, stats, 1.0, 0.1)
+        true = oracle.relative_loss(outcome.weight, target, stats.gram)
+        assert outcome.facts["relative_loss"] == pytest.approx(true, rel=1e-3)
+        assert outcome.facts["shrinkage"] == 0.3
+    plain = prune(weights[0], stats, objective=Objective(match_dense=1.0))
+    assert "shrinkage" not in plain.facts
+
+
+def test_a_shrunk_gram_is_what_method_and_refit_see():
+    _, _, stats = two_streams()
+    weight, _ = oracle.layer(12, 32, seed=17)
+    for method in ("auto", "sparsegpt"):
+        got = prune(weight, stats, method, objective=Objective(shrinkage=0.2))
+        expected = prune(weight, shrink(stats.gram, 0.2), method)
+        assert torch.equal(got.weight, expected.weight)
+        assert got.facts["relative_loss"] != expected.facts["relative_loss"]
+    diagonal = prune(weight, stats, "auto", objective=Objective(shrinkage=1.0))
+    torch.testing.assert_close(diagonal.weight, prune(weight, stats, "wanda", "none").weight, rtol=1e-5, atol=0.0)
+
+
+def test_only_auto_chooses_its_shrinkage_unasked():
+    x = oracle.correlated_inputs(40, 32, seed=18).float()
+    accumulator = GramAccumulator(32, halves=True)
+    accumulator.add(x)
+    stats, weight = accumulator.finish(), oracle.layer(12, 32, seed=18)[0]
+    assert prune(weight, stats, "auto").facts["shrinkage"] > 0.0
+    for method in ("prox-admm", "wanda"):
+        assert "shrinkage" not in prune(weight, stats, method).facts
+        assert prune(weight, stats, method, objective=Objective("auto")).facts["shrinkage"] > 0.0
+    assert "shrinkage" not in prune(weight, replace(stats, halves=None), "auto").facts
+
+
+@pytest.mark.parametrize("gram", [GRAM, Statistics(GRAM, 5), None])
+def test_matching_the_dense_model_without_its_inputs_is_refused(gram):
+    with pytest.raises(InputError, match=r"match_dense needs statistics with the dense model's inputs \(cross\)"):
+        prune(WEIGHT, gram, "magnitude", "none", objective=Objective(match_dense=0.5))
+
+
+def test_a_target_that_cannot_be_had_leaves_the_weights_alone():
+    _, _, stats = two_streams()
+    weights, _ = several()
+    broken = replace(stats, cross=torch.full_like(stats.cross, torch.inf))
+    for weight, outcome in zip(weights, prune_weights(weights, broken, objective=Objective(0.0, 1.0)), strict=True):
+        assert outcome.status is Status.FAILED
+        assert outcome.method == "auto"
+        assert "match_dense failed: " in outcome.reason
+        assert torch.equal(outcome.weight, weight)

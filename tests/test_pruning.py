@@ -6,8 +6,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import halve
+from halve import pruning
 from halve.errors import CalibrationError, InputError, UnsupportedModelError
+from halve.objective import Objective
 from halve.pruning import token_batches
+from halve.reconstruct import Reconstruction
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens, vit
 from tiny_tokenizers import SENTENCES, byte_bpe
@@ -200,3 +203,23 @@ def test_one_skip_pattern_and_a_generator_of_batches_are_fine():
     assert pruned.record["calibration"]["batches"] == 2
     with pytest.raises(InputError, match="empty list"):
         halve.prune(decoder("llama"), calibration=[], method="wanda")
+
+
+def test_the_best_effort_tunes_blocks_unless_told_not_to(monkeypatch):
+    def asked(**options):
+        requests = []
+        monkeypatch.setattr(pruning, "prune_loaded", lambda _l, _d, request, _o, **_more: requests.append(request))
+        halve.prune(decoder("llama"), calibration=[{"input_ids": tokens(4)}], **options)
+        return requests[0].settings.reconstruction
+
+    assert asked(effort="best") == Reconstruction()
+    assert asked(effort="best", reconstruct="none") is None
+    assert asked(effort="best", reconstruct=Reconstruction(epochs=1)) == Reconstruction(epochs=1)
+    assert asked(effort="fast") is asked() is asked(method="wanda") is None
+
+
+def test_the_objective_is_recorded_and_reaches_the_matrices():
+    objective = Objective(shrinkage=0.2, match_dense=0.5)
+    pruned = halve.prune(decoder("llama"), calibration=[{"input_ids": tokens(4)}], objective=objective, **FAST)
+    assert pruned.record["objective"] == {"shrinkage": 0.2, "match_dense": 0.5, "match_ridge": 0.1}
+    assert {matrix["facts"]["shrinkage"] for matrix in pruned.record["matrices"]} == {0.2}

@@ -1,14 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from halve import run as run_module
 from halve.blocks import HiddenStates, run_model
 from halve.errors import CalibrationError, InputError, UnsupportedModelError
-from halve.layers import find_stack
+from halve.gram import Statistics
+from halve.layers import Matrix, find_stack
 from halve.matrix import prune_weight
+from halve.objective import Objective
 from halve.outcome import Status
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction
-from halve.run import LayerFailedError, plan_model, prune_blocks
+from halve.run import LayerFailedError, _stacks, plan_model, prune_blocks
 from halve.settings import Settings
 from models import DECODERS, MIXTURES, bert, decoder, tokens, vit
 
@@ -260,3 +265,193 @@ def test_reconstruction_leaves_shared_and_skipped_vectors_alone():
         alone = "post_attention" in name or name.endswith("layers.0.input_layernorm.weight")
         if "layernorm" in name:
             assert torch.equal(parameter, before[name]) == alone, name
+
+
+def matrix(name, d_out=4, d_in=8):
+    return Matrix(name, name, 0, d_out, d_in)
+
+
+def test_neighbours_with_the_same_statistics_are_solved_together():
+    shared, own = Statistics(torch.eye(8), 5), Statistics(torch.eye(8), 5)
+    statistics = {"q": shared, "k": shared, "v": shared, "o": own, "up": shared, "e0": None, "e1": None}
+    matrices = [matrix(name) for name in (*statistics, "unseen")]
+    names = [[each.name for each in stack] for stack in _stacks(matrices, statistics)]
+    assert names == [["q", "k", "v"], ["o"], ["up"], ["e0"], ["e1"], ["unseen"]]
+    assert list(_stacks([], statistics)) == []
+    assert [len(stack) for stack in _stacks(matrices, {})] == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(1, [1, 1, 1, 1]), (63, [1, 1, 1, 1]), (64, [2, 1, 1]), (96, [2, 1, 1]), (128, [2, 2]), (10_000, [4])],
+)
+def test_not_too_many_weights_are_solved_together(most, expected):
+    shared = Statistics(torch.eye(8), 5)
+    matrices = [matrix("a"), matrix("b"), matrix("c", d_out=10), matrix("d", d_out=6)]
+    stacks = list(_stacks(matrices, {each.name: shared for each in matrices}, most))
+    assert [each for stack in stacks for each in stack] == matrices
+    assert [len(stack) for stack in stacks] == expected
+
+
+@pytest.mark.parametrize("method", ["auto", "sparsegpt", "alps"])
+def test_solving_together_changes_next_to_nothing(monkeypatch, method):
+    together, alone = decoder("llama"), decoder("llama")
+    report = prune_blocks(together, batches(), settings(method, "cg"), device=CPU)
+    monkeypatch.setattr(run_module, "_stacks", lambda matrices, statistics: ([each] for each in matrices))
+    other = prune_blocks(alone, batches(), settings(method, "cg"), device=CPU)
+    assert [each.name for each in report.matrices] == [each.name for each in other.matrices]
+    for one, two in zip(report.matrices, other.matrices, strict=True):
+        assert one.facts["relative_loss"] == pytest.approx(two.facts["relative_loss"], rel=0.05)
+    for name, parameter in together.model.layers[0].named_parameters():  # later blocks see rounding
+        twin = alone.model.layers[0].get_parameter(name)
+        assert torch.equal(parameter != 0, twin != 0), name
+        assert float((parameter.data - twin.data).norm() / twin.data.norm()) < 5e-3, name
+
+
+def record_limits(monkeypatch, takes):
+    """Let `prune_weights` note its time limit and the matrices, and claim to have taken a share of that time."""
+    limits = []
+
+    def solve(weights, gram, *arguments, time_limit, **more):
+        limits.append((time_limit, [tuple(weight.shape) for weight in weights]))
+        real = [prune_weight(weight, None, "2:4", "magnitude", "none") for weight in weights]
+        return [replace(each, facts={"seconds": takes * time_limit / len(weights)}) for each in real]
+
+    monkeypatch.setattr(run_module, "prune_weights", solve)
+    return limits
+
+
+def operations(shapes):
+    return sum(d_in**2 * (60 * d_out + 15 * d_in) for d_out, d_in in shapes)
+
+
+def test_a_time_limit_is_shared_out_by_operations_and_never_exceeded(monkeypatch):
+    limits = record_limits(monkeypatch, takes=1.0)
+    prune_blocks(decoder("llama"), batches(), settings("auto", "cg", options={"time_limit": 60.0}), device=CPU)
+    assert len(limits) == 12  # qkv, o, gate and up, down of each block
+    assert all(limit > 0.0 for limit, _ in limits)
+    assert sum(limit for limit, _ in limits) == pytest.approx(60.0)
+    whole = sum(operations(shapes) for _, shapes in limits)
+    for limit, shapes in limits:
+        assert limit == pytest.approx(60.0 * operations(shapes) / whole)
+
+
+@pytest.mark.parametrize(("takes", "last"), [(0.5, None), (0.0, 60.0), (100.0, None)])
+def test_time_not_used_is_left_to_the_others_and_time_overdrawn_taken_from_them(monkeypatch, takes, last):
+    limits = record_limits(monkeypatch, takes)
+    prune_blocks(decoder("llama"), batches(), settings("auto", "cg", options={"time_limit": 60.0}), device=CPU)
+    spent, ahead = 0.0, sum(operations(shapes) for _, shapes in limits)
+    for limit, shapes in limits:
+        assert 0.0 < limit <= 60.0
+        assert limit == pytest.approx(max(1e-3, 60.0 - spent) * operations(shapes) / ahead)
+        spent, ahead = spent + takes * limit, ahead - operations(shapes)
+    if last is not None:
+        assert limits[-1][0] == pytest.approx(last)
+
+
+def test_without_a_time_limit_none_is_passed_on(monkeypatch):
+    seen = []
+
+    def note(weights, *arguments, **more):
+        seen.append("time_limit" in more)
+        return [prune_weight(weight, None, "2:4", "magnitude", "none") for weight in weights]
+
+    monkeypatch.setattr(run_module, "prune_weights", note)
+    prune_blocks(decoder("llama"), batches(), settings("auto", "cg"), device=CPU)
+    assert seen == [False] * 12
+
+
+@pytest.mark.parametrize("limit", [1e-9, 1000.0])
+def test_a_model_is_pruned_within_a_time_limit(limit):
+    model = decoder("llama")
+    asked = settings("auto", "cg", options={"effort": "fast", "time_limit": limit})
+    report = prune_blocks(model, batches(), asked, device=CPU)
+    assert_pruned(model, report)
+    assert {"swaps" in each.facts for each in report.matrices} == {limit == 1000.0}
+
+
+def output_error(model, dense, data):
+    with torch.no_grad():
+        return sum(float((model(**batch).logits - dense(**batch).logits).square().mean()) for batch in data)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_matching_the_dense_model_changes_later_blocks_and_not_matching_changes_nothing(family):
+    data = batches()
+    plain, zero, matched = (decoder(family) for _ in range(3))
+    prune_blocks(plain, data, settings("wanda", "cg"), device=CPU)
+    prune_blocks(zero, data, settings("wanda", "cg", objective=Objective(match_dense=0.0)), device=CPU)
+    asked = settings("wanda", "cg", objective=Objective(match_dense=1.0))
+    report = prune_blocks(matched, data, asked, device=CPU)
+    assert_pruned(matched, report)
+    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), zero.parameters(), strict=True))
+    pruned = {each.parameter for each in report.matrices}
+    changed = {
+        name for name, parameter in matched.named_parameters() if not torch.equal(parameter, plain.get_parameter(name))
+    }
+    assert changed <= pruned
+    assert len(changed) >= 2 * len(pruned) // 3
+
+
+def test_targets_are_made_of_the_inputs_of_both_models():
+    """The oracle: float64 inputs of one matrix in the dense model and in one whose earlier blocks are pruned."""
+    dense, model, half = (decoder("llama") for _ in range(3))
+    asked = settings("sparsegpt", "none", objective=Objective(match_dense=0.7, match_ridge=0.05))
+    prune_blocks(model, batches(), asked, device=CPU)
+    for name, parameter in half.model.layers[0].named_parameters():
+        parameter.data.copy_(model.model.layers[0].get_parameter(name))
+    streams = []
+    for each in (dense, half):
+        seen = []
+        place = each.model.layers[1].self_attn.o_proj
+        hook = place.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0].flatten(0, -2)))
+        for batch in batches():
+            run_model(each, batch)
+        hook.remove()
+        streams.append(torch.cat(seen).double())
+    x, noisy = streams
+    weight = dense.model.layers[1].self_attn.o_proj.weight.data.double()
+    gram, scales = noisy.T @ noisy / len(x), noisy.square().mean(0)
+    pull = 0.7 * weight @ (x.T @ noisy / len(x) - gram)
+    target = weight + torch.linalg.solve(gram + 0.05 * torch.diag(scales), pull.T).T
+    expected = prune_weight(target.float(), gram.float(), "2:4", "sparsegpt", "none").weight
+    got = model.model.layers[1].self_attn.o_proj.weight.data
+    assert float(((got != 0) != (expected != 0)).double().mean()) < 0.01
+    assert float((got - expected).norm() / expected.norm()) < 0.02
+    plain = prune_weight(weight.float(), gram.float(), "2:4", "sparsegpt", "none").weight
+    assert float((plain - expected).norm() / expected.norm()) > 0.05
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_matching_the_dense_model_is_refused_for_mixtures(family):
+    model = decoder(family)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    asked = settings("auto", "cg", objective=Objective(match_dense=0.5))
+    with pytest.raises(InputError, match=r"match_dense pairs the tokens .* set it to 0 for mixtures of experts$"):
+        prune_blocks(model, batches(), asked, device=CPU)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_matching_the_dense_model_goes_with_reconstruction_in_memory_or_on_disk(tmp_path):
+    data, dense = batches(4), decoder("llama")
+    asked = settings("wanda", "cg", objective=Objective(match_dense=0.5), reconstruction=Reconstruction(epochs=2))
+    models = [decoder("llama") for _ in range(3)]
+    for model, folder in zip(models, (None, tmp_path), strict=False):
+        report = prune_blocks(model, data, asked, device=CPU, offload=folder)
+        assert_pruned(model, report)
+        assert len(report.reconstructions) == 3
+    for first, second in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(first, second)
+    prune_blocks(models[2], data, settings("wanda", "cg", objective=Objective(match_dense=0.5)), device=CPU)
+    assert output_error(models[0], dense, data) < output_error(models[2], dense, data)
+
+
+def test_shrinkage_is_chosen_for_auto_and_reported():
+    few = [{"input_ids": tokens(2, length=12)}]
+    report = prune_blocks(decoder("llama"), few, settings("auto", "cg"), device=CPU)
+    assert all(each.facts.get("shrinkage", 0.0) > 0.0 for each in report.matrices)
+    for asked in (settings("auto", "cg", objective=Objective(0.0)), settings("prox-admm", "cg")):
+        report = prune_blocks(decoder("llama"), few, asked, device=CPU)
+        assert all("shrinkage" not in each.facts for each in report.matrices)
+    report = prune_blocks(decoder("llama"), few, settings("wanda", "cg", objective=Objective(0.2)), device=CPU)
+    assert {each.facts["shrinkage"] for each in report.matrices} == {0.2}

@@ -1,4 +1,6 @@
+import time
 from itertools import combinations, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,3 +118,38 @@ def test_unstructured_patterns_are_refused():
 def test_bad_options_are_refused(option, value):
     with pytest.raises(InputError, match=f"refit_{option} must be"):
         SwapOptions(**{option: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_deadline_in_the_past_leaves_the_very_bytes(dtype):
+    for seed in range(6):
+        start, original, gram = problem(rows=40, d_in=32, seed=seed)
+        start, original = start.to(dtype), original.to(dtype)
+        refined, facts = refine(start, original, gram, Pattern("2:4"), 200, 1e-5, deadline=time.perf_counter() - 1.0)
+        assert torch.equal(refined, start)
+        assert facts["swaps"] == facts["swap_rounds"] == facts["refit_unconverged_rows"] == 0.0
+        assert facts["refit_kept_rows"] == 40.0
+
+
+def test_a_generous_deadline_changes_nothing():
+    start, original, gram = problem(rows=9, d_in=32, seed=6)
+    expected, facts = refine(start, original, gram, Pattern("2:4"), 200, 1e-5)
+    refined, other = refine(start, original, gram, Pattern("2:4"), 200, 1e-5, deadline=time.perf_counter() + 1000.0)
+    assert other == facts
+    assert torch.equal(refined != 0, expected != 0)
+    torch.testing.assert_close(refined, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_time", [1, 3])
+def test_with_a_deadline_the_rows_that_lose_most_come_first(monkeypatch, in_time):
+    start, original, gram = problem(rows=7, d_in=32, seed=7)
+    readings = iter(range(100))
+    monkeypatch.setitem(swap._BYTES_AT_ONCE, "cpu", 1)  # one row at a time
+    monkeypatch.setattr(swap, "time", SimpleNamespace(perf_counter=lambda: float(next(readings))))
+    refined, facts = refine(start, original, gram, Pattern("2:4"), 200, 1e-5, deadline=in_time - 0.5)
+    changed = ((refined - start).abs() > 1e-5).any(1)
+    worst = oracle.row_losses(start, original, gram).argsort(descending=True)[:in_time]
+    assert set(changed.nonzero().flatten().tolist()) == set(worst.tolist())
+    assert facts["swaps"] > 0
+    untimed, _ = refine(start, original, gram, Pattern("2:4"), 200, 1e-5)
+    torch.testing.assert_close(refined[changed], untimed[changed], rtol=1e-5, atol=1e-6)

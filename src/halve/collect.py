@@ -153,7 +153,7 @@ class Collector:
             dense: whether the block is about to be run on the dense model's hidden states: the inputs are then only
                 kept, and paired with those of the next batch, the same tokens in the pruned model.
         """
-        if dense:
+        if dense or not self._in_dense:  # what the last dense batch left has been paired
             self._dense.clear()
         self._in_dense = dense
         self._inputs.clear()

@@ -71,7 +71,8 @@ class GramAccumulator:
             dense: like ``x``, the dense model's inputs for the same tokens, in every batch or in none.
 
         Raises:
-            InputError: the last dimension is not ``d_in``, or ``x`` is not floating point.
+            InputError: the last dimension is not ``d_in``, ``x`` is not floating point, or ``dense`` has another shape
+                or was not given alike in every batch.
             CalibrationError: ``x`` has NaN or infinity; nothing of the offending slice is added.
         """
         if x.ndim < 1 or x.shape[-1] != self.d_in or not x.is_floating_point():
@@ -79,6 +80,13 @@ class GramAccumulator:
                 f"inputs of {self.name} must be floating point with last dimension {self.d_in}, "
                 f"got {x.dtype} of shape {tuple(x.shape)}"
             )
+        if dense is not None and dense.shape != x.shape:
+            raise InputError(
+                f"the dense model's inputs of {self.name} have shape {tuple(dense.shape)}, the pruned model's "
+                f"{tuple(x.shape)}: they must be those of the same tokens"
+            )
+        if self.tokens and (dense is None) != (self._cross is None):
+            raise InputError(f"the dense model's inputs of {self.name} must be given in every batch or in none")
         flat = x.reshape(-1, self.d_in)
         others = None if dense is None else dense.reshape(-1, self.d_in)
         middle = (len(flat) + 1) // 2 if len(self._sums) == 2 else len(flat)

@@ -191,8 +191,7 @@ def _prune(task: _Task) -> list[Outcome]:
         try:
             aimed, shrinkage = _aimed(task)
         except FactorisationError as error:
-            failed = Outcome(task.weight, Status.FAILED, task.method.name, f"match_dense failed: {error}")
-            outcomes = _split(task, failed)
+            outcomes = _fit(task, task, _fall_back(task, f"match_dense failed: {error}"))
         else:
             outcomes = _fit(task, aimed, _solve(aimed))
         originals = torch.split(task.weight, list(task.sizes))
@@ -315,7 +314,11 @@ def _solve(task: _Task) -> Outcome:
             _require_live(task.stats)
         return task.method.solve(task.weight, task.stats, task.pattern, task.method_options)
     except (FactorisationError, CalibrationError) as error:
-        reason = f"{needy} failed: {error}"
+        return _fall_back(task, f"{needy} failed: {error}")
+
+
+def _fall_back(task: _Task, reason: str) -> Outcome:
+    """Run the fallback, if there is one, after what ``reason`` says."""
     if task.fallback is None:
         return Outcome(task.weight, Status.FAILED, task.method.name, reason)
     row = methods.get(task.fallback)

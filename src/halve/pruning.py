@@ -28,7 +28,7 @@ DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
 _BATCH_TOKENS = 4096
 """Tokens a batch of the calibration set holds at most (at least one sequence)."""
-_STEP_TOKENS = 1024
+_STEP_TOKENS = 512
 """The same where blocks are reconstructed, which takes one optimiser step a batch."""
 
 Calibration = str | Path | TokenSet | Tensor | Sequence[Batch] | None

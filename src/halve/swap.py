@@ -92,16 +92,18 @@ def refine(
     chunk = max(1, budget // (4 * gram.shape[0] * kept))
     swaps = rounds = unconverged = 0
     before = row_losses(weight, original, gram)
-    order = torch.arange(len(mask), device=mask.device) if deadline == math.inf else before.argsort(descending=True)
+    begun = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    order = torch.arange(len(mask), device=mask.device) if deadline == math.inf else before.argsort(descending=True, stable=True)
     for rows in torch.split(order, chunk):
         if time.perf_counter() > deadline:
             break
+        begun[rows] = True
         search = _Search(problem.weight[rows], mask[rows], problem.gram, pattern)
         solution[rows], made, open_rows = search.run(max_swaps, tolerance)
         swaps, rounds = swaps + int(made.sum()), max(rounds, int(made.amax()))
         unconverged += open_rows
     fitted = problem.restore(solution).to(weight.dtype)
-    worse = ~(row_losses(fitted, original, gram) < before)
+    worse = ~(begun & (row_losses(fitted, original, gram) <= before))
     facts = {
         "swaps": float(swaps),
         "swap_rounds": float(rounds),

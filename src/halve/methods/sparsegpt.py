@@ -64,7 +64,7 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: SparseGP
     upper, factor, mean = inverse_factor(stats.gram, dead, options.damping)
     importance = torch.where(dead, importance, 1.0 / upper.diagonal())
     # Columns become rows, so that everything below touches contiguous memory.
-    columns = weight.float().mT.contiguous()
+    columns = weight.float().mT.clone(memory_format=torch.contiguous_format)  # never the given memory itself
     _prune(columns, upper, importance, pattern, options.block_size)
     pruned = columns.mT.to(weight.dtype).contiguous().add_(0.0)
     facts = {"damping": factor.damping_used / mean, "damping_rungs": float(factor.rungs)}

@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+
+import layer_oracles as oracle
+from halve.dense_target import dense_target
+from halve.errors import InputError
+from halve.gram import GramAccumulator, Statistics
+from halve.objective import Objective
+from halve.pattern import Pattern
+from halve.shrinkage import choose_shrinkage, shrink
+
+
+def problem(tokens=60):
+    x = oracle.correlated_inputs(tokens, 32, seed=0).float()
+    noisy = x + 0.2 * x.roll(1, dims=1)
+    accumulator = GramAccumulator(32, halves=True)
+    accumulator.add(noisy, x)
+    return torch.randn(8, 32, generator=torch.Generator().manual_seed(1)), accumulator.finish()
+
+
+@pytest.mark.parametrize("value", ["much", "0.1", -0.1, 1.1, math.nan, math.inf, True, [0.1]])
+def test_a_bad_shrinkage_is_refused(value):
+    with pytest.raises(InputError, match="shrinkage must be auto or a number from 0 to 1, got "):
+        Objective(shrinkage=value)
+
+
+@pytest.mark.parametrize("value", ["1", "auto", None, -0.1, 1.1, math.nan, True])
+def test_a_bad_blend_is_refused(value):
+    with pytest.raises(InputError, match="match_dense must be a number from 0 to 1, got "):
+        Objective(match_dense=value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, math.nan, math.inf, "1", None, True])
+def test_a_bad_ridge_is_refused(value):
+    with pytest.raises(InputError, match="match_ridge must be a finite number above 0, got "):
+        Objective(match_ridge=value)
+
+
+@pytest.mark.parametrize("value", [None, "auto", 0, 1, 0.0, 0.5, 1.0])
+def test_good_values_are_kept(value):
+    assert Objective(value, 1, 1e-9).shrinkage == value
+
+
+@pytest.mark.parametrize(
+    ("shrinkage", "auto", "named"),
+    [(None, True, False), ("auto", True, True), (0.0, False, False), (0.3, False, False), (1, False, False)],
+)
+def test_who_has_the_shrinkage_chosen(shrinkage, auto, named):
+    objective = Objective(shrinkage)
+    assert objective.chooses_shrinkage("auto") is auto
+    assert {objective.chooses_shrinkage(method) for method in ("wanda", "prox-admm", "alps")} == {named}
+
+
+def test_nothing_asked_for_changes_nothing():
+    weight, stats = problem()
+    target, gram, amount = Objective().apply(weight, stats, Pattern("2:4"), "prox-admm")
+    assert target is weight
+    assert gram is stats.gram
+    assert amount == 0.0
+    _, gram, amount = Objective(0).apply(weight, stats, Pattern("2:4"), "auto")
+    assert gram is stats.gram
+    assert amount == 0.0
+
+
+def test_a_number_is_taken_and_auto_is_chosen():
+    weight, stats = problem()
+    _, gram, amount = Objective(0.3).apply(weight, stats, Pattern("2:4"), "auto")
+    assert amount == 0.3
+    assert torch.equal(gram, shrink(stats.gram, 0.3))
+    chosen = choose_shrinkage(weight, stats, Pattern("2:4"))
+    assert chosen > 0.0
+    for objective, method in ((Objective(), "auto"), (Objective("auto"), "wanda")):
+        _, gram, amount = objective.apply(weight, stats, Pattern("2:4"), method)
+        assert amount == chosen
+        assert torch.equal(gram, shrink(stats.gram, chosen))
+    alone = Statistics(stats.gram, stats.tokens)
+    assert Objective("auto").apply(weight, alone, Pattern("2:4"), "wanda")[2] == 0.0
+
+
+def test_targets_follow_blend_and_ridge_and_are_what_the_shrinkage_is_chosen_for(monkeypatch):
+    weight, stats = problem()
+    judged = []
+
+    def choose(target, stats, pattern):
+        judged.append(target)
+        return 0.25
+
+    monkeypatch.setattr("halve.objective.choose_shrinkage", choose)
+    target, gram, amount = Objective("auto", 0.5, 0.2).apply(weight, stats, Pattern("2:4"), "wanda")
+    assert torch.equal(target, dense_target(weight, stats, 0.5, 0.2))
+    assert not torch.equal(target, weight)
+    assert judged[0] is target
+    assert amount == 0.25
+    assert torch.equal(gram, shrink(stats.gram, 0.25))

@@ -1,0 +1,68 @@
+import math
+
+import pytest
+
+from halve.errors import InputError, PatternError
+from halve.objective import Objective
+from halve.pattern import Pattern
+from halve.reconstruct import Reconstruction
+from halve.settings import MIN_EXPERT_TOKENS, Settings
+
+
+def settings(method="wanda", refit="none", pattern="2:4", **changes):
+    return Settings(Pattern(pattern), method, refit, **changes)
+
+
+def test_the_defaults_leave_the_problem_as_it_is():
+    asked = settings()
+    assert asked.objective == Objective()
+    assert asked.reconstruction is None
+    assert asked.fallback is None
+    assert asked.min_expert_tokens == MIN_EXPERT_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("changes", "follows"),
+    [
+        ({}, False),
+        ({"objective": Objective(shrinkage=0.5)}, False),
+        ({"objective": Objective(match_dense=1e-3)}, True),
+        ({"reconstruction": Reconstruction()}, True),
+        ({"reconstruction": Reconstruction(), "objective": Objective(match_dense=1.0)}, True),
+    ],
+)
+def test_who_looks_at_the_dense_model_needs_calibration(changes, follows):
+    assert settings(**changes).follows_dense is follows
+    assert settings("magnitude", **changes).needs_calibration is follows
+    assert settings("magnitude", "cg", **changes).needs_calibration
+    assert settings("wanda", **changes).needs_calibration
+
+
+def test_options_not_given_are_at_their_defaults():
+    asked = settings("auto", "cg", options={"effort": "fast"})
+    assert asked.all_options["effort"] == "fast"
+    assert asked.all_options["time_limit"] is None
+    assert "refit_tolerance" in asked.all_options
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_expert_tokens": 0}, "min_expert_tokens must be a whole number of at least 1, got 0"),
+        ({"min_expert_tokens": 1.5}, r"min_expert_tokens must be .* got 1\.5"),
+        ({"method": "wandda"}, "did you mean 'wanda'"),
+        ({"refit": "sgd"}, "unknown refit 'sgd'"),
+        ({"fallback": "alps"}, "fallback 'alps' is unknown"),
+        ({"options": {"effort": "best"}}, "method wanda has no option 'effort'"),
+        ({"method": "auto", "options": {"time_limit": 0}}, "time_limit of auto must be a finite number above 0, got 0"),
+        ({"method": "auto", "options": {"time_limit": math.nan}}, "time_limit of auto must be"),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        settings(**changes)
+
+
+def test_a_pattern_the_method_cannot_do_is_refused():
+    with pytest.raises(PatternError, match="not to 50%"):
+        settings("prox-admm", pattern="50%")
