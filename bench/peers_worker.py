@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Solver = Callable[[Tensor, Tensor], tuple[float, Tensor]]
-"""Of the weight and the peer's own statistics (both its to keep): seconds, and the weights that the model would have."""
+"""Of the weight and the peer's own statistics, both its to keep: seconds, and the weights that the model would have."""
 
 
 def _module(weight: Tensor) -> torch.nn.Linear:
