@@ -13,7 +13,8 @@ sleeps meanwhile. The time is the solver's alone, from weight and statistics to 
 checks of input and output to ("whole call"). Losses are measured here on what each side returns. ModelOpt keeps only
 the mask of its SparseGPT and applies it to the dense weights, so that is what is judged.
 
-Ratios are theirs over ours: above 1 ours is faster, or has the lower loss.
+Ratios are theirs over ours: above 1 ours is faster, or has the lower loss. "CPU" is the ratio of processor times, which
+says more than that of wall times where the machine is shared and ``--threads`` is 1.
 """
 
 import argparse
@@ -46,6 +47,22 @@ OURS = {
 }
 """Every peer and what it is compared with."""
 PATTERN = "2:4"
+TIMES = ("theirs", "ours", "whole", "theirs_processor", "ours_processor")
+"""What is measured of a turn, in seconds; the last two are the processor's, which other work disturbs less."""
+
+HEAD = f"{'':28} {'ms':^24} {'CPU':>7} {'loss':^29} {'mask':>7}\n{'':28}" + "".join(
+    f" {title:>{width}}"
+    for title, width in (
+        ("theirs", 8),
+        ("ours", 8),
+        ("ratio", 7),
+        ("ratio", 7),
+        ("theirs", 10),
+        ("ours", 10),
+        ("ratio", 7),
+        ("agrees", 7),
+    )
+)
 
 
 class Worker:
@@ -86,17 +103,17 @@ class Worker:
         return reply
 
 
-def run_ours(weight: Tensor, stats: Statistics, method: str, *, whole: bool) -> tuple[float, Tensor]:
-    """Return seconds and weights of our solver, or of the whole call with checks and losses."""
+def run_ours(weight: Tensor, stats: Statistics, method: str, *, whole: bool) -> tuple[float, float, Tensor]:
+    """Return seconds, processor seconds and weights of our solver, or of the whole call with checks and losses."""
     row, options = methods.get(method), methods.make_options(method)
     pattern = Pattern(PATTERN)
-    begin = time.perf_counter()
+    begin, begin_processor = time.perf_counter(), time.process_time()
     if whole:
         pruned = prune_weight(weight, stats, pattern, method, "none").weight
     else:
         with full_precision():
             pruned = row.solve(weight, stats, pattern, options).weight
-    return time.perf_counter() - begin, pruned
+    return time.perf_counter() - begin, time.process_time() - begin_processor, pruned
 
 
 def compare(worker: Worker, folder: Path, weight: Tensor, stats: Statistics, arguments: argparse.Namespace) -> Any:
@@ -104,7 +121,7 @@ def compare(worker: Worker, folder: Path, weight: Tensor, stats: Statistics, arg
     matrix, result = folder / "matrix.safetensors", folder / "result.safetensors"
     scale = torch.tensor(2.0 * stats.tokens / arguments.samples)
     save_file({"weight": weight.contiguous(), "gram": stats.gram.contiguous(), "scale": scale}, matrix)
-    found: dict[str, dict[str, Any]] = {peer: {"theirs": [], "ours": [], "whole": []} for peer in arguments.peers}
+    found: dict[str, dict[str, Any]] = {peer: {key: [] for key in TIMES} for peer in arguments.peers}
     for turn in range(arguments.repeats + 1):
         for peer, entry in found.items():
             if "error" in entry:
@@ -116,12 +133,12 @@ def compare(worker: Worker, folder: Path, weight: Tensor, stats: Statistics, arg
             if "error" in reply:
                 entry["error"] = reply["error"]
                 continue
-            ours, pruned = run_ours(weight, stats, OURS[peer], whole=False)
-            whole, _ = run_ours(weight, stats, OURS[peer], whole=True)
+            ours, ours_processor, pruned = run_ours(weight, stats, OURS[peer], whole=False)
+            whole, _, _ = run_ours(weight, stats, OURS[peer], whole=True)
             if turn:
-                entry["theirs"].append(reply["seconds"])
-                entry["ours"].append(ours)
-                entry["whole"].append(whole)
+                taken = (reply["seconds"], ours, whole, reply["processor"], ours_processor)
+                for key, seconds in zip(TIMES, taken, strict=True):
+                    entry[key].append(seconds)
             else:
                 theirs = load_file(result)["weight"]
                 entry["loss_theirs"] = relative_loss(theirs, weight, stats.gram)
@@ -134,11 +151,12 @@ def compare(worker: Worker, folder: Path, weight: Tensor, stats: Statistics, arg
 def summary(entry: dict[str, Any]) -> dict[str, Any]:
     if "error" in entry:
         return {"error": entry["error"]}
-    seconds = {key: statistics.median(entry[key]) for key in ("theirs", "ours", "whole")}
+    seconds = {key: statistics.median(entry[key]) for key in TIMES}
     return {
         **entry,
         **seconds,
         "time_ratio": seconds["theirs"] / seconds["ours"],
+        "processor_ratio": seconds["theirs_processor"] / seconds["ours_processor"],
         "loss_ratio": entry["loss_theirs"] / entry["loss_ours"],
     }
 
@@ -149,7 +167,8 @@ def describe(peer: str, entry: dict[str, Any]) -> str:
     broken = "" if entry["in_pattern"] else f"  NOT {PATTERN}"
     return (
         f"  {peer:26} {1e3 * entry['theirs']:8.1f} {1e3 * entry['ours']:8.1f} {entry['time_ratio']:7.2f}"
-        f" {entry['loss_theirs']:10.5f} {entry['loss_ours']:10.5f} {entry['loss_ratio']:7.3f} {entry['same_mask']:7.4f}"
+        f" {entry['processor_ratio']:7.2f} {entry['loss_theirs']:10.5f} {entry['loss_ours']:10.5f}"
+        f" {entry['loss_ratio']:7.3f} {entry['same_mask']:7.4f}"
         f"{broken}"
     )
 
@@ -166,12 +185,14 @@ def overall(rows: list[dict[str, Any]], peers: list[str]) -> dict[str, dict[str,
         if failed := [entry["error"] for entry in entries if "error" in entry]:
             result[peer] = {"error": f"on {len(failed)} of {len(entries)} matrices; first: {failed[0]}"}
             continue
-        total = {key: sum(entry[key] for entry in entries) for key in ("theirs", "ours", "whole")}
+        total = {key: sum(entry[key] for entry in entries) for key in TIMES}
         result[peer] = {
             "time_ratio_of_sums": total["theirs"] / total["ours"],
             "time_ratio_of_sums_whole_call": total["theirs"] / total["whole"],
+            "processor_ratio_of_sums": total["theirs_processor"] / total["ours_processor"],
             "time_ratio": geometric_mean([entry["time_ratio"] for entry in entries]),
             "least_time_ratio": min(entry["time_ratio"] for entry in entries),
+            "least_processor_ratio": min(entry["processor_ratio"] for entry in entries),
             "loss_ratio": geometric_mean([entry["loss_ratio"] for entry in entries]),
             "least_loss_ratio": min(entry["loss_ratio"] for entry in entries),
             "largest_loss_ratio": max(entry["loss_ratio"] for entry in entries),
@@ -180,17 +201,18 @@ def overall(rows: list[dict[str, Any]], peers: list[str]) -> dict[str, dict[str,
 
 
 def print_overall(totals: dict[str, dict[str, Any]], matrices: int) -> None:
+    print(f"\n{matrices} matrices, theirs over ours; times: of all together, mean, least; losses: mean, least, most")
     print(
-        f"\n{matrices} matrices; theirs over ours: times of all together, of each the geometric mean; losses likewise"
+        f"  {'':26} {'sums':>7} {'whole':>7} {'CPU':>7} {'mean':>7} {'least':>7}   {'loss':>7} {'least':>7} {'most':>7}"
     )
-    print(f"  {'':26} {'sums':>7} {'whole':>7} {'mean':>7} {'least':>7}   {'loss':>7} {'least':>7} {'most':>7}")
     for peer, entry in totals.items():
         if "error" in entry:
             print(f"  {peer:26} FAILED {entry['error']}")
             continue
         print(
             f"  {peer:26} {entry['time_ratio_of_sums']:7.2f} {entry['time_ratio_of_sums_whole_call']:7.2f}"
-            f" {entry['time_ratio']:7.2f} {entry['least_time_ratio']:7.2f}   {entry['loss_ratio']:7.4f}"
+            f" {entry['processor_ratio_of_sums']:7.2f}"
+            f" {entry['time_ratio']:7.2f} {entry['least_time_ratio']:7.2f} {entry['loss_ratio']:7.4f}"
             f" {entry['least_loss_ratio']:7.4f} {entry['largest_loss_ratio']:7.4f}"
         )
 
@@ -212,8 +234,7 @@ def main() -> None:
     with Worker(arguments.environment, arguments.threads) as worker, tempfile.TemporaryDirectory() as folder:
         versions = {**worker.facts["versions"], "torch": worker.facts["torch"], "torch (ours)": torch.__version__}
         print(", ".join(f"{name} {version}" for name, version in versions.items()), f"; {arguments.threads} threads")
-        print(f"  {'':26} {'theirs':>8} {'ours':>8} {'ratio':>7} {'theirs':>10} {'ours':>10} {'ratio':>7} {'mask':>7}")
-        print(f"  {'':26} {'ms':>8} {'ms':>8} {'':>7} {'loss':>10} {'loss':>10} {'':>7} {'agrees':>7}")
+        print(HEAD)
         for name, weight, stats in real_matrices(arguments):
             result = compare(worker, Path(folder), weight, stats, arguments)
             rows.append({"matrix": name, "shape": list(weight.shape), "peers": result})

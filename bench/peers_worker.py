@@ -3,9 +3,9 @@
     DIR/bin/python bench/peers_worker.py THREADS
 
 Says in one JSON line which peers it has, in which versions, and why it lacks the others; then answers requests, one
-JSON object a line, ``{"peer", "matrix", "result"}``, with ``{"seconds"}`` or ``{"error"}``. ``matrix`` is a safetensors
-file with ``weight`` (d_out, d_in), ``gram`` (d_in, d_in, XᵀX / tokens) and ``scale``, tokens times 2 / samples: what
-both peers multiply that by. Only the call of the solver is timed. Nothing here imports halve.
+JSON object a line, ``{"peer", "matrix", "result"}``, with ``{"seconds", "processor"}`` or ``{"error"}``. ``matrix`` is
+a safetensors file with ``weight`` (d_out, d_in), ``gram`` (d_in, d_in, XᵀX / tokens) and ``scale``, tokens times
+2 / samples: what both peers multiply that by. Only the call of the solver is timed. Nothing here imports halve.
 """
 
 import importlib.metadata
@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Solver = Callable[[Tensor, Tensor], tuple[float, Tensor]]
-"""Of the weight and the peer's own statistics, both its to keep: seconds, and the weights that the model would have."""
+Call = Callable[[], Tensor]
+Solver = Callable[[Tensor, Tensor], Call]
+"""From the weight and the peer's own statistics, both its to keep, to the call that gives the model's new weights."""
 
 
 def _module(weight: Tensor) -> torch.nn.Linear:
@@ -38,11 +39,10 @@ def llmcompressor_sparsegpt() -> Solver:
 
     modifier = SparseGPTModifier(sparsity=0.5, mask_structure="2:4")
 
-    def solve(weight: Tensor, gram: Tensor) -> tuple[float, Tensor]:
+    def solve(weight: Tensor, gram: Tensor) -> Call:
         module = _module(weight)
         hessians = {module: gram}
-        begin = time.perf_counter()
-        _, pruned = sparsify_weight(
+        return lambda: sparsify_weight(
             module=module,
             hessians_dict=hessians,
             sparsity=0.5,
@@ -51,8 +51,7 @@ def llmcompressor_sparsegpt() -> Solver:
             block_size=modifier.block_size,
             dampening_frac=modifier.dampening_frac,
             preserve_sparsity_mask=modifier.preserve_sparsity_mask,
-        )
-        return time.perf_counter() - begin, pruned
+        )[1]
 
     return solve
 
@@ -61,12 +60,10 @@ def llmcompressor_wanda() -> Solver:
     """Return what ``WandaPruningModifier.compress_modules`` calls."""
     from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
 
-    def solve(weight: Tensor, gram: Tensor) -> tuple[float, Tensor]:
+    def solve(weight: Tensor, gram: Tensor) -> Call:
         module = _module(weight)
         scalars = {module: gram.diagonal() / 2.0}
-        begin = time.perf_counter()
-        pruned = sparsify_weight(module=module, row_scalars_dict=scalars, sparsity=0.5, prune_n=2, prune_m=4)
-        return time.perf_counter() - begin, pruned
+        return lambda: sparsify_weight(module=module, row_scalars_dict=scalars, sparsity=0.5, prune_n=2, prune_m=4)
 
     return solve
 
@@ -77,10 +74,8 @@ def modelopt_sparsegpt() -> Solver:
 
     config = SparseGPTSearcher().default_search_config
 
-    def solve(weight: Tensor, gram: Tensor) -> tuple[float, Tensor]:
-        begin = time.perf_counter()
-        pruned = weight * create_sgpt_mask(weight, gram, config)
-        return time.perf_counter() - begin, pruned
+    def solve(weight: Tensor, gram: Tensor) -> Call:
+        return lambda: weight * create_sgpt_mask(weight, gram, config)
 
     return solve
 
@@ -96,10 +91,13 @@ def answer(solvers: dict[str, Solver], request: dict[str, Any]) -> dict[str, Any
     """Run one peer on one matrix."""
     given = load_file(request["matrix"])
     gram = given["gram"] * given["scale"]
+    call = solvers[request["peer"]](given["weight"], gram)
     with torch.no_grad():
-        seconds, pruned = solvers[request["peer"]](given["weight"], gram)
+        begin, begin_processor = time.perf_counter(), time.process_time()
+        pruned = call()
+        reply = {"seconds": time.perf_counter() - begin, "processor": time.process_time() - begin_processor}
     save_file({"weight": pruned.detach().contiguous()}, Path(request["result"]))
-    return {"seconds": seconds}
+    return reply
 
 
 def main() -> None:
