@@ -1,6 +1,6 @@
 """Time and peak memory of the methods against d_in, their exponents, and a prediction for whole models on a GPU.
 
-    python bench/scaling.py [--methods NAME ...] [--largest D] [--json PATH]
+    python bench/scaling.py [--methods NAME ...] [--sizes D ...] [--json PATH] [--earlier PATH ...]
 
 Statistics are synthetic, with a spectrum like those of language models: ``H = D Q diag(s) Qᵀ D`` with eigenvalues
 falling as 1/k, three directions 30 times as large as the first of the others, log-normal scales D, and Q the Kronecker
@@ -161,10 +161,10 @@ def show(entry: dict[str, Any]) -> str:
     )
 
 
-def print_exponents(entries: list[dict[str, Any]], names: list[str]) -> None:
+def print_exponents(entries: list[dict[str, Any]]) -> None:
     print("\nexponents of d_in, and memory beyond weights and statistics in float32 numbers at the largest d_in")
     print(f"{'':17} {'to d_in':>7} {'512 rows':>8} {'a matrix':>8} {'a row':>8}   {'/ weight':>8} {'/ d_in^2':>8}")
-    for name in names:
+    for name in CONTENDERS:
         mine = [entry for entry in entries if entry["method"] == name]
         if not mine:
             continue
@@ -179,7 +179,7 @@ def print_exponents(entries: list[dict[str, Any]], names: list[str]) -> None:
 
 def run(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure one method in a process of its own, and show its lines as they come."""
-    sizes = [str(d) for d in SIZES if d <= min(arguments.largest, CONTENDERS[name][3])]
+    sizes = [str(d) for d in arguments.sizes if d <= CONTENDERS[name][3]]
     command = [sys.executable, __file__, "--measure", name, "--sizes", *sizes]
     command += ["--seed", str(arguments.seed), "--clock", arguments.clock]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
@@ -190,15 +190,15 @@ def run(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             print(show(entries[-1]), flush=True)
     if process.returncode:
         print(f"{name:17} FAILED with status {process.returncode} after d_in = {[entry['d'] for entry in entries]}")
-    if CONTENDERS[name][3] < arguments.largest:
+    if CONTENDERS[name][3] < max(arguments.sizes):
         print(f"{name:17} not run beyond d_in = {CONTENDERS[name][3]}: it would take too long here")
     return entries
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--largest", type=int, default=SIZES[-1], help="d_in")
+    parser.add_argument("--methods", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="d_in, powers of two")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--clock",
@@ -208,8 +208,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="what earlier runs wrote to --json, to add")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--sizes", type=int, nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(arguments.measure, arguments.sizes, arguments.seed, arguments.clock)
@@ -221,12 +221,19 @@ def main() -> None:
         f"{'':17} {'d_in':>5} {'rows':>5} {'few s':>8} {'many s':>8} {'matrix s':>9} {'row ms':>8} {'peak MB':>8}"
         f" {'steps':>9} {'loss':>8}"
     )
-    entries = [entry for name in arguments.methods for entry in run(name, arguments)]
-    print_exponents(entries, arguments.methods)
+    entries = [entry for path in arguments.earlier for entry in json.loads(path.read_text())["measured"]]
+    for entry in entries:
+        print(show(entry))
+    facts = {"threads": arguments.threads, "clock": arguments.clock, "torch": torch.__version__}
+    for name in arguments.methods:
+        entries += run(name, arguments)
+        if arguments.json:
+            arguments.json.write_text(json.dumps({**facts, "measured": entries}, indent=1) + "\n")
+    entries.sort(key=lambda entry: (list(CONTENDERS).index(entry["method"]), entry["d"]))
+    print_exponents(entries)
     print()
     prediction = print_prediction(entries)
     if arguments.json:
-        facts = {"threads": arguments.threads, "torch": torch.__version__}
         text = json.dumps({**facts, "measured": entries, "predicted": prediction}, indent=1)
         arguments.json.write_text(text + "\n")
 
