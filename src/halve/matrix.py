@@ -249,7 +249,7 @@ def _fit(task: _Task, outcome: Outcome) -> Outcome:
         return outcome
     gram, facts = task.stats.gram, dict(outcome.facts)
     weight = outcome.weight
-    facts["relative_loss_before_refit"] = relative_loss(weight, task.weight, gram)
+    facts["relative_loss_before_refit"] = facts["relative_loss"] = relative_loss(weight, task.weight, gram)
     if task.refit.solve is not None:
         # Exactly N a group: a slot that the method left at zero may be put to use.
         support = task.pattern if task.refit.changes_mask else task.pattern.keep_mask(weight.abs())
@@ -259,7 +259,7 @@ def _fit(task: _Task, outcome: Outcome) -> Outcome:
             reason = f"refit {task.refit.name} failed: {error}"
             return Outcome(task.weight, Status.FAILED, task.method.name, reason)
         facts |= refit_facts
-    facts["relative_loss"] = relative_loss(weight, task.weight, gram)
+        facts["relative_loss"] = relative_loss(weight, task.weight, gram)
     return Outcome(weight, outcome.status, outcome.method, outcome.reason, facts)
 
 
