@@ -8,7 +8,7 @@ product of two random orthogonal matrices, which costs d² (d_1 + d_2) to apply.
 
 Every method has a fresh process, and prunes at each d_in two matrices, of few and of many rows: what the rows do not
 account for is the cost of the matrix (factorisations, about d³, and reading H), the rest is the cost of a row (about
-d² an iteration). The same for memory: the growth of the process's peak during the call, beyond weights and statistics.
+d² an iteration). Memory is the growth of the process's peak during the call with many rows, beyond weights and H.
 Methods stop at the d_in of the table below, larger ones at fewer rows: the rest would take this script beyond ten
 minutes on two cores. The exponents are least squares in log-log.
 
@@ -117,25 +117,14 @@ def measure(name: str, sizes: list[int], seed: int, clock: str) -> None:
                     **{key: outcome.facts[key] for key in FACTS if key in outcome.facts},
                 }
             )
-        print(json.dumps({"method": name, "d": d, "runs": runs, **split(d, runs)}), flush=True)
+        print(json.dumps({"method": name, "d": d, "runs": runs, **split(runs)}), flush=True)
 
 
-def split(d: int, runs: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return seconds and float32 numbers of memory, those of the matrix and those of a row (a weight) apart."""
+def split(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the seconds of the matrix and those of a row apart."""
     few, many = runs
-    more = many["rows"] - few["rows"]
-    per_row = (many["seconds"] - few["seconds"]) / more
-    parts: dict[str, float | None] = {
-        "seconds_per_row": per_row,
-        "seconds_per_matrix": few["seconds"] - few["rows"] * per_row,
-        "floats_per_weight": None,
-        "floats_per_statistic": None,
-    }
-    if few["extra_bytes"] is not None and many["extra_bytes"] is not None:
-        per_weight = (many["extra_bytes"] - few["extra_bytes"]) / (4.0 * more * d)
-        parts["floats_per_weight"] = per_weight
-        parts["floats_per_statistic"] = (few["extra_bytes"] / 4.0 - few["rows"] * d * per_weight) / d**2
-    return parts
+    per_row = (many["seconds"] - few["seconds"]) / (many["rows"] - few["rows"])
+    return {"seconds_per_row": per_row, "seconds_per_matrix": few["seconds"] - few["rows"] * per_row}
 
 
 def exponent(points: list[tuple[int, float]]) -> str:
@@ -162,8 +151,8 @@ def show(entry: dict[str, Any]) -> str:
 
 
 def print_exponents(entries: list[dict[str, Any]]) -> None:
-    print("\nexponents of d_in, and memory beyond weights and statistics in float32 numbers at the largest d_in")
-    print(f"{'':17} {'to d_in':>7} {'512 rows':>8} {'a matrix':>8} {'a row':>8}   {'/ weight':>8} {'/ d_in^2':>8}")
+    print("\nexponents of d_in; peak memory beyond weights and statistics, over that of H, at the largest d_in")
+    print(f"{'':17} {'to d_in':>7} {'512 rows':>8} {'a matrix':>8} {'a row':>8} {'peak / H':>8}")
     for name in CONTENDERS:
         mine = [entry for entry in entries if entry["method"] == name]
         if not mine:
@@ -171,10 +160,10 @@ def print_exponents(entries: list[dict[str, Any]]) -> None:
         matrix = [(entry["d"], entry["seconds_per_matrix"]) for entry in mine]
         row = [(entry["d"], entry["seconds_per_row"]) for entry in mine]
         whole = [(d, a + 512 * b) for (d, a), (_, b) in zip(matrix, row, strict=True)]
-        memory = (mine[-1]["floats_per_weight"], mine[-1]["floats_per_statistic"])
-        shown = " ".join(f"{'-' if value is None else format(value, '.1f'):>8}" for value in memory)
+        largest, extra = mine[-1]["d"], mine[-1]["runs"][-1]["extra_bytes"]
+        memory = "-" if extra is None else f"{extra / (4 * largest**2):.1f}"
         fits = " ".join(f"{exponent(points):>8}" for points in (whole, matrix, row))
-        print(f"{name:17} {mine[-1]['d']:7} {fits}   {shown}")
+        print(f"{name:17} {largest:7} {fits} {memory:>8}")
 
 
 def run(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
