@@ -16,9 +16,7 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
-from collections.abc import Iterator
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve import blocks, checkpoint, prune_weight
-from halve.collect import Collector
-from halve.device import autocast, compute_dtype, evaluation_mode
+from halve import prune_weight
 from halve.gram import Statistics
-from halve.pattern import Pattern
-from halve.pruning import text_tokens, token_batches
-from halve.run import plan_model
+from real_matrices import add_arguments, real_matrices
 
 CONTENDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "wanda": ("wanda", "cg", {}),
@@ -45,40 +39,6 @@ CONTENDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "best": ("auto", "cg", {"effort": "best"}),
 }
 BASE = "alps"
-
-
-def real_matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor, Statistics]]:
-    """Yield name, weight and statistics of every matrix in the chosen blocks."""
-    loaded = checkpoint.load_model(arguments.model)
-    tokens = text_tokens(
-        loaded,
-        arguments.calibration,
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        seed=arguments.seed,
-        text_field="text",
-    )
-    model, batches, cpu = loaded.model, token_batches(tokens.ids), torch.device("cpu")
-    with evaluation_mode(model):
-        plan, returns = plan_model(model, batches[0], Pattern("2:4"))
-        members = [model.get_submodule(name) for name in plan.blocks]
-        stream = blocks.capture(model, members, batches, returns)
-        if beyond := [index for index in arguments.blocks if not 0 <= index < len(members)]:
-            sys.exit(f"--blocks {beyond[0]} is not one of the model's {len(members)} blocks")
-        for index, block in enumerate(members[: max(arguments.blocks) + 1]):
-            chosen = index in arguments.blocks
-            collector = Collector(block, plan.blocks[index], plan.of_block(index) if chosen else (), cpu)
-            with autocast(block, compute_dtype(cpu)), collector.watching():
-                for batch in range(len(batches)):
-                    collector.start_batch(None)
-                    hidden = blocks.run_block(block, stream.hidden[batch], stream.calls[index][batch])
-                    stream.hidden[batch] = hidden
-            if chosen:
-                found = collector.finish()
-                for matrix in plan.of_block(index):
-                    stats = found[matrix.name]
-                    if stats is not None:
-                        yield matrix.name, matrix.view(model.get_parameter(matrix.parameter).data), stats
 
 
 def contend(weight: Tensor, stats: Statistics, names: list[str], repeats: int) -> dict[str, tuple[float, float]]:
@@ -165,11 +125,7 @@ def on_toy_problems(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="checkpoint directory, hub id or .gguf file")
-    parser.add_argument("--calibration", default="self")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 15, 27])
+    add_arguments(parser)
     parser.add_argument("--methods", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)

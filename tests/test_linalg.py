@@ -5,7 +5,7 @@ import torch
 
 from halve import linalg
 from halve.errors import FactorisationError, InputError
-from halve.linalg import damped_cholesky, full_precision
+from halve.linalg import damped_cholesky, full_precision, lower_inverse
 
 RUNGS = [(step, dtype) for step in (1.0, 10.0, 100.0) for dtype in (torch.float32, torch.float64)]
 
@@ -154,3 +154,16 @@ def test_full_precision_switches_back_even_after_an_error():
         backend.fp32_precision = before
     assert product.dtype == torch.float32
     assert float((product - exact).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("d", [1, 2, 64, 65, 131, 300])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-14)])
+def test_the_inverse_by_halves_is_the_inverse(d, dtype, tolerance):
+    generator = torch.Generator().manual_seed(d)
+    samples = torch.randn(3 * d, d, generator=generator, dtype=torch.float64)
+    lower = torch.linalg.cholesky(samples.mT @ samples / (3 * d))
+    inverse = lower_inverse(lower.to(dtype))
+    exact = torch.linalg.inv(lower)
+    assert inverse.dtype == dtype
+    assert torch.equal(inverse, inverse.tril())
+    assert float((inverse - exact).abs().max() / exact.abs().max()) < tolerance

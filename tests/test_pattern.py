@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.errors import PatternError
-from halve.pattern import MAX_GROUP, Pattern, apply_mask
+from halve.pattern import MAX_GROUP, Pattern, Tournament, apply_mask
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,17 @@ def test_no_rows_are_fine(text):
     empty = torch.zeros(0, 8)
     assert Pattern(text).project(empty).shape == (0, 8)
     assert Pattern(text).satisfied_by(empty)
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "4:8", "1:2", "31:32"])
+def test_a_tournament_prunes_what_keep_mask_does_ties_included(text):
+    pattern = Pattern(text)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.cat(
+        (
+            torch.randint(0, 3, (500, pattern.group), generator=generator).float(),  # many ties
+            torch.rand(500, pattern.group, generator=generator),
+        )
+    )
+    losers = Tournament(pattern.keep, pattern.group, scores.device).losers(scores.mT.contiguous())
+    assert torch.equal(losers.mT, (~pattern.keep_mask(scores)).float())

@@ -140,6 +140,38 @@ class Pattern:
         return not bool(self.violating_groups(weight).any())
 
 
+class Tournament:
+    """``keep_mask`` for one group of many rows at a time, in five operations whatever M: for calling often.
+
+    Every pair of a group is compared once; a linear map of the outcomes counts the entries that beat each.
+
+    Args:
+        keep: N.
+        group: M.
+        device: of the scores.
+    """
+
+    def __init__(self, keep: int, group: int, device: torch.device) -> None:
+        first, second = torch.triu_indices(group, group, 1, device=device)
+        pairs = torch.arange(len(first), device=device)
+        self._keep = keep
+        self._entries = torch.cat((first, second))
+        self._counts = torch.zeros(group, len(first), device=device)
+        self._counts[second, pairs] = 1.0
+        self._counts[first, pairs] = -1.0
+        self._base = torch.arange(group - 1, -1, -1.0, device=device).unsqueeze(-1)
+
+    def losers(self, scores: Tensor) -> Tensor:
+        """Return 1.0 for the entries to prune and 0.0 for the N largest of each column, ties to the lowest index.
+
+        Args:
+            scores: (M, rows) float32, no NaN.
+        """
+        first, second = scores.index_select(0, self._entries).chunk(2)
+        ranks = torch.addmm(self._base, self._counts, torch.ge(first, second, out=torch.empty_like(first)))
+        return torch.ge(ranks, self._keep, out=ranks)
+
+
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """Return ``weight`` with +0.0 wherever ``mask`` is false, and no -0.0 anywhere."""
     return torch.where(mask, weight, 0.0).add_(0.0)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from halve.gram import Statistics
-from halve.linalg import Factor, damped_cholesky
+from halve.linalg import Factor, damped_cholesky, lower_inverse
 from halve.options import check_count, check_positive
 from halve.outcome import Outcome, Status
-from halve.pattern import Pattern
+from halve.pattern import Pattern, Tournament
 from halve.quadratic import dead_features, feature_scales
 
 _CHUNK = 8
@@ -90,11 +90,13 @@ def inverse_factor(gram: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, 
     """
     live = ~dead
     mean = float(gram.diagonal()[live].double().mean())
-    coupled = torch.where(live & live.unsqueeze(-1), gram, 0.0)
-    coupled.diagonal()[dead] = mean
-    factor = damped_cholesky(coupled.flip(0, 1), damping)
-    identity = torch.eye(gram.shape[0], dtype=factor.lower.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(factor.lower, identity, upper=False)
+    coupled = gram.flip(0, 1)
+    if bool(dead.any()):
+        live = live.flip(0)
+        coupled = torch.where(live & live.unsqueeze(-1), coupled, 0.0)
+        coupled.diagonal()[~live] = mean
+    factor = damped_cholesky(coupled, damping)
+    inverse = lower_inverse(factor.lower)
     return inverse.flip(0, 1).float().contiguous(), factor, mean
 
 
@@ -104,56 +106,55 @@ def _prune(columns: Tensor, upper: Tensor, importance: Tensor, pattern: Pattern,
     Args:
         columns: (d_in, d_out) float32.
         upper: (d_in, d_in) float32, U.
-        importance: (d_in,) float32; the cost of zeroing w_j is ``(w_j importance_j)²``.
+        importance: (d_in,) float32; the cost of zeroing w_j is ``(w_j importance_j)²``. 1 / U_jj but for dead features.
         pattern: N:M or a percentage.
         block_size: see the options.
     """
     d_in = columns.shape[0]
-    _, group = pattern.budget(d_in)
+    keep, group = pattern.budget(d_in)
     chunk = group if pattern.structured else _CHUNK
     block = max(chunk, block_size // chunk * chunk)
+    tournament = Tournament(keep, group, columns.device) if pattern.structured else None
+    links = group - keep if pattern.structured else chunk
     zeros_before = 0
     for start in range(0, d_in, block):
         stop = min(start + block, d_in)
-        mask = torch.ones_like(columns[start:stop], dtype=torch.bool)
-        if not pattern.structured:
+        pruned = torch.zeros_like(columns[start:stop])
+        if tournament is None:
             # Rounded cumulatively, so that the zeros of the blocks add up to those of the row.
             zeros = int(stop * pattern.sparsity)
             scores = (columns[start:stop] * importance[start:stop, None]).abs()
             order = torch.sort(scores, dim=0, stable=True, descending=True).indices
-            mask.scatter_(0, order[stop - start - (zeros - zeros_before) :], value=False)
+            pruned.scatter_(0, order[stop - start - (zeros - zeros_before) :], value=1.0)
             zeros_before = zeros
-        errors = torch.zeros_like(columns[start:stop])
+        errors = torch.empty_like(pruned)
+        # How much the error of column i changes that of column j > i: U_ij / U_jj.
+        couplings = (upper[start:stop, start:stop] * importance[start:stop]).triu_(1).mT
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
-            if pattern.structured:
-                scores = (columns[first:last] * importance[first:last, None]).abs()
-                mask[first - start : last - start] = pattern.keep_mask(scores.mT).mT
-            _prune_chunk(
-                columns[first:last],
-                mask[first - start : last - start],
-                errors[first - start : last - start],
-                upper[first:last, first:last],
-            )
-            columns[last:stop].addmm_(upper[first:last, last:stop].mT, errors[first - start : last - start], alpha=-1)
+            inside = slice(first - start, last - start)
+            scores = columns[first:last] * importance[first:last, None]
+            chosen = pruned[inside] if tournament is None else tournament.losers(scores.abs())
+            error = _errors(scores, chosen, couplings[inside, inside], links)
+            columns[first:stop].addmm_(upper[first:last, first:stop].mT, error, alpha=-1)
+            columns[first:last].masked_fill_(chosen.bool(), 0.0)
+            errors[inside] = error
         columns[stop:].addmm_(upper[start:stop, stop:].mT, errors, alpha=-1)
 
 
-def _prune_chunk(columns: Tensor, mask: Tensor, errors: Tensor, upper: Tensor) -> None:
-    """Zero the masked weights of a few columns in place and record their errors ``w_j / U_jj``.
+def _errors(scores: Tensor, pruned: Tensor, couplings: Tensor, links: int) -> Tensor:
+    """Return the errors ``w_j / U_jj`` of the pruned weights of a chunk, each seeing those of the columns before it.
 
-    Each column sees the errors of those before it.
+    The forward substitution ``e = p (s - N e)``, N strictly lower triangular, taken for all columns at once: after as
+    many rounds as a row has pruned weights nothing changes any more.
 
     Args:
-        columns: (k, d_out) float32, in and out.
-        mask: (k, d_out) bool, what to keep.
-        errors: (k, d_out) float32, zeros; out.
-        upper: (k, k) float32, the block of U on the diagonal.
+        scores: (k, d_out), ``s_j = w_j / U_jj`` before any column of the chunk is pruned.
+        pruned: (k, d_out), 1.0 where a weight is pruned, else 0.0.
+        couplings: (k, k), N.
+        links: most pruned weights of a row.
     """
-    reciprocals = (1.0 / upper.diagonal()).tolist()
-    for j, reciprocal in enumerate(reciprocals):
-        if j > 0:
-            columns[j].addmv_(errors[:j].mT, upper[:j, j], alpha=-1)
-        torch.mul(columns[j], reciprocal, out=errors[j])
-        errors[j].masked_fill_(mask[j], 0.0)
-        columns[j].masked_fill_(~mask[j], 0.0)
+    errors = scores * pruned
+    for _ in range(min(links, scores.shape[0]) - 1):
+        errors = torch.addmm(scores, couplings, errors, alpha=-1).mul_(pruned)
+    return errors
