@@ -93,7 +93,11 @@ def refine(
     swaps = rounds = unconverged = 0
     before = row_losses(weight, original, gram)
     begun = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-    order = torch.arange(len(mask), device=mask.device) if deadline == math.inf else before.argsort(descending=True, stable=True)
+    order = (
+        torch.arange(len(mask), device=mask.device)
+        if deadline == math.inf
+        else before.argsort(descending=True, stable=True)
+    )
     for rows in torch.split(order, chunk):
         if time.perf_counter() > deadline:
             break
