@@ -203,7 +203,7 @@ def overall(rows: list[dict[str, Any]], peers: list[str]) -> dict[str, dict[str,
 def print_overall(totals: dict[str, dict[str, Any]], matrices: int) -> None:
     print(f"\n{matrices} matrices, theirs over ours; times: of all together, mean, least; losses: mean, least, most")
     print(
-        f"  {'':26} {'sums':>7} {'whole':>7} {'CPU':>7} {'mean':>7} {'least':>7}   {'loss':>7} {'least':>7} {'most':>7}"
+        f"  {'':26} {'sums':>7} {'whole':>7} {'CPU':>7} {'mean':>7} {'least':>7} {'loss':>7} {'least':>7} {'most':>7}"
     )
     for peer, entry in totals.items():
         if "error" in entry:
