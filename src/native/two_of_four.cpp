@@ -1,6 +1,6 @@
 // Compiled once for each instruction set, HALVE_ISA naming it. A vector holds one entry of as many groups as it has
-// lanes; every candidate is computed for all of them and masks choose. The few groups that a fixed number of Newton
-// steps does not settle wait in `Late` until they fill vectors of their own.
+// lanes; every candidate is computed for all of them and masks choose. Where few lanes need the next stage, their groups
+// wait in a `Queue` until they fill a vector of their own, and so do, in `Late`, those that few Newton steps do not settle.
 //
 // What a group becomes depends on that group alone, never on its neighbours or on its place.
 #include "two_of_four.hpp"
@@ -18,7 +18,8 @@ constexpr double SPARSE_FROM = 1.2072;  // from here on no minimiser has a third
 constexpr double THREE_IS_SAFE_BELOW = 0.92;  // share of the fourth entry's slope
 constexpr int STARTS = 3;
 constexpr double START[STARTS][2] = {{0.45, 0.9}, {0.3, 1.0}, {0.6, 1.2}};
-constexpr int STEPS_ON_THREE = 2, MORE_STEPS_ON_THREE = 32;
+constexpr int FEW_OF_16 = 10;  // so many lanes of a vector in use are better moved to another
+constexpr int STEPS_ON_THREE = 1, MORE_STEPS_ON_THREE = 32;
 constexpr int STEPS_ON_FOUR = 2, MORE_STEPS_ON_FOUR = 2, LATE_STEPS = 16;
 
 template <typename T>
@@ -51,7 +52,7 @@ inline V step_to_third(const Group<V>& g, V u3, V limit) {
 }
 
 template <typename T, typename V = typename Simd<T>::Real, typename M = typename Simd<T>::Mask>
-inline M descend_to_third(const Group<V>& g, V& u3) {
+inline M descend_to_third(const Group<V>& g, M wanted, V& u3) {
     // Two bounds of the root from above: one Newton step from 0, where h is convex and falls, and y_2 / (2 mu).
     const V over_mu = reciprocal(g.mu), tiny = V{} + T(1e-30), zero = {};
     const V slope = 1 - g.mu * g.mu * (1 + g.y1 * g.y1);
@@ -67,7 +68,7 @@ inline M descend_to_third(const Group<V>& g, V& u3) {
         const V change = u3 - before;
         return larger(change, -change) > NEWTON_TOLERANCE<T> * u3;
     };
-    M open = moved();
+    M open = wanted & moved();
     for (int step = 0; step < MORE_STEPS_ON_THREE && any(open); ++step) {
         before = u3;
         u3 = open ? step_to_third(g, u3, limit) : u3;
@@ -124,10 +125,10 @@ inline auto four_settled(const Four<V>& f) {
            (larger(f.step_q, -f.step_q) <= NEWTON_TOLERANCE<T> * f.q + noise);
 }
 
-// Continue the groups that have not settled, at most `steps` times; the others stay as they are.
+// Continue the wanted groups that have not settled, at most `steps` times; the others stay as they are.
 template <typename T, typename V = typename Simd<T>::Real, typename M = typename Simd<T>::Mask>
-inline M settle_on_four(const Group<V>& g, Four<V>& f, int steps) {
-    M settled = four_settled<T>(f);
+inline M settle_on_four(const Group<V>& g, M wanted, Four<V>& f, int steps) {
+    M settled = ~wanted | four_settled<T>(f);
     for (int step = 0; step < steps && any(~settled); ++step) {
         Four<V> next = f;
         step_on_four<T>(g, next);
@@ -196,10 +197,25 @@ struct Work {
     V w[4];  // magnitudes in decreasing order, in the end the solution's
     M swapped[6];  // by the sorting network
     M undecided, wins, keeps_four;
+    M sure;  // of those undecided: to keep four
     V top;
     Open<T> open;  // its mask: first the groups that may keep four, in the end those not found
-    Four<V> four;
     Candidate<V> c;
+};
+
+// Where `transpose` takes a lane from: its place in memory, in groups.
+template <typename T>
+inline int place(int lane) {
+    return lane % 4 * (Simd<T>::LANES / 4) + lane / 4;
+}
+
+// Where the groups of a vector will be written: one after the other from `start`, or each at its own address.
+template <typename T>
+struct Homes {
+    T* start;
+    T* const* each;
+
+    T* operator()(int group) const { return each ? each[group] : start + 4 * group; }
 };
 
 // Groups whose candidate without zeros was not found at the first attempt. They have been written as if there were
@@ -216,8 +232,8 @@ struct Late {
     T* out[LANES];
     int count = 0;
 
-    // Take the open groups of one vector, which was stored at `to`.
-    void add_all(const Work<T>& k, T* to) {
+    // Take the open groups of one vector, which were stored at `homes`.
+    void add_all(const Work<T>& k, const Homes<T>& homes) {
         for (int lane = 0; lane < LANES; ++lane) {
             if (!k.open.mask[lane]) continue;
             if (count == LANES) flush();
@@ -228,7 +244,7 @@ struct Late {
             three[count] = k.open.three[lane];
             forced[count] = k.open.forced[lane];
             for (int i = 0; i < 4; ++i) z[count][i] = k.z[i][lane];
-            out[count] = to + 4 * (lane % 4 * (LANES / 4) + lane / 4);  // where `transpose` took the lane from
+            out[count] = homes(place<T>(lane));
             ++count;
         }
     }
@@ -246,7 +262,7 @@ struct Late {
         for (int start = 0; start < STARTS && any(waiting); ++start) {
             Four<V> f = start_of_four<T>(g, START[start]);
             step_on_four<T>(g, f);
-            const M settled = settle_on_four<T>(g, f, LATE_STEPS - 1);
+            const M settled = settle_on_four<T>(g, waiting, f, LATE_STEPS - 1);
             M minimum;
             const Candidate<V> c = polish_four<T>(g, f, minimum);
             const M found = waiting & settled & minimum;
@@ -305,25 +321,34 @@ inline bool prepare(const T* z, T lam, Work<T>& k, M& spoiled) {
     return some;
 }
 
+template <typename T>
+inline void normalise(T lam, Work<T>& k) {
+    using V = typename Simd<T>::Real;
+    const V one = V{} + T(1), zero = {};
+    const auto undecided = k.undecided;
+    Group<V>& g = k.open.group;
+    k.top = undecided ? k.w[0] : one;  // the others are solved for a stand-in
+    g.mu = undecided ? k.top * lam : one;
+    g.y1 = undecided ? k.w[1] / k.top : one;
+    g.y2 = undecided ? k.w[2] / k.top : one;
+    g.y3 = undecided ? k.w[3] / k.top : zero;
+}
+
 // Find the candidate with three non-zeros. Returns whether some groups may keep four.
 template <typename T>
 inline bool solve_three(T lam, Work<T>& k) {
     using V = typename Simd<T>::Real;
     using M = typename Simd<T>::Mask;
-    const V one = V{} + T(1), zero = {};
-    const M undecided = k.undecided;
-    const V top = undecided ? k.w[0] : one;  // the others are solved for a stand-in
-    Group<V> g;
-    g.mu = undecided ? top * lam : one;
-    g.y1 = undecided ? k.w[1] / top : one;
-    g.y2 = undecided ? k.w[2] / top : one;
-    g.y3 = undecided ? k.w[3] / top : zero;
+    normalise(lam, k);
+    const V zero = {};
+    const M doubtful = k.undecided & ~k.sure;
+    const Group<V> g = k.open.group;
 
     V u3, u1, u2, inverse;
-    const M settled = descend_to_third<T>(g, u3);
+    const M settled = descend_to_third<T>(g, doubtful, u3);
     two_largest(g.y1, g.mu, u3, u1, u2, inverse);
     const V mu = g.mu, y3 = g.y3;
-    const M wins = undecided & settled & (u3 > 0) & (mu * mu * (u1 * u1 + u2 * u2) < 1);
+    const M wins = doubtful & settled & (u3 > 0) & (mu * mu * (u1 * u1 + u2 * u2) < 1);
     const V push = mu * (u3 * (u1 + u2) + u1 * u2), forced = y3 - push;
     const M close = wins & (y3 >= T(THREE_IS_SAFE_BELOW) * push) & (y3 > 0);
     const M leaves = close & ((forced > 0) | ~four_is_convex(mu * (u1 + u2), mu * u3, mu * (u1 - u2), mu * u3));
@@ -331,27 +356,20 @@ inline bool solve_three(T lam, Work<T>& k) {
     k.c = c;
     k.wins = wins;
     k.keeps_four = M{};
-    k.top = top;
-    k.open.group = g;
-    k.open.three = T(0.5) * (c.d0 * c.d0 + c.d1 * c.d1 + c.d2 * c.d2 + y3 * y3) + u3 * c.d2;
-    k.open.forced = forced;
-    k.open.mask = leaves;
-    return any(leaves);
-}
-
-template <typename T>
-inline void approach_four(Work<T>& k) {
-    auto f = start_of_four<T>(k.open.group, START[0]);
-    for (int step = 0; step < STEPS_ON_FOUR; ++step) step_on_four<T>(k.open.group, f);
-    k.four = f;
+    k.open.three =
+        T(0.5) * (c.d0 * c.d0 + c.d1 * c.d1 + c.d2 * c.d2 + y3 * y3) + u3 * c.d2;
+    k.open.forced = k.sure ? V{} + T(1) : forced;
+    k.open.mask = leaves | k.sure;
+    return any(k.open.mask);
 }
 
 // Choose between three and four non-zeros. Returns whether the choice is open for some groups.
 template <typename T>
-inline bool choose_four(Work<T>& k) {
+__attribute__((noinline)) bool choose_four(Work<T>& k) {
     typename Simd<T>::Mask minimum;
-    auto f = k.four;
-    const auto settled = settle_on_four<T>(k.open.group, f, MORE_STEPS_ON_FOUR);
+    auto f = start_of_four<T>(k.open.group, START[0]);
+    for (int step = 0; step < STEPS_ON_FOUR; ++step) step_on_four<T>(k.open.group, f);
+    const auto settled = settle_on_four<T>(k.open.group, k.open.mask, f, MORE_STEPS_ON_FOUR);
     const auto four = polish_four<T>(k.open.group, f, minimum);
     const auto found = k.open.mask & settled & minimum;
     const auto keeps = found & ((four.objective < k.open.three) | (k.open.forced > 0));
@@ -360,6 +378,7 @@ inline bool choose_four(Work<T>& k) {
     k.c.d2 = keeps ? four.d2 : k.c.d2;
     k.c.d3 = four.d3;
     k.keeps_four = keeps;
+    k.wins |= keeps;
     k.open.mask &= ~found;
     return any(k.open.mask);
 }
@@ -392,41 +411,179 @@ inline void finish(const Work<T>& k, T* out) {
     for (int i = 0; i < 4; ++i) std::memcpy(out + i * Simd<T>::LANES, &w[i], sizeof(V));
 }
 
-// Solve one vector of groups from z into out, which may be the same; `late` will write to `home`.
-template <typename T, typename M = typename Simd<T>::Mask>
-inline void solve_vector(const T* z, T* out, T* home, T lam, M& spoiled, Late<T>& late) {
-    Work<T> k;
-    bool open = false;
-    if (prepare(z, lam, k, spoiled)) {
+// Write one vector of groups to their homes.
+template <typename T>
+inline void write(const Work<T>& k, const Homes<T>& homes, unsigned lanes) {
+    if (!homes.each) {
+        finish(k, homes.start);
+        return;
+    }
+    alignas(64) T solved[4 * Simd<T>::LANES];
+    finish(k, solved);
+    for (; lanes; lanes &= lanes - 1) {
+        const int at = place<T>(__builtin_ctz(lanes));
+        std::memcpy(homes.each[at], solved + 4 * at, 4 * sizeof(T));
+    }
+}
+
+// Groups copied out of vectors in which few need the next stage, until they fill a vector of their own.
+template <typename T>
+struct Queue {
+    static constexpr int LANES = Simd<T>::LANES;
+
+    alignas(64) T z[4 * LANES];
+    alignas(64) T three[LANES], forced[LANES];  // by lane, of the groups that may keep four
+    T* out[LANES];
+    T nowhere[4];
+    int count = 0;
+
+    static int lane(int place) { return place % (LANES / 4) * 4 + place / (LANES / 4); }
+
+    void add(const T* from, T* home) {
+        std::memcpy(z + 4 * count, from, 4 * sizeof(T));
+        out[count++] = home;
+    }
+
+    void pad() {
+        for (; count < LANES; ++count) {
+            for (int i = 0; i < 4; ++i) z[4 * count + i] = T(0);
+            three[lane(count)] = forced[lane(count)] = T(0);
+            out[count] = nowhere;
+        }
+    }
+};
+
+// Solves one vector after the other; what waits for company is written by `flush` at the latest.
+template <typename T>
+struct Solver {
+    static constexpr int LANES = Simd<T>::LANES;
+    static constexpr unsigned ALL = (1u << LANES) - 1;
+    using V = typename Simd<T>::Real;
+    using M = typename Simd<T>::Mask;
+
+    T lam;
+    M spoiled = {};
+    Queue<T> denser, fours;
+    Late<T> late;
+
+    static bool few(unsigned lanes) { return 16 * __builtin_popcount(lanes) <= FEW_OF_16 * LANES; }
+
+    void vector(const T* z, const Homes<T>& homes) {
+        Work<T> k;
+        if (prepare(z, lam, k, spoiled))
+            solve_undecided(k, z, homes);
+        else
+            write(k, homes, ALL);
+    }
+
+    // Not inlined, like `choose_four`: a second copy might be compiled to round differently.
+    __attribute__((noinline)) void solve_undecided(Work<T>& k, const T* z, const Homes<T>& homes) {
+        // Since u <= y, these leave face 3 wherever its point is, and it exists and beats two non-zeros.
+        k.sure = k.undecided & (k.w[3] > lam * (k.w[0] * (k.w[1] + k.w[2]) + k.w[1] * k.w[2]));
+        unsigned sure = bits(k.sure), others = bits(k.undecided) & ~sure;
+        if (!few(sure)) {
+            k.undecided = k.open.mask = k.sure;
+            k.open.three = V{};
+            k.open.forced = V{} + T(1);
+            solve_fours(k, homes, ALL);
+            sure = 0;
+        } else if (!few(sure | others)) {
+            solve_denser(k, z, homes);
+            return;
+        } else {
+            k.w[2] = k.w[3] = V{};
+            write(k, homes, ALL);
+        }
+        for (; others; others &= others - 1) {
+            const int at = place<T>(__builtin_ctz(others));
+            denser.add(z + 4 * at, homes(at));
+            if (denser.count == LANES) flush_denser();
+        }
+        for (; sure; sure &= sure - 1) {
+            const int at = place<T>(__builtin_ctz(sure));
+            add_four(z + 4 * at, homes(at), T(0), T(1));
+        }
+    }
+
+    void add_four(const T* z, T* home, T three, T forced) {
+        const int lane = fours.lane(fours.count);
+        fours.three[lane] = three;
+        fours.forced[lane] = forced;
+        fours.add(z, home);
+        if (fours.count == LANES) flush_fours();
+    }
+
+    // Solve the groups of k.open.mask on face 4 alone, and write `lanes` or, where none are given, those that keep four.
+    void solve_fours(Work<T>& k, const Homes<T>& homes, unsigned lanes) {
+        normalise(lam, k);
+        k.c = Candidate<V>{};
+        k.wins = M{};
+        const bool open = choose_four(k);
+        apply(k);
+        write(k, homes, lanes ? lanes : bits(k.keeps_four));
+        if (open) late.add_all(k, homes);
+    }
+
+    __attribute__((noinline)) void solve_denser(Work<T>& k, const T* z, const Homes<T>& homes) {
+        unsigned leaves = 0;
+        bool open = false;
         if (solve_three(lam, k)) {
-            approach_four(k);
-            open = choose_four(k);
+            leaves = bits(k.open.mask);
+            if (!few(leaves)) {
+                open = choose_four(k);
+                leaves = 0;
+            }
         }
         apply(k);
+        write(k, homes, ALL);
+        if (open) late.add_all(k, homes);
+        for (; leaves; leaves &= leaves - 1) {
+            const int lane = __builtin_ctz(leaves), at = place<T>(lane);
+            add_four(z + 4 * at, homes(at), k.open.three[lane], k.open.forced[lane]);
+        }
     }
-    finish(k, out);
-    if (open) late.add_all(k, home);
-}
+
+    void flush_denser() {
+        Work<T> k;
+        denser.pad();
+        prepare(denser.z, lam, k, spoiled);
+        k.sure = M{};
+        solve_denser(k, denser.z, {nullptr, denser.out});
+        denser.count = 0;
+    }
+
+    void flush_fours() {
+        Work<T> k;
+        fours.pad();
+        prepare(fours.z, lam, k, spoiled);
+        k.open.three = load<V>(fours.three);
+        k.open.forced = load<V>(fours.forced);
+        k.open.mask = k.undecided;
+        solve_fours(k, {nullptr, fours.out}, 0);
+        fours.count = 0;
+    }
+
+    void flush() {
+        if (denser.count) flush_denser();
+        if (fours.count) flush_fours();
+        late.flush();
+    }
+};
 
 template <typename T>
 bool two_of_four(const T* z, T* out, std::size_t groups, double lam) {
     constexpr std::size_t LANES = Simd<T>::LANES;
-    const T strength = static_cast<T>(lam);
-    typename Simd<T>::Mask spoiled = {};
-    Late<T> late;
+    Solver<T> solver{static_cast<T>(lam)};
     std::size_t start = 0;
-    for (; start + LANES <= groups; start += LANES)
-        solve_vector(z + 4 * start, out + 4 * start, out + 4 * start, strength, spoiled, late);
-    if (start < groups) {
-        late.flush();  // so that it cannot become full, and write, while the rest is still in `padded`
-        const std::size_t bytes = 4 * (groups - start) * sizeof(T);
-        T padded[4 * LANES] = {};
-        std::memcpy(padded, z + 4 * start, bytes);
-        solve_vector(padded, padded, out + 4 * start, strength, spoiled, late);
-        std::memcpy(out + 4 * start, padded, bytes);
+    for (; start + LANES <= groups; start += LANES) solver.vector(z + 4 * start, {out + 4 * start, nullptr});
+    Queue<T> rest;
+    for (; start < groups; ++start) rest.add(z + 4 * start, out + 4 * start);
+    if (rest.count) {
+        rest.pad();
+        solver.vector(rest.z, {nullptr, rest.out});
     }
-    late.flush();
-    return !any(spoiled);
+    solver.flush();
+    return !any(solver.spoiled);
 }
 
 }  // namespace
