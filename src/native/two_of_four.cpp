@@ -25,6 +25,10 @@ constexpr int STEPS_ON_FOUR = 2, MORE_STEPS_ON_FOUR = 2, LATE_STEPS = 16;
 template <typename T>
 constexpr T NEWTON_TOLERANCE = sizeof(T) == 8 ? T(1e-6) : T(1e-3);
 
+// A step may come out small far from any stationary point, in one group of 100 000 where few settle at once.
+template <typename T>
+constexpr T STATIONARY_WITHIN = T(0.1) * NEWTON_TOLERANCE<T>;
+
 // Magnitudes of a group in decreasing order, divided by the largest, and mu = lam * the largest.
 template <typename V>
 struct Group {
@@ -166,6 +170,8 @@ inline Candidate<V> polish_four(const Group<V>& g, const Four<V>& f, M& minimum)
     c.d1 = mu * (u0 * low + product_low);
     c.d2 = mu * (u3 * high + product_high);
     c.d3 = mu * (u2 * high + product_high);
+    const V misses[4] = {u0 + c.d0 - 1, u1 + c.d1 - g.y1, u2 + c.d2 - g.y2, u3 + c.d3 - g.y3};
+    for (const V miss : misses) minimum &= larger(miss, -miss) <= STATIONARY_WITHIN<T>;
     // Euler: sum_i u_i d_i = 3 mu e_3
     c.objective = T(0.5) * (c.d0 * c.d0 + c.d1 * c.d1 + c.d2 * c.d2 + c.d3 * c.d3) +
                   (u0 * c.d0 + u1 * c.d1 + u2 * c.d2 + u3 * c.d3) * T(1.0 / 3.0);

@@ -15,6 +15,7 @@ _BLOCK = 256
 _SPARSE_FROM = tl.constexpr(1.2072)
 _THREE_IS_SAFE_BELOW = tl.constexpr(0.92)
 _NEWTON_TOLERANCE = tl.constexpr(1e-3)
+_STATIONARY_WITHIN = tl.constexpr(1e-4)
 _NOISE = tl.constexpr(16 * torch.finfo(torch.float32).eps)
 _STEPS_ON_THREE = tl.constexpr(34)
 _STEPS_ON_FOUR = tl.constexpr(16)
@@ -228,6 +229,9 @@ def _four(y1, y2, y3, mu, waiting, damping, share):
     low, high, product_low, product_high = u2 + u3, u0 + u1, u2 * u3, u0 * u1
     d0, d1 = mu * (u1 * low + product_low), mu * (u0 * low + product_low)
     d2, d3 = mu * (u3 * high + product_high), mu * (u2 * high + product_high)
+    miss_high = _larger(tl.abs(u0 + d0 - 1), tl.abs(u1 + d1 - y1))
+    miss_low = _larger(tl.abs(u2 + d2 - y2), tl.abs(u3 + d3 - y3))
+    minimum = minimum & (miss_high <= _STATIONARY_WITHIN) & (miss_low <= _STATIONARY_WITHIN)
     # Euler: sum_i u_i d_i = 3 mu e_3
     objective = 0.5 * (d0 * d0 + d1 * d1 + d2 * d2 + d3 * d3) + (u0 * d0 + u1 * d1 + u2 * d2 + u3 * d3) * (1.0 / 3.0)
     return d0, d1, d2, d3, objective, waiting & (moving == 0) & minimum
