@@ -393,6 +393,6 @@ def _polish_four(y: Tensor, mu: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     u3, u4 = 0.5 * (q + e), 0.5 * (q - e)
     u = torch.stack([u1, u2, u3, u4])
     positive = _four_is_convex(mu * s, mu * q, mu * (u1 - u2), mu * e) & (u4 > 0) & (u2 > 0)
-    # a step may come out small far from any stationary point, in one group of 100 000 where few settle at once
+    # a step may come out small far from any stationary point, once in some 100 000 groups near the faces' borders
     stationary = (u + _slopes(u, mu) - y).abs().amax(0) <= 0.1 * _newton_tolerance(y)
     return u, positive & stationary
