@@ -135,6 +135,28 @@ def test_adversarial_groups(lam, dtype, backend):
     assert excess(w, z, strength, 2, lowest).max() <= TOLERANCE[dtype]
 
 
+# lam, and a group in which a small Newton step on face 4 was once taken for a stationary point in float32
+SMALL_STEPS = [
+    (0.1, [3.706647753715515, 3.659251034259796, 5.753786563873291, 5.411409735679626]),
+    (0.1, [3.390647768974304, 5.878675580024719, 3.463623821735382, 5.028820633888245]),
+    (0.3, [1.2701604763666789, 1.8893925348917644, 1.8649999300638834, 1.2623212734858196]),
+    (0.3, [-1.7311958471934, -1.1467087268829346, -1.1621074875195821, 1.9188759724299114]),
+    (0.3, [2.0696194966634116, 1.6977504889170330, 2.1925459305445352, 1.6794951756795247]),
+    (0.6, [0.6288896997769674, 0.9082724650700887, 0.6377001603444418, 0.9576682249704996]),
+    (1.0, [0.3389778733253479, 0.5148298740386963, 0.5674203634262085, 0.33528804779052734]),
+    (1.1, [0.5203724900645168, 0.2779874476519498, 0.4447266730395230, 0.2706244831194049]),
+]
+
+
+@both_backends
+@pytest.mark.parametrize(("lam", "group"), SMALL_STEPS)
+def test_small_newton_steps_are_not_taken_for_stationary_points(lam, group, backend):
+    z = torch.tensor(group) * (1 + torch.linspace(-1e-4, 1e-4, 4001, dtype=torch.float64))[:, None]
+    z = z.float()
+    exact = prox_objective(prox(z.double(), lam, backend="reference"), z, lam, 2)
+    assert ((prox_objective(prox(z, lam, backend=backend), z, lam, 2) - exact) <= 1e-6 * exact).all()
+
+
 @both_backends
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_faces_that_tie(dtype, backend):

@@ -75,8 +75,9 @@ def prox(z: Tensor, lam: float, pattern: str | Pattern = "2:4", *, backend: Back
         z: (..., d_in), any floating dtype; float64 is computed in float64, every other in float32 at least.
         lam: the strength, finite and >= 0; its unit is that of ``z`` to the power 1 - N.
         pattern: ``N:M`` with groups along the last dimension.
-        backend: ``auto`` takes the compiled kernel where there is one (2:4 on the CPU, see `halve.kernels`), else
-            PyTorch; ``reference`` is always PyTorch, and ``native`` refuses to be anything but compiled.
+        backend: ``auto`` takes the compiled kernel where there is one (2:4; `halve.kernels.describe` says which: C++ on
+            the CPU, Triton on a GPU, that one not in float64), else PyTorch; ``reference`` is always PyTorch, and
+            ``native`` refuses to be anything but compiled.
 
     Returns:
         Tensor: a new tensor of z's shape and dtype, without a gradient. Signs and the order of magnitudes are z's,
@@ -94,15 +95,20 @@ def prox(z: Tensor, lam: float, pattern: str | Pattern = "2:4", *, backend: Back
     if backend not in get_args(Backend):
         raise InputError(f"backend {backend!r} is unknown: choose one of {', '.join(get_args(Backend))}")
     _, size = parsed.budget(z.shape[-1])
-    has_kernel = (keep, size) == (2, 4) and z.device.type == "cpu" and kernels.available()
-    if backend == "native" and not has_kernel:
-        raise InputError(f"there is no kernel for {parsed} on {z.device} ({kernels.describe()}): use backend auto")
     wide = strength > 0.0 and not _FLOAT32_LAMS[0] <= strength <= _FLOAT32_LAMS[1]
-    exact = z.detach().to(torch.float64 if wide else _compute_dtype(z)).reshape(-1, size).contiguous()
+    dtype = torch.float64 if wide else _compute_dtype(z)
+    reads = kernels.dtypes(z.device.type) if (keep, size) == (2, 4) and backend != "reference" else ()
+    if backend == "native" and dtype not in reads:
+        raise InputError(
+            f"there is no kernel for {parsed} in {dtype} on {z.device} "
+            f"({kernels.describe(z.device.type)}): use backend auto"
+        )
+    exact = z.detach() if z.dtype in reads and not wide else z.detach().to(dtype)
+    exact = exact.reshape(-1, size).contiguous()
     solved: Tensor | None
     if strength == 0.0:
         solved = exact + 0.0 if _all_finite(exact) else None
-    elif has_kernel and backend != "reference":
+    elif dtype in reads:
         solved = kernels.prox_two_of_four(exact, strength)
     else:
         solved = _reference(exact, strength, keep)
@@ -385,5 +391,8 @@ def _polish_four(y: Tensor, mu: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         s = u1 + u2
         e = (y[2] - y[3]) / (1 - mu * s)
     u3, u4 = 0.5 * (q + e), 0.5 * (q - e)
+    u = torch.stack([u1, u2, u3, u4])
     positive = _four_is_convex(mu * s, mu * q, mu * (u1 - u2), mu * e) & (u4 > 0) & (u2 > 0)
-    return torch.stack([u1, u2, u3, u4]), positive
+    # a step may come out small far from any stationary point, once in some 100 000 groups near the faces' borders
+    stationary = (u + _slopes(u, mu) - y).abs().amax(0) <= 0.1 * _newton_tolerance(y)
+    return u, positive & stationary

@@ -33,6 +33,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "prox_kernel": kernels.describe(),
+        **({"prox_kernel_cuda": kernels.describe("cuda")} if torch.cuda.is_available() else {}),
     }
 
 

@@ -74,8 +74,8 @@ def progress() -> Iterator[Show]:
     """Show a live bar on a terminal, one plain line a matrix elsewhere; say so if the slow prox is in use."""
     from halve import kernels
 
-    if not kernels.available():
-        say(err, kernels.describe(), label="note", style="yellow")
+    for reason in kernels.missing():
+        say(err, reason, label="note", style="yellow")
     if not err.is_terminal:
         yield _plain_progress
         return

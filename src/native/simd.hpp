@@ -53,6 +53,22 @@ inline bool any(M mask) {
     return found != 0;
 }
 
+// One bit for every lane.
+template <typename M>
+inline unsigned bits(M mask) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(mask[0]) == 4) return _mm512_movepi32_mask((__m512i)mask);
+    if constexpr (sizeof(mask[0]) == 8) return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(mask) == 32 && sizeof(mask[0]) == 4) return unsigned(_mm256_movemask_ps((__m256)mask));
+    if constexpr (sizeof(mask) == 32 && sizeof(mask[0]) == 8) return unsigned(_mm256_movemask_pd((__m256d)mask));
+#endif
+    constexpr int lanes = sizeof(mask) / sizeof(mask[0]);
+    unsigned found = 0;
+    for (int i = 0; i < lanes; ++i) found |= unsigned(mask[i] & 1) << i;
+    return found;
+}
+
 // 1 / x to nearly T's precision; NaN where x is zero, infinite or close to either.
 template <typename V>
 inline V reciprocal(V x) {

@@ -1,175 +1,22 @@
 // Compiled once for each instruction set, HALVE_ISA naming it. A vector holds one entry of as many groups as it has
-// lanes; every candidate is computed for all of them and masks choose. The few groups that a fixed number of Newton
-// steps does not settle wait in `Late` until they fill vectors of their own.
+// lanes; every candidate is computed for all of them and masks choose. Where few lanes need the next stage, their
+// groups wait in a `Queue` until they fill a vector of their own, and so do, in `Late`, those that a fixed number of
+// Newton steps does not settle.
 //
 // What a group becomes depends on that group alone, never on its neighbours or on its place.
 #include "two_of_four.hpp"
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 
-#include "simd.hpp"
+#include "faces.hpp"
 
 namespace halve::HALVE_ISA {
 namespace {
 
 constexpr double SPARSE_FROM = 1.2072;  // from here on no minimiser has a third non-zero: (1 + sqrt 2) / 2
 constexpr double THREE_IS_SAFE_BELOW = 0.92;  // share of the fourth entry's slope
-constexpr int STARTS = 3;
-constexpr double START[STARTS][2] = {{0.45, 0.9}, {0.3, 1.0}, {0.6, 1.2}};
-constexpr int STEPS_ON_THREE = 2, MORE_STEPS_ON_THREE = 32;
-constexpr int STEPS_ON_FOUR = 2, MORE_STEPS_ON_FOUR = 2, LATE_STEPS = 16;
-
-template <typename T>
-constexpr T NEWTON_TOLERANCE = sizeof(T) == 8 ? T(1e-6) : T(1e-3);
-
-// Magnitudes of a group in decreasing order, divided by the largest, and mu = lam * the largest.
-template <typename V>
-struct Group {
-    V y1, y2, y3, mu;  // y0 = 1
-};
-
-template <typename V>
-inline void two_largest(V y1, V mu, V u3, V& u1, V& u2, V& inverse) {
-    const V t = mu * u3;
-    inverse = reciprocal(1 - t * t);
-    u1 = (1 - t * y1) * inverse;
-    u2 = (y1 - t) * inverse;
-}
-
-// One Newton step on h(u_3) = u_3 - y_3 + mu u_1 u_2.
-template <typename V>
-inline V step_to_third(const Group<V>& g, V u3, V limit) {
-    V u1, u2, inverse;
-    two_largest(g.y1, g.mu, u3, u1, u2, inverse);
-    const V product = u1 * u2;
-    const V value = g.mu * product + (u3 - g.y2);
-    const V slope = 1 - g.mu * g.mu * (u1 * u1 + u2 * u2 - 2 * g.mu * u3 * product) * inverse;
-    const V tiny = V{} + decltype(value[0] + 0)(1e-30), zero = {};
-    return smaller(larger(u3 - value * reciprocal(larger(slope, tiny)), zero), limit);
-}
-
-template <typename T, typename V = typename Simd<T>::Real, typename M = typename Simd<T>::Mask>
-inline M descend_to_third(const Group<V>& g, V& u3) {
-    // Two bounds of the root from above: one Newton step from 0, where h is convex and falls, and y_2 / (2 mu).
-    const V over_mu = reciprocal(g.mu), tiny = V{} + T(1e-30), zero = {};
-    const V slope = 1 - g.mu * g.mu * (1 + g.y1 * g.y1);
-    const V from_zero = larger((g.y2 - g.mu * g.y1) * reciprocal(larger(slope, tiny)), zero);
-    const V limit = smaller(T(0.75) * over_mu, g.y2);
-    u3 = smaller(slope > 0 ? from_zero : g.y2, smaller(T(0.5) * g.y1 * over_mu, g.y2));
-    V before = u3;
-    for (int step = 0; step < STEPS_ON_THREE; ++step) {
-        before = u3;
-        u3 = step_to_third(g, u3, limit);
-    }
-    const auto moved = [&] {
-        const V change = u3 - before;
-        return larger(change, -change) > NEWTON_TOLERANCE<T> * u3;
-    };
-    M open = moved();
-    for (int step = 0; step < MORE_STEPS_ON_THREE && any(open); ++step) {
-        before = u3;
-        u3 = open ? step_to_third(g, u3, limit) : u3;
-        open &= moved();
-    }
-    return ~open;
-}
-
-template <typename V>
-inline auto four_is_convex(V s, V q, V d, V e) {
-    const V left = 1 + q - e * e * reciprocal(1 - s);
-    const V right = 1 + s - d * d * reciprocal(1 - q);
-    return (s < 1) & (q < 1) & (left > 0) & (left * right > (s + q) * (s + q));
-}
-
-// Sums and differences of the pairs (1, 2) and (3, 4), and the last Newton step.
-template <typename V>
-struct Four {
-    V s, q, d, e, step_s, step_q;
-};
-
-template <typename T, typename V = typename Simd<T>::Real>
-inline Four<V> start_of_four(const Group<V>& g, const double (&start)[2]) {
-    const T damping = T(start[0]), share = T(start[1]);
-    const V s = 1 + g.y1, q = g.y2 + g.y3, zero = {};
-    const V low = larger(s - share * g.mu * g.y2 * g.y3, zero) * reciprocal(1 + damping * g.mu * q);
-    const V high = larger(q - share * g.mu * g.y1, zero) * reciprocal(1 + damping * g.mu * s);
-    return {low, high, 1 - g.y1, g.y2 - g.y3, zero, zero};
-}
-
-template <typename T, typename V = typename Simd<T>::Real>
-inline void step_on_four(const Group<V>& g, Four<V>& f) {
-    const V sum_s = 1 + g.y1, sum_q = g.y2 + g.y3, diff_d = 1 - g.y1, diff_e = g.y2 - g.y3;
-    const V ms = g.mu * f.s, mq = g.mu * f.q, md = g.mu * f.d, me = g.mu * f.e;
-    const V over_q = reciprocal(1 - mq), over_s = reciprocal(1 - ms);
-    const V rest_d = f.d * (1 - mq) - diff_d, rest_e = f.e * (1 - ms) - diff_e;
-    const V lift_d = md * over_q, lift_e = me * over_s;
-    const V rest_s = f.s + f.s * mq - sum_s + T(0.5) * (f.q * mq - f.e * me) + lift_e * rest_e;
-    const V rest_q = f.q + f.q * ms - sum_q + T(0.5) * (f.s * ms - f.d * md) + lift_d * rest_d;
-    const V ss = 1 + mq - me * lift_e, qq = 1 + ms - md * lift_d, sq = ms + mq;
-    const V inverse = reciprocal(ss * qq - sq * sq);
-    f.step_s = (qq * rest_s - sq * rest_q) * inverse;
-    f.step_q = (ss * rest_q - sq * rest_s) * inverse;
-    f.d = f.d - rest_d * over_q - lift_d * f.step_q;
-    f.e = f.e - rest_e * over_s - lift_e * f.step_s;
-    f.s -= f.step_s;
-    f.q -= f.step_q;
-}
-
-template <typename T, typename V = typename Simd<T>::Real>
-inline auto four_settled(const Four<V>& f) {
-    const V noise = T(16) * std::numeric_limits<T>::epsilon() * f.s;
-    return (larger(f.step_s, -f.step_s) <= NEWTON_TOLERANCE<T> * f.s) &
-           (larger(f.step_q, -f.step_q) <= NEWTON_TOLERANCE<T> * f.q + noise);
-}
-
-// Continue the groups that have not settled, at most `steps` times; the others stay as they are.
-template <typename T, typename V = typename Simd<T>::Real, typename M = typename Simd<T>::Mask>
-inline M settle_on_four(const Group<V>& g, Four<V>& f, int steps) {
-    M settled = four_settled<T>(f);
-    for (int step = 0; step < steps && any(~settled); ++step) {
-        Four<V> next = f;
-        step_on_four<T>(g, next);
-        f = {settled ? f.s : next.s,           settled ? f.q : next.q,
-             settled ? f.d : next.d,           settled ? f.e : next.e,
-             settled ? f.step_s : next.step_s, settled ? f.step_q : next.step_q};
-        settled |= four_settled<T>(f);
-    }
-    return settled;
-}
-
-// A candidate: mu de_3/du for each entry, and its objective.
-template <typename V>
-struct Candidate {
-    V d0, d1, d2, d3, objective;
-};
-
-// The candidate without zeros, small entries accurate beside a dominant one, and whether it is a local minimum.
-template <typename T, typename V = typename Simd<T>::Real, typename M = typename Simd<T>::Mask>
-inline Candidate<V> polish_four(const Group<V>& g, const Four<V>& f, M& minimum) {
-    const V mu = g.mu, u0 = T(0.5) * (f.s + f.d), a1 = mu * u0;
-    V s = f.s, q = f.q, e = f.e, u1 = s - u0;
-    for (int pass = 0; pass < 2; ++pass) {  // the first takes the noise out of q, which the second would meet squared
-        const V low_product = mu * T(0.25) * (q * q - e * e);
-        q = (g.y2 + g.y3 - 2 * a1 * (g.y1 - low_product)) * reciprocal(1 + mu * s - 2 * a1 * a1);
-        u1 = g.y1 - low_product - a1 * q;
-        s = u0 + u1;
-        e = (g.y2 - g.y3) * reciprocal(1 - mu * s);
-    }
-    const V u2 = T(0.5) * (q + e), u3 = T(0.5) * (q - e);
-    minimum = four_is_convex(mu * s, mu * q, mu * (u0 - u1), mu * e) & (u3 > 0) & (u1 > 0);
-    const V low = u2 + u3, high = u0 + u1, product_low = u2 * u3, product_high = u0 * u1;
-    Candidate<V> c;
-    c.d0 = mu * (u1 * low + product_low);
-    c.d1 = mu * (u0 * low + product_low);
-    c.d2 = mu * (u3 * high + product_high);
-    c.d3 = mu * (u2 * high + product_high);
-    // Euler: sum_i u_i d_i = 3 mu e_3
-    c.objective = T(0.5) * (c.d0 * c.d0 + c.d1 * c.d1 + c.d2 * c.d2 + c.d3 * c.d3) +
-                  (u0 * c.d0 + u1 * c.d1 + u2 * c.d2 + u3 * c.d3) * T(1.0 / 3.0);
-    return c;
-}
+constexpr int FEW_OF_16 = 10;  // so many lanes of a vector in use are better moved to another
 
 template <typename V>
 inline V load(const void* from) {
@@ -186,7 +33,7 @@ struct Open {
     typename Simd<T>::Real three, forced;
 };
 
-// What is known of the groups of one vector, between the stages of `solve_vector`.
+// What is known of the groups of one vector, between the stages.
 template <typename T>
 struct Work {
     using V = typename Simd<T>::Real;
@@ -196,10 +43,25 @@ struct Work {
     V w[4];  // magnitudes in decreasing order, in the end the solution's
     M swapped[6];  // by the sorting network
     M undecided, wins, keeps_four;
+    M sure;  // of those undecided: to keep four
     V top;
     Open<T> open;  // its mask: first the groups that may keep four, in the end those not found
-    Four<V> four;
     Candidate<V> c;
+};
+
+// Where `transpose` takes a lane from: its place in memory, in groups.
+template <typename T>
+inline int place(int lane) {
+    return lane % 4 * (Simd<T>::LANES / 4) + lane / 4;
+}
+
+// Where the groups of a vector will be written: one after the other from `start`, or each at its own address.
+template <typename T>
+struct Homes {
+    T* start;
+    T* const* each;
+
+    T* operator()(int group) const { return each ? each[group] : start + 4 * group; }
 };
 
 // Groups whose candidate without zeros was not found at the first attempt. They have been written as if there were
@@ -216,8 +78,8 @@ struct Late {
     T* out[LANES];
     int count = 0;
 
-    // Take the open groups of one vector, which was stored at `to`.
-    void add_all(const Work<T>& k, T* to) {
+    // Take the open groups of one vector, which were stored at `homes`.
+    void add_all(const Work<T>& k, const Homes<T>& homes) {
         for (int lane = 0; lane < LANES; ++lane) {
             if (!k.open.mask[lane]) continue;
             if (count == LANES) flush();
@@ -228,7 +90,7 @@ struct Late {
             three[count] = k.open.three[lane];
             forced[count] = k.open.forced[lane];
             for (int i = 0; i < 4; ++i) z[count][i] = k.z[i][lane];
-            out[count] = to + 4 * (lane % 4 * (LANES / 4) + lane / 4);  // where `transpose` took the lane from
+            out[count] = homes(place<T>(lane));
             ++count;
         }
     }
@@ -246,7 +108,7 @@ struct Late {
         for (int start = 0; start < STARTS && any(waiting); ++start) {
             Four<V> f = start_of_four<T>(g, START[start]);
             step_on_four<T>(g, f);
-            const M settled = settle_on_four<T>(g, f, LATE_STEPS - 1);
+            const M settled = settle_on_four<T>(g, waiting, f, LATE_STEPS - 1);
             M minimum;
             const Candidate<V> c = polish_four<T>(g, f, minimum);
             const M found = waiting & settled & minimum;
@@ -305,25 +167,34 @@ inline bool prepare(const T* z, T lam, Work<T>& k, M& spoiled) {
     return some;
 }
 
+template <typename T>
+inline void normalise(T lam, Work<T>& k) {
+    using V = typename Simd<T>::Real;
+    const V one = V{} + T(1), zero = {};
+    const auto undecided = k.undecided;
+    Group<V>& g = k.open.group;
+    k.top = undecided ? k.w[0] : one;  // the others are solved for a stand-in
+    g.mu = undecided ? k.top * lam : one;
+    g.y1 = undecided ? k.w[1] / k.top : one;
+    g.y2 = undecided ? k.w[2] / k.top : one;
+    g.y3 = undecided ? k.w[3] / k.top : zero;
+}
+
 // Find the candidate with three non-zeros. Returns whether some groups may keep four.
 template <typename T>
 inline bool solve_three(T lam, Work<T>& k) {
     using V = typename Simd<T>::Real;
     using M = typename Simd<T>::Mask;
-    const V one = V{} + T(1), zero = {};
-    const M undecided = k.undecided;
-    const V top = undecided ? k.w[0] : one;  // the others are solved for a stand-in
-    Group<V> g;
-    g.mu = undecided ? top * lam : one;
-    g.y1 = undecided ? k.w[1] / top : one;
-    g.y2 = undecided ? k.w[2] / top : one;
-    g.y3 = undecided ? k.w[3] / top : zero;
+    normalise(lam, k);
+    const V zero = {};
+    const M doubtful = k.undecided & ~k.sure;
+    const Group<V> g = k.open.group;
 
     V u3, u1, u2, inverse;
-    const M settled = descend_to_third<T>(g, u3);
+    const M settled = descend_to_third<T>(g, doubtful, u3);
     two_largest(g.y1, g.mu, u3, u1, u2, inverse);
     const V mu = g.mu, y3 = g.y3;
-    const M wins = undecided & settled & (u3 > 0) & (mu * mu * (u1 * u1 + u2 * u2) < 1);
+    const M wins = doubtful & settled & (u3 > 0) & (mu * mu * (u1 * u1 + u2 * u2) < 1);
     const V push = mu * (u3 * (u1 + u2) + u1 * u2), forced = y3 - push;
     const M close = wins & (y3 >= T(THREE_IS_SAFE_BELOW) * push) & (y3 > 0);
     const M leaves = close & ((forced > 0) | ~four_is_convex(mu * (u1 + u2), mu * u3, mu * (u1 - u2), mu * u3));
@@ -331,27 +202,20 @@ inline bool solve_three(T lam, Work<T>& k) {
     k.c = c;
     k.wins = wins;
     k.keeps_four = M{};
-    k.top = top;
-    k.open.group = g;
-    k.open.three = T(0.5) * (c.d0 * c.d0 + c.d1 * c.d1 + c.d2 * c.d2 + y3 * y3) + u3 * c.d2;
-    k.open.forced = forced;
-    k.open.mask = leaves;
-    return any(leaves);
-}
-
-template <typename T>
-inline void approach_four(Work<T>& k) {
-    auto f = start_of_four<T>(k.open.group, START[0]);
-    for (int step = 0; step < STEPS_ON_FOUR; ++step) step_on_four<T>(k.open.group, f);
-    k.four = f;
+    k.open.three =
+        T(0.5) * (c.d0 * c.d0 + c.d1 * c.d1 + c.d2 * c.d2 + y3 * y3) + u3 * c.d2;
+    k.open.forced = k.sure ? V{} + T(1) : forced;
+    k.open.mask = leaves | k.sure;
+    return any(k.open.mask);
 }
 
 // Choose between three and four non-zeros. Returns whether the choice is open for some groups.
 template <typename T>
-inline bool choose_four(Work<T>& k) {
+__attribute__((noinline)) bool choose_four(Work<T>& k) {
     typename Simd<T>::Mask minimum;
-    auto f = k.four;
-    const auto settled = settle_on_four<T>(k.open.group, f, MORE_STEPS_ON_FOUR);
+    auto f = start_of_four<T>(k.open.group, START[0]);
+    for (int step = 0; step < STEPS_ON_FOUR; ++step) step_on_four<T>(k.open.group, f);
+    const auto settled = settle_on_four<T>(k.open.group, k.open.mask, f, MORE_STEPS_ON_FOUR);
     const auto four = polish_four<T>(k.open.group, f, minimum);
     const auto found = k.open.mask & settled & minimum;
     const auto keeps = found & ((four.objective < k.open.three) | (k.open.forced > 0));
@@ -360,6 +224,7 @@ inline bool choose_four(Work<T>& k) {
     k.c.d2 = keeps ? four.d2 : k.c.d2;
     k.c.d3 = four.d3;
     k.keeps_four = keeps;
+    k.wins |= keeps;
     k.open.mask &= ~found;
     return any(k.open.mask);
 }
@@ -392,41 +257,179 @@ inline void finish(const Work<T>& k, T* out) {
     for (int i = 0; i < 4; ++i) std::memcpy(out + i * Simd<T>::LANES, &w[i], sizeof(V));
 }
 
-// Solve one vector of groups from z into out, which may be the same; `late` will write to `home`.
-template <typename T, typename M = typename Simd<T>::Mask>
-inline void solve_vector(const T* z, T* out, T* home, T lam, M& spoiled, Late<T>& late) {
-    Work<T> k;
-    bool open = false;
-    if (prepare(z, lam, k, spoiled)) {
+// Write one vector of groups to their homes.
+template <typename T>
+inline void write(const Work<T>& k, const Homes<T>& homes, unsigned lanes) {
+    if (!homes.each) {
+        finish(k, homes.start);
+        return;
+    }
+    alignas(64) T solved[4 * Simd<T>::LANES];
+    finish(k, solved);
+    for (; lanes; lanes &= lanes - 1) {
+        const int at = place<T>(__builtin_ctz(lanes));
+        std::memcpy(homes.each[at], solved + 4 * at, 4 * sizeof(T));
+    }
+}
+
+// Groups copied out of vectors in which few need the next stage, until they fill a vector of their own.
+template <typename T>
+struct Queue {
+    static constexpr int LANES = Simd<T>::LANES;
+
+    alignas(64) T z[4 * LANES];
+    alignas(64) T three[LANES], forced[LANES];  // by lane, of the groups that may keep four
+    T* out[LANES];
+    T nowhere[4];
+    int count = 0;
+
+    static int lane(int place) { return place % (LANES / 4) * 4 + place / (LANES / 4); }
+
+    void add(const T* from, T* home) {
+        std::memcpy(z + 4 * count, from, 4 * sizeof(T));
+        out[count++] = home;
+    }
+
+    void pad() {
+        for (; count < LANES; ++count) {
+            for (int i = 0; i < 4; ++i) z[4 * count + i] = T(0);
+            three[lane(count)] = forced[lane(count)] = T(0);
+            out[count] = nowhere;
+        }
+    }
+};
+
+// Solves one vector after the other; what waits for company is written by `flush` at the latest.
+template <typename T>
+struct Solver {
+    static constexpr int LANES = Simd<T>::LANES;
+    static constexpr unsigned ALL = (1u << LANES) - 1;
+    using V = typename Simd<T>::Real;
+    using M = typename Simd<T>::Mask;
+
+    T lam;
+    M spoiled = {};
+    Queue<T> denser, fours;
+    Late<T> late;
+
+    static bool few(unsigned lanes) { return 16 * __builtin_popcount(lanes) <= FEW_OF_16 * LANES; }
+
+    void vector(const T* z, const Homes<T>& homes) {
+        Work<T> k;
+        if (prepare(z, lam, k, spoiled))
+            solve_undecided(k, z, homes);
+        else
+            write(k, homes, ALL);
+    }
+
+    // Not inlined, like `choose_four`: a second copy might be compiled to round differently.
+    __attribute__((noinline)) void solve_undecided(Work<T>& k, const T* z, const Homes<T>& homes) {
+        // Since u <= y, these leave face 3 wherever its point is, and it exists and beats two non-zeros.
+        k.sure = k.undecided & (k.w[3] > lam * (k.w[0] * (k.w[1] + k.w[2]) + k.w[1] * k.w[2]));
+        unsigned sure = bits(k.sure), others = bits(k.undecided) & ~sure;
+        if (!few(sure)) {
+            k.undecided = k.open.mask = k.sure;
+            k.open.three = V{};
+            k.open.forced = V{} + T(1);
+            solve_fours(k, homes, ALL);
+            sure = 0;
+        } else if (!few(sure | others)) {
+            solve_denser(k, z, homes);
+            return;
+        } else {
+            k.w[2] = k.w[3] = V{};
+            write(k, homes, ALL);
+        }
+        for (; others; others &= others - 1) {
+            const int at = place<T>(__builtin_ctz(others));
+            denser.add(z + 4 * at, homes(at));
+            if (denser.count == LANES) flush_denser();
+        }
+        for (; sure; sure &= sure - 1) {
+            const int at = place<T>(__builtin_ctz(sure));
+            add_four(z + 4 * at, homes(at), T(0), T(1));
+        }
+    }
+
+    void add_four(const T* z, T* home, T three, T forced) {
+        const int lane = fours.lane(fours.count);
+        fours.three[lane] = three;
+        fours.forced[lane] = forced;
+        fours.add(z, home);
+        if (fours.count == LANES) flush_fours();
+    }
+
+    // Solve the groups of k.open.mask on face 4 alone, and write `lanes` or, given none, those that keep four.
+    void solve_fours(Work<T>& k, const Homes<T>& homes, unsigned lanes) {
+        normalise(lam, k);
+        k.c = Candidate<V>{};
+        k.wins = M{};
+        const bool open = choose_four(k);
+        apply(k);
+        write(k, homes, lanes ? lanes : bits(k.keeps_four));
+        if (open) late.add_all(k, homes);
+    }
+
+    __attribute__((noinline)) void solve_denser(Work<T>& k, const T* z, const Homes<T>& homes) {
+        unsigned leaves = 0;
+        bool open = false;
         if (solve_three(lam, k)) {
-            approach_four(k);
-            open = choose_four(k);
+            leaves = bits(k.open.mask);
+            if (!few(leaves)) {
+                open = choose_four(k);
+                leaves = 0;
+            }
         }
         apply(k);
+        write(k, homes, ALL);
+        if (open) late.add_all(k, homes);
+        for (; leaves; leaves &= leaves - 1) {
+            const int lane = __builtin_ctz(leaves), at = place<T>(lane);
+            add_four(z + 4 * at, homes(at), k.open.three[lane], k.open.forced[lane]);
+        }
     }
-    finish(k, out);
-    if (open) late.add_all(k, home);
-}
+
+    void flush_denser() {
+        Work<T> k;
+        denser.pad();
+        prepare(denser.z, lam, k, spoiled);
+        k.sure = M{};
+        solve_denser(k, denser.z, {nullptr, denser.out});
+        denser.count = 0;
+    }
+
+    void flush_fours() {
+        Work<T> k;
+        fours.pad();
+        prepare(fours.z, lam, k, spoiled);
+        k.open.three = load<V>(fours.three);
+        k.open.forced = load<V>(fours.forced);
+        k.open.mask = k.undecided;
+        solve_fours(k, {nullptr, fours.out}, 0);
+        fours.count = 0;
+    }
+
+    void flush() {
+        if (denser.count) flush_denser();
+        if (fours.count) flush_fours();
+        late.flush();
+    }
+};
 
 template <typename T>
 bool two_of_four(const T* z, T* out, std::size_t groups, double lam) {
     constexpr std::size_t LANES = Simd<T>::LANES;
-    const T strength = static_cast<T>(lam);
-    typename Simd<T>::Mask spoiled = {};
-    Late<T> late;
+    Solver<T> solver{static_cast<T>(lam)};
     std::size_t start = 0;
-    for (; start + LANES <= groups; start += LANES)
-        solve_vector(z + 4 * start, out + 4 * start, out + 4 * start, strength, spoiled, late);
-    if (start < groups) {
-        late.flush();  // so that it cannot become full, and write, while the rest is still in `padded`
-        const std::size_t bytes = 4 * (groups - start) * sizeof(T);
-        T padded[4 * LANES] = {};
-        std::memcpy(padded, z + 4 * start, bytes);
-        solve_vector(padded, padded, out + 4 * start, strength, spoiled, late);
-        std::memcpy(out + 4 * start, padded, bytes);
+    for (; start + LANES <= groups; start += LANES) solver.vector(z + 4 * start, {out + 4 * start, nullptr});
+    Queue<T> rest;
+    for (; start < groups; ++start) rest.add(z + 4 * start, out + 4 * start);
+    if (rest.count) {
+        rest.pad();
+        solver.vector(rest.z, {nullptr, rest.out});
     }
-    late.flush();
-    return !any(spoiled);
+    solver.flush();
+    return !any(solver.spoiled);
 }
 
 }  // namespace

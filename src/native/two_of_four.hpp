@@ -6,8 +6,8 @@
 
 namespace halve {
 
-// Solve `groups` groups of four from z into out; both are contiguous. Returns false if z holds NaN or infinity
-// (out is then meaningless).
+// Solve `groups` groups of four from z into out; both are contiguous and they do not overlap. Returns false if z holds
+// NaN or infinity (out is then meaningless).
 template <typename T>
 using TwoOfFour = bool (*)(const T* z, T* out, std::size_t groups, double lam);
 
