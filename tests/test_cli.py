@@ -100,7 +100,7 @@ def test_a_time_limit_is_an_option_of_auto(model, text, tmp_path):
 def test_the_best_effort_tunes_the_blocks_unless_told_not_to(model, text, tmp_path):
     best = ["--effort", "best"]
     tuned = record_of(model, text, tmp_path / "tuned", *best)
-    assert tuned["reconstruction"] == {"epochs": 6, "learning_rate": 0.001, "held_out": 0.125}
+    assert tuned["reconstruction"] == {"epochs": 6, "learning_rate": None, "held_out": 0.125}
     assert len(tuned["blocks"]) == 3
     shorter = record_of(model, text, tmp_path / "shorter", *best, "--reconstruct-epochs", "1")
     assert shorter["reconstruction"]["epochs"] == 1

@@ -7,6 +7,7 @@ from torch import nn
 from halve.blocks import Call
 from halve.errors import CalibrationError, InputError
 from halve.reconstruct import (
+    RATES,
     Example,
     Reconstruction,
     default_reconstruction,
@@ -86,7 +87,7 @@ def test_a_reconstruction_that_gains_nothing_is_undone(rate):
     block, masks, examples = problem()
     before = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
     tuned = tune(block, masks, examples, epochs=2, learning_rate=rate)
-    assert (tuned.epoch, tuned.after) == (0, tuned.before)
+    assert (tuned.epoch, tuned.learning_rate, tuned.after) == (0, None, tuned.before)
     assert all(torch.equal(parameter, before[name]) for name, parameter in block.named_parameters())
 
 
@@ -99,6 +100,26 @@ def test_the_best_epoch_stays_not_the_last():
     tuned = tune(block, masks, [*noisy, examples[3]], epochs=60, learning_rate=3e-3, held_out=0.25)
     assert tuned.epoch < 60
     assert tuned.after == pytest.approx(relative_error(block, examples[3:]), rel=1e-5)
+
+
+def test_of_several_learning_rates_the_one_with_the_lowest_held_out_error_stays():
+    alone = {}
+    for rate in RATES:
+        block, masks, examples = problem()
+        alone[rate] = tune(block, masks, examples, epochs=3, learning_rate=rate)
+    assert len({tuned.after for tuned in alone.values()}) == len(RATES)
+    best = min(alone.values(), key=lambda tuned: tuned.after)
+    block, masks, examples = problem()
+    tuned = tune(block, masks, examples, epochs=3)
+    assert (tuned.learning_rate, tuned.epoch, tuned.after) == (best.learning_rate, best.epoch, best.after)
+    assert tuned.steps == len(RATES) * best.steps
+    assert tuned.after == pytest.approx(relative_error(block, examples[-1:]), rel=1e-5)
+
+
+def test_no_learning_rate_is_tried_that_nothing_could_judge():
+    block, masks, examples = problem(count=3)
+    tuned = tune(block, masks, examples, epochs=2)
+    assert (tuned.learning_rate, tuned.steps) == (RATES[0], 6)
 
 
 def test_masked_positions_do_not_count():
@@ -115,10 +136,10 @@ def test_masked_positions_do_not_count():
 
 def test_few_batches_are_all_trained_on():
     block, masks, examples = problem(count=3)
-    tuned = tune(block, masks, examples, epochs=2)
+    tuned = tune(block, masks, examples, epochs=2, learning_rate=1e-3)
     assert (tuned.steps, tuned.held_out) == (6, 0)
     block, masks, examples = problem(count=4)
-    tuned = tune(block, masks, examples, epochs=2)
+    tuned = tune(block, masks, examples, epochs=2, learning_rate=1e-3)
     assert (tuned.steps, tuned.held_out) == (6, 1)
 
 

@@ -12,7 +12,7 @@ from halve.matrix import prune_weight
 from halve.objective import Objective
 from halve.outcome import Status
 from halve.pattern import Pattern
-from halve.reconstruct import Reconstruction
+from halve.reconstruct import Reconstruction, Tuned
 from halve.run import LayerFailedError, _stacks, plan_model, prune_blocks
 from halve.settings import Settings
 from models import DECODERS, MIXTURES, bert, decoder, tokens, vit
@@ -248,6 +248,19 @@ def test_reconstruction_with_hidden_states_on_disk_is_the_same(tmp_path):
     for first, second in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(first, second)
     assert (tmp_path / "dense").is_dir()
+
+
+def test_the_first_block_that_gains_chooses_the_learning_rate_for_the_rest(monkeypatch):
+    stuck, gained = Tuned(1.0, 1.0, 0, None, 1, 1), Tuned(1.0, 0.5, 1, 4e-3, 1, 1)
+    asked, answers = [], [stuck, gained, gained]
+
+    def tune(_work, _masks, _example, _count, options, *_rest):
+        asked.append(options)
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr(run_module, "reconstruct", tune)
+    prune_blocks(decoder("llama"), batches(4), settings(reconstruction=Reconstruction(epochs=2)), device=CPU)
+    assert asked == [Reconstruction(2), Reconstruction(2), Reconstruction(2, 4e-3)]
 
 
 def test_reconstruction_needs_calibration():

@@ -75,7 +75,7 @@ def prune(
         int | None, typer.Option(help="Passes over the calibration set.", show_default="6")
     ] = None,
     reconstruct_lr: Annotated[
-        float | None, typer.Option(help="Adam's first learning rate.", show_default="0.001")
+        float | None, typer.Option(help="Adam's first learning rate.", show_default="by held-out error")
     ] = None,
     reconstruct_held_out: Annotated[
         float | None, typer.Option(help="Share of the batches that only judge.", show_default="0.125")

@@ -7,7 +7,7 @@ BRECQ's reconstruction for quantisation (Nagel et al. 2020, arXiv 2004.10568; Li
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +20,9 @@ from halve.errors import CalibrationError, InputError
 from halve.options import check_count, check_positive, is_number
 from halve.tables import build_options
 
+RATES = (1e-3, 2e-3, 4e-3)
+"""The learning rates that are tried where none is given."""
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -27,18 +30,20 @@ class Reconstruction:
 
     Attributes:
         epochs: passes over the calibration set, >= 1.
-        learning_rate: of Adam at the start, > 0; it falls to zero along a cosine.
-        held_out: share of the batches, at least one if above 0, that are not trained on but decide which epoch's
-            weights stay, in [0, 0.5]; a set of fewer than four batches is trained on whole.
+        learning_rate: of Adam at the start, > 0; it falls to zero along a cosine. None tries each of `RATES` and keeps
+            what has the lowest error on the held-out batches; the first of them where nothing is held out.
+        held_out: share of the batches, at least one if above 0, that are not trained on but decide which learning rate
+            and which epoch's weights stay, in [0, 0.5]; a set of fewer than four batches is trained on whole.
     """
 
     epochs: int = 6
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
         check_count("epochs of the reconstruction", self.epochs)
-        check_positive("learning_rate of the reconstruction", self.learning_rate)
+        if self.learning_rate is not None:
+            check_positive("learning_rate of the reconstruction", self.learning_rate)
         if not is_number(self.held_out) or not 0.0 <= self.held_out <= 0.5:
             raise InputError(f"held_out of the reconstruction must lie between 0 and 0.5, got {self.held_out!r}")
 
@@ -100,13 +105,15 @@ class Tuned:
             where none was held out).
         after: the same afterwards, with the weights rounded to the model's dtype; never larger.
         epoch: the epoch whose weights stay, 0 if none was better than what was there.
-        steps: optimiser steps taken.
+        learning_rate: with which they were reached; None if ``epoch`` is 0.
+        steps: optimiser steps taken, with all learning rates.
         held_out: number of batches held out.
     """
 
     before: float
     after: float
     epoch: int
+    learning_rate: float | None
     steps: int
     held_out: int
 
@@ -138,43 +145,64 @@ def reconstruct(
         CalibrationError: the error is not finite before anything was tuned.
     """
     spared = max(1, round(options.held_out * count)) if count >= 4 and options.held_out > 0.0 else 0
-    training = list(range(count - spared))
+    training = range(count - spared)
     judged = range(count - spared, count) if spared else training
+    tried = RATES if spared else RATES[:1]
+    rates = tried if options.learning_rate is None else (options.learning_rate,)
     trained = {name: block.get_parameter(name) for name in stored}
-    steps, total = 0, options.epochs * len(training)
+
+    def error() -> float:
+        return _error(block, (examples(i) for i in judged), precision)
+
     with _requiring_gradients(block, trained.values()):
-        optimiser = torch.optim.Adam(trained.values(), lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))
-        )
-        before = best = _error(block, (examples(i) for i in judged), precision)
+        before = best = error()
         if not math.isfinite(before):
             raise CalibrationError("the output of the pruned block is not finite")
         given = kept = _snapshot(trained)
-        epoch_kept = 0
-        generator = torch.Generator().manual_seed(0)
-        for epoch in range(1, options.epochs + 1):
-            for place in torch.randperm(len(training), generator=generator).tolist():
-                example = examples(training[place])
-                optimiser.zero_grad(set_to_none=True)
-                _loss(block, example, precision).backward()  # type: ignore[no-untyped-call]
-                for name, mask in masks.items():
-                    gradient = trained[name].grad
-                    if gradient is not None:
-                        gradient.mul_(mask)
-                optimiser.step()
-                schedule.step()
-                steps += 1
-            error = _error(block, (examples(i) for i in judged), precision)
-            if error < best:  # false for NaN
-                best, kept, epoch_kept = error, _snapshot(trained), epoch
+        epoch_kept, rate_kept = 0, None
+        for rate in rates:
+            _put(trained, given)
+            for epoch in _epochs(block, masks, trained, examples, training, options.epochs, rate, precision):
+                found = error()
+                if found < best:  # false for NaN
+                    best, kept, epoch_kept, rate_kept = found, _snapshot(trained), epoch, rate
         if epoch_kept:
             _put(trained, {name: kept[name].to(dtype) for name, dtype in stored.items()})
-            best = _error(block, (examples(i) for i in judged), precision)
-        if not best < before:  # rounding may have cost all that was gained
-            best, epoch_kept = before, 0
+            best = error()
+        if not best < before:  # nothing was gained, or rounding has cost it
+            best, epoch_kept, rate_kept = before, 0, None
             _put(trained, given)
-    return Tuned(before, best, epoch_kept, steps, spared)
+    return Tuned(before, best, epoch_kept, rate_kept, options.epochs * len(training) * len(rates), spared)
+
+
+def _epochs(
+    block: nn.Module,
+    masks: Mapping[str, Tensor],
+    trained: Mapping[str, nn.Parameter],
+    examples: Callable[[int], Example],
+    training: Sequence[int],
+    epochs: int,
+    rate: float,
+    precision: torch.dtype,
+) -> Iterator[int]:
+    """Train for one epoch after the other, giving the number of each as it ends, from 1."""
+    total = epochs * len(training)
+    optimiser = torch.optim.Adam(trained.values(), lr=rate, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))
+    )
+    generator = torch.Generator().manual_seed(0)
+    for epoch in range(1, epochs + 1):
+        for place in torch.randperm(len(training), generator=generator).tolist():
+            optimiser.zero_grad(set_to_none=True)
+            _loss(block, examples(training[place]), precision).backward()  # type: ignore[no-untyped-call]
+            for name, mask in masks.items():
+                gradient = trained[name].grad
+                if gradient is not None:
+                    gradient.mul_(mask)
+            optimiser.step()
+            schedule.step()
+        yield epoch
 
 
 def trainable(block: nn.Module, pruned: Collection[str], frozen: Collection[str] = ()) -> dict[str, torch.dtype]:

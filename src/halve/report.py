@@ -119,6 +119,7 @@ def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str
         "error_before": block.tuned.before,
         "error_after": block.tuned.after,
         "epoch": block.tuned.epoch,
+        "learning_rate": block.tuned.learning_rate,
         "steps": block.tuned.steps,
         "held_out_batches": block.tuned.held_out,
         "tensors": [tensor for parameter in block.parameters for tensor in changed.get(parameter, ())],

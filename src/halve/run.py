@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from halve.layers import Matrix, Plan, find_stack, make_plan, set_matrix
 from halve.matrix import prune_weight, prune_weights
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
-from halve.reconstruct import Example, Reconstruction, reconstruct, trainable
+from halve.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.run_report import BlockReport, Listener, MatrixReport, Progress, RunReport
 from halve.settings import Settings
 
@@ -137,6 +138,7 @@ class _Loop:
         self._listen = listen
         self._reports: list[MatrixReport] = []
         self._blocks: list[BlockReport] = []
+        self._tuning = settings.reconstruction
         phases = ("capture", "collect", "solve", "reconstruct", "replay")
         self._seconds = {
             phase: 0.0 for phase in phases if phase != "reconstruct" or settings.reconstruction is not None
@@ -170,10 +172,12 @@ class _Loop:
             with self._timing("solve"):
                 for stack in _stacks(matrices, statistics):
                     self._solve(stack, statistics.get(stack[0].name), work)
-            if dense is not None and self._settings.reconstruction is not None:
+            if dense is not None and self._tuning is not None:
                 self._tell(index, "reconstruct")
                 with self._timing("reconstruct"):
-                    self._reconstruct(index, work, matrices, stream, dense)
+                    tuned = self._reconstruct(index, work, matrices, stream, dense, self._tuning)
+                if tuned.learning_rate is not None:  # the first block's choice serves the others
+                    self._tuning = replace(self._tuning, learning_rate=tuned.learning_rate)
         if self._collecting and index + 1 < len(self._plan.blocks):
             self._advance(index, work, stream, stream.hidden)
         stream.calls[index].clear()
@@ -271,8 +275,14 @@ class _Loop:
         self._report(matrix, outcome)
 
     def _reconstruct(
-        self, index: int, work: nn.Module, matrices: Sequence[Matrix], stream: Stream, dense: HiddenStates
-    ) -> None:
+        self,
+        index: int,
+        work: nn.Module,
+        matrices: Sequence[Matrix],
+        stream: Stream,
+        dense: HiddenStates,
+        options: Reconstruction,
+    ) -> Tuned:
         prefix = f"{self._plan.blocks[index]}."
         pruned = dict.fromkeys(matrix.parameter.removeprefix(prefix) for matrix in matrices)
         masks = {name: work.get_parameter(name) != 0 for name in pruned}
@@ -285,7 +295,6 @@ class _Loop:
 
         original = self._model.get_submodule(prefix[:-1])
         stored = trainable(original, pruned, self._frozen(prefix))
-        options = self._settings.reconstruction or Reconstruction()
         try:
             tuned = reconstruct(work, masks, example, len(stream.hidden), options, self._precision, stored)
         except CalibrationError as error:
@@ -301,6 +310,7 @@ class _Loop:
         for name in names:
             original.get_parameter(name).data.copy_(work.get_parameter(name).data)
         self._blocks.append(BlockReport(prefix[:-1], tuple(prefix + name for name in names), tuned))
+        return tuned
 
     def _frozen(self, prefix: str) -> set[str]:
         """Names in a block of the parameters that other modules share or that the user asked to leave alone."""
