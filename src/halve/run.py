@@ -166,7 +166,7 @@ class _Loop:
             self._tell(index, "collect")
             with self._timing("collect"):
                 statistics = self._collect(index, work, matrices, stream, matching)
-        if dense is not None:
+        if dense is not None and (matching is None or not statistics):
             self._advance(index, work, stream, dense)
         if matrices:
             with self._timing("solve"):
@@ -203,13 +203,14 @@ class _Loop:
         stream: Stream,
         dense: HiddenStates | None,
     ) -> dict[str, Statistics | None]:
+        """Return the statistics of a block's inputs; ``dense`` states, if they are to be paired, go through it too."""
         halves = self._settings.objective.chooses_shrinkage(self._settings.method)
         collector = Collector(work, self._plan.blocks[index], matrices, self._device, halves=halves)
         with autocast(work, self._precision), collector.watching():
             for batch in range(len(stream.hidden)):
                 if dense is not None:
                     collector.start_batch(stream.valid[batch], dense=True)
-                    self._forward(index, batch, work, stream, dense)
+                    dense[batch] = self._forward(index, batch, work, stream, dense)
                 collector.start_batch(stream.valid[batch])
                 self._forward(index, batch, work, stream, stream.hidden)
         return collector.finish()
