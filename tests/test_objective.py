@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import layer_oracles as oracle
 from halve.dense_target import dense_target
 from halve.errors import InputError
 from halve.gram import GramAccumulator, Statistics
-from halve.objective import Objective
+from halve.objective import MATCH_DENSE, Objective
 from halve.pattern import Pattern
 from halve.shrinkage import choose_shrinkage, shrink
 
@@ -26,7 +27,7 @@ def test_a_bad_shrinkage_is_refused(value):
         Objective(shrinkage=value)
 
 
-@pytest.mark.parametrize("value", ["1", "auto", None, -0.1, 1.1, math.nan, True])
+@pytest.mark.parametrize("value", ["1", "auto", -0.1, 1.1, math.nan, True])
 def test_a_bad_blend_is_refused(value):
     with pytest.raises(InputError, match="match_dense must be a number from 0 to 1, got "):
         Objective(match_dense=value)
@@ -55,28 +56,48 @@ def test_who_has_the_shrinkage_chosen(shrinkage, auto, named):
 
 def test_nothing_asked_for_changes_nothing():
     weight, stats = problem()
-    target, gram, amount = Objective().apply(weight, stats, Pattern("2:4"), "prox-admm")
+    target, gram, facts = Objective().apply(weight, stats, Pattern("2:4"), "prox-admm")
     assert target is weight
     assert gram is stats.gram
-    assert amount == 0.0
-    _, gram, amount = Objective(0).apply(weight, stats, Pattern("2:4"), "auto")
+    assert facts == {}
+    target, gram, facts = Objective(0, 0).apply(weight, stats, Pattern("2:4"), "auto")
+    assert target is weight
     assert gram is stats.gram
-    assert amount == 0.0
+    assert facts == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "auto", "named", "insists"),
+    [(None, MATCH_DENSE, 0.0, False), (0.0, 0.0, 0.0, False), (0.6, 0.6, 0.6, True), (1, 1, 1, True)],
+)
+def test_who_aims_at_the_dense_model(asked, auto, named, insists):
+    weight, stats = problem()
+    objective = Objective(0.0, asked)
+    assert objective.insists_on_dense is insists
+    for method, blend in (("auto", auto), ("prox-admm", named), ("wanda", named)):
+        assert objective.blend(method) == blend
+        target, _, facts = objective.apply(weight, stats, Pattern("2:4"), method)
+        assert facts.get("match_dense", 0.0) == blend
+        assert torch.equal(target, dense_target(weight, stats, blend, 0.1))
+    alone = replace(stats, cross=None)
+    target, _, facts = Objective(0.0).apply(weight, alone, Pattern("2:4"), "auto")
+    assert target is weight
+    assert facts == {}
 
 
 def test_a_number_is_taken_and_auto_is_chosen():
     weight, stats = problem()
-    _, gram, amount = Objective(0.3).apply(weight, stats, Pattern("2:4"), "auto")
-    assert amount == 0.3
+    _, gram, facts = Objective(0.3).apply(weight, stats, Pattern("2:4"), "auto")
+    assert facts["shrinkage"] == 0.3
     assert torch.equal(gram, shrink(stats.gram, 0.3))
     chosen = choose_shrinkage(weight, stats, Pattern("2:4"))
     assert chosen > 0.0
-    for objective, method in ((Objective(), "auto"), (Objective("auto"), "wanda")):
-        _, gram, amount = objective.apply(weight, stats, Pattern("2:4"), method)
-        assert amount == chosen
+    for objective, method in ((Objective(match_dense=0), "auto"), (Objective("auto"), "wanda")):
+        _, gram, facts = objective.apply(weight, stats, Pattern("2:4"), method)
+        assert facts == {"shrinkage": chosen}
         assert torch.equal(gram, shrink(stats.gram, chosen))
     alone = Statistics(stats.gram, stats.tokens)
-    assert Objective("auto").apply(weight, alone, Pattern("2:4"), "wanda")[2] == 0.0
+    assert Objective("auto").apply(weight, alone, Pattern("2:4"), "wanda")[2] == {}
 
 
 def test_targets_follow_blend_and_ridge_and_are_what_the_shrinkage_is_chosen_for(monkeypatch):
@@ -88,9 +109,9 @@ def test_targets_follow_blend_and_ridge_and_are_what_the_shrinkage_is_chosen_for
         return 0.25
 
     monkeypatch.setattr("halve.objective.choose_shrinkage", choose)
-    target, gram, amount = Objective("auto", 0.5, 0.2).apply(weight, stats, Pattern("2:4"), "wanda")
+    target, gram, facts = Objective("auto", 0.5, 0.2).apply(weight, stats, Pattern("2:4"), "wanda")
     assert torch.equal(target, dense_target(weight, stats, 0.5, 0.2))
     assert not torch.equal(target, weight)
     assert judged[0] is target
-    assert amount == 0.25
+    assert facts == {"shrinkage": 0.25, "match_dense": 0.5}
     assert torch.equal(gram, shrink(stats.gram, 0.25))

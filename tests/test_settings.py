@@ -22,18 +22,19 @@ def test_the_defaults_leave_the_problem_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("changes", "follows"),
+    ("changes", "needs", "matches"),
     [
-        ({}, False),
-        ({"objective": Objective(shrinkage=0.5)}, False),
-        ({"objective": Objective(match_dense=1e-3)}, True),
-        ({"reconstruction": Reconstruction()}, True),
-        ({"reconstruction": Reconstruction(), "objective": Objective(match_dense=1.0)}, True),
+        ({}, False, False),
+        ({"objective": Objective(shrinkage=0.5)}, False, False),
+        ({"objective": Objective(match_dense=1e-3)}, True, True),
+        ({"reconstruction": Reconstruction()}, True, False),
+        ({"reconstruction": Reconstruction(), "objective": Objective(match_dense=1.0)}, True, True),
     ],
 )
-def test_who_looks_at_the_dense_model_needs_calibration(changes, follows):
-    assert settings(**changes).follows_dense is follows
-    assert settings("magnitude", **changes).needs_calibration is follows
+def test_who_looks_at_the_dense_model_needs_calibration(changes, needs, matches):
+    assert settings(**changes).matches_dense is matches
+    assert settings("auto").matches_dense
+    assert settings("magnitude", **changes).needs_calibration is needs
     assert settings("magnitude", "cg", **changes).needs_calibration
     assert settings("wanda", **changes).needs_calibration
 

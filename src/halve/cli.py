@@ -81,7 +81,7 @@ def prune(
         float | None, typer.Option(help="Share of the batches that only judge.", show_default="0.125")
     ] = None,
     shrinkage: ShrinkageOption = None,
-    match_dense: MatchOption = 0.0,
+    match_dense: MatchOption = None,
     match_ridge: RidgeOption = 0.1,
     calibration: CalibrationOption = "self",
     samples: SamplesOption = 128,
@@ -267,7 +267,7 @@ def compare(
     fallback: FallbackOption = None,
     min_expert_tokens: ExpertOption = 32,
     shrinkage: ShrinkageOption = None,
-    match_dense: MatchOption = 0.0,
+    match_dense: MatchOption = None,
     match_ridge: RidgeOption = 0.1,
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",

@@ -34,6 +34,12 @@ ShrinkageOption = Annotated[
         show_default="auto for method auto, else 0",
     ),
 ]
-MatchOption = Annotated[float, typer.Option(help="How far targets are the dense model's outputs, 0 to 1.")]
+MatchOption = Annotated[
+    float | None,
+    typer.Option(
+        help="How far targets are the dense model's outputs, 0 to 1.",
+        show_default="0.25 for method auto, else 0; 0 with experts",
+    ),
+]
 RidgeOption = Annotated[float, typer.Option(help="Holds the weights of such targets near the dense ones.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -122,7 +122,7 @@ def prune_weight(
             is zero or could not be factorised; ``FELL_BACK`` if the fallback was used. Facts, where they apply:
             ``relative_loss_before_refit``, ``relative_loss`` (on H as given, against what was aimed at: the dense
             weights' outputs, or those of `halve.dense_target`), ``iterations``, ``refit_iterations``, ``damping``,
-            ``shrinkage``, ``tokens``, ``seconds``, and others of the method and the refit.
+            ``shrinkage``, ``match_dense``, ``tokens``, ``seconds``, and others of the method and the refit.
 
     Raises:
         InputError: an argument or option is unusable; nothing was computed.
@@ -187,9 +187,9 @@ def prune_weights(
 def _prune(task: _Task) -> list[Outcome]:
     start = time.perf_counter()
     with full_precision():
-        shrinkage = 0.0
+        aims: dict[str, float] = {}
         try:
-            aimed, shrinkage = _aimed(task)
+            aimed, aims = _aimed(task)
         except FactorisationError as error:
             outcomes = _fit(task, task, _fall_back(task, f"match_dense failed: {error}"))
         else:
@@ -199,22 +199,20 @@ def _prune(task: _Task) -> list[Outcome]:
     seconds = time.perf_counter() - start
     finished = []
     for outcome, size in zip(outcomes, task.sizes, strict=True):
-        facts = dict(outcome.facts)
+        facts = {**outcome.facts, **aims}
         if task.stats is not None and task.stats.tokens:
             facts["tokens"] = float(task.stats.tokens)
-        if shrinkage:
-            facts["shrinkage"] = shrinkage
         facts["seconds"] = seconds * size / sum(task.sizes)
         finished.append(replace(outcome, facts=facts))
     return finished
 
 
-def _aimed(task: _Task) -> tuple[_Task, float]:
-    """Return the task with the weights and the Gram matrix that its objective asks for, and the shrinkage."""
+def _aimed(task: _Task) -> tuple[_Task, dict[str, float]]:
+    """Return the task with the weights and the Gram matrix that its objective asks for, and what was done to them."""
     if task.stats is None or not _is_live(task.stats):
-        return task, 0.0
-    weight, gram, shrinkage = task.objective.apply(task.weight, task.stats, task.pattern, task.method.name)
-    return replace(task, weight=weight, stats=replace(task.stats, gram=gram)), shrinkage
+        return task, {}
+    weight, gram, facts = task.objective.apply(task.weight, task.stats, task.pattern, task.method.name)
+    return replace(task, weight=weight, stats=replace(task.stats, gram=gram)), facts
 
 
 def _settings(
@@ -261,7 +259,7 @@ def _statistics(
         raise InputError(
             f'refit {settings.refit.name} needs gram, the Gram matrix of the inputs: give it, or set refit="none"'
         )
-    if settings.objective.match_dense > 0.0 and not (isinstance(gram, Statistics) and gram.cross is not None):
+    if settings.objective.insists_on_dense and not (isinstance(gram, Statistics) and gram.cross is not None):
         raise InputError("match_dense needs statistics with the dense model's inputs (cross): set it to 0")
     return None if gram is None else _checked_statistics(gram, weight, tokens)
 

@@ -12,6 +12,8 @@ from halve.pattern import Pattern
 from halve.shrinkage import choose_shrinkage, shrink
 
 AUTO = "auto"
+MATCH_DENSE = 0.25
+"""How far the targets of method ``auto`` are the dense model's outputs, where both models' inputs are known."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,19 @@ class Objective:
             held-out loss where the statistics are kept by halves. None is ``auto`` for method ``auto``, and 0 for
             every method that was asked for by name.
         match_dense: α in [0, 1], how far targets are the dense model's outputs (`halve.dense_target`); above 0 it
-            needs statistics with ``cross``.
+            needs statistics with ``cross``. None is `MATCH_DENSE` for method ``auto`` where the statistics have it,
+            and 0 elsewhere.
         match_ridge: what holds the weights of such targets near the dense ones, > 0.
     """
 
     shrinkage: float | str | None = None
-    match_dense: float = 0.0
+    match_dense: float | None = None
     match_ridge: float = 0.1
 
     def __post_init__(self) -> None:
         if self.shrinkage not in (None, AUTO) and not (is_number(self.shrinkage) and 0.0 <= self.shrinkage <= 1.0):
             raise InputError(f"shrinkage must be auto or a number from 0 to 1, got {self.shrinkage!r}")
-        if not is_number(self.match_dense) or not 0.0 <= self.match_dense <= 1.0:
+        if self.match_dense is not None and not (is_number(self.match_dense) and 0.0 <= self.match_dense <= 1.0):
             raise InputError(f"match_dense must be a number from 0 to 1, got {self.match_dense!r}")
         check_positive("match_ridge", self.match_ridge)
 
@@ -42,8 +45,21 @@ class Objective:
         """Whether ``method`` is to have its shrinkage chosen."""
         return self.shrinkage == AUTO or (self.shrinkage is None and method == AUTO)
 
-    def apply(self, weight: Tensor, stats: Statistics, pattern: Pattern, method: str) -> tuple[Tensor, Tensor, float]:
-        """Return what to solve for: the weights to prune, H, and the shrinkage that made it.
+    @property
+    def insists_on_dense(self) -> bool:
+        """Whether targets from the dense model were asked for, so that to go without them would be a fault."""
+        return self.match_dense is not None and self.match_dense > 0.0
+
+    def blend(self, method: str) -> float:
+        """Return α for ``method``, where statistics have both models' inputs."""
+        if self.match_dense is not None:
+            return self.match_dense
+        return MATCH_DENSE if method == AUTO else 0.0
+
+    def apply(
+        self, weight: Tensor, stats: Statistics, pattern: Pattern, method: str
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Return what to solve for: the weights to prune, H, and the facts ``shrinkage`` and ``match_dense``, if not 0.
 
         Args:
             weight: (d_out, d_in), W0.
@@ -54,9 +70,11 @@ class Objective:
         Raises:
             FactorisationError: targets from the dense model could not be computed.
         """
-        target = dense_target(weight, stats, self.match_dense, self.match_ridge)
+        blend = 0.0 if stats.cross is None else self.blend(method)
+        target = dense_target(weight, stats, blend, self.match_ridge)
         if self.chooses_shrinkage(method):
             amount = choose_shrinkage(target, stats, pattern)
         else:
             amount = 0.0 if self.shrinkage is None else float(self.shrinkage)
-        return target, shrink(stats.gram, amount), amount
+        facts = {"shrinkage": amount, "match_dense": blend}
+        return target, shrink(stats.gram, amount), {name: value for name, value in facts.items() if value}

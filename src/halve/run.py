@@ -105,7 +105,7 @@ def prune_blocks(
     stream_of.check_batches(batches)
     plan, returns = plan_model(model, batches[0], settings.pattern, settings.skip)
     routed = next((matrix for matrix in plan.matrices if matrix.routed), None)
-    if settings.objective.match_dense > 0.0 and routed is not None:
+    if settings.objective.insists_on_dense and routed is not None:
         raise InputError(
             f"match_dense pairs the tokens of the dense and the pruned model, which {routed.name} does not receive "
             "alike: set it to 0 for mixtures of experts"
@@ -139,6 +139,8 @@ class _Loop:
         self._reports: list[MatrixReport] = []
         self._blocks: list[BlockReport] = []
         self._tuning = settings.reconstruction
+        # Experts do not receive the same tokens from the dense model as from the pruned one.
+        self._matching = settings.matches_dense and not any(matrix.routed for matrix in plan.matrices)
         phases = ("capture", "collect", "solve", "reconstruct", "replay")
         self._seconds = {
             phase: 0.0 for phase in phases if phase != "reconstruct" or settings.reconstruction is not None
@@ -151,7 +153,7 @@ class _Loop:
         started = time.perf_counter()
         stream = stream_of.capture(self._model, members, batches, returns, offload)
         self._seconds["capture"] = time.perf_counter() - started
-        dense = stream.hidden.copy("dense") if self._settings.follows_dense else None
+        dense = stream.hidden.copy("dense") if self._matching or self._tuning is not None else None
         for index, block in enumerate(members):
             self._prune_block(index, block, stream, dense)
         self._tell(len(members), "done")
@@ -160,7 +162,7 @@ class _Loop:
     def _prune_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
         work = stream_of.working_copy(block, self._device)
         matrices = self._plan.of_block(index)
-        matching = dense if self._settings.objective.match_dense > 0.0 else None
+        matching = dense if self._matching else None
         statistics: dict[str, Statistics | None] = {}
         if matrices and self._collecting:
             self._tell(index, "collect")

@@ -42,9 +42,9 @@ class Settings:
     objective: Objective = field(default_factory=Objective)
 
     @property
-    def follows_dense(self) -> bool:
-        """Whether the dense model's hidden states go through the blocks beside the pruned model's."""
-        return self.reconstruction is not None or self.objective.match_dense > 0.0
+    def matches_dense(self) -> bool:
+        """Whether targets are to come from the dense model, where its inputs can be paired with the pruned model's."""
+        return self.objective.blend(self.method) > 0.0
 
     @property
     def all_options(self) -> dict[str, Any]:
@@ -54,7 +54,8 @@ class Settings:
     @property
     def needs_calibration(self) -> bool:
         """Whether the method, the refit or the reconstruction looks at calibration data."""
-        return methods.get(self.method).needs_statistics or self.refit != "none" or self.follows_dense
+        follows_dense = self.reconstruction is not None or self.matches_dense
+        return methods.get(self.method).needs_statistics or self.refit != "none" or follows_dense
 
     def __post_init__(self) -> None:
         if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 1:
