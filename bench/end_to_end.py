@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from halve import checkpoint, compare
-from halve.pruning import text_tokens
+from halve.calibration import text_tokens
 
 METHODS = (
     "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,alps+cg,prox-gradient,prox-gradient+gd,prox-gradient+cg,"

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from halve import blocks, checkpoint
+from halve.calibration import text_tokens, token_batches
 from halve.collect import Collector
 from halve.device import autocast, compute_dtype, evaluation_mode
 from halve.gram import Statistics
 from halve.pattern import Pattern
-from halve.pruning import text_tokens, token_batches
 from halve.run import plan_model
 
 

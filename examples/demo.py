@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from halve import check, checkpoint, compare
-from halve.pruning import text_tokens
+from halve.calibration import text_tokens
 from halve.terminal import comparison_table
 
 SAMPLES, SEQ_LEN, WINDOWS = 32, 512, 32

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from halve import compare as comparison
-from halve.cli import EXIT_FAILED, EXIT_FALLBACKS, EXIT_REFUSED, app
+from halve.cli import app
+from halve.cli_errors import EXIT_FAILED, EXIT_FALLBACKS, EXIT_REFUSED, EXIT_STOPPED
 from halve.errors import FactorisationError
 from halve.objective import Objective
 from models import decoder
@@ -279,19 +280,55 @@ def test_one_sentence_and_exit_code_2_for_bad_input(model, tmp_path, arguments, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_with_fallbacks_has_its_own_exit_code(tmp_path, text):
+def test_a_run_that_stops_is_resumed_with_a_fallback_and_then_has_its_own_exit_code(tmp_path, text):
     dead = decoder("llama", vocab_size=320)
     dead.model.layers[1].self_attn.v_proj.weight.data.zero_()
     dead.save_pretrained(tmp_path / "dense")
     byte_bpe().save_pretrained(tmp_path / "dense")
     arguments = ["prune", str(tmp_path / "dense"), "--calibration", text, *FAST]
-    result = run(app, [*arguments, "--out", str(tmp_path / "one")])
-    assert result.exit_code == EXIT_FAILED
+    stopped = str(tmp_path / "one")
+    result = run(app, [*arguments, "--out", stopped])
+    assert result.exit_code == EXIT_STOPPED
     assert "model.layers.1.self_attn.o_proj.weight could not be pruned by wanda" in result.output
-    assert not (tmp_path / "one").exists()
+    assert f"finished blocks are kept in {stopped}: continue with `halve resume {stopped}`" in result.output
+    assert run(app, ["resume", stopped]).exit_code == EXIT_STOPPED
+    result = run(app, ["resume", stopped, "--fallback", "magnitude"])
+    assert result.exit_code == EXIT_FALLBACKS, result.output
+    assert "1 of 21 matrices fell back" in result.output
     result = run(app, [*arguments, "--out", str(tmp_path / "two"), "--fallback", "magnitude"])
     assert result.exit_code == EXIT_FALLBACKS
     assert "1 of 21 matrices fell back" in result.output
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    result = run(app, ["resume", stopped])
+    assert result.exit_code == EXIT_REFUSED
+    assert "holds no unfinished run" in result.output
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(model, text, tmp_path, sent):
+    out = tmp_path / "out"
+    arguments = ["--calibration", text, "--samples", "64", "--seq-len", "64", "--method", "prox-gradient"]
+    arguments += ["-o", "beta=1.02", "--work", str(tmp_path / "work")]
+    command = [sys.executable, "-m", "halve", "prune", model, "--out", str(out), *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("block 2"):
+                break
+        process.send_signal(sent)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED
+    assert f"continue with `halve resume {out}`" in rest
+    assert "Traceback" not in rest
+    assert (tmp_path / "work" / "block-00000.safetensors").exists()
+    result = run(app, ["prune", model, "--out", str(out), *arguments, "--pattern", "1:4"])
+    assert result.exit_code == EXIT_REFUSED
+    assert "pattern was 2:4 and is 1:4" in result.output
+    assert subprocess.run([sys.executable, "-m", "halve", "resume", str(out)], check=False).returncode == 0
+    assert run(app, ["check", str(out), "--against", model]).exit_code == 0
+    assert not (tmp_path / "work").exists()
 
 
 def test_ctrl_c_leaves_no_checkpoint(model, text, tmp_path):

@@ -6,14 +6,13 @@ import torch
 from halve import run as run_module
 from halve.blocks import HiddenStates, run_model
 from halve.errors import CalibrationError, InputError, UnsupportedModelError
-from halve.gram import Statistics
-from halve.layers import Matrix, find_stack
+from halve.layers import find_stack
 from halve.matrix import prune_weight
 from halve.objective import Objective
 from halve.outcome import Status
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction, Tuned
-from halve.run import LayerFailedError, _stacks, plan_model, prune_blocks
+from halve.run import LayerFailedError, plan_model, prune_blocks
 from halve.settings import Settings
 from models import DECODERS, MIXTURES, bert, decoder, tokens, vit
 
@@ -280,37 +279,11 @@ def test_reconstruction_leaves_shared_and_skipped_vectors_alone():
             assert torch.equal(parameter, before[name]) == alone, name
 
 
-def matrix(name, d_out=4, d_in=8):
-    return Matrix(name, name, 0, d_out, d_in)
-
-
-def test_neighbours_with_the_same_statistics_are_solved_together():
-    shared, own = Statistics(torch.eye(8), 5), Statistics(torch.eye(8), 5)
-    statistics = {"q": shared, "k": shared, "v": shared, "o": own, "up": shared, "e0": None, "e1": None}
-    matrices = [matrix(name) for name in (*statistics, "unseen")]
-    names = [[each.name for each in stack] for stack in _stacks(matrices, statistics)]
-    assert names == [["q", "k", "v"], ["o"], ["up"], ["e0"], ["e1"], ["unseen"]]
-    assert list(_stacks([], statistics)) == []
-    assert [len(stack) for stack in _stacks(matrices, {})] == [1] * 8
-
-
-@pytest.mark.parametrize(
-    ("most", "expected"),
-    [(1, [1, 1, 1, 1]), (63, [1, 1, 1, 1]), (64, [2, 1, 1]), (96, [2, 1, 1]), (128, [2, 2]), (10_000, [4])],
-)
-def test_not_too_many_weights_are_solved_together(most, expected):
-    shared = Statistics(torch.eye(8), 5)
-    matrices = [matrix("a"), matrix("b"), matrix("c", d_out=10), matrix("d", d_out=6)]
-    stacks = list(_stacks(matrices, {each.name: shared for each in matrices}, most))
-    assert [each for stack in stacks for each in stack] == matrices
-    assert [len(stack) for stack in stacks] == expected
-
-
 @pytest.mark.parametrize("method", ["auto", "sparsegpt", "alps"])
 def test_solving_together_changes_next_to_nothing(monkeypatch, method):
     together, alone = decoder("llama"), decoder("llama")
     report = prune_blocks(together, batches(), settings(method, "cg"), device=CPU)
-    monkeypatch.setattr(run_module, "_stacks", lambda matrices, statistics: ([each] for each in matrices))
+    monkeypatch.setattr(run_module, "stacks", lambda matrices, statistics: ([each] for each in matrices))
     other = prune_blocks(alone, batches(), settings(method, "cg"), device=CPU)
     assert [each.name for each in report.matrices] == [each.name for each in other.matrices]
     for one, two in zip(report.matrices, other.matrices, strict=True):

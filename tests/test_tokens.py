@@ -31,7 +31,7 @@ def write_corpus(path, texts):
 
 def sentences(count, seed=0):
     """Distinct texts of one to twelve known words."""
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     words = " ".join(SENTENCES).split()
     return [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(count)]
 
@@ -86,7 +86,7 @@ def test_without_eos_documents_are_joined_by_nothing(corpus):
     tokenizer = byte_bpe(eos=None)
     found = calibration_tokens(corpus, tokenizer, samples=2, seq_len=64, seed=1)
     texts = sentences(200)
-    random.Random(1).shuffle(texts)  # noqa: S311
+    random.Random(1).shuffle(texts)
     assert found.separator == ""
     assert (
         tokenizer.decode(found.ids.flatten().tolist()) == "".join(texts)[: len(tokenizer.decode(found.ids.flatten()))]

@@ -167,6 +167,18 @@ def companions(directory: Path) -> tuple[Path, ...]:
     return tuple(_contained(directory, path) for path in sorted(kept))
 
 
+def source_files(source: Source) -> list[Path]:
+    """Return every file that a model is read from.
+
+    Raises:
+        CorruptFileError: one of them is a link that leaves the checkpoint.
+    """
+    if source.kind == "gguf":
+        return [source.path]
+    index = [source.path / INDEX] if source.shards[0].name != WEIGHTS else []
+    return [source.path / CONFIG, *source.shards, *companions(source.path), *index]
+
+
 def forbidden_fields(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the fields of a config, at any depth, that a plain checkpoint must not have, and why."""
     found: dict[str, str] = {}
@@ -311,14 +323,8 @@ def _download(name: str, revision: str | None) -> Path:
 @contextmanager
 def _validated_files(source: Source) -> Iterator[Path]:
     """Show the validated files, and nothing else, in a directory of links."""
-    if source.kind == "gguf":
-        files = [source.path]
-    else:
-        index = source.path / INDEX
-        files = [source.path / CONFIG, *source.shards, *companions(source.path)]
-        files += [index] if source.shards[0].name != WEIGHTS else []
     with tempfile.TemporaryDirectory(prefix="halve-") as name:
-        for path in files:
+        for path in source_files(source):
             link = Path(name) / (path.name if source.kind == "gguf" else path.relative_to(source.path))
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(path.resolve())

@@ -1,9 +1,6 @@
 """The ``halve`` command: arguments in, calls out; what is printed, and how, is `halve.terminal`'s."""
 
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from halve.cli_errors import EXIT_FAILED, EXIT_FALLBACKS, reporting
 from halve.cli_options import (
     CalibrationOption,
     DeviceOption,
@@ -22,7 +20,6 @@ from halve.cli_options import (
     JsonOption,
     MatchOption,
     ModelArgument,
-    OffloadOption,
     PatternOption,
     RidgeOption,
     SamplesOption,
@@ -31,138 +28,23 @@ from halve.cli_options import (
     ShrinkageOption,
     SkipOption,
 )
-from halve.cli_values import parse_dtype, parse_options, parse_options_by_method, parse_shrinkage
-from halve.errors import HalveError, InputError
-from halve.terminal import announce_generation, comparison_table, err, out, progress, say, say_row
-
-EXIT_FAILED = 1
-"""A check found problems, or a run stopped because a matrix or the data failed."""
-EXIT_REFUSED = 2
-"""Bad arguments or an unsupported model; nothing was done."""
-EXIT_FALLBACKS = 3
-"""The run is complete, but some matrices were pruned by another method than asked; they are listed."""
+from halve.cli_prune import prune, resume
+from halve.cli_values import parse_dtype, parse_options_by_method, parse_shrinkage
+from halve.errors import InputError
+from halve.terminal import announce_generation, comparison_table, out, progress, say, say_row
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Prune trained neural networks to N:M sparsity, and see what it cost.",
-    epilog="Exit codes: 0 complete; 1 failed or problems found; 2 refused, nothing done; 3 complete with fallbacks.",
+    epilog="Exit codes: 0 complete; 1 failed or problems found; 2 refused, nothing done; 3 complete with fallbacks; "
+    "4 stopped, and `halve resume DIR` continues.",
 )
 
 
-@app.command()
-def prune(
-    model: ModelArgument,
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")],
-    pattern: PatternOption = "2:4",
-    method: Annotated[str, typer.Option(help="See `halve methods`.")] = "auto",
-    effort: Annotated[
-        str | None, typer.Option(help="Of method auto: fast, balanced or best.", show_default="balanced")
-    ] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(help="Of method auto: seconds for solving; takes the effort as far as they go.")
-    ] = None,
-    refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, cg, gd, swap.")] = "cg",
-    reconstruct: Annotated[
-        str | None,
-        typer.Option(
-            help="block: then tune each block's survivors against the dense block's output; or none.",
-            show_default="block with --effort best, else none",
-        ),
-    ] = None,
-    reconstruct_epochs: Annotated[
-        int | None, typer.Option(help="Passes over the calibration set.", show_default="6")
-    ] = None,
-    reconstruct_lr: Annotated[
-        float | None, typer.Option(help="Adam's first learning rate.", show_default="by held-out error")
-    ] = None,
-    reconstruct_held_out: Annotated[
-        float | None, typer.Option(help="Share of the batches that only judge.", show_default="0.125")
-    ] = None,
-    shrinkage: ShrinkageOption = None,
-    match_dense: MatchOption = None,
-    match_ridge: RidgeOption = 0.1,
-    calibration: CalibrationOption = "self",
-    samples: SamplesOption = 128,
-    seq_len: SeqLenOption = None,
-    seed: SeedOption = 0,
-    field: FieldOption = "text",
-    skip: SkipOption = None,
-    fallback: FallbackOption = None,
-    min_expert_tokens: ExpertOption = 32,
-    device: DeviceOption = "auto",
-    forward_dtype: ForwardOption = "auto",
-    dtype: DtypeOption = None,
-    offload: OffloadOption = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("-o", "--option", help="beta=1.02 of the method, refit_steps=200 of the refit. Repeatable."),
-    ] = None,
-) -> None:
-    """Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."""
-    from halve.compare import Contender
-    from halve.matrix import validate_settings
-    from halve.objective import Objective
-    from halve.pruning import prune as prune_model
-    from halve.reconstruct import default_reconstruction, parse_reconstruction
-
-    with _reporting("interrupted: no checkpoint was written"):
-        options = parse_options(option or [])
-        options |= {
-            name: value for name, value in (("effort", effort), ("time_limit", time_limit)) if value is not None
-        }
-        Contender(method, refit).check_option_names(options)
-        validate_settings(method, refit, pattern, fallback=fallback, **options)
-        objective = Objective(parse_shrinkage(shrinkage), match_dense, match_ridge)
-        given = {"epochs": reconstruct_epochs, "learning_rate": reconstruct_lr, "held_out": reconstruct_held_out}
-        tuning = parse_reconstruction(
-            default_reconstruction(method, options) if reconstruct is None else reconstruct,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        if calibration == "self":
-            announce_generation(samples, seq_len)
-        with progress() as listen:
-            pruned = prune_model(
-                model,
-                out_dir,
-                pattern=pattern,
-                method=method,
-                refit=refit,
-                calibration=calibration,
-                samples=samples,
-                seq_len=seq_len,
-                seed=seed,
-                text_field=field,
-                skip=skip or (),
-                fallback=fallback,
-                min_expert_tokens=min_expert_tokens,
-                reconstruct="none" if tuning is None else tuning,
-                objective=objective,
-                device=device,
-                forward_dtype=forward_dtype,
-                dtype=parse_dtype(dtype),
-                offload=offload,
-                listen=listen,
-                **options,
-            )
-    report = pruned.report
-    for warning in report.warnings:
-        say(err, warning, label="warning", style="yellow")
-    seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in report.seconds.items())
-    say(
-        out,
-        f"{len(report.matrices)} matrices at {pattern} by {method}, refit {refit}: mean relative loss "
-        f"{report.mean_relative_loss:.4f} ({seconds})",
-    )
-    if report.reconstructions:
-        ratios = [block.tuned.after / max(block.tuned.before, 1e-30) for block in report.reconstructions]
-        which = "held-out" if report.reconstructions[0].tuned.held_out else "training"
-        ratio = math.prod(ratios) ** (1 / len(ratios))
-        say(out, f"{len(ratios)} blocks reconstructed: {which} error times {ratio:.3f}")
-    say(out, f"verified and written: {out_dir}")
-    if report.fallbacks:
-        raise typer.Exit(EXIT_FALLBACKS)
+app.command()(prune)
+app.command()(resume)
 
 
 @app.command()
@@ -178,7 +60,7 @@ def check(
     from halve.verification import REPORT
     from halve.verification import check as check_checkpoint
 
-    with _reporting():
+    with reporting():
         if pattern is None and directory.is_dir() and not (directory / REPORT).exists():
             raise InputError(f"{directory} has no {REPORT}: give --pattern")
         result = check_checkpoint(directory, against=against, pattern=pattern)
@@ -215,7 +97,7 @@ def evaluate_command(
 
     from halve.perplexity import evaluate
 
-    with _reporting():
+    with reporting():
         results = [
             evaluate(
                 model,
@@ -285,12 +167,12 @@ def compare(
     """Prune with several methods on the same statistics settings, and print one table."""
     from halve import checkpoint
     from halve import compare as comparison
+    from halve.calibration import default_length, text_tokens
     from halve.objective import Objective
-    from halve.pruning import default_length, text_tokens
     from halve.tokens import check_length
 
     rows: list[Any] = []
-    with _reporting():
+    with reporting():
         contenders = [comparison.Contender.parse(text) for text in methods.split(",")]
         requests = comparison.make_requests(
             contenders,
@@ -375,28 +257,6 @@ def common(
     ] = False,
 ) -> None:
     """Hold the options that belong to no command."""
-
-
-@contextmanager
-def _reporting(interrupted: str = "interrupted") -> Iterator[None]:
-    """Turn Halve's errors into one sentence and an exit code."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is the only one
-    try:
-        yield
-    except HalveError as error:
-        say(err, str(error), label="error", style="red")
-        raise typer.Exit(EXIT_REFUSED if _refused(error) else EXIT_FAILED) from error
-    except KeyboardInterrupt:
-        say(err, interrupted)
-        raise typer.Exit(130) from None
-
-
-def _refused(error: HalveError) -> bool:
-    from halve.errors import UnsupportedModelError
-
-    return isinstance(error, InputError | UnsupportedModelError)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from halve.perplexity import Perplexity, perplexity
 from halve.pruning import Request, prune_loaded
 from halve.reconstruct import BLOCK, parse_reconstruction
 from halve.report import environment
+from halve.run_directory import open_run
 from halve.run_report import Progress, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings
 from halve.tokens import TokenSet
@@ -185,7 +187,8 @@ def _rows(
                 listen(contender, step)
 
         try:
-            report = prune_loaded(candidate, calibration, request, place, seed=seed, listen=tell).report
+            with nullcontext() if place is None else open_run(place) as run:
+                report = prune_loaded(candidate, calibration, request, run, seed=seed, listen=tell).report
             scores = measure(candidate.model, request.device)
         except HalveError as error:
             failure = str(error)

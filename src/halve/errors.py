@@ -1,8 +1,16 @@
 """What can go wrong, named by what the user can do about it."""
 
+from pathlib import Path
+
 
 class HalveError(Exception):
-    """Root of every error that Halve raises on purpose; its message is one sentence for the user."""
+    """Root of every error that Halve raises on purpose; its message is one sentence for the user.
+
+    Attributes:
+        unfinished: the output directory of a run that this error stopped and that can be resumed, if there is one.
+    """
+
+    unfinished: Path | None = None
 
 
 class InputError(HalveError, ValueError):
@@ -27,3 +35,7 @@ class FactorisationError(HalveError):
 
 class CorruptFileError(HalveError):
     """A file is truncated, malformed or contradicts another one: fetch or write it again."""
+
+
+class ResumeMismatchError(InputError):
+    """An unfinished run was begun with other inputs, options or versions than it would now be continued with."""

@@ -2,37 +2,38 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halve import checkpoint, report, store, tokens
 from halve.blocks import Batch
-from halve.checkpoint import LoadedModel
+from halve.calibration import (
+    BATCH_TOKENS,
+    DEFAULT_SAMPLES,
+    STEP_TOKENS,
+    Calibration,
+    calibration_data,
+    calibration_record,
+    token_batches,
+)
+from halve.checkpoint import LoadedModel, Source
 from halve.device import evaluation_mode, forward_precision, resolve_device
-from halve.errors import CorruptFileError, InputError
+from halve.errors import CorruptFileError, HalveError, InputError
+from halve.fingerprint import fingerprint
 from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction, default_reconstruction, parse_reconstruction
 from halve.run import prune_blocks
+from halve.run_directory import RunDirectory, open_run, recorded_call
 from halve.run_report import Listener, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings
 from halve.tokens import TokenSet
 from halve.verification import check
-
-DEFAULT_SAMPLES = 128
-DEFAULT_SEQ_LEN = 2048
-_BATCH_TOKENS = 4096
-"""Tokens a batch of the calibration set holds at most (at least one sequence)."""
-_STEP_TOKENS = 512
-"""The same where blocks are reconstructed, which takes one optimiser step a batch."""
-
-Calibration = str | Path | TokenSet | Tensor | Sequence[Batch] | None
-"""A file, directory, ``c4``, ``wikitext2`` or ``self`` (None); tokens (samples, seq_len); or ready batches."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,14 @@ def prune(
     forward_dtype: str = "auto",
     dtype: torch.dtype | None = None,
     offload: str | Path | None = None,
+    work: str | Path | None = None,
     listen: Listener | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune every linear layer inside a model's blocks to an N:M (or unstructured) pattern.
+
+    With ``out``, every block is kept there as it is finished. A run that was stopped is continued by the same call, or
+    by `halve.resume`, and ends with the same bytes.
 
     Args:
         model: a model in memory (pruned in place), a local directory, a ``.gguf`` file, or a hub id.
@@ -105,6 +110,7 @@ def prune(
             Statistics and solves are float32.
         dtype: dtype of the written checkpoint where the input has none of its own (GGUF); None keeps float32.
         offload: a directory where hidden states are kept instead of in memory; a temporary folder is made in it.
+        work: a directory for finished blocks while the run lasts, new or empty; None keeps them in ``out``.
         listen: called with a `halve.run_report.Progress` at every step.
         **options: of the method and the refit.
 
@@ -116,7 +122,10 @@ def prune(
         UnsupportedModelError: the model's structure or checkpoint is not supported; nothing was done.
         CalibrationError: the calibration data gave no usable statistics.
         LayerFailedError: a matrix could not be pruned and no fallback was allowed.
+        ResumeMismatchError: ``out`` holds an unfinished run that was begun differently.
+        CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
+    call = _written_down(locals())
     request = Request(
         Settings(
             Pattern.parse(pattern),
@@ -135,11 +144,75 @@ def prune(
         None if offload is None else _existing_directory(offload),
     )
     destination = None if out is None else Path(out)
-    loaded = _load(model, destination, dtype, tokenizer)
-    if calibration is None and not request.settings.needs_calibration:
-        return prune_loaded(loaded, [], request, destination, seed=seed, listen=listen)
-    data = calibration_data(loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=text_field)
-    return prune_loaded(loaded, data, request, destination, seed=seed, listen=listen)
+    asked = {"source": str(calibration), "samples": samples, "seq_len": seq_len, "seed": seed}
+    with ExitStack() as stack:
+        found = _find(model, destination, dtype)
+        run = None
+        if destination is not None:
+            run = stack.enter_context(open_run(destination, None if work is None else Path(work)))
+        loaded = _load(found, destination, dtype, tokenizer)
+        if calibration is None and not request.settings.needs_calibration:
+            return prune_loaded(loaded, [], request, run, seed=seed, listen=listen, call=call)
+        wrote = calibration is None or (isinstance(calibration, str) and calibration == tokens.SELF)
+        data: TokenSet | list[Batch] | None = (
+            run.tokens(asked) if run is not None and wrote else None
+        )  # the model need not write its text again
+        data = data or calibration_data(
+            loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=text_field
+        )
+        return prune_loaded(loaded, data, request, run, seed=seed, listen=listen, call=call, asked=asked)
+
+
+def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | None = None) -> Pruned:
+    """Continue the run that was stopped in a directory, from the first block that is not finished.
+
+    Args:
+        out: the output directory that `prune` was given.
+        fallback: method for matrices that the asked one fails on, instead of what was asked then.
+        listen: called with a `halve.run_report.Progress` at every step.
+
+    Returns:
+        Pruned: as `prune` would have.
+
+    Raises:
+        InputError: there is no unfinished run, or it was given a model or data in memory: then call `prune` again.
+        ResumeMismatchError: the model, the data, versions or the machine differ from when it was begun.
+        CorruptFileError: a file of the model, or of the unfinished run, was damaged.
+    """
+    call = recorded_call(Path(out))
+    objective, tuning, dtype = (call.pop(name) for name in ("objective", "reconstruct", "dtype"))
+    options = call.pop("options")
+    if fallback is not None:
+        call["fallback"] = fallback
+    return prune(
+        out=out,
+        objective=Objective(**objective),
+        reconstruct=Reconstruction(**tuning) if isinstance(tuning, dict) else tuning,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        listen=listen,
+        **call,
+        **options,
+    )
+
+
+def _written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of `prune` as JSON values; None if model, tokenizer or data are objects in memory."""
+    named = {name: arguments[name] for name in ("model", "calibration")}
+    if arguments["tokenizer"] is not None or not all(
+        value is None or isinstance(value, str | Path) for value in named.values()
+    ):
+        return None
+    left_out = {*named, "out", "tokenizer", "listen", "work", "objective", "reconstruct", "dtype", "pattern", "offload"}
+    objective, tuning, dtype = (arguments[name] for name in ("objective", "reconstruct", "dtype"))
+    return {
+        **{name: value for name, value in arguments.items() if name not in left_out},
+        **{name: None if value is None else str(value) for name, value in named.items()},
+        "pattern": Pattern.parse(arguments["pattern"]).text,
+        "offload": None if arguments["offload"] is None else str(arguments["offload"]),
+        "objective": asdict(objective or Objective()),
+        "reconstruct": asdict(tuning) if isinstance(tuning, Reconstruction) else tuning,
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
 
 
 @dataclass(frozen=True)
@@ -165,32 +238,63 @@ def prune_loaded(
     loaded: LoadedModel,
     data: TokenSet | Sequence[Batch],
     request: Request,
-    out: Path | None,
+    run: RunDirectory | None,
     *,
     seed: int,
     listen: Listener | None = None,
+    call: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> Pruned:
-    """Prune a loaded model in place, then write and verify it if ``out`` is given.
+    """Prune a loaded model in place, then write and verify it if there is a directory to.
 
     Args:
         loaded: the model.
         data: calibration tokens or batches; an empty list for a method and refit that need none.
         request: how to prune.
-        out: the checkpoint's directory, absent or empty.
+        run: where finished blocks and the checkpoint go, new or stopped; None writes nothing.
         seed: that chose the calibration data, for the record.
         listen: called at every step.
+        call: arguments of `prune` that would repeat this, for `resume`; None if they cannot be written down.
+        asked: how the calibration tokens were asked for.
 
     Raises:
-        InputError, UnsupportedModelError, CalibrationError, LayerFailedError: as `prune`.
+        InputError, UnsupportedModelError, CalibrationError, LayerFailedError, CorruptFileError: as `prune`.
     """
+    if run is None:
+        done = _prune(loaded, data, request, None, listen)
+        return Pruned(loaded.model, done, _record(loaded, data, request, done, seed, None), None)
+    settings, device, precision, dtype = request.settings, request.device, request.precision, request.dtype
+    mark = fingerprint(loaded, data, settings, device=device, precision=precision, dtype=dtype)
+    run.begin(mark, call, data if isinstance(data, TokenSet) else None, asked or {})
+    try:
+        done = _prune(loaded, data, request, run, listen)
+        record = _record(loaded, data, request, done, seed, run.out)
+        files = None
+        if not run.verified:
+            files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, record, dtype=dtype)
+            _verify(run.staging, None if loaded.source is None else loaded.source.path)
+        run.publish(files)
+    except HalveError as error:
+        error.unfinished = run.out if run.committed else None
+        raise
+    return Pruned(loaded.model, done, record, run.out)
+
+
+def _prune(
+    loaded: LoadedModel,
+    data: TokenSet | Sequence[Batch],
+    request: Request,
+    run: RunDirectory | None,
+    listen: Listener | None,
+) -> RunReport:
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(loaded.model))
         folder = None
         if request.offload is not None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=request.offload)))
-        most = _BATCH_TOKENS if request.settings.reconstruction is None else _STEP_TOKENS
+        most = BATCH_TOKENS if request.settings.reconstruction is None else STEP_TOKENS
         batches = token_batches(data.ids, most) if isinstance(data, TokenSet) else data
-        done = prune_blocks(
+        return prune_blocks(
             loaded.model,
             batches or [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}],
             request.settings,
@@ -199,128 +303,32 @@ def prune_loaded(
             offload=folder,
             listen=listen,
             collect=bool(batches),
+            ledger=run,
         )
-    record = report.to_json(
+
+
+def _record(
+    loaded: LoadedModel,
+    data: TokenSet | Sequence[Batch],
+    request: Request,
+    done: RunReport,
+    seed: int,
+    out: Path | None,
+) -> dict[str, Any]:
+    return report.to_json(
         done,
         request.settings,
         {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
-        calibration={"seed": seed, **_calibration_record(data)},
+        calibration={"seed": seed, **calibration_record(data)},
         device=str(request.device),
         precision=str(request.precision).removeprefix("torch."),
     )
-    if out is not None:
-        store.write_checkpoint(out, loaded, done.changed, record, dtype=request.dtype)
-        _verify(out, None if loaded.source is None else loaded.source.path)
-    return Pruned(loaded.model, done, record, out)
 
 
-def calibration_data(
-    loaded: LoadedModel,
-    calibration: Calibration,
-    *,
-    samples: int = DEFAULT_SAMPLES,
-    seq_len: int | None = None,
-    seed: int = 0,
-    text_field: str = "text",
-) -> TokenSet | list[Batch]:
-    """Turn what the user named into calibration tokens; ready batches pass through.
-
-    Args:
-        loaded: the model, and its tokenizer.
-        calibration: see `prune`.
-        samples: as for `prune`.
-        seq_len: as for `prune`.
-        seed: as for `prune`.
-        text_field: as for `prune`.
-
-    Raises:
-        InputError: the source is not usable, or its tokens do not fit the model.
-        CalibrationError: the source has too few tokens.
-    """
-    if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.is_floating_point() or not calibration.numel():
-            raise InputError(
-                f"calibration is a tensor of shape {tuple(calibration.shape)} and {calibration.dtype}: "
-                "give token ids of shape (samples, seq_len), or batches as dictionaries"
-            )
-        calibration = TokenSet(calibration, "tokens", tokens.hash_ids(calibration), calibration.shape[0])
-    if isinstance(calibration, TokenSet):
-        tokens.check_vocabulary(calibration.ids, loaded.model, calibration.source)
-        tokens.check_length(calibration.seq_len, loaded.model)
-        return calibration
-    if calibration is not None and not isinstance(calibration, str | Path):
-        return _checked_batches(calibration)
-    return text_tokens(
-        loaded,
-        tokens.SELF if calibration is None else calibration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        text_field=text_field,
-    )
-
-
-def text_tokens(
-    loaded: LoadedModel, source: str | Path, *, samples: int, seq_len: int | None, seed: int, text_field: str
-) -> TokenSet:
-    """Tokenise calibration text for a model.
-
-    Args:
-        loaded: the model, and its tokenizer.
-        source: see `prune`; ``self`` lets the model write.
-        samples: as for `prune`.
-        seq_len: as for `prune`.
-        seed: as for `prune`.
-        text_field: as for `prune`.
-
-    Raises:
-        InputError: no tokenizer, or the source or the length is not usable.
-        CalibrationError: the source has too few tokens.
-    """
-    if loaded.tokenizer is None:
-        raise InputError("the model has no tokenizer, so text cannot be used: give tokenizer, or tokens as calibration")
-    if seq_len is None:
-        seq_len = default_length(loaded)
-    tokens.check_length(seq_len, loaded.model)
-    return tokens.calibration_tokens(
-        source,
-        loaded.tokenizer,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        field=text_field,
-        model=loaded.model,
-    )
-
-
-def default_length(loaded: LoadedModel) -> int:
-    """Return the length of calibration sequences where none is asked for: 2048, or the model's maximum if less."""
-    return min(DEFAULT_SEQ_LEN, tokens.longest(loaded.model) or DEFAULT_SEQ_LEN)
-
-
-def token_batches(ids: Tensor, most: int = _BATCH_TOKENS) -> list[Batch]:
-    """Cut token ids (samples, seq_len) into batches of at most ``most`` tokens (at least one sequence)."""
-    rows = max(1, most // ids.shape[1])
-    return [{"input_ids": ids[start : start + rows]} for start in range(0, len(ids), rows)]
-
-
-def _checked_batches(batches: Sequence[Batch]) -> list[Batch]:
-    batches = list(batches)
-    if not batches:
-        raise InputError("calibration is an empty list: give at least one batch, or None to let the model write")
-    for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
-            raise InputError(
-                f"calibration batch {index} is not a dictionary of tensors: give keyword arguments of the model, "
-                "for example {'input_ids': ids} or {'pixel_values': images}"
-            )
-    return [dict(batch) for batch in batches]
-
-
-def _load(model: nn.Module | str | Path, out: Path | None, dtype: torch.dtype | None, tokenizer: Any) -> LoadedModel:
-    """Load what the user named, after checking that the result can be written."""
+def _find(model: nn.Module | str | Path, out: Path | None, dtype: torch.dtype | None) -> nn.Module | Source:
+    """Find what the user named, and refuse what cannot be read or written, before anything is created."""
     if isinstance(model, nn.Module):
         from transformers import PreTrainedModel
 
@@ -331,15 +339,23 @@ def _load(model: nn.Module | str | Path, out: Path | None, dtype: torch.dtype | 
             )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise InputError("the model has parameters on the meta device, without values: load it completely")
+        if out is not None:
+            store.check_destination(out, None, 0)
+        return model
+    source = checkpoint.resolve(model)
+    if out is not None:
+        store.check_destination(out, source, source.size)
+    if dtype is not None and source.shards:
+        raise InputError("dtype is for GGUF input: a safetensors checkpoint keeps its own dtypes")
+    return source
+
+
+def _load(model: nn.Module | Source, out: Path | None, dtype: torch.dtype | None, tokenizer: Any) -> LoadedModel:
+    if isinstance(model, nn.Module):
         loaded = LoadedModel(model, tokenizer, None)  # type: ignore[arg-type]
     else:
-        source = checkpoint.resolve(model)
-        if out is not None:
-            store.check_destination(out, source, source.size)
-        if dtype is not None and source.shards:
-            raise InputError("dtype is for GGUF input: a safetensors checkpoint keeps its own dtypes")
-        found = checkpoint.load_model(source)
-        loaded = found if tokenizer is None else LoadedModel(found.model, tokenizer, source)
+        found = checkpoint.load_model(model)
+        loaded = found if tokenizer is None else LoadedModel(found.model, tokenizer, model)
     if out is not None:
         store.check_destination(out, loaded.source, store.output_bytes(loaded, dtype))
     return loaded
@@ -356,21 +372,6 @@ def _source_record(loaded: LoadedModel) -> dict[str, Any]:
     if loaded.source is None:
         return {"kind": "memory", "name": type(loaded.model).__name__}
     return {"kind": loaded.source.kind, "name": loaded.source.name, "revision": loaded.source.revision}
-
-
-def _calibration_record(data: TokenSet | Sequence[Batch]) -> dict[str, Any]:
-    if isinstance(data, TokenSet):
-        return {
-            "source": data.source,
-            "samples": data.samples,
-            "seq_len": data.seq_len,
-            "tokens": data.tokens,
-            "documents": data.documents,
-            "separator": data.separator,
-            "revision": data.revision,
-            "sha256": data.sha256,
-        }
-    return {"source": "batches" if data else "none", "batches": len(data)}
 
 
 def _verify(directory: Path, source: Path | None) -> None:

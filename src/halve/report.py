@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -55,7 +54,7 @@ def to_json(
     device: str,
     precision: str,
 ) -> dict[str, Any]:
-    """Return ``halve.json`` without the file hashes, which the store adds.
+    """Return ``halve.json`` without the file hashes, which the store adds; no times, so that equal runs are equal.
 
     Args:
         report: what the run did.
@@ -69,7 +68,6 @@ def to_json(
     """
     return {
         "format": FORMAT,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "source": dict(source),
         "pattern": settings.pattern.text,
         "method": settings.method,
@@ -90,7 +88,6 @@ def to_json(
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
         ],
         "warnings": list(report.warnings),
-        "seconds": {phase: round(value, 3) for phase, value in report.seconds.items()},
         "environment": environment(),
     }
 
@@ -109,7 +106,7 @@ def _matrix(matrix: MatrixReport, location: Location | None) -> dict[str, Any]:
         "refit": matrix.refit,
         "status": str(matrix.status),
         "reason": matrix.reason,
-        "facts": {key: _finite(value) for key, value in matrix.facts.items()},
+        "facts": {key: _finite(value) for key, value in matrix.facts.items() if key != "seconds"},
     }
 
 

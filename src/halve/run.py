@@ -6,7 +6,7 @@ one block at a time, as a float32 copy; the model keeps its own dtype and place.
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from halve import blocks as stream_of
+from halve.block_record import from_record, to_record
 from halve.blocks import Batch, HiddenStates, Stream
 from halve.collect import Collector, observe
 from halve.device import autocast
@@ -27,11 +28,11 @@ from halve.matrix import prune_weight, prune_weights
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
+from halve.run_directory import RunDirectory
 from halve.run_report import BlockReport, Listener, MatrixReport, Progress, RunReport
 from halve.settings import Settings
+from halve.stacks import operations, stacks
 
-_STACK_WEIGHTS = 1 << 28
-"""Most weights of matrices that are solved together: 1 GiB in float32, several of which a solver needs."""
 _LEAST_SECONDS = 1e-3
 """What a time limit that is used up counts as."""
 
@@ -82,6 +83,7 @@ def prune_blocks(
     offload: Path | None = None,
     listen: Listener | None = None,
     collect: bool = True,
+    ledger: RunDirectory | None = None,
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
 
@@ -96,11 +98,15 @@ def prune_blocks(
         listen: called at every step.
         collect: False prunes without statistics, for a method and refit that need none; ``batches`` then only serve
             to find out how the model is built.
+        ledger: where every block is kept as it is finished; blocks that it has already are taken from it. None keeps
+            nothing.
 
     Raises:
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
         CalibrationError: NaN or infinity in activations, or no statistics.
         UnsupportedModelError: see `plan_model`.
+        CorruptFileError: a block in ``ledger`` was damaged.
+        HalveError: a block could not be kept, the volume being full or broken.
     """
     stream_of.check_batches(batches)
     plan, returns = plan_model(model, batches[0], settings.pattern, settings.skip)
@@ -110,7 +116,8 @@ def prune_blocks(
             f"match_dense pairs the tokens of the dense and the pruned model, which {routed.name} does not receive "
             "alike: set it to 0 for mixtures of experts"
         )
-    loop = _Loop(model, plan, settings, device, precision, listen or (lambda _progress: None), collect=collect)
+    tell = listen or (lambda _progress: None)
+    loop = _Loop(model, plan, settings, device, precision, tell, ledger, collect=collect)
     with stream_of.eager_experts(model):
         return loop.run(batches, returns, offload)
 
@@ -126,6 +133,7 @@ class _Loop:
         device: torch.device,
         precision: torch.dtype,
         listen: Listener,
+        ledger: RunDirectory | None,
         *,
         collect: bool,
     ) -> None:
@@ -136,6 +144,8 @@ class _Loop:
         self._device = device
         self._precision = precision
         self._listen = listen
+        self._ledger = ledger
+        self._kept = 0 if ledger is None else ledger.committed
         self._reports: list[MatrixReport] = []
         self._blocks: list[BlockReport] = []
         self._tuning = settings.reconstruction
@@ -149,18 +159,35 @@ class _Loop:
     def run(self, batches: Sequence[Batch], returns: Sequence[Any], offload: Path | None) -> RunReport:
         members = [self._model.get_submodule(name) for name in self._plan.blocks]
         self._tell(0, "plan", plan=self._plan)
-        self._tell(0, "capture")
-        started = time.perf_counter()
-        stream = stream_of.capture(self._model, members, batches, returns, offload)
-        self._seconds["capture"] = time.perf_counter() - started
-        dense = stream.hidden.copy("dense") if self._matching or self._tuning is not None else None
-        for index, block in enumerate(members):
-            self._prune_block(index, block, stream, dense)
+        if self._kept < len(members):
+            self._tell(0, "capture")
+            started = time.perf_counter()
+            stream = stream_of.capture(self._model, members, batches, returns, offload)
+            self._seconds["capture"] = time.perf_counter() - started
+            dense = stream.hidden.copy("dense") if self._matching or self._tuning is not None else None
+            for index, block in enumerate(members):
+                self._pass_block(index, block, stream, dense)
+        else:
+            for index in range(len(members)):
+                self._restore(index)
         self._tell(len(members), "done")
         return RunReport(tuple(self._reports), self._plan.excluded, len(members), self._seconds, tuple(self._blocks))
 
-    def _prune_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
+    def _pass_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
+        """Take both streams through a block, which is pruned unless it was before."""
         work = stream_of.working_copy(block, self._device)
+        if index < self._kept:
+            if dense is not None:
+                self._advance(index, work, stream, dense)
+            self._restore(index, work)
+        else:
+            self._prune_block(index, work, stream, dense)
+            self._commit(index)
+        if self._collecting and index + 1 < len(self._plan.blocks):
+            self._advance(index, work, stream, stream.hidden)
+        stream.calls[index].clear()
+
+    def _prune_block(self, index: int, work: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
         matrices = self._plan.of_block(index)
         matching = dense if self._matching else None
         statistics: dict[str, Statistics | None] = {}
@@ -172,17 +199,47 @@ class _Loop:
             self._advance(index, work, stream, dense)
         if matrices:
             with self._timing("solve"):
-                for stack in _stacks(matrices, statistics):
+                for stack in stacks(matrices, statistics):
                     self._solve(stack, statistics.get(stack[0].name), work)
             if dense is not None and self._tuning is not None:
                 self._tell(index, "reconstruct")
                 with self._timing("reconstruct"):
                     tuned = self._reconstruct(index, work, matrices, stream, dense, self._tuning)
-                if tuned.learning_rate is not None:  # the first block's choice serves the others
-                    self._tuning = replace(self._tuning, learning_rate=tuned.learning_rate)
-        if self._collecting and index + 1 < len(self._plan.blocks):
-            self._advance(index, work, stream, stream.hidden)
-        stream.calls[index].clear()
+                self._choose_rate(tuned)
+
+    def _choose_rate(self, tuned: Tuned) -> None:
+        """Keep the learning rate that the first block has chosen for the others."""
+        if tuned.learning_rate is not None and self._tuning is not None:
+            self._tuning = replace(self._tuning, learning_rate=tuned.learning_rate)
+
+    def _commit(self, index: int) -> None:
+        """Keep a finished block."""
+        if self._ledger is None:
+            return
+        name = self._plan.blocks[index]
+        matrices = self._reports[len(self._reports) - len(self._plan.of_block(index)) :]
+        tuned = next((block for block in self._blocks if block.name == name), None)
+        changed = sorted({matrix.parameter for matrix in matrices}.union(tuned.parameters if tuned else ()))
+        tensors = {parameter: self._model.get_parameter(parameter).data for parameter in changed}
+        self._ledger.commit(tensors, to_record(matrices, tuned))
+
+    def _restore(self, index: int, work: nn.Module | None = None) -> None:
+        """Put a block that was finished before into the model and its working copy."""
+        if self._ledger is None:
+            return
+        tensors, record = self._ledger.read(index)
+        prefix = f"{self._plan.blocks[index]}."
+        for name, tensor in tensors.items():
+            self._model.get_parameter(name).data.copy_(tensor)
+            if work is not None:
+                work.get_parameter(name.removeprefix(prefix)).data.copy_(tensor)
+        matrices, tuned = from_record(record)
+        for report in matrices:
+            self._reports.append(report)
+            self._tell(index, "restore", report)
+        if tuned is not None:
+            self._blocks.append(tuned)
+            self._choose_rate(tuned.tuned)
 
     @contextmanager
     def _timing(self, phase: str) -> Iterator[None]:
@@ -262,8 +319,8 @@ class _Loop:
             return {}
         spent = sum(report.facts.get("seconds", 0.0) for report in self._reports)
         left = max(_LEAST_SECONDS, limit - spent)
-        cost = sum(_operations(matrix) for matrix in stack)
-        ahead = sum(_operations(matrix) for matrix in self._plan.matrices[len(self._reports) :])
+        cost = sum(operations(matrix) for matrix in stack)
+        ahead = sum(operations(matrix) for matrix in self._plan.matrices[len(self._reports) :])
         return {"time_limit": left * cost / ahead}
 
     def _put(self, matrix: Matrix, outcome: Outcome, work: nn.Module) -> None:
@@ -346,27 +403,6 @@ class _Loop:
     def _tell(self, block: int, phase: str, matrix: MatrixReport | None = None, plan: Plan | None = None) -> None:
         finished, total = len(self._reports), len(self._plan.matrices)
         self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, plan))
-
-
-def _stacks(
-    matrices: Sequence[Matrix], statistics: Mapping[str, Statistics | None], most: int = _STACK_WEIGHTS
-) -> Iterator[list[Matrix]]:
-    """Group neighbours that share their statistics, at most ``most`` weights together."""
-    stack: list[Matrix] = []
-    for matrix in matrices:
-        shared = statistics.get(matrix.name)
-        size = sum(other.d_out * other.d_in for other in (*stack, matrix))
-        if stack and (shared is None or shared is not statistics.get(stack[0].name) or size > most):
-            yield stack
-            stack = []
-        stack.append(matrix)
-    if stack:
-        yield stack
-
-
-def _operations(matrix: Matrix) -> float:
-    """About how many multiplications the default solver takes: products of every row, and factorisations."""
-    return float(matrix.d_in**2 * (60 * matrix.d_out + 15 * matrix.d_in))
 
 
 def _tokens(statistics: Statistics | None) -> int:

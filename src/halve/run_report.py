@@ -104,10 +104,10 @@ class Progress:
     Attributes:
         block: index of the current block.
         blocks: number of blocks.
-        phase: ``plan``, ``capture``, ``collect``, ``solve``, ``reconstruct``, ``replay`` or ``done``.
+        phase: ``plan``, ``capture``, ``collect``, ``solve``, ``reconstruct``, ``restore``, ``replay`` or ``done``.
         finished: matrices finished so far.
         matrices: matrices in all.
-        matrix: the matrix just finished, in phase ``solve``.
+        matrix: the matrix just finished, in phase ``solve``, or taken over from an earlier process, in ``restore``.
         plan: what will be done, in phase ``plan``, before anything is.
     """
 

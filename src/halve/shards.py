@@ -7,7 +7,7 @@ Format: https://huggingface.co/docs/safetensors.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,13 +173,19 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def build_header(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+def build_header(
+    tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return the header, length field included, of a file holding these (name, dtype, shape) in this order.
+
+    Args:
+        tensors: name, dtype and shape of each.
+        metadata: texts to keep with them, besides the format.
 
     Raises:
         UnsupportedModelError: a dtype that the format does not have.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, dtype, shape in tensors:
         if dtype not in _NAMES:

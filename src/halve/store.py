@@ -1,16 +1,15 @@
 """Writing pruned checkpoints: the input's files, its bytes where nothing changed, and nothing half-written.
 
-Every file goes through ``_write_file``: written under another name, flushed to the disk, renamed. The index and
-``config.json`` come last, so that a directory without them cannot be loaded by accident.
+Every file goes through `halve.durable.write_file`. The index and ``config.json`` come last, so that a directory
+without them cannot be loaded by accident.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +19,14 @@ import torch
 
 from halve.checkpoint import CONFIG, INDEX, WEIGHTS, LoadedModel, Source, companions
 from halve.disk_layout import DiskTensor
-from halve.errors import HalveError, InputError
-from halve.shards import CHUNK, build_header, read_chunks, read_shard, tensor_bytes
+from halve.durable import Content, file_chunks, make_directory, write_file, writing
+from halve.errors import InputError
+from halve.run_directory import is_unfinished
+from halve.shards import build_header, read_chunks, read_shard, tensor_bytes
 
 REPORT = "halve.json"
 MAX_SHARD = 5_000_000_000
 _LAST = (INDEX, CONFIG)
-
-_Content = Iterable[bytes | memoryview]
 
 
 def output_bytes(loaded: LoadedModel, dtype: torch.dtype | None = None) -> int:
@@ -46,7 +45,7 @@ def check_destination(out: Path, source: Source | None, bytes_needed: int) -> No
     """Check that a checkpoint can be written to ``out`` without harm, before any work is done.
 
     Args:
-        out: the directory to write: absent, or empty.
+        out: the directory to write: absent, empty, or with an unfinished run in it.
         source: what is going to be pruned; None for a model built in memory.
         bytes_needed: size of the output in bytes.
 
@@ -62,7 +61,7 @@ def check_destination(out: Path, source: Source | None, bytes_needed: int) -> No
     if out.exists():
         if not out.is_dir():
             raise InputError(f"{out} is a file: give the name of a directory to create")
-        if any(out.iterdir()):
+        if any(out.iterdir()) and not is_unfinished(out):
             raise InputError(f"{out} is not empty: give a new directory, or empty this one")
     volume = next(path for path in (real, *real.parents) if path.exists())
     if not volume.is_dir() or not os.access(volume, os.W_OK | os.X_OK):
@@ -125,55 +124,25 @@ def write_checkpoint(
     made = [path for path in (out, *out.parents) if not path.exists()]
     written: list[Path] = []
     try:
-        plan = _written_whole(loaded, changed, dtype) if original is None else _rewritten(loaded, original, changed)
-        last = {name: b"".join(plan.pop(name)) for name in _LAST if name in plan}
-        out.mkdir(parents=True, exist_ok=True)
-        _sync_directory(out.parent)
-        sums: dict[str, str] = {}
-        for name, chunks in plan.items():
-            written.append(out / name)
-            sums[name] = _write_file(out / name, chunks)
-        sums |= {name: hashlib.sha256(content).hexdigest() for name, content in last.items()}
-        facts["files"] = dict(sorted(sums.items()))
-        text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-        for name, content in {REPORT: text.encode(), **last}.items():
-            written.append(out / name)
-            sums[name] = _write_file(out / name, [content])
-    except BaseException as error:
+        with writing(out):
+            plan = _written_whole(loaded, changed, dtype) if original is None else _rewritten(loaded, original, changed)
+            last = {name: b"".join(plan.pop(name)) for name in _LAST if name in plan}
+            make_directory(out)
+            sums: dict[str, str] = {}
+            for name, chunks in plan.items():
+                written.append(out / name)
+                kind = "shard" if name.endswith(".safetensors") else "companion"
+                sums[name] = write_file(out / name, chunks, kind)
+            sums |= {name: hashlib.sha256(content).hexdigest() for name, content in last.items()}
+            facts["files"] = dict(sorted(sums.items()))
+            text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+            for name, content in {REPORT: text.encode(), **last}.items():
+                written.append(out / name)
+                sums[name] = write_file(out / name, [content], name)
+    except BaseException:
         _remove(out, written, made)
-        if isinstance(error, OSError):
-            hint = "free some space and call again" if error.errno == errno.ENOSPC else "check the volume"
-            raise HalveError(f"writing {out} failed ({error.strerror or error}): {hint}") from error
         raise
     return sums
-
-
-def _write_file(path: Path, chunks: _Content) -> str:
-    """Write one file so that it is whole or absent, and return its sha256."""
-    digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(exist_ok=True)
-    try:
-        with temporary.open("xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        _sync_directory(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return digest.hexdigest()
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(out: Path, written: list[Path], made: list[Path]) -> None:
@@ -186,16 +155,16 @@ def _remove(out: Path, written: list[Path], made: list[Path]) -> None:
             directory.rmdir()
 
 
-def _rewritten(loaded: LoadedModel, source: Source, changed: Collection[str]) -> dict[str, _Content]:
+def _rewritten(loaded: LoadedModel, source: Source, changed: Collection[str]) -> dict[str, Content]:
     """Return the files of a safetensors checkpoint, by name, in the order to write them; content is made on demand."""
-    plan: dict[str, _Content] = {}
+    plan: dict[str, Content] = {}
     for path in source.shards:
         plan[path.name] = _rewritten_shard(loaded, path, changed)
     for path in companions(source.path):
-        plan[str(path.relative_to(source.path))] = _file_chunks(path)
+        plan[str(path.relative_to(source.path))] = file_chunks(path)
     if source.shards[0].name != WEIGHTS:
-        plan[INDEX] = _file_chunks(source.path / INDEX)
-    plan[CONFIG] = _file_chunks(source.path / CONFIG)
+        plan[INDEX] = file_chunks(source.path / INDEX)
+    plan[CONFIG] = file_chunks(source.path / CONFIG)
     return plan
 
 
@@ -211,12 +180,12 @@ def _rewritten_shard(loaded: LoadedModel, path: Path, changed: Collection[str]) 
             yield from read_chunks(entry)
 
 
-def _written_whole(loaded: LoadedModel, changed: Collection[str], dtype: torch.dtype | None) -> dict[str, _Content]:
+def _written_whole(loaded: LoadedModel, changed: Collection[str], dtype: torch.dtype | None) -> dict[str, Content]:
     """Return the files of a new checkpoint, by name, in the order to write them; weights are converted on demand."""
     shards = _split(_retyped(loaded, dtype))
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
-    plan: dict[str, _Content] = {}
+    plan: dict[str, Content] = {}
     for name, tensors in zip(names, shards, strict=True):
         plan[name] = _new_shard(loaded, tensors, changed)
     with tempfile.TemporaryDirectory(prefix="halve-") as directory:
@@ -309,9 +278,3 @@ def _plain_json(report: Mapping[str, Any]) -> dict[str, Any]:
         return dict(json.loads(json.dumps(dict(report), allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise InputError(f"the report cannot be written as JSON ({error}): give plain finite values") from error
-
-
-def _file_chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            yield chunk

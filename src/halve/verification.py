@@ -3,7 +3,6 @@
 Nothing is taken from memory or from the run that wrote it, and one tensor is held at a time.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint import CONFIG, Source, forbidden_fields, load_model, read_shards, resolve
+from halve.durable import sha256_of
 from halve.errors import CorruptFileError, HalveError, InputError, PatternError
 from halve.pattern import Pattern
-from halve.shards import CHUNK, TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
+from halve.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
 
 REPORT = "halve.json"
 
@@ -197,7 +197,7 @@ def _check_files(directory: Path, record: _Record, shards: set[str], found: _Fin
             found.problems.append(f"{REPORT} records the file {name!r}, which is outside the directory")
         elif not path.is_file():
             found.problems.append(f"{name} is recorded in {REPORT} and is missing")
-        elif _sha256(path) != expected:
+        elif sha256_of(path) != expected:
             found.problems.append(f"{name} does not have the sha256 recorded when it was written: it has been changed")
 
 
@@ -299,11 +299,3 @@ def _compare_dequantised(
 def _compare_names(entries: Mapping[str, TensorEntry], theirs: Collection[str], found: _Findings) -> None:
     found.problems += [f"tensor {name!r} of the original is missing" for name in sorted(set(theirs) - entries.keys())]
     found.problems += [f"tensor {name!r} is not in the original" for name in sorted(entries.keys() - set(theirs))]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

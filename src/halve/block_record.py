@@ -1,0 +1,34 @@
+"""What was done to a block as plain JSON values and back, for a run that is continued by another process."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from halve.outcome import Status
+from halve.reconstruct import Tuned
+from halve.run_report import BlockReport, MatrixReport
+
+
+def to_record(matrices: Sequence[MatrixReport], block: BlockReport | None) -> dict[str, Any]:
+    """Return the reports of one block as values that JSON keeps exactly.
+
+    Args:
+        matrices: of its matrices, in order.
+        block: of its reconstruction, None if there was none.
+    """
+    return {
+        "matrices": [asdict(matrix) for matrix in matrices],
+        "block": None if block is None else asdict(block),
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> tuple[list[MatrixReport], BlockReport | None]:
+    """Return what `to_record` was given."""
+    matrices = [
+        MatrixReport(**{**entry, "shape": tuple(entry["shape"]), "status": Status(entry["status"])})
+        for entry in record["matrices"]
+    ]
+    block = record["block"]
+    if block is None:
+        return matrices, None
+    return matrices, BlockReport(block["name"], tuple(block["parameters"]), Tuned(**block["tuned"]))

@@ -1,0 +1,168 @@
+"""The commands that prune: ``halve prune`` and ``halve resume``."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halve.cli_errors import EXIT_FALLBACKS, reporting
+from halve.cli_options import (
+    CalibrationOption,
+    DeviceOption,
+    DtypeOption,
+    ExpertOption,
+    FallbackOption,
+    FieldOption,
+    ForwardOption,
+    MatchOption,
+    ModelArgument,
+    OffloadOption,
+    PatternOption,
+    RidgeOption,
+    SamplesOption,
+    SeedOption,
+    SeqLenOption,
+    ShrinkageOption,
+    SkipOption,
+)
+from halve.cli_values import parse_dtype, parse_options, parse_shrinkage
+from halve.terminal import announce_generation, err, out, progress, say
+
+if TYPE_CHECKING:
+    from halve.pruning import Pruned
+
+
+def prune(
+    model: ModelArgument,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")],
+    pattern: PatternOption = "2:4",
+    method: Annotated[str, typer.Option(help="See `halve methods`.")] = "auto",
+    effort: Annotated[
+        str | None, typer.Option(help="Of method auto: fast, balanced or best.", show_default="balanced")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Of method auto: seconds for solving; takes the effort as far as they go.")
+    ] = None,
+    refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, cg, gd, swap.")] = "cg",
+    reconstruct: Annotated[
+        str | None,
+        typer.Option(
+            help="block: then tune each block's survivors against the dense block's output; or none.",
+            show_default="block with --effort best, else none",
+        ),
+    ] = None,
+    reconstruct_epochs: Annotated[
+        int | None, typer.Option(help="Passes over the calibration set.", show_default="6")
+    ] = None,
+    reconstruct_lr: Annotated[
+        float | None, typer.Option(help="Adam's first learning rate.", show_default="by held-out error")
+    ] = None,
+    reconstruct_held_out: Annotated[
+        float | None, typer.Option(help="Share of the batches that only judge.", show_default="0.125")
+    ] = None,
+    shrinkage: ShrinkageOption = None,
+    match_dense: MatchOption = None,
+    match_ridge: RidgeOption = 0.1,
+    calibration: CalibrationOption = "self",
+    samples: SamplesOption = 128,
+    seq_len: SeqLenOption = None,
+    seed: SeedOption = 0,
+    field: FieldOption = "text",
+    skip: SkipOption = None,
+    fallback: FallbackOption = None,
+    min_expert_tokens: ExpertOption = 32,
+    device: DeviceOption = "auto",
+    forward_dtype: ForwardOption = "auto",
+    dtype: DtypeOption = None,
+    offload: OffloadOption = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep finished blocks in this new directory, not in --out, while the run lasts.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("-o", "--option", help="beta=1.02 of the method, refit_steps=200 of the refit. Repeatable."),
+    ] = None,
+) -> None:
+    """Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."""
+    from halve.compare import Contender
+    from halve.matrix import validate_settings
+    from halve.objective import Objective
+    from halve.pruning import prune as prune_model
+    from halve.reconstruct import default_reconstruction, parse_reconstruction
+
+    with reporting(out_dir):
+        options = parse_options(option or [])
+        options |= {
+            name: value for name, value in (("effort", effort), ("time_limit", time_limit)) if value is not None
+        }
+        Contender(method, refit).check_option_names(options)
+        validate_settings(method, refit, pattern, fallback=fallback, **options)
+        objective = Objective(parse_shrinkage(shrinkage), match_dense, match_ridge)
+        given = {"epochs": reconstruct_epochs, "learning_rate": reconstruct_lr, "held_out": reconstruct_held_out}
+        tuning = parse_reconstruction(
+            default_reconstruction(method, options) if reconstruct is None else reconstruct,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        if calibration == "self":
+            announce_generation(samples, seq_len)
+        with progress() as listen:
+            pruned = prune_model(
+                model,
+                out_dir,
+                pattern=pattern,
+                method=method,
+                refit=refit,
+                calibration=calibration,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                text_field=field,
+                skip=skip or (),
+                fallback=fallback,
+                min_expert_tokens=min_expert_tokens,
+                reconstruct="none" if tuning is None else tuning,
+                objective=objective,
+                device=device,
+                forward_dtype=forward_dtype,
+                dtype=parse_dtype(dtype),
+                offload=offload,
+                work=work,
+                listen=listen,
+                **options,
+            )
+    _finish(pruned, out_dir)
+
+
+def resume(
+    directory: Annotated[Path, typer.Argument(help="The --out of a run that was stopped.")],
+    fallback: FallbackOption = None,
+) -> None:
+    """Continue a run that was stopped, from its first unfinished block, to the same bytes."""
+    from halve.pruning import resume as resume_run
+
+    with reporting(directory), progress() as listen:
+        pruned = resume_run(directory, fallback=fallback, listen=listen)
+    _finish(pruned, directory)
+
+
+def _finish(pruned: "Pruned", out_dir: Path) -> None:
+    """Print what a finished run did, and leave with the code that says whether all of it was as asked."""
+    report = pruned.report
+    for warning in report.warnings:
+        say(err, warning, label="warning", style="yellow")
+    record = pruned.record
+    seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in report.seconds.items())
+    say(
+        out,
+        f"{len(report.matrices)} matrices at {record['pattern']} by {record['method']}, refit {record['refit']}: "
+        f"mean relative loss {report.mean_relative_loss:.4f} ({seconds})",
+    )
+    if report.reconstructions:
+        ratios = [block.tuned.after / max(block.tuned.before, 1e-30) for block in report.reconstructions]
+        which = "held-out" if report.reconstructions[0].tuned.held_out else "training"
+        ratio = math.prod(ratios) ** (1 / len(ratios))
+        say(out, f"{len(ratios)} blocks reconstructed: {which} error times {ratio:.3f}")
+    say(out, f"verified and written: {out_dir}")
+    if report.fallbacks:
+        raise typer.Exit(EXIT_FALLBACKS)

@@ -1,0 +1,376 @@
+"""The state of a run on disk: what was asked, every finished block, and the way to a checkpoint that is in its place.
+
+A run lives in ``.halve`` inside its output directory (its blocks elsewhere, if asked). Every block is committed as it
+is finished: its tensors first, then the manifest that names them with their sha256. The checkpoint is put together
+and verified in there, and its files then move to their final names, ``config.json`` last: a directory that can be
+loaded is complete.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from halve.checkpoint import CONFIG, INDEX
+from halve.durable import Content, crash_point, make_directory, move_file, sha256_of, write_file, writing
+from halve.errors import CorruptFileError, InputError, ResumeMismatchError
+from halve.fingerprint import Fingerprint, differences
+from halve.shards import build_header, read_json, tensor_bytes
+from halve.tokens import TokenSet
+
+HOME = ".halve"
+"""Name of the directory in the output directory that holds a run until it is complete."""
+_MANIFEST = "run.json"
+_TOKENS = "calibration.safetensors"
+_WORK = "work.json"
+_FORMAT = 1
+_LAST = (INDEX, CONFIG)
+_RECORD = "record"
+
+
+@dataclass
+class _Manifest:
+    """What is known to be on the disk.
+
+    ``blocks`` and ``tokens`` map file names to their sha256; ``files`` those of the finished, verified checkpoint.
+    """
+
+    fingerprint: Fingerprint
+    call: dict[str, Any] | None
+    tokens: dict[str, Any] | None
+    blocks: list[tuple[str, str]] = field(default_factory=list)
+    files: dict[str, str] | None = None
+
+
+class RunDirectory:
+    """One run's state, held by this process alone; made by `open_run`.
+
+    Attributes:
+        out: the directory of the checkpoint.
+        staging: where the checkpoint is put together.
+        state: where finished blocks are kept.
+    """
+
+    def __init__(self, out: Path, state: Path) -> None:
+        self.out = out
+        self.state = state
+        self._home = out / HOME
+        self.staging = self._home / "output"
+        self._manifest = _read_manifest(state / _MANIFEST) if (state / _MANIFEST).exists() else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run to continue."""
+        return self._manifest is not None
+
+    @property
+    def committed(self) -> int:
+        """Number of finished blocks."""
+        return 0 if self._manifest is None else len(self._manifest.blocks)
+
+    @property
+    def call(self) -> dict[str, Any] | None:
+        """The arguments of `halve.prune` that began the run; None where they cannot be written down."""
+        return None if self._manifest is None else self._manifest.call
+
+    @property
+    def verified(self) -> bool:
+        """Whether the checkpoint is put together and verified, so that only its files have to be moved."""
+        return self._manifest is not None and self._manifest.files is not None
+
+    def check_contents(self) -> None:
+        """Refuse a directory that holds more than this run, or a checkpoint that needs nothing more.
+
+        Raises:
+            InputError: it does.
+        """
+        if (self.out / CONFIG).exists() and (self._manifest is None or self.verified):
+            if self.verified:  # it was stopped on its last steps
+                self.publish()
+            else:
+                self.remove()
+            raise InputError(f"{self.out} holds a complete checkpoint: write to a new directory")
+        ours = {HOME} | ({Path(name).parts[0] for name in self._manifest.files or {}} if self._manifest else set())
+        strange = sorted(path.name for path in self.out.iterdir() if path.name not in ours)
+        if strange:
+            raise InputError(
+                f"{self.out} holds {strange[0]}, which is not of the run in it: remove that, or write elsewhere"
+            )
+
+    def tokens(self, asked: Mapping[str, Any]) -> TokenSet | None:
+        """Return the calibration tokens that the run began with; None if they were asked for otherwise.
+
+        Raises:
+            CorruptFileError: the file was damaged.
+        """
+        kept = None if self._manifest is None else self._manifest.tokens
+        if kept is None or kept["asked"] != dict(asked):
+            return None
+        path = self.state / _TOKENS
+        _check_hash(path, kept["sha256"])
+        return TokenSet(load_file(path)["ids"], **kept["facts"])
+
+    def begin(
+        self,
+        fingerprint: Fingerprint,
+        call: Mapping[str, Any] | None,
+        tokens: TokenSet | None,
+        asked: Mapping[str, Any],
+    ) -> None:
+        """Start a run, or make sure that the one in this directory is this one.
+
+        Args:
+            fingerprint: of this run.
+            call: arguments that would repeat it, None if they cannot be written down.
+            tokens: calibration tokens, kept for a run that is continued.
+            asked: how they were asked for.
+
+        Raises:
+            ResumeMismatchError: the run in this directory was begun with something else.
+        """
+        if self._manifest is not None:
+            found = differences(self._manifest.fingerprint, fingerprint)
+            if found:
+                raise ResumeMismatchError(
+                    f"{self.out} holds an unfinished run that was begun differently ({'; '.join(found)}): call as "
+                    "then, or write to a new directory"
+                )
+            return
+        kept = None
+        if tokens is not None:
+            ids = tokens.ids.contiguous()
+            content: Content = [build_header([("ids", ids.dtype, ids.shape)]), tensor_bytes(ids)]
+            facts = {
+                "source": tokens.source,
+                "sha256": tokens.sha256,
+                "documents": tokens.documents,
+                "separator": tokens.separator,
+                "revision": tokens.revision,
+            }
+            with writing(self.state):
+                sha256 = write_file(self.state / _TOKENS, content, "tokens")
+            kept = {"sha256": sha256, "facts": facts, "asked": dict(asked)}
+        self._manifest = _Manifest(dict(fingerprint), None if call is None else dict(call), kept)
+        self._write_manifest()
+
+    def commit(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Keep the next finished block: it will not be worked on again.
+
+        Args:
+            tensors: the parameters that differ from the dense model's, by name.
+            record: what was done, as plain JSON values.
+
+        Raises:
+            HalveError: the volume is full or failed; blocks committed before are still there.
+        """
+        manifest = self._present()
+        entries = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+
+        def content() -> Iterator[bytes | memoryview]:
+            yield build_header(entries, {_RECORD: json.dumps(record)})
+            for tensor in tensors.values():
+                yield tensor_bytes(tensor)
+
+        name = f"block-{len(manifest.blocks):05d}.safetensors"
+        with writing(self.state):
+            manifest.blocks.append((name, write_file(self.state / name, content(), "block")))
+        try:
+            self._write_manifest()
+        except BaseException:
+            manifest.blocks.pop()
+            raise
+
+    def read(self, block: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and the record of a committed block.
+
+        Raises:
+            CorruptFileError: its file is missing or was damaged.
+        """
+        name, sha256 = self._present().blocks[block]
+        path = self.state / name
+        _check_hash(path, sha256)
+        with safe_open(path, "pt") as file:
+            record = json.loads(file.metadata()[_RECORD])
+        return load_file(path), record
+
+    def prepare_staging(self) -> Path:
+        """Return the directory to put the checkpoint together in, without what an earlier attempt left there."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        return self.staging
+
+    def publish(self, files: Mapping[str, str] | None = None) -> None:
+        """Move the verified checkpoint to its place, and remove everything else.
+
+        Args:
+            files: sha256 of every file in `staging`, by name; None continues a move that was interrupted.
+
+        Raises:
+            CorruptFileError: a file was damaged since it was verified; nothing more was moved.
+        """
+        manifest = self._present()
+        if files is not None:
+            manifest.files = dict(files)
+            self._write_manifest()
+        names = manifest.files or {}
+        order = [*sorted(names.keys() - set(_LAST)), *(name for name in _LAST if name in names)]
+        for name in order:
+            staged = self.staging / name
+            _check_hash(staged if staged.exists() else self.out / name, names[name])
+        with writing(self.out):
+            for name in order:
+                if (self.staging / name).exists():
+                    move_file(self.staging / name, self.out / name, name if name in _LAST else "file")
+            self.remove()
+
+    def remove(self) -> None:
+        """Take the run's state away: the checkpoint is complete, or there is nothing worth keeping."""
+        crash_point("remove.start")
+        blocks = [] if self._manifest is None else [name for name, _ in self._manifest.blocks]
+        for path in (*(self.state / name for name in (*blocks, _TOKENS)), self.state / _MANIFEST):  # the manifest last
+            path.unlink(missing_ok=True)
+            crash_point("remove.file")
+        shutil.rmtree(self._home)
+        for directory in {self.state, self.out}:
+            if directory.is_dir() and not any(directory.iterdir()):
+                directory.rmdir()
+        crash_point("remove.done")
+
+    def _present(self) -> _Manifest:
+        if self._manifest is None:
+            raise RuntimeError("the run was not begun")
+        return self._manifest
+
+    def _write_manifest(self) -> None:
+        content = {"format": _FORMAT, **asdict(self._present())}
+        text = json.dumps({"sha256": _hash(content), "content": content}, indent=1)
+        with writing(self.state):
+            write_file(self.state / _MANIFEST, [text.encode()], "manifest")
+
+
+@contextmanager
+def open_run(out: Path, work: Path | None = None) -> Iterator[RunDirectory]:
+    """Hold a run's directory for this process alone.
+
+    Args:
+        out: the directory of the checkpoint, made if it does not exist.
+        work: a directory for the finished blocks; None keeps them inside ``out``, or where the run in ``out`` began.
+
+    Raises:
+        InputError: another process holds it, or it has other contents than a run's.
+        CorruptFileError: the manifest of the run in it was damaged.
+    """
+    home = out / HOME
+    if not home.is_dir() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty: give a new directory, or empty this one")
+    new = [path for path in (home, *home.parents) if not path.exists()]
+    make_directory(home)
+    with _locked(home / "lock", out):
+        run: RunDirectory | None = None
+        fresh = home in new
+        try:
+            run = RunDirectory(out, _state(home, work))
+            run.check_contents()
+            fresh = not run.begun
+            yield run
+        except BaseException:
+            if fresh and run is None:
+                shutil.rmtree(home)
+            elif fresh and run is not None and not run.committed:
+                run.remove()
+            for path in new:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+            raise
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether a directory holds a run that was not completed."""
+    return (out / HOME).is_dir()
+
+
+def recorded_call(out: Path) -> dict[str, Any]:
+    """Return the arguments of `halve.prune` with which the unfinished run in a directory began.
+
+    Raises:
+        InputError: there is no unfinished run in it, or it was given objects in memory.
+        CorruptFileError: its manifest was damaged.
+    """
+    if not is_unfinished(out):
+        raise InputError(f"{out} holds no unfinished run: give the directory that --out named")
+    path = _state(out / HOME, None) / _MANIFEST
+    if not path.exists():
+        raise InputError(f"the run in {out} was stopped before anything was kept: prune again")
+    call = _read_manifest(path).call
+    if call is None:
+        raise InputError(f"the run in {out} was given a model or data in memory: call prune again with the same")
+    return call
+
+
+def _state(home: Path, work: Path | None) -> Path:
+    """Return where blocks are kept, and note it where that is not ``home`` itself."""
+    pointer = home / _WORK
+    noted = Path(read_json(pointer)["work"]) if pointer.exists() else None
+    if noted is not None and work is not None and work.resolve() != noted:
+        raise InputError(f"the run in {home.parent} keeps its blocks in {noted}, not in {work}: leave work out")
+    if noted is not None or work is None:
+        return noted or home
+    if work.exists() and (not work.is_dir() or any(work.iterdir())):
+        raise InputError(f"{work} is not an empty directory: give a new one for the run's blocks")
+    make_directory(work)
+    write_file(pointer, [json.dumps({"work": str(work.resolve())}).encode()], "work")
+    return work.resolve()
+
+
+@contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise InputError(
+                f"{out} is being written by another process ({holder}): wait for it, or write to another directory"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+        crash_point("unlock")
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    remedy = f"the finished blocks cannot be trusted without it; remove {path.parent}, and begin again"
+    try:
+        outer = read_json(path)
+        content = outer["content"]
+        if outer["sha256"] != _hash(content) or content.pop("format") != _FORMAT:
+            raise CorruptFileError(f"{path} was damaged, or written by another version: {remedy}")
+        blocks = [(str(name), str(sha256)) for name, sha256 in content.pop("blocks")]
+        return _Manifest(**content, blocks=blocks)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path} was damaged ({type(error).__name__}): {remedy}") from error
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise CorruptFileError(f"{path} is missing: put it back, or remove the unfinished run and begin again")
+    if sha256_of(path) != expected:
+        raise CorruptFileError(
+            f"{path} was changed since it was written: put it back, or remove the unfinished run and begin again"
+        )

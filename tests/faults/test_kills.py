@@ -1,0 +1,95 @@
+"""kill -9 at every named point, at random times, and again and again: the bytes of an uninterrupted run come out."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from harness import crash_points, failures, forked, loadable, make_job, tree
+
+KILLS, CHAINS = 50, 5
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """A job, the crash points that it passes, and what it writes when nothing happens."""
+    job = make_job(tmp_path_factory.mktemp("kills"))
+    points = crash_points(job, job.out.with_name("points.txt"))
+    return job, points, tree(job.out)
+
+
+def test_the_points_cover_every_kind_of_write(golden):
+    _, points, _ = golden
+    for point in (
+        "tokens.synced@1",
+        "block.written@1",
+        "block.renamed@3",
+        "manifest.renamed@4",
+        "shard.done@2",
+        "halve.json.start@1",
+        "config.json.renamed@2",
+        "model.safetensors.index.json.start@2",
+        "file.renamed@1",
+        "remove.start@1",
+        "remove.done@1",
+        "unlock@1",
+    ):
+        assert point in points
+
+
+def test_a_kill_at_every_point_costs_nothing_but_time(golden):
+    job, points, expected = golden
+    assert failures(job, points, expected) == []
+
+
+def killed_after(seconds, action):
+    """Run ``action`` for a while; return whether it was killed before its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_kills_at_random_times(golden):
+    job, _, expected = golden
+    begun = time.perf_counter()
+    assert forked(job.elsewhere("timed").call) == 0
+    whole = time.perf_counter() - begun
+    chance = random.Random(0)
+    killed = 0
+    for trial in range(KILLS):
+        one = job.elsewhere(f"random-{trial}")
+        killed += killed_after(chance.uniform(0.0, whole), one.call)
+        assert not loadable(one.out) or expected.items() <= tree(one.out).items()
+        assert forked(one.carry_on) == 0
+        assert tree(one.out) == expected
+    assert killed > KILLS // 2
+
+
+def test_chains_of_kills(golden):
+    job, _, expected = golden
+    begun = time.perf_counter()
+    assert forked(job.elsewhere("timed-again").call) == 0
+    whole = time.perf_counter() - begun
+    chance = random.Random(1)
+    for trial in range(CHAINS):
+        one = job.elsewhere(f"chain-{trial}")
+        killed = sum(killed_after(chance.uniform(0.2, 0.9) * whole, one.carry_on) for _ in range(4))
+        assert killed
+        assert forked(one.carry_on) == 0
+        assert tree(one.out) == expected
+
+
+def test_blocks_may_be_kept_elsewhere(tmp_path):
+    job = make_job(tmp_path, work=True)
+    points = crash_points(job, tmp_path / "points.txt")
+    assert not any(job.work.iterdir()) if job.work.exists() else True
+    chosen = [point for point in points if point.startswith(("work", "block", "manifest", "remove"))]
+    assert failures(job, chosen, tree(job.out)) == []
