@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from halve.cli_values import parse_dtype, parse_options, parse_options_by_method, parse_shrinkage
+from halve.cli_values import allowed_fallback, parse_dtype, parse_options, parse_options_by_method, parse_shrinkage
 from halve.errors import InputError
 
 
@@ -37,3 +37,11 @@ def test_a_shrinkage_is_a_number_or_a_word_left_to_the_objective():
     assert parse_shrinkage("1e-3") == 1e-3
     assert parse_shrinkage("auto") == "auto"
     assert parse_shrinkage("much") == "much"
+
+
+@pytest.mark.parametrize(
+    ("given", "strict", "expected"),
+    [(None, True, None), (None, False, "magnitude"), ("wanda", True, "wanda"), ("wanda", False, "wanda")],
+)
+def test_a_run_is_strict_unless_it_is_told_what_to_fall_back_on(given, strict, expected):
+    assert allowed_fallback(given, strict=strict) == expected

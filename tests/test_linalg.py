@@ -37,7 +37,7 @@ def check_factor(factor, gram, expected_damping=None):
 
 def test_every_random_matrix_is_factorised_or_refused():
     refused = 0
-    for seed in range(600):
+    for seed in range(1000):
         gram = random_psd(seed)
         mean = float(gram.double().diagonal().mean())
         if mean == 0.0:
@@ -48,7 +48,7 @@ def test_every_random_matrix_is_factorised_or_refused():
         factor = damped_cholesky(gram, 0.01)
         assert factor.rungs == 0
         check_factor(factor, gram, 0.01 * mean)
-    assert 10 < refused < 200
+    assert 10 < refused < 300
 
 
 @pytest.mark.parametrize("damping", [1e-10, 1e-7, 1e-5])

@@ -103,7 +103,13 @@ def test_bfloat16_models_keep_their_dtype_and_products_may_run_in_bfloat16():
 def test_experts_with_few_tokens_are_pruned_by_magnitude_and_listed():
     model = decoder("mixtral")
     data = [{"input_ids": tokens(1, length=6)}]
-    report = prune_blocks(model, data, settings("sparsegpt", min_expert_tokens=1000), device=CPU)
+    asked = settings("sparsegpt", min_expert_tokens=1000)
+    with pytest.raises(
+        LayerFailedError, match=r"this expert \(at least 1000 are needed\): use more samples or a smaller"
+    ):
+        prune_blocks(decoder("mixtral"), data, asked, device=CPU)
+    assert not prune_blocks(decoder("mixtral"), data, replace(asked, method="magnitude"), device=CPU).fallbacks
+    report = prune_blocks(model, data, replace(asked, fallback="magnitude"), device=CPU)
     assert_pruned(model, report)
     experts = [matrix for matrix in report.matrices if "experts" in matrix.name]
     assert experts

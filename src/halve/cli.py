@@ -27,9 +27,10 @@ from halve.cli_options import (
     SeqLenOption,
     ShrinkageOption,
     SkipOption,
+    StrictOption,
 )
 from halve.cli_prune import prune, resume
-from halve.cli_values import parse_dtype, parse_options_by_method, parse_shrinkage
+from halve.cli_values import allowed_fallback, parse_dtype, parse_options_by_method, parse_shrinkage
 from halve.errors import InputError
 from halve.terminal import announce_generation, comparison_table, out, progress, say, say_row
 
@@ -147,6 +148,7 @@ def compare(
     max_windows: Annotated[int | None, typer.Option(help="Only the first windows of each text.")] = None,
     skip: SkipOption = None,
     fallback: FallbackOption = None,
+    strict: StrictOption = True,
     min_expert_tokens: ExpertOption = 32,
     shrinkage: ShrinkageOption = None,
     match_dense: MatchOption = None,
@@ -179,7 +181,7 @@ def compare(
             parse_options_by_method(option or []),
             pattern=pattern,
             skip=skip or (),
-            fallback=fallback,
+            fallback=allowed_fallback(fallback, strict=strict),
             min_expert_tokens=min_expert_tokens,
             objective=Objective(parse_shrinkage(shrinkage), match_dense, match_ridge),
             device=device,

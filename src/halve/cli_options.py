@@ -26,7 +26,10 @@ OffloadOption = Annotated[Path | None, typer.Option(help="Keep hidden states in 
 DtypeOption = Annotated[
     str | None, typer.Option(help="Written dtype for GGUF input: float32 (default), bfloat16, float16.")
 ]
-ExpertOption = Annotated[int, typer.Option(help="Experts with fewer tokens are pruned by magnitude.")]
+StrictOption = Annotated[
+    bool, typer.Option("--strict/--no-strict", help="Stop where a method fails; else as with --fallback magnitude.")
+]
+ExpertOption = Annotated[int, typer.Option(help="With --fallback, experts with fewer tokens are pruned by magnitude.")]
 ShrinkageOption = Annotated[
     str | None,
     typer.Option(

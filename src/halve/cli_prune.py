@@ -25,8 +25,9 @@ from halve.cli_options import (
     SeqLenOption,
     ShrinkageOption,
     SkipOption,
+    StrictOption,
 )
-from halve.cli_values import parse_dtype, parse_options, parse_shrinkage
+from halve.cli_values import allowed_fallback, parse_dtype, parse_options, parse_shrinkage
 from halve.terminal import announce_generation, err, out, progress, say
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def prune(
     field: FieldOption = "text",
     skip: SkipOption = None,
     fallback: FallbackOption = None,
+    strict: StrictOption = True,
     min_expert_tokens: ExpertOption = 32,
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",
@@ -97,6 +99,7 @@ def prune(
             name: value for name, value in (("effort", effort), ("time_limit", time_limit)) if value is not None
         }
         Contender(method, refit).check_option_names(options)
+        fallback = allowed_fallback(fallback, strict=strict)
         validate_settings(method, refit, pattern, fallback=fallback, **options)
         objective = Objective(parse_shrinkage(shrinkage), match_dense, match_ridge)
         given = {"epochs": reconstruct_epochs, "learning_rate": reconstruct_lr, "held_out": reconstruct_held_out}
@@ -137,12 +140,13 @@ def prune(
 def resume(
     directory: Annotated[Path, typer.Argument(help="The --out of a run that was stopped.")],
     fallback: FallbackOption = None,
+    strict: StrictOption = True,
 ) -> None:
     """Continue a run that was stopped, from its first unfinished block, to the same bytes."""
     from halve.pruning import resume as resume_run
 
     with reporting(directory), progress() as listen:
-        pruned = resume_run(directory, fallback=fallback, listen=listen)
+        pruned = resume_run(directory, fallback=allowed_fallback(fallback, strict=strict), listen=listen)
     _finish(pruned, directory)
 
 

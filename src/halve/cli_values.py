@@ -69,3 +69,8 @@ def parse_options_by_method(pairs: list[str]) -> dict[str, dict[str, Any]]:
             )
         grouped.setdefault(method, {}).update(parse_options([rest]))
     return grouped
+
+
+def allowed_fallback(fallback: str | None, *, strict: bool) -> str | None:
+    """Return the method for what the asked one fails on: the one given; None, to stop there, in strict runs."""
+    return "magnitude" if fallback is None and not strict else fallback

@@ -224,7 +224,7 @@ def make_requests(
         pattern: see `halve.prune`, as for the others.
         skip: parameters that stay dense.
         fallback: method for matrices that a contender fails on.
-        min_expert_tokens: experts that see fewer tokens are pruned by magnitude.
+        min_expert_tokens: with a fallback, experts that see fewer tokens are pruned by magnitude.
         objective: shrinkage of the statistics and targets from the dense model, the same for all.
         device: ``auto``, ``cpu``, ``cuda``, …
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``.

@@ -99,8 +99,9 @@ def prune(
         seed: of the choice of calibration text.
         text_field: field of ``.jsonl`` and ``.parquet`` files.
         skip: shell-style patterns of parameter names that stay dense.
-        fallback: method for matrices that the asked one fails on; None stops there.
-        min_expert_tokens: experts that see fewer tokens are pruned by magnitude, and reported as fallen back.
+        fallback: method for matrices that the asked one fails on; None stops there, also at experts that see too few
+            tokens.
+        min_expert_tokens: with a fallback, experts that see fewer tokens are pruned by magnitude, and reported.
         reconstruct: ``block``, or `halve.reconstruct.Reconstruction`: after a block's matrices are pruned, tune what
             survived, norms and biases included, against the dense model's output of that block; ``none`` leaves it.
             None is ``block`` for method ``auto`` with ``effort="best"``, else ``none``.

@@ -294,7 +294,10 @@ class _Loop:
         weights = [matrix.view(self._model.get_parameter(matrix.parameter).data).to(self._device) for matrix in stack]
         few = self._collecting and first.routed and _tokens(statistics) < settings.min_expert_tokens
         if few:
-            outcomes = [_prune_unseen(weight, statistics, settings) for weight in weights]
+            outcomes = [
+                _prune_unseen(matrix, weight, statistics, settings)
+                for matrix, weight in zip(stack, weights, strict=True)
+            ]
         else:
             try:
                 outcomes = prune_weights(
@@ -409,12 +412,17 @@ def _tokens(statistics: Statistics | None) -> int:
     return 0 if statistics is None else statistics.tokens
 
 
-def _prune_unseen(weight: torch.Tensor, statistics: Statistics | None, settings: Settings) -> Outcome:
-    """Prune an expert whose statistics are missing or too thin by magnitude, and say so."""
+def _prune_unseen(matrix: Matrix, weight: torch.Tensor, statistics: Statistics | None, settings: Settings) -> Outcome:
+    """Prune an expert whose statistics are missing or too thin by magnitude, and say so; refuse if strict."""
     tokens = _tokens(statistics)
+    reason = f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
+    if settings.fallback is None and settings.method != "magnitude":
+        raise LayerFailedError(
+            f"{matrix.name}: {reason}: use more samples or a smaller min_expert_tokens, or give a fallback, and such "
+            "experts are pruned by magnitude"
+        )
     outcome = prune_weight(weight, None, settings.pattern, "magnitude", "none")
     if settings.method == "magnitude":
         return outcome
-    reason = f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
     facts = {**outcome.facts, "tokens": float(tokens)}
     return Outcome(outcome.weight, Status.FELL_BACK, "magnitude", reason, facts)

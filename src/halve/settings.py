@@ -12,7 +12,8 @@ from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction
 
 MIN_EXPERT_TOKENS = 32
-"""Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, and listed."""
+"""Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, if any
+fallback is allowed, and listed."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,11 @@ class Settings:
         refit: ``none``, ``cg``, ``gd`` or ``swap``.
         options: further options of method and refit.
         skip: shell-style patterns of parameters that stay dense.
-        fallback: the method to use where the asked one fails; None stops the run instead.
+        fallback: the method to use where the asked one fails; None stops the run instead, also at an expert that saw
+            too few tokens.
         reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
-        min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back.
+        min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back, if there
+            is a fallback.
         objective: shrinkage of the statistics, and targets from the dense model.
     """
 
