@@ -183,6 +183,8 @@ def test_seconds_are_those_of_pruning_and_at_most_two_models_live(monkeypatch):
     rows = list(compare(loaded, requests, calibration, texts, listen=lambda who, _step: heard.append(str(who))))
     assert len(copies) == 2
     assert [row.seconds for row in rows] == [0.0, *seconds]
+    assert [sum(row.phases.values()) for row in rows] == [0.0, *seconds]
+    assert all({"capture", "collect", "solve", "replay"} <= row.phases.keys() for row in rows[1:])
     assert list(dict.fromkeys(heard)) == ["magnitude", "wanda"]
 
 

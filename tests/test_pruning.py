@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,11 +7,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import halve
-from halve import pruning
-from halve.errors import CalibrationError, InputError, UnsupportedModelError
+from halve import pruning, store
+from halve.checkpoint import load_model
+from halve.errors import CalibrationError, InputError, ResumeMismatchError, UnsupportedModelError
 from halve.objective import Objective
 from halve.pruning import token_batches
 from halve.reconstruct import Reconstruction
+from halve.run import LayerFailedError
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens, vit
 from tiny_tokenizers import SENTENCES, byte_bpe
@@ -223,3 +226,103 @@ def test_the_objective_is_recorded_and_reaches_the_matrices():
     pruned = halve.prune(decoder("llama"), calibration=[{"input_ids": tokens(4)}], objective=objective, **FAST)
     assert pruned.record["objective"] == {"shrinkage": 0.2, "match_dense": 0.5, "match_ridge": 0.1}
     assert {matrix["facts"]["shrinkage"] for matrix in pruned.record["matrices"]} == {0.2}
+
+
+def test_there_must_be_room_for_the_finished_blocks_too(tmp_path, monkeypatch, checkpoint, text):
+    size = sum(parameter.nbytes for parameter in load_model(checkpoint).model.parameters())
+    full = {tmp_path / "full": int(1.5 * size)}
+
+    def disk_usage(path):
+        free = next((free for place, free in full.items() if path.is_relative_to(place)), 10 * size)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(store.shutil, "disk_usage", disk_usage)
+    (tmp_path / "full").mkdir()
+    out, elsewhere = tmp_path / "full" / "out", tmp_path / "roomy"
+    message = rf"^{out} needs .* GB and its volume has .* GB free"
+    with pytest.raises(InputError, match=message):
+        halve.prune(checkpoint, out, calibration=text, **FAST)
+    assert not out.exists()
+    assert halve.prune(checkpoint, out, calibration=text, work=elsewhere, **FAST).out == out
+    full[tmp_path / "roomy"] = size // 2
+    with pytest.raises(InputError, match=rf"^{elsewhere} needs .* GB"):
+        halve.prune(checkpoint, tmp_path / "other", calibration=text, work=elsewhere, **FAST)
+    assert not (tmp_path / "other").exists()
+    assert not elsewhere.exists()
+
+
+class StoppedError(Exception):
+    """What stands for a crash in these tests."""
+
+
+def stop_in(block, phase="collect"):
+    def listen(step):
+        if (step.block, step.phase) == (block, phase):
+            raise StoppedError
+
+    return listen
+
+
+def files(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        FAST | {"refit": "cg", "reconstruct": Reconstruction(epochs=1), "samples": 8, "seq_len": 64},
+        {"effort": "fast", "samples": 8, "seq_len": 32, "objective": Objective(shrinkage=0.1)},
+        FAST | {"pattern": "50%", "skip": ("*.q_proj.*",), "reconstruct": "block", "seed": 3},
+        {"method": "magnitude", "refit": "none", "pattern": "1:4"},
+    ],
+)
+def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(checkpoint, text, tmp_path, options):
+    phase = "solve" if options.get("method") == "magnitude" else "collect"
+    calibration = None if options.get("method") == "magnitude" else text
+    halve.prune(checkpoint, tmp_path / "whole", calibration=calibration, **options)
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "stopped", calibration=calibration, listen=stop_in(2, phase), **options)
+    assert not (tmp_path / "stopped" / "config.json").exists()
+    solved = []
+    again = halve.resume(tmp_path / "stopped", listen=lambda step: step.phase == "solve" and solved.append(step.block))
+    assert set(solved) == {2}
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+    assert halve.check(again.out, against=checkpoint).ok
+
+
+def test_a_text_that_the_model_wrote_is_not_written_again(checkpoint, tmp_path, monkeypatch):
+    options = FAST | {"calibration": "self"}
+    halve.prune(checkpoint, tmp_path / "whole", **options)
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "stopped", listen=stop_in(1), **options)
+
+    def refuse(*_arguments, **_options):
+        raise AssertionError("the model wrote again")
+
+    monkeypatch.setattr("halve.tokens.sample_text", refuse)
+    halve.resume(tmp_path / "stopped")
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_a_model_in_memory_is_continued_by_the_same_call(tmp_path):
+    data = tokens(8, length=16)
+    halve.prune(decoder("llama"), tmp_path / "whole", calibration=data, **FAST)
+    with pytest.raises(StoppedError):
+        halve.prune(decoder("llama"), tmp_path / "stopped", calibration=data, listen=stop_in(2), **FAST)
+    with pytest.raises(InputError, match="model or data in memory: call prune again"):
+        halve.resume(tmp_path / "stopped")
+    with pytest.raises(ResumeMismatchError, match=r"begun differently \(calibration was"):
+        halve.prune(decoder("llama"), tmp_path / "stopped", calibration=data.flip(0), **FAST)
+    halve.prune(decoder("llama"), tmp_path / "stopped", calibration=data, **FAST)
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_an_error_says_whether_there_is_something_to_resume(tmp_path):
+    data = tokens(8, length=16)
+    for block, expected in ((0, None), (1, tmp_path / "1")):
+        model = decoder("llama")
+        model.model.layers[block].self_attn.v_proj.weight.data.zero_()
+        with pytest.raises(LayerFailedError) as caught:
+            halve.prune(model, tmp_path / str(block), calibration=data, **FAST)
+        assert caught.value.unfinished == expected
+        assert (tmp_path / str(block)).exists() is (expected is not None)

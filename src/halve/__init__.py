@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from halve.pattern import Pattern
     from halve.perplexity import Perplexity, evaluate
     from halve.proximal import prox
-    from halve.pruning import Pruned, prune
+    from halve.pruning import Pruned, prune, resume
     from halve.verification import CheckResult, check
 
 _HOMES = {
@@ -29,6 +29,7 @@ _HOMES = {
     "prox": "proximal",
     "prune": "pruning",
     "prune_weight": "matrix",
+    "resume": "pruning",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "prox",
     "prune",
     "prune_weight",
+    "resume",
 ]
 
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Row:
         perplexities: one for each evaluation text; empty if the contender failed.
         mean_relative_loss: mean over the matrices; None for the dense model, or if nothing was measured.
         seconds: of pruning, without copying the model, writing and evaluation.
+        phases: the same by phase of the run (`halve.run_report.RunReport`).
         fallbacks: number of matrices pruned by another method than asked.
         warnings: sentences the user should read.
         error: why the contender failed, empty if it did not.
@@ -100,6 +101,7 @@ class Row:
     fallbacks: int
     warnings: tuple[str, ...]
     error: str = ""
+    phases: Mapping[str, float] = field(default_factory=dict)
 
 
 def compare(
@@ -196,7 +198,8 @@ def _rows(
             return Row(str(contender), (), None, 0.0, 0, (), failure)
         seconds = sum(report.seconds.values())
         loss = _finite(report.mean_relative_loss)
-        return Row(str(contender), scores, loss, seconds, len(report.fallbacks), report.warnings, failure)
+        fallbacks, phases = len(report.fallbacks), report.seconds
+        return Row(str(contender), scores, loss, seconds, fallbacks, report.warnings, failure, phases)
 
     yield Row(DENSE, measure(loaded.model, next(iter(requests.values())).device), None, 0.0, 0, ())
     for contender, request in requests.items():
@@ -317,7 +320,11 @@ def as_json(
 
 def _row_json(row: Row) -> dict[str, Any]:
     scores = [{**asdict(p), "value": _finite(p.value), "nll": _finite(p.nll)} for p in row.perplexities]
-    return {**asdict(row), "perplexities": scores, "seconds": round(row.seconds, 2), "warnings": list(row.warnings)}
+    times = {
+        "seconds": round(row.seconds, 2),
+        "phases": {phase: round(seconds, 2) for phase, seconds in row.phases.items()},
+    }
+    return {**asdict(row), "perplexities": scores, **times, "warnings": list(row.warnings)}
 
 
 def _finite(value: float) -> float | None:

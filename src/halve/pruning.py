@@ -151,7 +151,9 @@ def prune(
         run = None
         if destination is not None:
             run = stack.enter_context(open_run(destination, None if work is None else Path(work)))
-        loaded = _load(found, destination, dtype, tokenizer)
+        loaded = _load(found, tokenizer)
+        if run is not None:
+            _check_space(loaded, run, dtype)
         if calibration is None and not request.settings.needs_calibration:
             return prune_loaded(loaded, [], request, run, seed=seed, listen=listen, call=call)
         wrote = calibration is None or (isinstance(calibration, str) and calibration == tokens.SELF)
@@ -351,15 +353,22 @@ def _find(model: nn.Module | str | Path, out: Path | None, dtype: torch.dtype | 
     return source
 
 
-def _load(model: nn.Module | Source, out: Path | None, dtype: torch.dtype | None, tokenizer: Any) -> LoadedModel:
+def _load(model: nn.Module | Source, tokenizer: Any) -> LoadedModel:
     if isinstance(model, nn.Module):
-        loaded = LoadedModel(model, tokenizer, None)  # type: ignore[arg-type]
+        return LoadedModel(model, tokenizer, None)  # type: ignore[arg-type]
+    found = checkpoint.load_model(model)
+    return found if tokenizer is None else LoadedModel(found.model, tokenizer, model)
+
+
+def _check_space(loaded: LoadedModel, run: RunDirectory, dtype: torch.dtype | None) -> None:
+    """Check that the checkpoint and, until it is complete, all finished blocks have room, each on its volume."""
+    checkpoint_bytes = store.output_bytes(loaded, dtype)
+    blocks = sum(parameter.nbytes for parameter in loaded.model.parameters()) - run.kept_bytes
+    if run.state.is_relative_to(run.out):
+        store.check_space(run.out, checkpoint_bytes + blocks)
     else:
-        found = checkpoint.load_model(model)
-        loaded = found if tokenizer is None else LoadedModel(found.model, tokenizer, model)
-    if out is not None:
-        store.check_destination(out, loaded.source, store.output_bytes(loaded, dtype))
-    return loaded
+        store.check_space(run.out, checkpoint_bytes)
+        store.check_space(run.state, blocks)
 
 
 def _existing_directory(path: str | Path) -> Path:

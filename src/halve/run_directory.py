@@ -79,6 +79,12 @@ class RunDirectory:
         return 0 if self._manifest is None else len(self._manifest.blocks)
 
     @property
+    def kept_bytes(self) -> int:
+        """Size of the finished blocks."""
+        blocks = [] if self._manifest is None else self._manifest.blocks
+        return sum((self.state / name).stat().st_size for name, _ in blocks if (self.state / name).exists())
+
+    @property
     def call(self) -> dict[str, Any] | None:
         """The arguments of `halve.prune` that began the run; None where they cannot be written down."""
         return None if self._manifest is None else self._manifest.call

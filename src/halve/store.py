@@ -66,11 +66,25 @@ def check_destination(out: Path, source: Source | None, bytes_needed: int) -> No
     volume = next(path for path in (real, *real.parents) if path.exists())
     if not volume.is_dir() or not os.access(volume, os.W_OK | os.X_OK):
         raise InputError(f"{out} cannot be created: {volume} is not a directory you can write to")
+    _check_free(out, volume, bytes_needed)
+
+
+def check_space(directory: Path, bytes_needed: int) -> None:
+    """Check that the volume of a directory, which need not exist yet, has room.
+
+    Raises:
+        InputError: it is too full.
+    """
+    real = directory.resolve()
+    _check_free(directory, next(path for path in (real, *real.parents) if path.exists()), bytes_needed)
+
+
+def _check_free(directory: Path, volume: Path, bytes_needed: int) -> None:
     free = shutil.disk_usage(volume).free
     if free < bytes_needed:
         raise InputError(
-            f"{out} needs {bytes_needed / 1e9:.2f} GB and its volume has {free / 1e9:.2f} GB free: free some space or "
-            "write elsewhere"
+            f"{directory} needs {bytes_needed / 1e9:.2f} GB and its volume has {free / 1e9:.2f} GB free: free some "
+            "space, or write elsewhere"
         )
 
 
