@@ -341,8 +341,9 @@ def _load_weights(
         options |= _dequantising()
     else:
         options |= {"dtype": dtype or "auto", "use_safetensors": True}
+    model_class = _model_class(source, directory, gguf)
     try:
-        model, info = _model_class(source, directory, gguf).from_pretrained(directory, **options)
+        model, info = model_class.from_pretrained(directory, **options)
     except Exception as error:  # a foreign config can provoke any error in there
         raise UnsupportedModelError(f"transformers could not load {source.name}: {_one_line(error)}") from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
