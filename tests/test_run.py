@@ -8,6 +8,7 @@ from halve.blocks import HiddenStates, run_model
 from halve.errors import CalibrationError, InputError, UnsupportedModelError
 from halve.layers import find_stack
 from halve.matrix import prune_weight
+from halve.methods import METHODS
 from halve.objective import Objective
 from halve.outcome import Status
 from halve.pattern import Pattern
@@ -91,6 +92,17 @@ def test_two_runs_give_the_same_bytes_in_memory_or_on_disk(tmp_path):
     for name, parameter in models[0].named_parameters():
         assert torch.equal(parameter, models[1].get_parameter(name))
         assert torch.equal(parameter, models[2].get_parameter(name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_the_same_bytes_twice(method):
+    options = {"beta": 1.3} if method == "prox-gradient" else {}
+    asked = settings(method, "cg", options=options, reconstruction=Reconstruction(epochs=1))
+    first, second = decoder("llama"), decoder("llama")
+    for model in (first, second):
+        prune_blocks(model, batches(4), asked, device=CPU)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
 
 
 def test_bfloat16_models_keep_their_dtype_and_products_may_run_in_bfloat16():

@@ -252,7 +252,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{index} has no weight_map: fetch it again")
     for name in weight_map.values():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+        plain = isinstance(name, str) and name.isprintable() and name == Path(name).name
+        if not plain or not name.endswith(".safetensors"):
             raise CorruptFileError(f"{index} names the weight file {name!r}, which is not a plain *.safetensors name")
     return weight_map
 
