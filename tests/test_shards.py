@@ -102,6 +102,7 @@ def test_truncation_is_found(tmp_path, cut):
         ({"a": spec(), "b": spec(2, 6)}, bytes(6)),
         ({"a": spec(shape=(2,))}, bytes(4)),
         ({"a": spec(shape=(-1,))}, bytes(4)),
+        ({"a": spec(0, 0, shape=(0, 1 << 64))}, b""),
         ({"a": spec(shape=(True,))}, bytes(4)),
         ({"a": spec(4, 0)}, bytes(4)),
         ({"a": {**spec(), "data_offsets": [0]}}, bytes(4)),

@@ -21,6 +21,8 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_JSON = 1 << 28
 CHUNK = 1 << 24
 _LENGTH = 8
+_MOST = 1 << 40
+"""Above this no dimension of a tensor is sound, not even of an empty one: products of a few must fit 64 bits."""
 
 _TORCH_DTYPES = {
     "F64": torch.float64,
@@ -201,7 +203,7 @@ def build_header(
 def _entry(path: Path, name: str, spec: Any, base: int) -> TensorEntry:
     match spec:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if (
-            not rest and 0 <= begin <= end and all(type(n) is int and n >= 0 for n in shape)
+            not rest and 0 <= begin <= end and all(type(n) is int and 0 <= n < _MOST for n in shape)
         ):
             pass
         case _:
