@@ -59,7 +59,7 @@ def test_reconstruction_is_reported_recorded_and_verified(model, text, tmp_path)
     asked = ["--reconstruct", "block", "--reconstruct-epochs", "2", "--reconstruct-lr", "0.001"]
     result = run(app, ["prune", model, "--out", str(out), "--calibration", text, *FAST, *asked])
     assert result.exit_code == 0, result.output
-    assert "3 blocks reconstructed: training error times" in result.output
+    assert "3 of 3 blocks gained by reconstruction: training error times" in result.output
     record = json.loads((out / "halve.json").read_text())
     assert record["reconstruction"] == {"epochs": 2, "learning_rate": 0.001, "held_out": 0.125}
     assert [block["name"] for block in record["blocks"]] == [f"model.layers.{i}" for i in range(3)]

@@ -118,3 +118,15 @@ def test_the_default_is_never_worse_than_wanda_on_fresh_tokens(tokens):
         trusting.append(true[2] > true[0])
     # As many tokens as kept weights a row can be fitted exactly, noise and all.
     assert tokens != 32 or all(trusting)
+
+
+def test_a_single_token_is_trusted_for_its_diagonal_alone():
+    accumulator = GramAccumulator(32, halves=True)
+    accumulator.add(torch.randn(1, 32, generator=torch.Generator().manual_seed(0)))
+    stats = accumulator.finish()
+    assert stats.halves is None
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+    assert choose_shrinkage(weight, stats, Pattern("2:4")) == 1.0
+    outcome = prune_weight(weight, stats, "2:4")
+    assert outcome.facts["shrinkage"] == 1.0
+    assert float((outcome.weight - weight * (outcome.weight != 0)).abs().max()) < 1e-5

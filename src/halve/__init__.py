@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halve.errors import HalveError
     from halve.matrix import prune_weight
+    from halve.objective import Objective
     from halve.outcome import Outcome, Status
     from halve.pattern import Pattern
     from halve.perplexity import Perplexity, evaluate
     from halve.proximal import prox
     from halve.pruning import Pruned, prune, resume
+    from halve.reconstruct import Reconstruction
     from halve.verification import CheckResult, check
 
 _HOMES = {
     "CheckResult": "verification",
     "HalveError": "errors",
+    "Objective": "objective",
     "Outcome": "outcome",
     "Pattern": "pattern",
     "Perplexity": "perplexity",
     "Pruned": "pruning",
+    "Reconstruction": "reconstruct",
     "Status": "outcome",
     "check": "verification",
     "evaluate": "perplexity",
@@ -35,10 +39,12 @@ _HOMES = {
 __all__ = [
     "CheckResult",
     "HalveError",
+    "Objective",
     "Outcome",
     "Pattern",
     "Perplexity",
     "Pruned",
+    "Reconstruction",
     "Status",
     "check",
     "evaluate",

@@ -163,10 +163,11 @@ def _finish(pruned: "Pruned", out_dir: Path) -> None:
         f"mean relative loss {report.mean_relative_loss:.4f} ({seconds})",
     )
     if report.reconstructions:
-        ratios = [block.tuned.after / max(block.tuned.before, 1e-30) for block in report.reconstructions]
+        gained = [block.tuned for block in report.reconstructions if block.tuned.epoch]
         which = "held-out" if report.reconstructions[0].tuned.held_out else "training"
-        ratio = math.prod(ratios) ** (1 / len(ratios))
-        say(out, f"{len(ratios)} blocks reconstructed: {which} error times {ratio:.3f}")
+        ratio = math.prod(tuned.after / max(tuned.before, 1e-30) for tuned in gained) ** (1 / max(1, len(gained)))
+        count = f"{len(gained)} of {len(report.reconstructions)} blocks gained by reconstruction"
+        say(out, f"{count}: {which} error times {ratio:.3f}" if gained else count)
     say(out, f"verified and written: {out_dir}")
     if report.fallbacks:
         raise typer.Exit(EXIT_FALLBACKS)

@@ -46,8 +46,10 @@ def choose_shrinkage(weight: Tensor, stats: Statistics, pattern: Pattern) -> flo
         pattern: of the mask that is refitted.
 
     Returns:
-        float: between 0 and 1; 0 where the statistics are not kept by halves.
+        float: between 0 and 1; 0 where the statistics are not kept by halves, but 1 for a single token, which has none.
     """
+    if stats.tokens == 1:
+        return 1.0
     if stats.halves is None or not all(bool((half.diagonal() > 0.0).any()) for half in stats.halves):
         return 0.0
     step = -(-weight.shape[0] // _ROWS)
