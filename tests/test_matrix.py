@@ -450,11 +450,11 @@ def test_a_shrunk_gram_is_what_method_and_refit_see():
     _, _, stats = two_streams()
     weight, _ = oracle.layer(12, 32, seed=17)
     for method in ("auto", "sparsegpt"):
-        got = prune(weight, stats, method, objective=Objective(shrinkage=0.2))
+        got = prune(weight, stats, method, objective=Objective(0.2, 0.0))
         expected = prune(weight, shrink(stats.gram, 0.2), method)
         assert torch.equal(got.weight, expected.weight)
         assert got.facts["relative_loss"] != expected.facts["relative_loss"]
-    diagonal = prune(weight, stats, "auto", objective=Objective(shrinkage=1.0))
+    diagonal = prune(weight, stats, "auto", objective=Objective(1.0, 0.0))
     torch.testing.assert_close(diagonal.weight, prune(weight, stats, "wanda", "none").weight, rtol=1e-5, atol=0.0)
 
 

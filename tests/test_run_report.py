@@ -20,7 +20,7 @@ def test_warnings_name_what_went_otherwise():
             matrix("slow", Status.MAX_ITER),
             matrix("fallen", Status.FELL_BACK, reason="no luck"),
         ],
-        [BlockReport("b0", ("a",), Tuned(0.2, 0.1, 3, 9, 1)), BlockReport("b1", (), Tuned(0.2, 0.2, 0, 9, 1))],
+        [BlockReport("b0", ("a",), Tuned(0.2, 0.1, 3, 1e-3, 9, 1)), BlockReport("b1", (), Tuned(0.2, 0.2, 0, None, 9, 1))],
     ).warnings
     assert len(warnings) == 4
     assert "1 of 4 matrices saw fewer calibration tokens" in warnings[0]
@@ -30,7 +30,7 @@ def test_warnings_name_what_went_otherwise():
 
 
 def test_what_changed():
-    done = report([matrix("a"), matrix("b")], [BlockReport("b0", ("a", "norm"), Tuned(0.2, 0.1, 3, 9, 1))])
+    done = report([matrix("a"), matrix("b")], [BlockReport("b0", ("a", "norm"), Tuned(0.2, 0.1, 3, 1e-3, 9, 1))])
     assert done.changed == {"a", "b", "norm"}
     assert done.mean_relative_loss == 0.25
     assert done.warnings == ()
