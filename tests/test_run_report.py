@@ -20,7 +20,10 @@ def test_warnings_name_what_went_otherwise():
             matrix("slow", Status.MAX_ITER),
             matrix("fallen", Status.FELL_BACK, reason="no luck"),
         ],
-        [BlockReport("b0", ("a",), Tuned(0.2, 0.1, 3, 1e-3, 9, 1)), BlockReport("b1", (), Tuned(0.2, 0.2, 0, None, 9, 1))],
+        [
+            BlockReport("b0", ("a",), Tuned(0.2, 0.1, 3, 1e-3, 9, 1)),
+            BlockReport("b1", (), Tuned(0.2, 0.2, 0, None, 9, 1)),
+        ],
     ).warnings
     assert len(warnings) == 4
     assert "1 of 4 matrices saw fewer calibration tokens" in warnings[0]
