@@ -11,6 +11,7 @@ from halve.compare import Contender, as_json, checkpoint_directory, compare, eva
 from halve.errors import FactorisationError, InputError
 from halve.perplexity import perplexity
 from halve.reconstruct import Reconstruction
+from halve.run_report import WRITING
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens
 
@@ -191,3 +192,10 @@ def test_seconds_are_those_of_pruning_and_at_most_two_models_live(monkeypatch):
 def test_a_model_without_tokenizer_cannot_read_text():
     with pytest.raises(InputError, match="has no tokenizer"):
         evaluation_texts(LoadedModel(decoder("llama"), None, None), ["x.txt"], seq_len=8, max_windows=1, text_field="")
+
+
+def test_writing_checkpoints_is_a_phase_but_no_pruning(tmp_path):
+    row = list(compare(*duel("magnitude"), out=tmp_path))[1]
+    writing = [row.phases[phase] for phase in WRITING]
+    assert all(seconds > 0.0 for seconds in writing)
+    assert row.seconds == pytest.approx(sum(row.phases.values()) - sum(writing))

@@ -9,11 +9,16 @@ from transformers import AutoModelForCausalLM
 import halve
 from halve import pruning, store
 from halve.checkpoint import load_model
-from halve.errors import CalibrationError, InputError, ResumeMismatchError, UnsupportedModelError
+from halve.errors import (
+    CalibrationError,
+    InputError,
+    LayerFailedError,
+    ResumeMismatchError,
+    UnsupportedModelError,
+)
 from halve.objective import Objective
 from halve.pruning import token_batches
 from halve.reconstruct import Reconstruction
-from halve.run import LayerFailedError
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens, vit
 from tiny_tokenizers import SENTENCES, byte_bpe

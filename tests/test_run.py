@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from halve import run as run_module
+from halve import stacks as stacks_module
 from halve.blocks import HiddenStates, run_model
-from halve.errors import CalibrationError, InputError, UnsupportedModelError
+from halve.errors import CalibrationError, InputError, LayerFailedError, UnsupportedModelError
 from halve.layers import find_stack
 from halve.matrix import prune_weight
 from halve.methods import METHODS
@@ -13,7 +14,7 @@ from halve.objective import Objective
 from halve.outcome import Status
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction, Tuned
-from halve.run import LayerFailedError, plan_model, prune_blocks
+from halve.run import plan_model, prune_blocks
 from halve.settings import Settings
 from models import DECODERS, MIXTURES, bert, decoder, tokens, vit
 
@@ -321,7 +322,7 @@ def record_limits(monkeypatch, takes):
         real = [prune_weight(weight, None, "2:4", "magnitude", "none") for weight in weights]
         return [replace(each, facts={"seconds": takes * time_limit / len(weights)}) for each in real]
 
-    monkeypatch.setattr(run_module, "prune_weights", solve)
+    monkeypatch.setattr(stacks_module, "prune_weights", solve)
     return limits
 
 
@@ -360,7 +361,7 @@ def test_without_a_time_limit_none_is_passed_on(monkeypatch):
         seen.append("time_limit" in more)
         return [prune_weight(weight, None, "2:4", "magnitude", "none") for weight in weights]
 
-    monkeypatch.setattr(run_module, "prune_weights", note)
+    monkeypatch.setattr(stacks_module, "prune_weights", note)
     prune_blocks(decoder("llama"), batches(), settings("auto", "cg"), device=CPU)
     assert seen == [False] * 12
 

@@ -88,7 +88,7 @@ class Row:
         perplexities: one for each evaluation text; empty if the contender failed.
         mean_relative_loss: mean over the matrices; None for the dense model, or if nothing was measured.
         seconds: of pruning, without copying the model, writing and evaluation.
-        phases: the same by phase of the run (`halve.run_report.RunReport`).
+        phases: by phase of the run (`halve.run_report.RunReport`), those of writing among them.
         fallbacks: number of matrices pruned by another method than asked.
         warnings: sentences the user should read.
         error: why the contender failed, empty if it did not.
@@ -196,10 +196,9 @@ def _rows(
             failure = str(error)
         if report is None:
             return Row(str(contender), (), None, 0.0, 0, (), failure)
-        seconds = sum(report.seconds.values())
         loss = _finite(report.mean_relative_loss)
-        fallbacks, phases = len(report.fallbacks), report.seconds
-        return Row(str(contender), scores, loss, seconds, fallbacks, report.warnings, failure, phases)
+        seconds, fallbacks = report.seconds_of_pruning, len(report.fallbacks)
+        return Row(str(contender), scores, loss, seconds, fallbacks, report.warnings, failure, report.seconds)
 
     yield Row(DENSE, measure(loaded.model, next(iter(requests.values())).device), None, 0.0, 0, ())
     for contender, request in requests.items():

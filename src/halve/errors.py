@@ -29,6 +29,10 @@ class CalibrationError(HalveError):
     """The calibration data did not give usable statistics: other text, more tokens, or a finite model."""
 
 
+class LayerFailedError(HalveError):
+    """A matrix could not be pruned as asked, and no fallback was allowed."""
+
+
 class FactorisationError(HalveError):
     """A matrix could not be factorised, not even damped or in float64."""
 

@@ -1,8 +1,9 @@
 """Prune a whole model: from what the user names to a pruned model, and to a verified checkpoint on disk."""
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -272,15 +273,25 @@ def prune_loaded(
     try:
         done = _prune(loaded, data, request, run, listen)
         record = _record(loaded, data, request, done, seed, run.out)
-        files = None
-        if not run.verified:
-            files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, record, dtype=dtype)
-            _verify(run.staging, None if loaded.source is None else loaded.source.path)
-        run.publish(files)
+        seconds = _publish(loaded, done, record, run, dtype)
     except HalveError as error:
         error.unfinished = run.out if run.committed else None
         raise
-    return Pruned(loaded.model, done, record, run.out)
+    return Pruned(loaded.model, replace(done, seconds={**done.seconds, **seconds}), record, run.out)
+
+
+def _publish(
+    loaded: LoadedModel, done: RunReport, record: Mapping[str, Any], run: RunDirectory, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """Write, verify and publish the checkpoint, what an earlier process did left out; return the seconds by phase."""
+    begun, files = time.perf_counter(), None
+    if not run.verified:
+        files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, record, dtype=dtype)
+    written = time.perf_counter()
+    if not run.verified:
+        _verify(run.staging, None if loaded.source is None else loaded.source.path)
+    run.publish(files)
+    return {"write": written - begun, "verify": time.perf_counter() - written}
 
 
 def _prune(

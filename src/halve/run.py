@@ -21,24 +21,16 @@ from halve.block_record import from_record, to_record
 from halve.blocks import Batch, HiddenStates, Stream
 from halve.collect import Collector, observe
 from halve.device import autocast
-from halve.errors import CalibrationError, HalveError, InputError, UnsupportedModelError
+from halve.errors import CalibrationError, InputError, LayerFailedError, UnsupportedModelError
 from halve.gram import Statistics
 from halve.layers import Matrix, Plan, find_stack, make_plan, set_matrix
-from halve.matrix import prune_weight, prune_weights
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.run_directory import RunDirectory
 from halve.run_report import BlockReport, Listener, MatrixReport, Progress, RunReport
 from halve.settings import Settings
-from halve.stacks import operations, stacks
-
-_LEAST_SECONDS = 1e-3
-"""What a time limit that is used up counts as."""
-
-
-class LayerFailedError(HalveError):
-    """A matrix could not be pruned as asked and no fallback was allowed."""
+from halve.stacks import prune_stack, share_of_time, stacks
 
 
 def plan_model(model: nn.Module, batch: Batch, pattern: Pattern, skip: Sequence[str] = ()) -> tuple[Plan, list[Any]]:
@@ -151,10 +143,9 @@ class _Loop:
         self._tuning = settings.reconstruction
         # Experts do not receive the same tokens from the dense model as from the pruned one.
         self._matching = settings.matches_dense and not any(matrix.routed for matrix in plan.matrices)
-        phases = ("capture", "collect", "solve", "reconstruct", "replay")
-        self._seconds = {
-            phase: 0.0 for phase in phases if phase != "reconstruct" or settings.reconstruction is not None
-        }
+        tuning = () if settings.reconstruction is None else ("reconstruct",)
+        keeping = () if ledger is None else ("commit",)
+        self._seconds = dict.fromkeys(("capture", "collect", "solve", *tuning, "replay", *keeping), 0.0)
 
     def run(self, batches: Sequence[Batch], returns: Sequence[Any], offload: Path | None) -> RunReport:
         members = [self._model.get_submodule(name) for name in self._plan.blocks]
@@ -182,7 +173,9 @@ class _Loop:
             self._restore(index, work)
         else:
             self._prune_block(index, work, stream, dense)
-            self._commit(index)
+            if self._ledger is not None:
+                with self._timing("commit"):
+                    self._commit(index, self._ledger)
         if self._collecting and index + 1 < len(self._plan.blocks):
             self._advance(index, work, stream, stream.hidden)
         stream.calls[index].clear()
@@ -212,16 +205,14 @@ class _Loop:
         if tuned.learning_rate is not None and self._tuning is not None:
             self._tuning = replace(self._tuning, learning_rate=tuned.learning_rate)
 
-    def _commit(self, index: int) -> None:
+    def _commit(self, index: int, ledger: RunDirectory) -> None:
         """Keep a finished block."""
-        if self._ledger is None:
-            return
         name = self._plan.blocks[index]
         matrices = self._reports[len(self._reports) - len(self._plan.of_block(index)) :]
         tuned = next((block for block in self._blocks if block.name == name), None)
         changed = sorted({matrix.parameter for matrix in matrices}.union(tuned.parameters if tuned else ()))
         tensors = {parameter: self._model.get_parameter(parameter).data for parameter in changed}
-        self._ledger.commit(tensors, to_record(matrices, tuned))
+        ledger.commit(tensors, to_record(matrices, tuned))
 
     def _restore(self, index: int, work: nn.Module | None = None) -> None:
         """Put a block that was finished before into the model and its working copy."""
@@ -290,41 +281,20 @@ class _Loop:
 
     def _solve(self, stack: Sequence[Matrix], statistics: Statistics | None, work: nn.Module) -> None:
         """Prune matrices that share their statistics, and put the results into the model and the working copy."""
-        settings, first = self._settings, stack[0]
+        settings, routed = self._settings, self._collecting and stack[0].routed
         weights = [matrix.view(self._model.get_parameter(matrix.parameter).data).to(self._device) for matrix in stack]
-        few = self._collecting and first.routed and _tokens(statistics) < settings.min_expert_tokens
-        if few:
-            outcomes = [
-                _prune_unseen(matrix, weight, statistics, settings)
-                for matrix, weight in zip(stack, weights, strict=True)
-            ]
-        else:
-            try:
-                outcomes = prune_weights(
-                    weights,
-                    statistics,
-                    settings.pattern,
-                    settings.method,
-                    settings.refit,
-                    fallback=settings.fallback,
-                    objective=settings.objective,
-                    **{**settings.options, **self._share_of_time(stack)},
-                )
-            except InputError as error:
-                raise InputError(f"{', '.join(matrix.name for matrix in stack)}: {error}") from error
+        outcomes = prune_stack(stack, weights, statistics, settings, self._options(stack), routed=routed)
         for matrix, outcome in zip(stack, outcomes, strict=True):
             self._put(matrix, outcome, work)
 
-    def _share_of_time(self, stack: Sequence[Matrix]) -> dict[str, float]:
-        """Return the time limit of these matrices, if there is one: a share of what is left, by operation counts."""
-        limit = self._settings.options.get("time_limit")
-        if limit is None:
-            return {}
-        spent = sum(report.facts.get("seconds", 0.0) for report in self._reports)
-        left = max(_LEAST_SECONDS, limit - spent)
-        cost = sum(operations(matrix) for matrix in stack)
-        ahead = sum(operations(matrix) for matrix in self._plan.matrices[len(self._reports) :])
-        return {"time_limit": left * cost / ahead}
+    def _options(self, stack: Sequence[Matrix]) -> dict[str, Any]:
+        """Return the options for these matrices: a time limit is their share of what is left of the model's."""
+        options = dict(self._settings.options)
+        if options.get("time_limit") is not None:
+            spent = sum(report.facts.get("seconds", 0.0) for report in self._reports)
+            ahead = self._plan.matrices[len(self._reports) :]
+            options["time_limit"] = share_of_time(stack, ahead, options["time_limit"] - spent)
+        return options
 
     def _put(self, matrix: Matrix, outcome: Outcome, work: nn.Module) -> None:
         if outcome.status is Status.FAILED:
@@ -406,23 +376,3 @@ class _Loop:
     def _tell(self, block: int, phase: str, matrix: MatrixReport | None = None, plan: Plan | None = None) -> None:
         finished, total = len(self._reports), len(self._plan.matrices)
         self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, plan))
-
-
-def _tokens(statistics: Statistics | None) -> int:
-    return 0 if statistics is None else statistics.tokens
-
-
-def _prune_unseen(matrix: Matrix, weight: torch.Tensor, statistics: Statistics | None, settings: Settings) -> Outcome:
-    """Prune an expert whose statistics are missing or too thin by magnitude, and say so; refuse if strict."""
-    tokens = _tokens(statistics)
-    reason = f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
-    if settings.fallback is None and settings.method != "magnitude":
-        raise LayerFailedError(
-            f"{matrix.name}: {reason}: use more samples or a smaller min_expert_tokens, or give a fallback, and such "
-            "experts are pruned by magnitude"
-        )
-    outcome = prune_weight(weight, None, settings.pattern, "magnitude", "none")
-    if settings.method == "magnitude":
-        return outcome
-    facts = {**outcome.facts, "tokens": float(tokens)}
-    return Outcome(outcome.weight, Status.FELL_BACK, "magnitude", reason, facts)

@@ -8,6 +8,9 @@ from halve.layers import Excluded, Layout, Plan
 from halve.outcome import Status
 from halve.reconstruct import Tuned
 
+WRITING = ("commit", "write", "verify")
+"""Phases of a run that only an output directory asks for: finished blocks, the checkpoint, reading it again."""
+
 
 @dataclass(frozen=True)
 class MatrixReport:
@@ -64,7 +67,8 @@ class RunReport:
         excluded: parameters that stayed dense, with reasons.
         blocks: number of blocks.
         seconds: wall-clock seconds by phase: ``capture``, ``collect`` (forward passes that gather statistics),
-            ``solve``, ``reconstruct``, ``replay`` (forward passes through the pruned block, and the dense one).
+            ``solve``, ``reconstruct``, ``replay`` (forward passes through the pruned block, and the dense one); where
+            there is an output directory, also those in `WRITING`.
         reconstructions: one entry a reconstructed block, in order.
     """
 
@@ -79,6 +83,11 @@ class RunReport:
         """Names of the parameters that differ from the dense model's."""
         pruned = {matrix.parameter for matrix in self.matrices}
         return pruned.union(*(block.parameters for block in self.reconstructions))
+
+    @property
+    def seconds_of_pruning(self) -> float:
+        """Seconds of all phases but those that keep, write and verify files."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase not in WRITING)
 
     @property
     def warnings(self) -> tuple[str, ...]:
