@@ -370,7 +370,7 @@ def test_the_time_of_a_common_solution_is_shared_by_the_rows():
 )
 def test_matrices_that_do_not_go_together_are_refused(monkeypatch, other):
     monkeypatch.setattr(matrix_module, "_solve", lambda task: pytest.fail("work began"))
-    monkeypatch.setattr(matrix_module, "_check_weight", lambda weight: None)  # it cannot look at the meta device
+    monkeypatch.setattr(matrix_module, "check_weight", lambda weight: None)  # it cannot look at the meta device
     weights, stats = several()
     with pytest.raises(InputError, match="must be one or more matrices of the same width, dtype and device"):
         prune_weights([] if other is None else [*weights, other], stats)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halve import methods
 from halve import refit as refits
+from halve.conditioning import check_weight, checked_statistics, into_range, times_power_of_two
 from halve.errors import CalibrationError, FactorisationError, InputError, PatternError
 from halve.gram import Statistics
 from halve.linalg import full_precision
@@ -23,8 +24,6 @@ from halve.refit import Refit
 FALLBACKS = ("magnitude", "wanda")
 """Methods that cannot fail for numerical reasons."""
 _REFIT_PREFIX = "refit_"
-_ASYMMETRY = 1e-4
-"""Largest |H - Hᵀ| accepted, as a share of the largest diagonal entry."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,8 @@ def prune_weight(
     Args:
         weight: (d_out, d_in), float16, bfloat16, float32 or float64, finite; not modified.
         gram: (d_in, d_in), ``H = XᵀX / tokens`` of the inputs (the scale does not matter), on the device of
-            ``weight``; symmetric, finite, diagonal >= 0. None is enough for ``magnitude`` with ``refit="none"``.
+            ``weight``; symmetric, finite, positive semi-definite (which `Statistics` are trusted to be). None is
+            enough for ``magnitude`` with ``refit="none"``.
         pattern: N:M, keep N of every M along ``d_in``, or a percentage of zeros a row if the method takes it.
         method: a name in ``halve.methods.METHODS``; ``auto`` takes ``effort="fast"``, ``"balanced"`` or ``"best"``.
         refit: what to do with the kept weights once the mask is fixed: ``cg`` finds the best ones, ``gd`` is the
@@ -170,7 +170,7 @@ def prune_weights(
     """
     settings = _settings(method, refit, pattern, fallback, objective or Objective(), options)
     for weight in weights:
-        _check_weight(weight)
+        check_weight(weight)
     if len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) != 1:
         raise InputError("weights must be one or more matrices of the same width, dtype and device")
     stats = _statistics(weights[0], gram, tokens, settings)
@@ -186,6 +186,8 @@ def prune_weights(
 
 def _prune(task: _Task) -> list[Outcome]:
     start = time.perf_counter()
+    weight, stats, exponent = into_range(task.weight, task.stats)
+    task = replace(task, weight=weight, stats=stats)
     with full_precision():
         aims: dict[str, float] = {}
         try:
@@ -203,7 +205,7 @@ def _prune(task: _Task) -> list[Outcome]:
         if task.stats is not None and task.stats.tokens:
             facts["tokens"] = float(task.stats.tokens)
         facts["seconds"] = seconds * size / sum(task.sizes)
-        finished.append(replace(outcome, facts=facts))
+        finished.append(replace(outcome, weight=times_power_of_two(outcome.weight, -exponent), facts=facts))
     return finished
 
 
@@ -261,47 +263,11 @@ def _statistics(
         )
     if settings.objective.insists_on_dense and not (isinstance(gram, Statistics) and gram.cross is not None):
         raise InputError("match_dense needs statistics with the dense model's inputs (cross): set it to 0")
-    return None if gram is None else _checked_statistics(gram, weight, tokens)
+    return None if gram is None else checked_statistics(gram, weight, tokens)
 
 
 def _is_of_refit(name: str) -> bool:
     return name.startswith(_REFIT_PREFIX)
-
-
-def _check_weight(weight: Tensor) -> None:
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
-        got = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-        raise InputError(f"weight must be a non-empty floating point tensor of shape (d_out, d_in), got {got}")
-    if not bool(torch.isfinite(weight).all()):
-        row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
-        raise InputError(f"weight has NaN or infinity, first at row {row}, column {column}: prune a finite matrix")
-
-
-def _checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | None) -> Statistics:
-    """Return ``gram`` as float32 statistics, or say what is wrong with it."""
-    given = gram if isinstance(gram, Statistics) else None
-    if isinstance(gram, Statistics):
-        tokens = gram.tokens if tokens is None else tokens
-        gram = gram.gram
-    if tokens is not None and tokens < 1:
-        raise InputError(f"tokens must be at least 1, got {tokens}")
-    d_in = weight.shape[1]
-    if not isinstance(gram, Tensor) or tuple(gram.shape) != (d_in, d_in) or not gram.is_floating_point():
-        got = f"{gram.dtype} of shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else type(gram).__name__
-        raise InputError(f"gram must be floating point of shape ({d_in}, {d_in}) to match weight, got {got}")
-    if gram.device != weight.device:
-        raise InputError(f"gram is on {gram.device} and weight on {weight.device}: move one of them")
-    gram32 = gram.detach().float()
-    if not bool(torch.isfinite(gram32).all()):
-        raise InputError("gram has NaN or infinity in float32: calibrate again, or divide it by the number of tokens")
-    diagonal = gram32.diagonal()
-    if bool((diagonal < 0.0).any()):
-        feature = int((diagonal < 0.0).to(torch.uint8).argmax())
-        raise InputError(f"gram has a negative diagonal entry at feature {feature}: it must be XᵀX / tokens")
-    asymmetry, peak = float((gram32 - gram32.mT).abs().amax()), float(diagonal.amax())
-    if asymmetry > _ASYMMETRY * peak:
-        raise InputError(f"gram is not symmetric (largest difference {asymmetry:.3g}): it must be XᵀX / tokens")
-    return Statistics(gram32, tokens or 0) if given is None else replace(given, gram=gram32, tokens=tokens or 0)
 
 
 def _solve(task: _Task) -> Outcome:
