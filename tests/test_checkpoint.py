@@ -333,7 +333,7 @@ def test_only_safetensors_and_settings_are_asked_of_the_hub(tmp_path, sharded, m
 def test_a_hub_model_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="org/absent is no directory here and could not be taken from the hub"):
+    with pytest.raises(InputError, match="org/absent is no file or directory here, and the hub did not give it"):
         resolve("org/absent")
 
 

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from halve.cli_values import allowed_fallback, parse_dtype, parse_options, parse_options_by_method, parse_shrinkage
+from halve.cli_values import (
+    allowed_fallback,
+    merge_options,
+    parse_dtype,
+    parse_options,
+    parse_options_by_method,
+    parse_shrinkage,
+)
 from halve.errors import InputError
 
 
@@ -22,6 +29,12 @@ def test_options_by_method():
     for pair in ("beta=1.1", "beta", "a=b.c"):
         with pytest.raises(InputError, match=r"write METHOD\.NAME=VALUE"):
             parse_options_by_method([pair])
+
+
+def test_flags_join_the_options_and_do_not_contradict_them():
+    assert merge_options({"beta": 1.1}, effort="best", time_limit=None) == {"beta": 1.1, "effort": "best"}
+    with pytest.raises(InputError, match="time_limit is given twice, by -o and by --time-limit: give it once"):
+        merge_options({"time_limit": 5}, time_limit=6.0)
 
 
 def test_dtypes():

@@ -38,10 +38,11 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
     model = decoder("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     contenders = [Contender.parse(name) for name in ("magnitude", "wanda", "wanda+cg")]
+    requests = make_requests(contenders, {}, forward_dtype="float32")
     rows = list(
         compare(
             LoadedModel(model, None, None),
-            make_requests(contenders, {}, forward_dtype="float32"),
+            requests,
             token_set(0, "calibration"),
             [token_set(1, "one"), token_set(2, "two")],
             out=tmp_path,
@@ -53,7 +54,7 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
     assert rows[0].mean_relative_loss is None
     assert rows[3].mean_relative_loss < rows[2].mean_relative_loss < rows[1].mean_relative_loss
     assert len({row.perplexities[0].value for row in rows}) == 4
-    record = as_json(rows, model="tiny", pattern="2:4", calibration=token_set(0, "calibration"), seed=3)
+    record = as_json(rows, requests, model="tiny", pattern="2:4", calibration=token_set(0, "calibration"), seed=3)
     record = json.loads(json.dumps(record, allow_nan=False))
     calibration = token_set(0, "calibration")
     assert record["calibration"] == {
@@ -64,6 +65,9 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
         "seed": 3,
     }
     assert (record["model"], record["pattern"]) == ("tiny", "2:4")
+    assert list(record["contenders"]) == ["magnitude", "wanda", "wanda+cg"]
+    assert record["contenders"]["wanda+cg"]["options"]["refit_tolerance"] == 1e-4
+    assert record["contenders"]["wanda"]["objective"]["match_dense"] == 0.0
     assert record["environment"]["torch"] == torch.__version__
     assert [p["source"] for p in record["rows"][1]["perplexities"]] == ["one", "two"]
     assert record["rows"][1]["perplexities"][0]["value"] == rows[1].perplexities[0].value

@@ -276,6 +276,23 @@ def test_settings_can_be_checked_alone():
         validate_settings("wanda", "cg", "2:4", fallback="x")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shrinkage": 0.1}, r"shrinkage belongs to the objective: write objective=halve\.Objective\(shrinkage=…\)"),
+        ({"objective": {"shrinkage": 0.1}}, r"objective must be a halve\.Objective, .*, got dict"),
+        (
+            {"objective": Objective(shrinkage="auto")},
+            "shrinkage auto .* give Statistics with halves",
+        ),
+        ({"objective": Objective(match_dense=0.5)}, "match_dense needs statistics with the dense model's inputs"),
+    ],
+)
+def test_objectives_that_cannot_be_followed_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        prune(WEIGHT, GRAM, **options)
+
+
 def same_up_to_rounding(weight, other):
     """The same kept places, and values that differ by no more than a refit that stops at its tolerance."""
     difference = (weight - other).float().norm(dim=1) / other.float().norm(dim=1)

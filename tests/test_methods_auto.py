@@ -97,6 +97,7 @@ def test_efforts_follow_one_another_while_there_is_time(monkeypatch, effort, lim
     weight, gram = oracle.layer(6, 32, seed=3)
     outcome = prune(weight, gram, effort=effort, time_limit=limit)
     assert clock.solved == efforts
+    assert outcome.facts["efforts"] == len(efforts)
     assert ("swaps" in outcome.facts) == swaps
     assert Pattern("2:4").satisfied_by(outcome.weight)
 

@@ -187,7 +187,7 @@ def test_an_error_that_is_not_finite_is_named():
     ("option", "value"), [("epochs", 0), ("epochs", 1.5), ("learning_rate", 0.0), ("held_out", 0.6), ("held_out", "x")]
 )
 def test_bad_options_are_refused(option, value):
-    with pytest.raises(InputError, match=f"{option} of the reconstruction must"):
+    with pytest.raises(InputError, match=rf"{option} of the reconstruction \(--reconstruct-[a-z-]+\) must"):
         Reconstruction(**{option: value})
 
 

@@ -1,3 +1,7 @@
+from dataclasses import replace
+
+import pytest
+
 from halve.outcome import Status
 from halve.reconstruct import Tuned
 from halve.run_report import BlockReport, MatrixReport, RunReport
@@ -30,6 +34,19 @@ def test_warnings_name_what_went_otherwise():
     assert "slow" in warnings[1]
     assert "fallen: no luck" in warnings[2]
     assert "1 of 2 blocks gained nothing on held-out batches and was undone (the first is b1)" in warnings[3]
+
+
+@pytest.mark.parametrize(("limit", "seconds", "warned"), [(None, 9.0, 0), (5.0, 2.6, 0), (5.0, 3.0, 1)])
+def test_a_time_limit_that_was_not_kept_is_told(limit, seconds, warned):
+    each = [replace(matrix(name), facts={"tokens": 100.0, "seconds": seconds}) for name in "ab"]
+    warnings = replace(report(each), time_limit=limit).warnings
+    assert len(warnings) == warned
+    assert all("solving took 6 s, more than the time limit of 5 s" in warning for warning in warnings)
+
+
+def test_writing_is_not_pruning():
+    done = replace(report([]), seconds={"capture": 1.0, "solve": 2.0, "commit": 4.0, "write": 8.0, "verify": 16.0})
+    assert done.seconds_of_pruning == 3.0
 
 
 def test_what_changed():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from halve.terminal import comparison_table, progress_bar, say
+from halve.terminal import comparison_table, progress, progress_bar, say
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -23,6 +23,24 @@ def test_sentences_are_printed_as_they_are_and_stay_on_one_line():
     console = Console(file=io.StringIO(), width=20, color_system=None)
     say(console, "x[/y] [bold]not markup[/] " + "long " * 10, label="note")
     assert console.file.getvalue() == "note: x[/y] [bold]not markup[/] " + "long " * 10 + "\n"
+
+
+def test_a_terminal_breaks_sentences_between_words():
+    console = Console(file=io.StringIO(), width=20, color_system=None, force_terminal=True)
+    say(console, "several words that fill two lines")
+    assert [line.rstrip() for line in console.file.getvalue().splitlines()] == ["several words that", "fill two lines"]
+
+
+def test_a_plan_names_the_parameters_that_stay_dense_if_they_are_few(capsys):
+    excluded = [SimpleNamespace(name=f"norm{i}", reason="not a matrix") for i in range(4)]
+    excluded += [SimpleNamespace(name="lm_head.weight", reason="outside the blocks")]
+    plan = SimpleNamespace(matrices=[1, 2], blocks=["b"], excluded=excluded)
+    with progress() as show:
+        show(SimpleNamespace(plan=plan, phase="plan", matrix=None))
+    plan_line = capsys.readouterr().err.splitlines()[-1]
+    assert plan_line == (
+        "plan: 2 matrices in 1 blocks; left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
+    )
 
 
 def test_the_table_marks_failures_and_fallbacks():

@@ -10,7 +10,7 @@ from torch import nn
 
 import halve.tokens
 from halve.documents import Corpus
-from halve.errors import CalibrationError, InputError
+from halve.errors import InputError
 from halve.tokens import (
     TokenSet,
     calibration_tokens,
@@ -131,9 +131,9 @@ def test_reading_stops_when_there_is_enough(tmp_path, monkeypatch):
 def test_too_few_tokens(tmp_path):
     path = write_corpus(tmp_path / "few.jsonl", ["the quick fox"] * 10)  # 3 * 10 tokens, 9 separators
     calibration_tokens(path, word_level(), samples=3, seq_len=13)
-    with pytest.raises(CalibrationError, match=r"few\.jsonl' has 39 tokens, .* need 40.*samples = 3 is the most"):
+    with pytest.raises(InputError, match=r"few\.jsonl' has 39 tokens, .* need 40.*samples = 3 is the most"):
         calibration_tokens(path, word_level(), samples=4, seq_len=10)
-    with pytest.raises(CalibrationError, match=r"not even one sample fits; seq_len <= 39 would"):
+    with pytest.raises(InputError, match=r"not even one sample fits; seq_len <= 39 would"):
         calibration_tokens(path, word_level(), samples=1, seq_len=40)
 
 

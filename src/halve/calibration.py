@@ -44,7 +44,7 @@ def calibration_data(
 
     Raises:
         InputError: the source is not usable, or its tokens do not fit the model.
-        CalibrationError: the source has too few tokens.
+        CalibrationError: the model that writes its own text gives logits that are not finite.
     """
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2 or calibration.is_floating_point() or not calibration.numel():
@@ -84,7 +84,7 @@ def text_tokens(
 
     Raises:
         InputError: no tokenizer, or the source or the length is not usable.
-        CalibrationError: the source has too few tokens.
+        CalibrationError: the model that writes its own text gives logits that are not finite.
     """
     if loaded.tokenizer is None:
         raise InputError("the model has no tokenizer, so text cannot be used: give tokenizer, or tokens as calibration")

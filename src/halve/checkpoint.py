@@ -317,7 +317,7 @@ def _download(name: str, revision: str | None) -> Path:
         return fetch(weights, path.name)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise InputError(
-            f"{name} is no directory here and could not be taken from the hub: {_one_line(error)}"
+            f"{name} is no file or directory here, and the hub did not give it: {_one_line(error)}"
         ) from error
 
 

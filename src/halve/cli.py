@@ -72,11 +72,13 @@ def check(
             say(out, note, label="note")
         for problem in result.problems:
             say(out, problem, label="problem", style="red")
-        verdict = "ok" if result.ok else f"{len(result.problems)} problems"
+        count = len(result.problems)
+        verdict = "ok" if result.ok else f"{count} problem{'s' if count > 1 else ''}"
+        compared = "" if against is None else f", {result.compared} of them the same as in {against}"
         say(
             out,
-            f"{verdict}: {result.matrices} matrices at {result.pattern}, {result.tensors} tensors, "
-            f"{result.sparsity:.1%} zeros in the pruned matrices",
+            f"{verdict}: {result.matrices} matrices at {result.pattern}, {result.sparsity:.1%} zeros in them; "
+            f"{result.tensors} tensors in all{compared}",
         )
     if not result.ok:
         raise typer.Exit(EXIT_FAILED)
@@ -134,8 +136,12 @@ def compare(
     model: ModelArgument,
     data: Annotated[list[str], typer.Option(help="Texts for perplexity: wikitext2, c4, or a file. Repeatable.")],
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; wanda is as published, wanda+cg adds a refit, +block tunes blocks.")
-    ] = ("magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,auto+cg"),
+        str,
+        typer.Option(
+            help="Comma-separated; wanda is as published, wanda+cg adds a refit, +block tunes blocks.",
+            show_default="magnitude, wanda and sparsegpt, the last two also with +cg; auto+cg",
+        ),
+    ] = "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,auto+cg",
     pattern: PatternOption = "2:4",
     calibration: CalibrationOption = "self",
     samples: SamplesOption = 128,
@@ -157,7 +163,11 @@ def compare(
     forward_dtype: ForwardOption = "auto",
     option: Annotated[
         list[str] | None,
-        typer.Option("-o", "--option", help="METHOD.NAME=VALUE, REFIT.NAME=VALUE or block.NAME=VALUE. Repeatable."),
+        typer.Option(
+            "-o",
+            "--option",
+            help="METHOD.NAME=VALUE, REFIT.NAME=VALUE or block.NAME=VALUE, such as auto.effort=best. Repeatable.",
+        ),
     ] = None,
     out_dir: Annotated[
         Path | None,
@@ -166,7 +176,7 @@ def compare(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune with several methods on the same statistics settings, and print one table."""
+    """Prune with several methods, calibrated on the same tokens, and print one table."""
     from halve import checkpoint
     from halve import compare as comparison
     from halve.calibration import default_length, text_tokens
@@ -216,7 +226,7 @@ def compare(
                     say_row(row)
         finally:  # what is finished is worth having, whatever stopped the rest
             if as_json:
-                record = comparison.as_json(rows, model=model, pattern=pattern, calibration=tokens, seed=seed)
+                record = comparison.as_json(rows, requests, model=model, pattern=pattern, calibration=tokens, seed=seed)
                 out.print_json(json.dumps(record))
             elif rows:
                 out.print(comparison_table(rows, pattern))

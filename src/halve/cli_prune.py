@@ -27,11 +27,12 @@ from halve.cli_options import (
     SkipOption,
     StrictOption,
 )
-from halve.cli_values import allowed_fallback, parse_dtype, parse_options, parse_shrinkage
+from halve.cli_values import allowed_fallback, merge_options, parse_dtype, parse_options, parse_shrinkage
 from halve.terminal import announce_generation, err, out, progress, say
 
 if TYPE_CHECKING:
     from halve.pruning import Pruned
+    from halve.run_report import Progress
 
 
 def prune(
@@ -43,7 +44,8 @@ def prune(
         str | None, typer.Option(help="Of method auto: fast, balanced or best.", show_default="balanced")
     ] = None,
     time_limit: Annotated[
-        float | None, typer.Option(help="Of method auto: seconds for solving; takes the effort as far as they go.")
+        float | None,
+        typer.Option(help="Of method auto: seconds for solving. --effort is where it begins; higher ones follow."),
     ] = None,
     refit: Annotated[str, typer.Option(help="Re-adjust the kept weights: none, cg, gd, swap.")] = "cg",
     reconstruct: Annotated[
@@ -94,10 +96,7 @@ def prune(
     from halve.reconstruct import default_reconstruction, parse_reconstruction
 
     with reporting(out_dir):
-        options = parse_options(option or [])
-        options |= {
-            name: value for name, value in (("effort", effort), ("time_limit", time_limit)) if value is not None
-        }
+        options = merge_options(parse_options(option or []), effort=effort, time_limit=time_limit)
         Contender(method, refit).check_option_names(options)
         fallback = allowed_fallback(fallback, strict=strict)
         validate_settings(method, refit, pattern, fallback=fallback, **options)
@@ -107,9 +106,14 @@ def prune(
             default_reconstruction(method, options) if reconstruct is None else reconstruct,
             **{name: value for name, value in given.items() if value is not None},
         )
-        if calibration == "self":
-            announce_generation(samples, seq_len)
-        with progress() as listen:
+        with progress() as show:
+
+            def listen(step: "Progress") -> None:
+                if step.phase == "generate":
+                    announce_generation(samples, seq_len)
+                else:
+                    show(step)
+
             pruned = prune_model(
                 model,
                 out_dir,

@@ -54,6 +54,18 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
+def merge_options(options: dict[str, Any], **flags: Any) -> dict[str, Any]:
+    """Add the options that have a flag of their own to those of ``--option``; a flag of None was not given.
+
+    Raises:
+        InputError: an option was given both ways.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if twice := next((name for name in given if name in options), None):
+        raise InputError(f"{twice} is given twice, by -o and by --{twice.replace('_', '-')}: give it once")
+    return options | given
+
+
 def parse_options_by_method(pairs: list[str]) -> dict[str, dict[str, Any]]:
     """Parse ``METHOD.NAME=VALUE`` into options by method.
 

@@ -22,7 +22,7 @@ from halve.pattern import Pattern
 from halve.perplexity import Perplexity, perplexity
 from halve.pruning import Request, prune_loaded
 from halve.reconstruct import BLOCK, parse_reconstruction
-from halve.report import environment
+from halve.report import environment, settings_json
 from halve.run_directory import open_run
 from halve.run_report import Progress, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings
@@ -70,6 +70,8 @@ class Contender:
         of_refit = [f"refit_{field.name}" for field in fields(refit.get(self.refit).options)]
         known = [*(field.name for field in fields(methods.get(self.method).options)), *of_refit]
         for name in names:
+            if name in {field.name for field in fields(Objective)}:
+                raise InputError(f"{name} is not an option of {self}: write --{name.replace('_', '-')}")
             if name not in known:
                 choice = f"its options are {', '.join(known)}" if known else "it takes none"
                 raise InputError(f"{self} has no option {name!r}: {choice}")
@@ -259,7 +261,7 @@ def make_requests(
             fallback,
             min_expert_tokens,
             tuning,
-            objective or Objective(),
+            Objective.of(objective),
         )
         found[contender] = Request(settings, target, precision, dtype)
     return found
@@ -291,12 +293,19 @@ def evaluation_texts(
 
 
 def as_json(
-    rows: Sequence[Row], *, model: str, pattern: str | Pattern, calibration: TokenSet, seed: int
+    rows: Sequence[Row],
+    requests: Mapping[Contender, Request],
+    *,
+    model: str,
+    pattern: str | Pattern,
+    calibration: TokenSet,
+    seed: int,
 ) -> dict[str, Any]:
     """Return the record of a comparison as plain JSON values; numbers that are not finite become None.
 
     Args:
         rows: what is finished.
+        requests: how each contender prunes.
         model: what the user named.
         pattern: the sparsity pattern.
         calibration: the tokens that all were pruned with.
@@ -313,6 +322,7 @@ def as_json(
             "seed": seed,
         },
         "environment": environment(),
+        "contenders": {str(contender): settings_json(request.settings) for contender, request in requests.items()},
         "rows": [_row_json(row) for row in rows],
     }
 

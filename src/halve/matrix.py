@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from halve.refit import Refit
 FALLBACKS = ("magnitude", "wanda")
 """Methods that cannot fail for numerical reasons."""
 _REFIT_PREFIX = "refit_"
+_OF_OBJECTIVE = tuple(field.name for field in fields(Objective))
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def prune_weights(
     Raises:
         InputError, PatternError: as `prune_weight`; also if the matrices differ in dtype or device.
     """
-    settings = _settings(method, refit, pattern, fallback, objective or Objective(), options)
+    settings = _settings(method, refit, pattern, fallback, Objective.of(objective), options)
     for weight in weights:
         check_weight(weight)
     if len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) != 1:
@@ -229,7 +230,7 @@ def _settings(
     row, refit_row = methods.get(method), refits.get(refit)
     method_options, refit_options = _split_options(row, refit_row, options)
     if fallback is not None and fallback not in FALLBACKS:
-        raise InputError(f"fallback {fallback!r} is unknown: choose one of {', '.join(FALLBACKS)}, or None")
+        raise InputError(f"fallback {fallback!r} is unknown: choose one of {', '.join(FALLBACKS)}, or leave it out")
     if not pattern.structured and not row.unstructured:
         takers = ", ".join(other.name for other in methods.METHODS.values() if other.unstructured)
         raise PatternError(
@@ -243,6 +244,8 @@ def _settings(
 
 
 def _split_options(method: str | Method, refit: str | Refit, options: dict[str, Any]) -> tuple[Any, Any]:
+    if stray := next((name for name in options if name in _OF_OBJECTIVE), None):
+        raise InputError(f"{stray} belongs to the objective: write objective=halve.Objective({stray}=…)")
     of_refit = {name.removeprefix(_REFIT_PREFIX): value for name, value in options.items() if _is_of_refit(name)}
     of_method = {name: value for name, value in options.items() if not _is_of_refit(name)}
     return methods.make_options(method, **of_method), refits.make_options(refit, **of_refit)
@@ -261,8 +264,7 @@ def _statistics(
         raise InputError(
             f'refit {settings.refit.name} needs gram, the Gram matrix of the inputs: give it, or set refit="none"'
         )
-    if settings.objective.insists_on_dense and not (isinstance(gram, Statistics) and gram.cross is not None):
-        raise InputError("match_dense needs statistics with the dense model's inputs (cross): set it to 0")
+    settings.objective.check_statistics(gram)
     return None if gram is None else checked_statistics(gram, weight, tokens)
 
 

@@ -41,6 +41,33 @@ class Objective:
             raise InputError(f"match_dense must be a number from 0 to 1, got {self.match_dense!r}")
         check_positive("match_ridge", self.match_ridge)
 
+    @classmethod
+    def of(cls, asked: "Objective | None") -> "Objective":
+        """Return what was asked for, or the defaults.
+
+        Raises:
+            InputError: it is something else.
+        """
+        if asked is not None and not isinstance(asked, cls):
+            raise InputError(
+                f"objective must be a halve.Objective, such as Objective(shrinkage=0.1), got {type(asked).__name__}"
+            )
+        return asked or cls()
+
+    def check_statistics(self, gram: Tensor | Statistics | None) -> None:
+        """Refuse a Gram matrix that lacks what was expressly asked for.
+
+        Raises:
+            InputError: shrinkage is to be chosen without halves, or targets computed without the dense model's inputs.
+        """
+        if self.insists_on_dense and not (isinstance(gram, Statistics) and gram.cross is not None):
+            raise InputError("match_dense needs statistics with the dense model's inputs (cross): set it to 0")
+        if self.shrinkage == AUTO and gram is not None and not isinstance(gram, Statistics):
+            raise InputError(
+                "shrinkage auto judges on one half of the tokens what was fitted on the other: give Statistics with "
+                "halves (GramAccumulator(…, halves=True)), or a number"
+            )
+
     def chooses_shrinkage(self, method: str) -> bool:
         """Whether ``method`` is to have its shrinkage chosen."""
         return self.shrinkage == AUTO or (self.shrinkage is None and method == AUTO)

@@ -31,7 +31,7 @@ from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction, default_reconstruction, parse_reconstruction
 from halve.run import prune_blocks
 from halve.run_directory import RunDirectory, open_run, recorded_call
-from halve.run_report import Listener, RunReport
+from halve.run_report import Listener, Progress, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings
 from halve.tokens import TokenSet
 from halve.verification import check
@@ -87,8 +87,8 @@ def prune(
 
     Args:
         model: a model in memory (pruned in place), a local directory, a ``.gguf`` file, or a hub id.
-        out: directory for the pruned Hugging Face checkpoint; it must not exist yet or be empty. Required unless
-            ``model`` is in memory.
+        out: directory for the pruned Hugging Face checkpoint; it must not exist yet, be empty, or hold the same run,
+            unfinished. None keeps the result in memory alone.
         pattern: ``N:M`` keeps N of every M consecutive weights; ``S%`` zeroes S percent of each row.
         method: see `halve.methods`; ``auto`` takes ``effort="fast"``, ``"balanced"`` or ``"best"``, and a
             ``time_limit`` in seconds for solving all matrices.
@@ -138,7 +138,7 @@ def prune(
             fallback,
             min_expert_tokens,
             parse_reconstruction(default_reconstruction(method, options) if reconstruct is None else reconstruct),
-            objective or Objective(),
+            Objective.of(objective),
         ),
         resolve_device(device),
         forward_precision(forward_dtype, resolve_device(device)),
@@ -161,6 +161,8 @@ def prune(
         data: TokenSet | list[Batch] | None = (
             run.tokens(asked) if run is not None and wrote else None
         )  # the model need not write its text again
+        if data is None and wrote and listen is not None:
+            listen(Progress(0, 0, "generate", 0, 0))
         data = data or calibration_data(
             loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=text_field
         )

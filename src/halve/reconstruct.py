@@ -41,11 +41,14 @@ class Reconstruction:
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
-        check_count("epochs of the reconstruction", self.epochs)
+        check_count("epochs of the reconstruction (--reconstruct-epochs)", self.epochs)
         if self.learning_rate is not None:
-            check_positive("learning_rate of the reconstruction", self.learning_rate)
+            check_positive("learning_rate of the reconstruction (--reconstruct-lr)", self.learning_rate)
         if not is_number(self.held_out) or not 0.0 <= self.held_out <= 0.5:
-            raise InputError(f"held_out of the reconstruction must lie between 0 and 0.5, got {self.held_out!r}")
+            raise InputError(
+                "held_out of the reconstruction (--reconstruct-held-out) must lie between 0 and 0.5, "
+                f"got {self.held_out!r}"
+            )
 
 
 BLOCK = "block"

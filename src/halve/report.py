@@ -12,6 +12,7 @@ import torch
 
 from halve import kernels
 from halve.disk_layout import Location
+from halve.objective import AUTO
 from halve.run_report import BlockReport, MatrixReport, RunReport
 from halve.settings import Settings
 
@@ -69,15 +70,7 @@ def to_json(
     return {
         "format": FORMAT,
         "source": dict(source),
-        "pattern": settings.pattern.text,
-        "method": settings.method,
-        "refit": settings.refit,
-        "options": settings.all_options,
-        "skip": list(settings.skip),
-        "fallback": settings.fallback,
-        "min_expert_tokens": settings.min_expert_tokens,
-        "reconstruction": None if settings.reconstruction is None else asdict(settings.reconstruction),
-        "objective": asdict(settings.objective),
+        **settings_json(settings),
         "calibration": dict(calibration),
         "device": device,
         "forward_dtype": precision,
@@ -89,6 +82,30 @@ def to_json(
         ],
         "warnings": list(report.warnings),
         "environment": environment(),
+    }
+
+
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """Return what was asked for, every default filled in, as plain JSON values.
+
+    ``match_dense`` is what is done where the dense model's inputs can be paired with the pruned model's: not in
+    mixtures of experts, where a matrix's facts do not name it.
+    """
+    objective = settings.objective
+    return {
+        "pattern": settings.pattern.text,
+        "method": settings.method,
+        "refit": settings.refit,
+        "options": settings.all_options,
+        "skip": list(settings.skip),
+        "fallback": settings.fallback,
+        "min_expert_tokens": settings.min_expert_tokens,
+        "reconstruction": None if settings.reconstruction is None else asdict(settings.reconstruction),
+        "objective": {
+            "shrinkage": AUTO if objective.chooses_shrinkage(settings.method) else objective.shrinkage or 0.0,
+            "match_dense": objective.blend(settings.method),
+            "match_ridge": objective.match_ridge,
+        },
     }
 
 

@@ -162,7 +162,14 @@ class _Loop:
             for index in range(len(members)):
                 self._restore(index)
         self._tell(len(members), "done")
-        return RunReport(tuple(self._reports), self._plan.excluded, len(members), self._seconds, tuple(self._blocks))
+        return RunReport(
+            tuple(self._reports),
+            self._plan.excluded,
+            len(members),
+            self._seconds,
+            tuple(self._blocks),
+            self._settings.options.get("time_limit"),
+        )
 
     def _pass_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
         """Take both streams through a block, which is pruned unless it was before."""

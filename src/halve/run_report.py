@@ -70,6 +70,7 @@ class RunReport:
             ``solve``, ``reconstruct``, ``replay`` (forward passes through the pruned block, and the dense one); where
             there is an output directory, also those in `WRITING`.
         reconstructions: one entry a reconstructed block, in order.
+        time_limit: seconds that solving was to take, None if there was no limit.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -77,6 +78,7 @@ class RunReport:
     blocks: int
     seconds: dict[str, float]
     reconstructions: tuple[BlockReport, ...] = ()
+    time_limit: float | None = None
 
     @property
     def changed(self) -> set[str]:
@@ -92,7 +94,7 @@ class RunReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences the user should read."""
-        return (*_of_matrices(self.matrices), *_of_blocks(self.reconstructions))
+        return (*_of_matrices(self.matrices), *_of_time(self), *_of_blocks(self.reconstructions))
 
     @property
     def fallbacks(self) -> tuple[MatrixReport, ...]:
@@ -113,7 +115,8 @@ class Progress:
     Attributes:
         block: index of the current block.
         blocks: number of blocks.
-        phase: ``plan``, ``capture``, ``collect``, ``solve``, ``reconstruct``, ``restore``, ``replay`` or ``done``.
+        phase: ``generate`` (the model writes its calibration text), ``plan``, ``capture``, ``collect``, ``solve``,
+            ``reconstruct``, ``restore``, ``replay`` or ``done``.
         finished: matrices finished so far.
         matrices: matrices in all.
         matrix: the matrix just finished, in phase ``solve``, or taken over from an earlier process, in ``restore``.
@@ -156,6 +159,17 @@ def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
             f"(the first is {fallen[0].name}: {fallen[0].reason})"
         )
     return warnings
+
+
+def _of_time(report: RunReport) -> list[str]:
+    solving = sum(matrix.facts.get("seconds", 0.0) for matrix in report.matrices)
+    if report.time_limit is None or solving <= 1.1 * report.time_limit:
+        return []
+    sentence = (
+        f"solving took {solving:.0f} s, more than the time limit of {report.time_limit:g} s: what is begun is "
+        "finished, so begin with a lower effort"
+    )
+    return [sentence]
 
 
 def _of_blocks(blocks: Sequence[BlockReport]) -> list[str]:

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,9 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+_FEW = 3
+"""Parameters that are named in a line rather than counted only."""
 
 out = Console()
 err = Console(stderr=True)
@@ -29,7 +31,7 @@ def comparison_table(rows: list[Any], pattern: str) -> Table:
         "mean relative loss",
         "seconds",
         title=Text(f"{pattern}, lower is better"),
-        caption=Text(f"{caption}; seconds of pruning alone"),
+        caption=Text(f"{caption}; seconds of pruning alone; a loss is against the method's own targets"),
     )
     for row in rows:
         loss = "" if row.mean_relative_loss is None else f"{row.mean_relative_loss:.4f}"
@@ -40,9 +42,9 @@ def comparison_table(rows: list[Any], pattern: str) -> Table:
 
 
 def say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
-    """Print a sentence as it is: no markup is read in it, and where there is no terminal it stays on one line."""
+    """Print a sentence as it is: no markup is read in it, and only a terminal breaks it, between words."""
     text = Text.assemble((f"{label}: ", style), sentence) if label else Text(sentence)
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def say_row(row: Any) -> None:
@@ -126,9 +128,17 @@ def _prefix(runner: str) -> str:
 
 def _plan(plan: Any) -> str:
     """Say how many parameters will be pruned, and why the others stay dense (halve.json names each)."""
-    reasons = Counter(entry.reason for entry in plan.excluded)
-    dense = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"  # noqa: RUF001 - a times sign
+    reasons: dict[str, list[str]] = {}
+    for entry in plan.excluded:
+        reasons.setdefault(entry.reason, []).append(entry.name)
+    dense = "; ".join(_dense(reason, names) for reason, names in reasons.items()) or "none"
     return f"plan: {len(plan.matrices)} matrices in {len(plan.blocks)} blocks; left dense: {dense}"
+
+
+def _dense(reason: str, names: list[str]) -> str:
+    """Say how many parameters stay dense for a reason, and which, if they are few."""
+    named = f" ({', '.join(names)})" if len(names) <= _FEW else ""
+    return f"{len(names)} × {reason}{named}"  # noqa: RUF001 - a times sign
 
 
 def _loss(matrix: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.documents import Corpus, Document, open_corpus, pieces, shuffled
-from halve.errors import CalibrationError, InputError
+from halve.errors import InputError
 from halve.generation import sample_text, text_config
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def calibration_tokens(
 
     Raises:
         InputError: an argument or a file is not usable; the message names it.
-        CalibrationError: the text has too few tokens, or the model generates non-finite logits.
+        CalibrationError: the model generates non-finite logits.
         UnsupportedModelError: the model cannot generate with a key-value cache.
     """
     _check_counts(samples=samples, seq_len=seq_len)
@@ -306,7 +306,7 @@ def _pack(
     remedy = (
         f"samples = {fit} is the most that fits" if fit else f"not even one sample fits; seq_len <= {len(ids)} would"
     )
-    raise CalibrationError(
+    raise InputError(
         f"source {corpus.name!r} has {len(ids)} tokens, but samples = {samples} of seq_len = {seq_len} need {needed}: "
         f"give more text, or fewer samples ({remedy})"
     )

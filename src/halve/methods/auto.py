@@ -98,7 +98,7 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: AutoOpti
 def _climb(weight: Tensor, stats: Statistics, pattern: Pattern, effort: str, deadline: float) -> Outcome:
     """Take one effort after another from ``effort`` on while there is time, and keep the better rows of each."""
     best: Outcome | None = None
-    for name in EFFORTS[EFFORTS.index(effort) :]:
+    for count, name in enumerate(EFFORTS[EFFORTS.index(effort) :], start=1):
         begun = time.perf_counter()
         found = prox_admm.solve(weight, stats, pattern, _SCHEDULES[name])
         fitted, _ = refit_cg(
@@ -106,6 +106,7 @@ def _climb(weight: Tensor, stats: Statistics, pattern: Pattern, effort: str, dea
         )
         found = replace(found, weight=fitted)
         best = found if best is None else _better_rows(best, found, weight, stats.gram)
+        best.facts["efforts"] = float(count)
         now = time.perf_counter()
         if now + _NEXT_TAKES[name] * (now - begun) > deadline:
             break
