@@ -1,0 +1,45 @@
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import layer_oracles as oracle
+from halve import check, methods, refit
+from halve.matrix import prune_weight
+from halve.objective import Objective
+from halve.pruning import prune
+from halve.reconstruct import Reconstruction
+from models import decoder, tokens
+
+DOCS = Path(__file__).parents[1] / "docs"
+OPTIONS = {
+    **{name: (row.options, "") for name, row in methods.METHODS.items()},
+    **{f"refit {name}": (row.options, "refit_") for name, row in refit.REFITS.items()},
+    "objective": (Objective, ""),
+    "reconstruction": (Reconstruction, ""),
+}
+
+
+@pytest.mark.parametrize("owner", OPTIONS)
+def test_every_option_is_documented_with_its_default(owner):
+    table = [[cell.strip() for cell in line.split("|")] for line in (DOCS / "options.md").read_text().splitlines()]
+    options, prefix = OPTIONS[owner]
+    for field in fields(options):
+        rows = [row for row in table if f"`{prefix}{field.name}`" in row]
+        assert any(f"`{field.default}`" in row for row in rows), field.name
+
+
+def test_every_key_and_fact_of_a_record_is_documented(tmp_path):
+    text = (DOCS / "record.md").read_text()
+    prune(decoder("llama"), tmp_path, calibration=tokens(4), effort="best")
+    record = json.loads((tmp_path / "halve.json").read_text())
+    matrix, block = record["matrices"][0], record["blocks"][0]
+    weight, gram = oracle.layer(4, 16, seed=0)
+    facts = set(prune_weight(weight, gram, time_limit=0.001).facts)
+    for method in methods.METHODS:
+        for name in refit.REFITS:
+            facts |= prune_weight(weight, gram, method=method, refit=name).facts.keys()
+    for key in {*record, *matrix, *block, *matrix["facts"], *facts, *record["calibration"], *record["source"]}:
+        assert f"`{key}`" in text, key
+    assert check(tmp_path).ok
