@@ -92,8 +92,15 @@ def test_shrinkage_and_targets_are_recorded_and_reach_the_matrices(model, text, 
     named = record_of(model, text, tmp_path / "named", "--method", "wanda", "--shrinkage", "auto")
     assert named["objective"]["shrinkage"] == "auto"
     assert any(matrix["facts"].get("shrinkage", 0.0) > 0.0 for matrix in named["matrices"])
-    default = record_of(model, text, tmp_path / "default", "--effort", "fast")
+    default = record_of(model, text, tmp_path / "default")
     assert default["objective"] == {"shrinkage": "auto", "match_dense": 0.25, "match_ridge": 0.1}
+    fast = record_of(model, text, tmp_path / "fast", "--effort", "fast")
+    assert fast["objective"] == {"shrinkage": "auto", "match_dense": 0.0, "match_ridge": 0.1}
+    assert fast["options"]["refit_tolerance"] == 0.01
+    given = record_of(
+        model, text, tmp_path / "given", "--effort", "fast", "--match-dense", "0.5", "-o", "refit_tolerance=0.1"
+    )
+    assert (given["objective"]["match_dense"], given["options"]["refit_tolerance"]) == (0.5, 0.1)
 
 
 def test_a_time_limit_is_an_option_of_auto(model, text, tmp_path):

@@ -111,3 +111,14 @@ def test_unstructured_patterns_are_refused():
 def test_bad_options_are_refused(option, value):
     with pytest.raises(InputError, match=f"{option} of prox-admm must be"):
         ProxADMMOptions(**{option: value})
+
+
+def test_exchanges_can_be_left_out():
+    weight, _ = oracle.layer(16, 32, seed=8)
+    gram = torch.eye(32)
+    with_them, without = (prune(weight, gram, exchanges=exchanges) for exchanges in (True, False))
+    assert with_them.facts["exchanges"] > 0.0
+    assert "exchanges" not in without.facts
+    assert oracle.relative_loss(with_them.weight, weight, gram) < oracle.relative_loss(without.weight, weight, gram)
+    with pytest.raises(InputError, match="exchanges of prox-admm must be true or false, got 1"):
+        ProxADMMOptions(exchanges=1)

@@ -428,9 +428,8 @@ def test_targets_are_made_of_the_inputs_of_both_models():
 
 
 def test_auto_aims_at_the_dense_model_unasked_where_it_can():
-    options = {"effort": "fast"}
     for family, asked, expected in (("llama", None, 0.25), ("llama", 0.0, None), ("mixtral", None, None)):
-        wanted = settings("auto", "cg", options=options, objective=Objective(match_dense=asked), min_expert_tokens=1)
+        wanted = settings("auto", "cg", objective=Objective(match_dense=asked), min_expert_tokens=1)
         report = prune_blocks(decoder(family), batches(), wanted, device=CPU)
         assert {matrix.facts.get("match_dense") for matrix in report.matrices} == {expected}
 

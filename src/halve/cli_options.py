@@ -41,7 +41,7 @@ MatchOption = Annotated[
     float | None,
     typer.Option(
         help="How far targets are the dense model's outputs, 0 to 1.",
-        show_default="0.25 for method auto, else 0; 0 with experts",
+        show_default="0.25 for method auto but with --effort fast, else 0; 0 with experts",
     ),
 ]
 RidgeOption = Annotated[float, typer.Option(help="Holds the weights of such targets near the dense ones.")]

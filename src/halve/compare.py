@@ -261,7 +261,7 @@ def make_requests(
             fallback,
             min_expert_tokens,
             tuning,
-            Objective.of(objective),
+            Objective.of(objective, own),
         )
         found[contender] = Request(settings, target, precision, dtype)
     return found

@@ -15,6 +15,7 @@ from halve.errors import CalibrationError, FactorisationError, InputError, Patte
 from halve.gram import Statistics
 from halve.linalg import full_precision
 from halve.methods import Method
+from halve.methods.auto import FAST, FAST_TOLERANCE, AutoOptions
 from halve.objective import Objective
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
@@ -169,7 +170,7 @@ def prune_weights(
     Raises:
         InputError, PatternError: as `prune_weight`; also if the matrices differ in dtype or device.
     """
-    settings = _settings(method, refit, pattern, fallback, Objective.of(objective), options)
+    settings = _settings(method, refit, pattern, fallback, Objective.of(objective, options), options)
     for weight in weights:
         check_weight(weight)
     if len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) != 1:
@@ -248,7 +249,11 @@ def _split_options(method: str | Method, refit: str | Refit, options: dict[str, 
         raise InputError(f"{stray} belongs to the objective: write objective=halve.Objective({stray}=…)")
     of_refit = {name.removeprefix(_REFIT_PREFIX): value for name, value in options.items() if _is_of_refit(name)}
     of_method = {name: value for name, value in options.items() if not _is_of_refit(name)}
-    return methods.make_options(method, **of_method), refits.make_options(refit, **of_refit)
+    method_options = methods.make_options(method, **of_method)
+    refit_row = refits.get(refit) if isinstance(refit, str) else refit
+    if isinstance(method_options, AutoOptions) and method_options.effort == FAST and refit_row.name == "cg":
+        of_refit = {"tolerance": FAST_TOLERANCE, **of_refit}
+    return method_options, refits.make_options(refit_row, **of_refit)
 
 
 def _statistics(

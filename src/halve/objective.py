@@ -1,17 +1,21 @@
 """What is minimised, if not the plain loss on the calibration tokens: a shrunk H, targets from the dense model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from halve.dense_target import dense_target
 from halve.errors import InputError
 from halve.gram import Statistics
+from halve.methods.auto import FAST
 from halve.options import check_positive, is_number
 from halve.pattern import Pattern
 from halve.shrinkage import choose_shrinkage, shrink
 
 AUTO = "auto"
+
 MATCH_DENSE = 0.25
 """How far the targets of method ``auto`` are the dense model's outputs, where both models' inputs are known."""
 
@@ -26,7 +30,7 @@ class Objective:
             every method that was asked for by name.
         match_dense: α in [0, 1], how far targets are the dense model's outputs (`halve.dense_target`); above 0 it
             needs statistics with ``cross``. None is `MATCH_DENSE` for method ``auto`` where the statistics have it,
-            and 0 elsewhere.
+            but 0 with effort ``fast``, since they take a second forward pass, and 0 elsewhere.
         match_ridge: what holds the weights of such targets near the dense ones, > 0.
     """
 
@@ -42,8 +46,12 @@ class Objective:
         check_positive("match_ridge", self.match_ridge)
 
     @classmethod
-    def of(cls, asked: "Objective | None") -> "Objective":
-        """Return what was asked for, or the defaults.
+    def of(cls, asked: "Objective | None", options: Mapping[str, Any]) -> "Objective":
+        """Return what was asked for, or the defaults: for effort ``fast`` they leave the dense model's outputs out.
+
+        Args:
+            asked: the user's, None if there is none.
+            options: of the method.
 
         Raises:
             InputError: it is something else.
@@ -52,7 +60,10 @@ class Objective:
             raise InputError(
                 f"objective must be a halve.Objective, such as Objective(shrinkage=0.1), got {type(asked).__name__}"
             )
-        return asked or cls()
+        objective = asked or cls()
+        if objective.match_dense is None and options.get("effort") == FAST:
+            return replace(objective, match_dense=0.0)
+        return objective
 
     def check_statistics(self, gram: Tensor | Statistics | None) -> None:
         """Refuse a Gram matrix that lacks what was expressly asked for.

@@ -138,7 +138,7 @@ def prune(
             fallback,
             min_expert_tokens,
             parse_reconstruction(default_reconstruction(method, options) if reconstruct is None else reconstruct),
-            Objective.of(objective),
+            Objective.of(objective, options),
         ),
         resolve_device(device),
         forward_precision(forward_dtype, resolve_device(device)),

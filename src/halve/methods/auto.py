@@ -25,15 +25,19 @@ from halve.quadratic import row_losses
 from halve.refit import refit_cg
 
 _SCHEDULES = {
-    "fast": ProxADMMOptions(lambda0=0.05, lambda_growth=1.3, rho=0.2, rho_growth=1.6),
+    "fast": ProxADMMOptions(lambda0=1.0, lambda_growth=1.4, rho=0.4, rho_growth=1.8, exchanges=False),
     "balanced": ProxADMMOptions(),
     "best": ProxADMMOptions(lambda_growth=1.05, rho_growth=1.1),
 }
 EFFORTS = tuple(_SCHEDULES)
-_NEXT_TAKES = {"fast": 3.0, "balanced": 2.0, "best": math.inf}
+_NEXT_TAKES = {"fast": 4.0, "balanced": 2.0, "best": math.inf}
 """How many times as long the next effort takes."""
 _COMPARED_TO = 1e-2
 """Tolerance of the refit after which the rows of two efforts are compared."""
+FAST = "fast"
+FAST_TOLERANCE = 1e-2
+"""Tolerance of the refit ``cg`` for the effort ``fast``, where none is given: the iteration ends near the best weights
+on its mask, so that more would cost as much time as the iteration itself for a thousandth of the loss."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,10 @@ class AutoOptions:
     """Options of the automatic choice.
 
     Attributes:
-        effort: for 2:4 and 1:M ``fast`` (faster than alps, and as good), ``balanced``, or
-            ``best``, which takes twice as many iterations and then makes exact swaps until none helps. For other
-            patterns the first two are the same, and for unstructured ones all three.
+        effort: for 2:4 and 1:M ``fast`` (the time of sparsegpt with a refit, for less loss; no targets from the dense
+            model unless asked for), ``balanced``, or ``best``, which takes twice as many iterations and then makes
+            exact swaps until none helps. For other patterns the first two differ by the refit and the targets alone,
+            and for unstructured ones so do all three.
         time_limit: seconds, > 0, for the matrix or, where a model is pruned, for all of its matrices; None: no limit.
             With one, ``effort`` is where to begin: higher efforts follow as long as there is time for them, each row
             keeps the better of its results, and exact swaps use up the rest, the rows that lose most first. What is

@@ -45,6 +45,8 @@ class ProxADMMOptions:
         rho: first ρ, > 0, in units of the features' mean square after scaling, which is 1.
         rho_growth: factor of ρ every five iterations, >= 1 and less than ``lambda_growth**5``, for the strength of the
             proximal operator is λ/ρ.
+        exchanges: whether plain exchanges follow (`halve.exchange`): where features hardly correlate, a small ρ may
+            leave a mask that they improve.
         max_iterations: limit, >= 1; at the limit what is left is projected onto the pattern.
     """
 
@@ -52,6 +54,7 @@ class ProxADMMOptions:
     lambda_growth: float = 1.1
     rho: float = 0.1
     rho_growth: float = 1.2
+    exchanges: bool = True
     max_iterations: int = 2000
 
     def __post_init__(self) -> None:
@@ -64,6 +67,8 @@ class ProxADMMOptions:
                 f"rho_growth of prox-admm must be at least 1 and less than lambda_growth**{RHO_EVERY} = {most:g}, "
                 f"got {self.rho_growth!r}"
             )
+        if not isinstance(self.exchanges, bool):
+            raise InputError(f"exchanges of prox-admm must be true or false, got {self.exchanges!r}")
         check_count("max_iterations of prox-admm", self.max_iterations)
 
 
@@ -82,7 +87,7 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
     Returns:
         Outcome: ``Status.MAX_ITER`` if rows had to be projected at the limit. Facts: ``iterations``,
             ``row_iterations`` (mean over rows), ``rho`` and ``lambda`` (the last ones), ``scale`` (of V, mean over
-            rows), ``projected_rows``, ``exchanges`` (of single weights at the end, see `halve.exchange`).
+            rows), ``projected_rows``, ``exchanges`` (their number).
 
     Raises:
         PatternError: the pattern is unstructured; the regulariser exists for N:M only.
@@ -111,7 +116,7 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
         "scale": float(problem.scale.mean()),
         "projected_rows": float(projected),
     }
-    if iteration.count:  # where features hardly correlate, a small ρ may leave a mask that a plain exchange improves
+    if iteration.count and options.exchanges:
         limit = sparse.shape[1]
         sparse, _, done = exchange(sparse, problem.weight, problem.gram, pattern, limit=limit, restore=False)
         facts["exchanges"] = float(done.total)
