@@ -14,7 +14,8 @@ from tokenizers.models import WordLevel
 
 import models
 from halve import checkpoint
-from halve.checkpoint import LoadedModel, companions, forbidden_fields, load_model, resolve
+from halve.checkpoint import LoadedModel, load_model, resolve
+from halve.checkpoint_files import companions, forbidden_fields
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

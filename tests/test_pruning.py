@@ -196,9 +196,10 @@ def test_a_token_set_is_taken_as_it_is():
     assert pruned.record["calibration"]["source"] == "mine"
 
 
-def test_magnitude_without_refit_needs_no_data_at_all(tmp_path):
+@pytest.mark.parametrize("calibration", [None, "self"])
+def test_magnitude_without_refit_needs_no_data_at_all(tmp_path, calibration):
     model = decoder("llama")
-    pruned = halve.prune(model, tmp_path / "out", method="magnitude", refit="none")
+    pruned = halve.prune(model, tmp_path / "out", calibration=calibration, method="magnitude", refit="none")
     assert pruned.record["calibration"] == {"seed": 0, "source": "none", "batches": 0}
     assert pruned.record["mean_relative_loss"] is None
     assert halve.check(tmp_path / "out").matrices == 21

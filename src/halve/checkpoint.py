@@ -1,7 +1,7 @@
 """Reading models that nobody here wrote: find the files, refuse what is unsafe or broken, then load.
 
-A checkpoint directory is untrusted input. No code in it is run, nothing is unpickled, no file outside it is read, and
-transformers is shown only the files that were validated here.
+A checkpoint directory is untrusted input. No code in it is run unless the user says so, nothing is unpickled, no file
+outside it is read, and transformers is shown only the files that were validated here.
 """
 
 import re
@@ -16,30 +16,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from halve.checkpoint_files import (
+    CODE,
+    COMPANIONS,
+    CONFIG,
+    INDEX,
+    TEMPLATES,
+    WEIGHTS,
+    check_config,
+    companions,
+    contained,
+    read_shards,
+    weight_map_of,
+)
 from halve.disk_layout import DiskLayout, DiskTensor
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
-from halve.shards import Shard, read_json, read_shard
+from halve.shards import read_json, read_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer", "vocab.", "spiece.", "sentencepiece.", "tekken.")  # how their names begin
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-_TEMPLATES = "additional_chat_templates"
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_FORBIDDEN = {
-    "auto_map": "it needs Python code from its own directory, which is never run",
-    "quantization_config": "it is quantised; prune the unquantised checkpoint instead",
-    "compression_config": "it is compressed; prune the plain checkpoint instead",
-    "sparsity_config": "it is already stored in a sparse format; prune the plain checkpoint instead",
-    "transformers_weights": "it redirects the loading of weights to another file; remove that entry",
-    "_attn_implementation_internal": "it sets internals of transformers; remove that entry",
-    "_experts_implementation_internal": "it sets internals of transformers; remove that entry",
-}
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class Source:
         name: what the user wrote.
         revision: the commit that was downloaded; None unless from the hub.
         shards: the safetensors files, in the order of their names; empty for a GGUF file.
+        trust_remote_code: whether the user trusts the Python code in the directory.
     """
 
     kind: Literal["directory", "hub", "gguf"]
@@ -59,6 +58,7 @@ class Source:
     name: str
     revision: str | None = None
     shards: tuple[Path, ...] = ()
+    trust_remote_code: bool = False
 
     @property
     def size(self) -> int:
@@ -93,13 +93,14 @@ class LoadedModel:
         return DiskLayout(self.model, [DiskTensor(entry.name, entry.dtype, entry.shape) for entry in entries])
 
 
-def resolve(source: str | Path, *, revision: str | None = None) -> Source:
+def resolve(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Find and validate the files of a model, without loading it.
 
     Args:
         source: a directory, a ``.gguf`` file, or the name of a model on the Hugging Face hub, which is downloaded
             (from the local cache when ``HF_HUB_OFFLINE`` is set).
         revision: branch, tag or commit; only for a model on the hub.
+        trust_remote_code: whether to accept a model that comes with Python code of its own, and to run it.
 
     Raises:
         InputError: nothing usable under that name.
@@ -111,21 +112,26 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Source:
         if revision is not None:
             raise InputError(f"revision {revision!r} was given, but {name} is on this disk: leave the revision out")
         if path.is_dir():
-            return Source("directory", path, name, None, _validate_directory(path))
+            shards = _validate_directory(path, code=trust_remote_code)
+            return Source("directory", path, name, None, shards, trust_remote_code)
         return _resolve_gguf(path, name)
     if isinstance(source, Path) or not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
         raise InputError(f"{name} does not exist: give a directory, a .gguf file, or a model name such as org/model")
-    path = _download(name, revision)
-    return Source("hub", path, name, path.name, _validate_directory(path))
+    path = _download(name, revision, code=trust_remote_code)
+    shards = _validate_directory(path, code=trust_remote_code)
+    return Source("hub", path, name, path.name, shards, trust_remote_code)
 
 
-def load_model(source: str | Path | Source, *, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    source: str | Path | Source, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load a model and its tokenizer on the CPU.
 
     Args:
         source: as for ``resolve``, or what it returned.
         dtype: of the parameters in memory; None takes the checkpoint's own, and float32 for a GGUF file, which is
             dequantised.
+        trust_remote_code: as for ``resolve``.
 
     Raises:
         InputError: as ``resolve``; a parameter that is NaN or infinite; a tokenizer that cannot be loaded.
@@ -133,7 +139,7 @@ def load_model(source: str | Path | Source, *, dtype: torch.dtype | None = None)
             checkpoint does not hold and that would be random.
         CorruptFileError: as ``resolve``.
     """
-    found = source if isinstance(source, Source) else resolve(source)
+    found = source if isinstance(source, Source) else resolve(source, trust_remote_code=trust_remote_code)
     with _validated_files(found) as directory:
         gguf = {"gguf_file": found.path.name} if found.kind == "gguf" else {}
         model = _load_weights(found, directory, dtype, gguf)
@@ -147,26 +153,6 @@ def load_model(source: str | Path | Source, *, dtype: torch.dtype | None = None)
     return loaded
 
 
-def companions(directory: Path) -> tuple[Path, ...]:
-    """Return the files that belong to a model besides its weights, its index and its config, sorted.
-
-    Tokenizer, templates, generation and preprocessor settings, licence; no README, code, pickles or other formats.
-
-    Raises:
-        CorruptFileError: one of them is a link that leaves the checkpoint.
-    """
-    found = {path for pattern in _COMPANIONS for path in directory.glob(pattern)}
-    found |= set(directory.glob(f"{_TEMPLATES}/*.jinja"))
-    kept = [
-        path
-        for path in found
-        if path.name not in {CONFIG, "halve.json", "adapter_config.json", "requirements.txt"}
-        and not path.name.endswith(".index.json")
-        and path.is_file()
-    ]
-    return tuple(_contained(directory, path) for path in sorted(kept))
-
-
 def source_files(source: Source) -> list[Path]:
     """Return every file that a model is read from.
 
@@ -176,114 +162,14 @@ def source_files(source: Source) -> list[Path]:
     if source.kind == "gguf":
         return [source.path]
     index = [source.path / INDEX] if source.shards[0].name != WEIGHTS else []
-    return [source.path / CONFIG, *source.shards, *companions(source.path), *index]
+    others = companions(source.path, code=source.trust_remote_code)
+    return [source.path / CONFIG, *source.shards, *others, *index]
 
 
-def forbidden_fields(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fields of a config, at any depth, that a plain checkpoint must not have, and why."""
-    found: dict[str, str] = {}
-    pending: list[Any] = [config]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Mapping):
-            found |= {key: _FORBIDDEN[key] for key, inner in value.items() if key in _FORBIDDEN and inner is not None}
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
-    return found
-
-
-def read_shards(directory: Path) -> tuple[Shard, ...]:
-    """Read the headers of the safetensors files of a checkpoint directory, and check them against the index.
-
-    Raises:
-        InputError: there are none.
-        UnsupportedModelError: the weights are pickled, or of an unknown dtype.
-        CorruptFileError: a file is absent, malformed, outside the directory, or contradicts the index.
-    """
-    weight_map: dict[str, str] = {}
-    if (directory / WEIGHTS).exists():  # first, as transformers has it
-        names = {WEIGHTS}
-    elif (directory / INDEX).exists():
-        weight_map = _weight_map(_contained(directory, directory / INDEX))
-        names = set(weight_map.values())
-    else:
-        raise _no_weights(directory)
-    shards = tuple(read_shard(_contained(directory, directory / name)) for name in sorted(names))
-    holder: dict[str, str] = {}
-    for shard in shards:
-        for entry in shard.tensors:
-            if entry.name in holder:
-                raise CorruptFileError(
-                    f"tensor {entry.name!r} is in both {holder[entry.name]} and {shard.path.name}: fetch them again"
-                )
-            holder[entry.name] = shard.path.name
-    for tensor, name in weight_map.items():
-        if holder.get(tensor) != name:
-            raise CorruptFileError(
-                f"{directory / INDEX} says that tensor {tensor!r} is in {name}, which does not hold it: "
-                "fetch both files again"
-            )
-    return shards
-
-
-def _validate_directory(directory: Path) -> tuple[Path, ...]:
-    _check_config(directory)
-    companions(directory)
+def _validate_directory(directory: Path, *, code: bool) -> tuple[Path, ...]:
+    check_config(directory, code=code)
+    companions(directory, code=code)
     return tuple(shard.path for shard in read_shards(directory))
-
-
-def _check_config(directory: Path) -> None:
-    for name in (CONFIG, "tokenizer_config.json"):
-        path = directory / name
-        if path.exists():
-            for field, reason in forbidden_fields(read_json(_contained(directory, path))).items():
-                raise UnsupportedModelError(f"{path} has {field!r}: {reason}")
-        elif name == CONFIG:
-            if any(directory.glob("*.gguf")):
-                raise InputError(f"{directory} holds GGUF files and no {CONFIG}: give one .gguf file by its own path")
-            if (directory / "adapter_config.json").exists():
-                raise UnsupportedModelError(f"{directory} is an adapter: merge it into its base model, then prune that")
-            raise InputError(f"{directory} has no {CONFIG}: give the directory of a model saved by transformers")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{index} has no weight_map: fetch it again")
-    for name in weight_map.values():
-        plain = isinstance(name, str) and name.isprintable() and name == Path(name).name
-        if not plain or not name.endswith(".safetensors"):
-            raise CorruptFileError(f"{index} names the weight file {name!r}, which is not a plain *.safetensors name")
-    return weight_map
-
-
-def _no_weights(directory: Path) -> InputError | UnsupportedModelError:
-    pickles = [path.name for path in sorted(directory.iterdir()) if path.suffix in _PICKLES]
-    if pickles:
-        return UnsupportedModelError(
-            f"{directory} has only pickled weights ({pickles[0]}), which can run code when read: convert them where "
-            "you trust them, with transformers' from_pretrained(...).save_pretrained(...)"
-        )
-    return InputError(f"{directory} has neither {WEIGHTS} nor {INDEX}: give the directory of a safetensors model")
-
-
-def _contained(directory: Path, path: Path) -> Path:
-    """Return ``path`` if it is a regular file that really lies in ``directory``, or in the same hub cache."""
-    try:
-        real, root = path.resolve(strict=True), directory.resolve()
-    except (OSError, RuntimeError) as error:
-        raise CorruptFileError(f"{path} is missing: fetch the checkpoint again") from error
-    roots = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        repository = root.parent.parent
-        # A snapshot links to the blobs of its repository, which link to blobs shared by the whole cache.
-        roots += [repository / "blobs", repository.parent / "blobs"]
-    if not any(real.is_relative_to(allowed) for allowed in roots):
-        raise CorruptFileError(f"{path} is a link that leaves the checkpoint: replace it by the file itself")
-    if not real.is_file():
-        raise CorruptFileError(f"{path} is not a regular file: fetch it again")
-    return path
 
 
 def _resolve_gguf(path: Path, name: str) -> Source:
@@ -300,7 +186,7 @@ def _resolve_gguf(path: Path, name: str) -> Source:
     return Source("gguf", path, name)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, *, code: bool) -> Path:
     """Fetch settings first, and the weights they name only once nothing in them is refused."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -310,10 +196,10 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline))
 
     try:
-        path = fetch([*_COMPANIONS, f"{_TEMPLATES}/*.jinja"], revision)
-        _check_config(path)
+        path = fetch([*COMPANIONS, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision)
+        check_config(path, code=code)
         index = path / INDEX
-        weights = sorted(set(_weight_map(_contained(path, index)).values())) if index.exists() else [WEIGHTS]
+        weights = sorted(set(weight_map_of(contained(path, index)).values())) if index.exists() else [WEIGHTS]
         return fetch(weights, path.name)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise InputError(
@@ -335,7 +221,7 @@ def _validated_files(source: Source) -> Iterator[Path]:
 def _load_weights(
     source: Source, directory: Path, dtype: torch.dtype | None, gguf: dict[str, str]
 ) -> "PreTrainedModel":
-    options: dict[str, Any] = {**gguf, "local_files_only": True, "trust_remote_code": False}
+    options: dict[str, Any] = {**gguf, "local_files_only": True, "trust_remote_code": source.trust_remote_code}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf:
         options["dtype"] = dtype or torch.float32
@@ -369,12 +255,21 @@ def _model_class(source: Source, directory: Path, gguf: dict[str, str]) -> Any:
     architectures = read_json(directory / CONFIG).get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise UnsupportedModelError(f"{source.path / CONFIG} must name one class under 'architectures'")
+    if source.trust_remote_code and (auto := _auto_class(read_json(directory / CONFIG), architectures[0])):
+        return getattr(transformers, auto, None)
     found = getattr(transformers, architectures[0], None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise UnsupportedModelError(
             f"{source.name} is a {architectures[0]}, which transformers {transformers.__version__} does not have"
         )
     return found
+
+
+def _auto_class(config: Mapping[str, Any], architecture: str) -> str:
+    """Return the name of the automatic class that finds ``architecture`` in the checkpoint's code, or nothing."""
+    auto_map = config.get("auto_map")
+    entries = auto_map.items() if isinstance(auto_map, dict) else ()
+    return next((key for key, path in entries if str(path).endswith(f".{architecture}") and key.startswith("Auto")), "")
 
 
 def _dequantising() -> dict[str, Any]:
@@ -398,7 +293,9 @@ def _load_tokenizer(source: Source, directory: Path, gguf: dict[str, str]) -> An
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, **gguf, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, **gguf, local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
     except Exception as error:  # a foreign config can provoke any error in there
         raise InputError(f"the tokenizer of {source.name} could not be loaded: {_one_line(error)}") from error
     tokenizer.name_or_path = source.name

@@ -28,6 +28,7 @@ from halve.cli_options import (
     ShrinkageOption,
     SkipOption,
     StrictOption,
+    TrustOption,
 )
 from halve.cli_prune import prune, resume
 from halve.cli_values import allowed_fallback, parse_dtype, parse_options_by_method, parse_shrinkage
@@ -53,6 +54,9 @@ def check(
     directory: Annotated[Path, typer.Argument(help="A checkpoint.")],
     against: Annotated[str | None, typer.Option(help="The model it was pruned from.")] = None,
     pattern: Annotated[str | None, typer.Option(help="For a checkpoint that has no halve.json.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Accept Python code beside the model; none of it is run.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Re-read the bytes on disk: the pattern holds, all values are finite, nothing is missing or touched."""
@@ -64,7 +68,7 @@ def check(
     with reporting():
         if pattern is None and directory.is_dir() and not (directory / REPORT).exists():
             raise InputError(f"{directory} has no {REPORT}: give --pattern")
-        result = check_checkpoint(directory, against=against, pattern=pattern)
+        result = check_checkpoint(directory, against=against, pattern=pattern, trust_remote_code=trust_remote_code)
     if as_json:
         out.print_json(json.dumps(asdict(result)))
     else:
@@ -93,6 +97,7 @@ def evaluate_command(
     field: FieldOption = "text",
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity, always with sequence length, window count and dtype."""
@@ -110,6 +115,7 @@ def evaluate_command(
                 field=field,
                 device=device,
                 dtype=forward_dtype,
+                trust_remote_code=trust_remote_code,
             )
             for source in data
         ]
@@ -174,6 +180,7 @@ def compare(
         typer.Option("--out", help="Also write each pruned checkpoint, to OUT/METHOD; must be new or empty."),
     ] = None,
     dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune with several methods, calibrated on the same tokens, and print one table."""
@@ -198,7 +205,7 @@ def compare(
             forward_dtype=forward_dtype,
             dtype=parse_dtype(dtype),
         )
-        source = checkpoint.resolve(model)
+        source = checkpoint.resolve(model, trust_remote_code=trust_remote_code)
         if out_dir is not None:
             comparison.check_destinations(out_dir, requests, source, source.size)
         loaded = checkpoint.load_model(source)

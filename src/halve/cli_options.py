@@ -45,4 +45,7 @@ MatchOption = Annotated[
     ),
 ]
 RidgeOption = Annotated[float, typer.Option(help="Holds the weights of such targets near the dense ones.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

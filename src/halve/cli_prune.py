@@ -26,6 +26,7 @@ from halve.cli_options import (
     ShrinkageOption,
     SkipOption,
     StrictOption,
+    TrustOption,
 )
 from halve.cli_values import allowed_fallback, merge_options, parse_dtype, parse_options, parse_shrinkage
 from halve.terminal import announce_generation, err, out, progress, say
@@ -79,6 +80,7 @@ def prune(
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",
     dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
     offload: OffloadOption = None,
     work: Annotated[
         Path | None, typer.Option(help="Keep finished blocks in this new directory, not in --out, while the run lasts.")
@@ -133,6 +135,7 @@ def prune(
                 device=device,
                 forward_dtype=forward_dtype,
                 dtype=parse_dtype(dtype),
+                trust_remote_code=trust_remote_code,
                 offload=offload,
                 work=work,
                 listen=listen,

@@ -122,6 +122,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str | torch.device = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a model on text.
@@ -136,6 +137,7 @@ def evaluate(
         batch_size: see `perplexity`, as for the others.
         device: ``"auto"`` is where a model in memory lies, and the GPU if there is one for a checkpoint.
         dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+        trust_remote_code: whether to run Python code that comes with the checkpoint.
         progress: called with the windows done and the windows in all.
 
     Raises:
@@ -151,7 +153,7 @@ def evaluate(
     else:
         from halve.checkpoint import load_model
 
-        loaded = load_model(model)
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
         network = loaded.model
         tokenizer = tokenizer or loaded.tokenizer
     if isinstance(data, TokenSet):

@@ -75,6 +75,7 @@ def prune(
     device: str = "auto",
     forward_dtype: str = "auto",
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
     offload: str | Path | None = None,
     work: str | Path | None = None,
     listen: Listener | None = None,
@@ -111,6 +112,7 @@ def prune(
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``: products of the calibration's forward passes.
             Statistics and solves are float32.
         dtype: dtype of the written checkpoint where the input has none of its own (GGUF); None keeps float32.
+        trust_remote_code: whether to run Python code that comes with the model; it is copied to ``out``.
         offload: a directory where hidden states are kept instead of in memory; a temporary folder is made in it.
         work: a directory for finished blocks while the run lasts, new or empty; None keeps them in ``out``.
         listen: called with a `halve.run_report.Progress` at every step.
@@ -148,16 +150,16 @@ def prune(
     destination = None if out is None else Path(out)
     asked = {"source": str(calibration), "samples": samples, "seq_len": seq_len, "seed": seed}
     with ExitStack() as stack:
-        found = _find(model, destination, dtype)
+        found = _find(model, destination, dtype, trust_remote_code=trust_remote_code)
         run = None
         if destination is not None:
             run = stack.enter_context(open_run(destination, None if work is None else Path(work)))
         loaded = _load(found, tokenizer)
         if run is not None:
             _check_space(loaded, run, dtype)
-        if calibration is None and not request.settings.needs_calibration:
-            return prune_loaded(loaded, [], request, run, seed=seed, listen=listen, call=call)
         wrote = calibration is None or (isinstance(calibration, str) and calibration == tokens.SELF)
+        if wrote and not request.settings.needs_calibration:
+            return prune_loaded(loaded, [], request, run, seed=seed, listen=listen, call=call)
         data: TokenSet | list[Batch] | None = (
             run.tokens(asked) if run is not None and wrote else None
         )  # the model need not write its text again
@@ -291,7 +293,7 @@ def _publish(
         files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, record, dtype=dtype)
     written = time.perf_counter()
     if not run.verified:
-        _verify(run.staging, None if loaded.source is None else loaded.source.path)
+        _verify(run.staging, loaded.source)
     run.publish(files)
     return {"write": written - begun, "verify": time.perf_counter() - written}
 
@@ -343,7 +345,9 @@ def _record(
     )
 
 
-def _find(model: nn.Module | str | Path, out: Path | None, dtype: torch.dtype | None) -> nn.Module | Source:
+def _find(
+    model: nn.Module | str | Path, out: Path | None, dtype: torch.dtype | None, *, trust_remote_code: bool
+) -> nn.Module | Source:
     """Find what the user named, and refuse what cannot be read or written, before anything is created."""
     if isinstance(model, nn.Module):
         from transformers import PreTrainedModel
@@ -358,7 +362,7 @@ def _find(model: nn.Module | str | Path, out: Path | None, dtype: torch.dtype | 
         if out is not None:
             store.check_destination(out, None, 0)
         return model
-    source = checkpoint.resolve(model)
+    source = checkpoint.resolve(model, trust_remote_code=trust_remote_code)
     if out is not None:
         store.check_destination(out, source, source.size)
     if dtype is not None and source.shards:
@@ -397,10 +401,10 @@ def _source_record(loaded: LoadedModel) -> dict[str, Any]:
     return {"kind": loaded.source.kind, "name": loaded.source.name, "revision": loaded.source.revision}
 
 
-def _verify(directory: Path, source: Path | None) -> None:
+def _verify(directory: Path, source: Source | None) -> None:
     """Judge the bytes on disk; a checkpoint that does not pass is an error, not a result."""
-    against = source if source is not None and source.is_dir() else None
-    verdict = check(directory, against=against)
+    against = source if source is not None and source.shards else None
+    verdict = check(directory, against=against, trust_remote_code=against is not None and against.trust_remote_code)
     if not verdict.ok:
         raise CorruptFileError(
             f"the checkpoint just written to {directory} is wrong, do not use it: {verdict.problems[0]}"

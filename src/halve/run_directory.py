@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from halve.checkpoint import CONFIG, INDEX
+from halve.checkpoint_files import CONFIG, INDEX
 from halve.durable import Content, crash_point, make_directory, move_file, sha256_of, write_file, writing
 from halve.errors import CorruptFileError, InputError, ResumeMismatchError
 from halve.fingerprint import Fingerprint, differences

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from halve.checkpoint import CONFIG, INDEX, WEIGHTS, LoadedModel, Source, companions
+from halve.checkpoint import LoadedModel, Source
+from halve.checkpoint_files import CONFIG, INDEX, WEIGHTS, companions
 from halve.disk_layout import DiskTensor
 from halve.durable import Content, file_chunks, make_directory, write_file, writing
 from halve.errors import InputError
@@ -174,7 +175,7 @@ def _rewritten(loaded: LoadedModel, source: Source, changed: Collection[str]) ->
     plan: dict[str, Content] = {}
     for path in source.shards:
         plan[path.name] = _rewritten_shard(loaded, path, changed)
-    for path in companions(source.path):
+    for path in companions(source.path, code=source.trust_remote_code):
         plan[str(path.relative_to(source.path))] = file_chunks(path)
     if source.shards[0].name != WEIGHTS:
         plan[INDEX] = file_chunks(source.path / INDEX)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint import CONFIG, Source, forbidden_fields, load_model, read_shards, resolve
+from halve.checkpoint import Source, load_model, resolve
+from halve.checkpoint_files import CONFIG, forbidden_fields, read_shards
 from halve.durable import sha256_of
 from halve.errors import CorruptFileError, HalveError, InputError, PatternError
 from halve.pattern import Pattern
@@ -57,7 +58,11 @@ class _Findings:
 
 
 def check(
-    path: str | Path, *, against: str | Path | Source | None = None, pattern: str | Pattern | None = None
+    path: str | Path,
+    *,
+    against: str | Path | Source | None = None,
+    pattern: str | Pattern | None = None,
+    trust_remote_code: bool = False,
 ) -> CheckResult:
     """Check a checkpoint on disk.
 
@@ -71,6 +76,8 @@ def check(
         pattern: what to check for instead of the pattern recorded; needed where there is no ``halve.json``, and then
             the tensors that have it are counted, along either of their last two dimensions.
 
+        trust_remote_code: whether a model that comes with Python code of its own is accepted; none of it is run.
+
     Returns:
         CheckResult: a damaged checkpoint is a result, not an exception.
 
@@ -82,9 +89,13 @@ def check(
     if not directory.is_dir():
         raise InputError(f"{path} is not a directory: give the directory of a checkpoint")
     wanted = None if pattern is None else Pattern.parse(pattern)
-    original = against if isinstance(against, Source) or against is None else resolve(against)
+    original = (
+        against
+        if isinstance(against, Source) or against is None
+        else resolve(against, trust_remote_code=trust_remote_code)
+    )
     found = _Findings()
-    _check_config(directory, found)
+    _check_config(directory, found, code=trust_remote_code)
     record = _read_record(directory, found)
     if wanted is None and record is not None:
         wanted = record.pattern
@@ -127,13 +138,13 @@ class _Record:
     files: Mapping[str, str]
 
 
-def _check_config(directory: Path, found: _Findings) -> None:
+def _check_config(directory: Path, found: _Findings, *, code: bool) -> None:
     try:
         config = read_json(directory / CONFIG)
     except CorruptFileError as error:
         found.problems.append(str(error))
         return
-    for name in forbidden_fields(config):
+    for name in forbidden_fields(config, code=code):
         found.problems.append(f"{CONFIG} has {name!r}, which a plain checkpoint does not")
 
 
