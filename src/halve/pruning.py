@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,7 @@ from halve.calibration import (
     calibration_record,
     token_batches,
 )
+from halve.call_record import read_back, written_down
 from halve.checkpoint import LoadedModel, Source
 from halve.device import evaluation_mode, forward_precision, resolve_device
 from halve.errors import CorruptFileError, HalveError, InputError
@@ -129,7 +130,7 @@ def prune(
         ResumeMismatchError: ``out`` holds an unfinished run that was begun differently.
         CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
-    call = _written_down(locals())
+    call = written_down(locals())
     request = Request(
         Settings(
             Pattern.parse(pattern),
@@ -187,40 +188,10 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
         ResumeMismatchError: the model, the data, versions or the machine differ from when it was begun.
         CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
-    call = recorded_call(Path(out))
-    objective, tuning, dtype = (call.pop(name) for name in ("objective", "reconstruct", "dtype"))
-    options = call.pop("options")
+    arguments = read_back(recorded_call(Path(out)))
     if fallback is not None:
-        call["fallback"] = fallback
-    return prune(
-        out=out,
-        objective=Objective(**objective),
-        reconstruct=Reconstruction(**tuning) if isinstance(tuning, dict) else tuning,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        listen=listen,
-        **call,
-        **options,
-    )
-
-
-def _written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments of `prune` as JSON values; None if model, tokenizer or data are objects in memory."""
-    named = {name: arguments[name] for name in ("model", "calibration")}
-    if arguments["tokenizer"] is not None or not all(
-        value is None or isinstance(value, str | Path) for value in named.values()
-    ):
-        return None
-    left_out = {*named, "out", "tokenizer", "listen", "work", "objective", "reconstruct", "dtype", "pattern", "offload"}
-    objective, tuning, dtype = (arguments[name] for name in ("objective", "reconstruct", "dtype"))
-    return {
-        **{name: value for name, value in arguments.items() if name not in left_out},
-        **{name: None if value is None else str(value) for name, value in named.items()},
-        "pattern": Pattern.parse(arguments["pattern"]).text,
-        "offload": None if arguments["offload"] is None else str(arguments["offload"]),
-        "objective": asdict(objective or Objective()),
-        "reconstruct": asdict(tuning) if isinstance(tuning, Reconstruction) else tuning,
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-    }
+        arguments["fallback"] = fallback
+    return prune(out=out, listen=listen, **arguments)
 
 
 @dataclass(frozen=True)

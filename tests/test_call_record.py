@@ -1,0 +1,64 @@
+import inspect
+import json
+from pathlib import Path
+
+import torch
+
+from halve.call_record import read_back, written_down
+from halve.objective import Objective
+from halve.pattern import Pattern
+from halve.pruning import prune
+from halve.reconstruct import Reconstruction
+
+
+def arguments(**given):
+    """All arguments of `prune`, as it sees them itself."""
+    parameters = inspect.signature(prune).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    return {**defaults, "model": "org/model", "options": {}, **given}
+
+
+def test_what_was_asked_comes_back_from_json():
+    asked = arguments(
+        model=Path("/a/model"),
+        pattern=Pattern("1:4"),
+        calibration=Path("text.txt"),
+        skip=("*q_proj*",),
+        reconstruct=Reconstruction(epochs=2),
+        objective=Objective(0.1, None, 0.5),
+        dtype=torch.bfloat16,
+        offload=Path("/spill"),
+        options={"effort": "fast", "refit_tolerance": 0.1},
+    )
+    back = read_back(json.loads(json.dumps(written_down(asked))))
+    assert back.pop("options", None) is None
+    assert {"effort", "refit_tolerance"} <= back.keys()
+    assert back.keys() == asked.keys() - {"options", "out", "tokenizer", "listen", "work"} | asked["options"].keys()
+    assert (back["model"], back["pattern"], back["calibration"], back["offload"]) == (
+        "/a/model",
+        "1:4",
+        "text.txt",
+        "/spill",
+    )
+    assert (back["objective"], back["reconstruct"], back["dtype"]) == (
+        asked["objective"],
+        asked["reconstruct"],
+        torch.bfloat16,
+    )
+    assert list(back["skip"]) == ["*q_proj*"]
+
+
+def test_defaults_come_back_as_defaults():
+    back = read_back(json.loads(json.dumps(written_down(arguments()))))
+    assert (back["objective"], back["reconstruct"], back["dtype"], back["calibration"]) == (
+        Objective(),
+        None,
+        None,
+        None,
+    )
+    inspect.signature(prune).bind(**back)
+
+
+def test_objects_in_memory_cannot_be_written_down():
+    for given in ({"model": torch.nn.Linear(2, 2)}, {"calibration": torch.ones(1, 2)}, {"tokenizer": object()}):
+        assert written_down(arguments(**given)) is None
