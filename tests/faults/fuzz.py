@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from halve.checkpoint import read_shards
+from halve.checkpoint_files import read_shards
 from halve.errors import HalveError
 from halve.run_directory import _hash, _read_manifest
 from halve.shards import read_json, read_shard

@@ -21,6 +21,11 @@ REFUSED, BROKEN = 10, 11
 logging.disable_progress_bar()
 
 
+def tell(sentence: str) -> None:
+    """Say what was tried; ``pytest -rP`` shows it."""
+    sys.stdout.write(f"{sentence}\n")
+
+
 @dataclass(frozen=True)
 class Job:
     """What is pruned, and where to."""

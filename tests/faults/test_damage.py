@@ -7,7 +7,7 @@ import pytest
 
 from halve.durable import CRASH_POINT
 from halve.run_directory import HOME
-from harness import REFUSED, crash_at, forked, loadable, make_job, tree
+from harness import REFUSED, crash_at, forked, loadable, make_job, tell, tree
 
 STOPS = ("block.start@3", "file.start@3")
 """In the last block, and while the finished files move to their places."""
@@ -63,6 +63,7 @@ def test_a_damaged_file_is_named_or_does_not_matter(stopped, stop, damage, capfd
             assert path.exists()  # nothing is started anew behind the user's back
         else:
             assert (status, tree(trial.out)) == (0, expected), name
+    tell(f"{damage} in each of {len(names)} files: {refused} refused by name, {len(names) - refused} of no effect")
     assert refused >= 3
 
 

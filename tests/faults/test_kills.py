@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from harness import crash_points, failures, forked, loadable, make_job, tree
+from harness import crash_points, failures, forked, loadable, make_job, tell, tree
 
 KILLS, CHAINS = 50, 5
 
@@ -55,6 +55,7 @@ def test_the_points_cover_every_kind_of_write(golden):
 def test_a_kill_at_every_point_costs_nothing_but_time(golden):
     job, points, expected = golden
     assert failures(job, points, expected) == []
+    tell(f"{len(points)} crash points killed at, all survived")
 
 
 def killed_after(seconds, action):
@@ -80,6 +81,7 @@ def test_kills_at_random_times(golden, whole):
         assert not loadable(one.out) or expected.items() <= tree(one.out).items()
         assert forked(one.carry_on) == 0
         assert tree(one.out) == expected
+    tell(f"{killed} of {KILLS} kills at random times came before the end, all survived")
     assert killed > KILLS // 2
 
 
@@ -93,6 +95,7 @@ def test_chains_of_kills(golden, whole):
         killed += sum(killed_after(chance.uniform(0.1, 0.4) * whole, one.carry_on) for _ in range(4))
         assert forked(one.carry_on) == 0
         assert tree(one.out) == expected
+    tell(f"{killed} kills in {CHAINS} chains, all survived")
     assert killed > 2 * CHAINS
 
 
