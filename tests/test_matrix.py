@@ -276,6 +276,23 @@ def test_settings_can_be_checked_alone():
         validate_settings("wanda", "cg", "2:4", fallback="x")
 
 
+@pytest.mark.parametrize("refit", ["none", "cg", "gd", "swap"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_input_gives_the_same_bytes(method, refit):
+    """Whatever lies where in memory, and whether or not rows are treated side by side in other numbers than before."""
+    weight, gram = oracle.layer(40, 64, seed=21)
+    first = prune(weight, gram, method, refit).weight
+    room = torch.empty(weight.numel() + 3)[3:]
+    again = prune(room.view_as(weight).copy_(weight), gram.clone(), method, refit).weight
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "alps"])  # its dual variable takes turns
+def test_ties_go_to_the_lowest_index(method):
+    pruned = prune(torch.full((4, 16), 0.5), torch.eye(16), method, "none").weight
+    assert (pruned != 0).view(-1, 4).tolist() == [[True, True, False, False]] * 16
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -153,12 +153,27 @@ def test_a_layer_that_fails_stops_the_run_or_falls_back_visibly():
     assert report.fallbacks[0].asked == "wanda"
 
 
-def test_infinite_activations_name_the_block_where_they_began():
-    model = decoder("llama")
-    model.model.layers[1].mlp.down_proj.weight.data.mul_(1e30)
-    model.model.layers[1].mlp.up_proj.weight.data.mul_(1e30)
-    with pytest.raises(CalibrationError, match="outputs of the dense model's block 1 are not finite"):
-        prune_blocks(model, batches(), settings(), device=CPU)
+@pytest.mark.parametrize(
+    ("parameter", "value", "dtype", "message"),
+    [
+        ("model.embed_tokens.weight", float("nan"), None, "the embeddings of calibration batch 0 are not finite"),
+        ("model.layers.1.mlp.up_proj.weight", float("inf"), None, "dense model's block 1 are not finite"),
+        ("model.layers.1.input_layernorm.weight", float("nan"), None, "dense model's block 1 are not finite"),
+        ("model.layers.1.mlp.up_proj.weight", 6e4, torch.float16, "dense model's block 1 are not finite"),
+        ("model.layers.1.mlp.up_proj.weight", 1e30, None, r"layers\.1\.mlp\.down_proj\.weight overflowed float32"),
+    ],
+)
+@pytest.mark.parametrize("fallback", [None, "magnitude"])
+def test_values_that_are_not_finite_stop_the_run_where_they_began(parameter, value, dtype, message, fallback):
+    model = decoder("llama").to(dtype)
+    model.get_parameter(parameter).data.fill_(value)
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    with pytest.raises(CalibrationError, match=message):
+        prune_blocks(model, batches(), settings(fallback=fallback), device=CPU)
+    changed = [
+        name for name, each in model.named_parameters() if not torch.equal(each.nan_to_num(), before[name].nan_to_num())
+    ]
+    assert all(name.startswith("model.layers.0.") for name in changed)
 
 
 def test_progress_counts_every_matrix_once():
