@@ -49,6 +49,25 @@ def test_the_ends_of_every_dtype(method, dtype, scale):
     assert outcome.facts["relative_loss"] == pytest.approx(true, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-50, 1e40, 1e300])
+def test_a_gram_matrix_beyond_float32_is_as_good_as_another(scale):
+    weight, gram = layer(seed=2)
+    found, expected = prune(weight, gram.double() * scale, "wanda"), prune(weight, gram, "wanda")
+    assert torch.equal(found.weight != 0, expected.weight != 0)
+    assert found.facts["relative_loss"] == pytest.approx(expected.facts["relative_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_a_refit_would_raise_to_infinity_fail_and_stay(dtype):
+    shared = torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
+    x = shared + 0.01 * torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    weight = torch.full((4, 16), 2.9e38).to(dtype)
+    outcome = prune(weight, x.mT @ x / 200, "auto")
+    assert outcome.status is Status.FAILED
+    assert "not finite" in outcome.reason
+    assert torch.equal(outcome.weight, weight)
+
+
 def test_a_failure_returns_the_weights_as_they_were():
     weight = layer()[0] * 1e30
     outcome = prune(weight, torch.zeros(32, 32), "sparsegpt")

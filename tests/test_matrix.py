@@ -6,8 +6,10 @@ import torch
 import layer_oracles as oracle
 from halve import linalg, methods
 from halve import matrix as matrix_module
+from halve import objective as objective_module
+from halve import refit as refits
 from halve.dense_target import dense_target
-from halve.errors import InputError, PatternError
+from halve.errors import FactorisationError, InputError, PatternError
 from halve.gram import GramAccumulator, Statistics
 from halve.matrix import prune_weight, prune_weights, validate_settings
 from halve.objective import Objective
@@ -79,6 +81,38 @@ def test_options_reach_method_and_refit():
     outcome = prune_weight(weight, gram, method="sparsegpt", refit="gd", damping=0.1, refit_steps=3)
     assert outcome.facts["damping"] == pytest.approx(0.1)
     assert outcome.facts["refit_iterations"] == 3
+
+
+def test_a_time_limit_is_shared_by_matrices_that_are_solved_one_by_one(monkeypatch):
+    weights, stats = several()
+    limits = []
+
+    def note(weight, stats, pattern, options):
+        limits.append(options.time_limit)
+        return methods.METHODS["magnitude"].solve(weight, stats, pattern, None)
+
+    monkeypatch.setitem(methods.METHODS, "auto", replace(methods.METHODS["auto"], solve=note))
+    prune_weights(weights, stats, "4:8", "auto", "none", time_limit=19.0)
+    assert limits == pytest.approx([8.0, 2.0, 9.0])
+    prune_weights(weights, stats, "2:4", "auto", "none", time_limit=19.0)
+    assert limits[3:] == [19.0]
+
+
+def test_a_refit_that_fails_leaves_the_mask_where_a_fallback_is_allowed(monkeypatch):
+    def broken(*_arguments, **_options):
+        raise FactorisationError("no luck")
+
+    monkeypatch.setitem(refits.REFITS, "swap", replace(refits.REFITS["swap"], solve=broken))
+    weight, gram = oracle.layer(4, 16, seed=3)
+    failed = prune(weight, gram, refit="swap")
+    assert failed.status is Status.FAILED
+    assert failed.reason == "refit swap failed: no luck"
+    fallen = prune(weight, gram, refit="swap", fallback="magnitude")
+    plain = prune(weight, gram, refit="none")
+    assert fallen.status is Status.FELL_BACK
+    assert fallen.reason == "refit swap failed: no luck; the weights are those of method wanda"
+    assert torch.equal(fallen.weight, plain.weight)
+    assert fallen.facts["relative_loss"] == plain.facts["relative_loss"]
 
 
 def test_free_slots_are_used():
@@ -230,7 +264,8 @@ WEIGHT, GRAM = oracle.layer(4, 16, seed=12)
         (WEIGHT, "gram", {}, "gram must be floating point .* got str"),
         (WEIGHT, GRAM.to("meta"), {}, "gram is on meta and weight on cpu"),
         (WEIGHT, with_entry(GRAM, (0, 1), float("inf")), {}, "gram has NaN or infinity"),
-        (WEIGHT, GRAM.double() * 1e300, {}, "gram has NaN or infinity in float32"),
+        (WEIGHT, Statistics(GRAM, 5, (GRAM, GRAM[:8])), {}, "a half of gram must be floating point of shape"),
+        (WEIGHT, Statistics(GRAM, 5, cross=GRAM[:8]), {}, "cross must be floating point of shape"),
         (WEIGHT, with_entry(GRAM, (0, 1), 9.0), {}, "gram is not symmetric"),
         (WEIGHT, with_entry(GRAM, (3, 3), -1.0), {}, "gram has a negative diagonal entry at feature 3"),
         (WEIGHT, GRAM, {"tokens": 0}, "tokens must be at least 1, got 0"),
@@ -510,11 +545,14 @@ def test_matching_the_dense_model_without_its_inputs_is_refused(gram):
         prune(WEIGHT, gram, "magnitude", "none", objective=Objective(match_dense=0.5))
 
 
-def test_a_target_that_cannot_be_had_leaves_the_weights_alone():
+def test_a_target_that_cannot_be_had_leaves_the_weights_alone(monkeypatch):
+    def broken(*_arguments):
+        raise FactorisationError("no luck")
+
+    monkeypatch.setattr(objective_module, "dense_target", broken)
     _, _, stats = two_streams()
     weights, _ = several()
-    broken = replace(stats, cross=torch.full_like(stats.cross, torch.inf))
-    for weight, outcome in zip(weights, prune_weights(weights, broken, objective=Objective(0.0, 1.0)), strict=True):
+    for weight, outcome in zip(weights, prune_weights(weights, stats, objective=Objective(0.0, 1.0)), strict=True):
         assert outcome.status is Status.FAILED
         assert outcome.method == "auto"
         assert "match_dense failed: " in outcome.reason

@@ -6,7 +6,7 @@ from halve.gram import GramAccumulator, Statistics
 from halve.matrix import prune_weight
 from halve.objective import Objective
 from halve.pattern import Pattern
-from halve.shrinkage import CANDIDATES, choose_shrinkage, shrink
+from halve.shrinkage import CANDIDATES, _lowest, choose_shrinkage, shrink
 
 PATTERN = Pattern("2:4")
 
@@ -94,11 +94,11 @@ def test_the_choice_depends_on_neither_scale_nor_dtype_nor_repetition(scale):
 
 
 def test_rows_from_the_whole_matrix_judge():
-    # Rows of zeros lose nothing whatever is done: were only the first ones asked, no shrinkage would be better.
-    statistics = by_halves(oracle.correlated_inputs(100, 64, seed=5))
+    # Rows of zeros lose nothing whatever is done: were only the first ones asked, the search would stay where it began.
+    statistics = by_halves(oracle.correlated_inputs(20, 64, seed=5))
     weight = torch.cat([torch.zeros(640, 64), weights(640)])
-    assert choose_shrinkage(weight, statistics, PATTERN) > 0.0
-    assert choose_shrinkage(torch.zeros(640, 64), statistics, PATTERN) == 0.0
+    assert choose_shrinkage(torch.zeros(640, 64), statistics, PATTERN) == 0.05
+    assert choose_shrinkage(weight, statistics, PATTERN) > 0.05
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 64])
@@ -130,3 +130,19 @@ def test_a_single_token_is_trusted_for_its_diagonal_alone():
     outcome = prune_weight(weight, stats, "2:4")
     assert outcome.facts["shrinkage"] == 1.0
     assert float((outcome.weight - weight * (outcome.weight != 0)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "costs", [[5, 4, 3, 2, 1, 2, 3], [1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1], [3, 1, 2, 3, 4, 5, 6]]
+)
+def test_the_search_goes_downhill_and_asks_no_more_than_it_must(costs):
+    asked = []
+
+    def cost(index):
+        asked.append(index)
+        return costs[index]
+
+    assert costs[_lowest(cost, 4, 7)] == 1
+    assert len(asked) == len(set(asked))
+    if costs[4] == 1:
+        assert sorted(asked) == [3, 4, 5]

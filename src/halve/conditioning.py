@@ -40,26 +40,25 @@ def checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | 
         gram: (d_in, d_in), or statistics, whose matrix is trusted to be positive semi-definite: to see that of a plain
             one takes a factorisation.
         weight: (d_out, d_in), what they belong to.
-        tokens: number of inputs behind ``gram``; None takes that of the statistics, if they are given.
+        tokens: number of inputs behind ``gram``; None takes that of the statistics, if they are given, and else it is
+            unknown, 0.
 
     Raises:
         InputError: the matrix has another shape, dtype or device, is not finite in float32, or no Gram matrix.
     """
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens must be at least 1, got {tokens}")
     given = gram if isinstance(gram, Statistics) else None
     if isinstance(gram, Statistics):
         tokens = gram.tokens if tokens is None else tokens
+        for half in gram.halves or ():
+            _check_square("a half of gram", half, weight)
+        if gram.cross is not None:
+            _check_square("cross", gram.cross, weight)
         gram = gram.gram
-    if tokens is not None and tokens < 1:
-        raise InputError(f"tokens must be at least 1, got {tokens}")
-    d_in = weight.shape[1]
-    if not isinstance(gram, Tensor) or tuple(gram.shape) != (d_in, d_in) or not gram.is_floating_point():
-        got = f"{gram.dtype} of shape {tuple(gram.shape)}" if isinstance(gram, Tensor) else type(gram).__name__
-        raise InputError(f"gram must be floating point of shape ({d_in}, {d_in}) to match weight, got {got}")
-    if gram.device != weight.device:
-        raise InputError(f"gram is on {gram.device} and weight on {weight.device}: move one of them")
-    gram32 = gram.detach().float()
-    if not bool(torch.isfinite(gram32).all()):
-        raise InputError("gram has NaN or infinity in float32: calibrate again, or divide it by the number of tokens")
+    _check_square("gram", gram, weight)
+    exponent = _exponent(gram.diagonal().amax(), _GRAM_EXPONENT) if given is None else 0
+    gram32 = times_power_of_two(gram.detach(), exponent).float()
     diagonal = gram32.diagonal()
     if bool((diagonal < 0.0).any()):
         feature = int((diagonal < 0.0).to(torch.uint8).argmax())
@@ -72,6 +71,17 @@ def checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | 
     if not _semidefinite(gram32, max(torch.finfo(gram.dtype).eps, torch.finfo(torch.float32).eps)):
         raise InputError("gram is not positive semi-definite: it must be XᵀX / tokens, of one and the same X")
     return Statistics(gram32, tokens or 0)
+
+
+def _check_square(name: str, matrix: object, weight: Tensor) -> None:
+    d_in = weight.shape[1]
+    if not isinstance(matrix, Tensor) or tuple(matrix.shape) != (d_in, d_in) or not matrix.is_floating_point():
+        got = f"{matrix.dtype} of shape {tuple(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise InputError(f"{name} must be floating point of shape ({d_in}, {d_in}) to match weight, got {got}")
+    if matrix.device != weight.device:
+        raise InputError(f"{name} is on {matrix.device} and weight on {weight.device}: move one of them")
+    if not bool(torch.isfinite(matrix).all()):
+        raise InputError(f"{name} has NaN or infinity: calibrate again")
 
 
 def _semidefinite(gram: Tensor, epsilon: float) -> bool:

@@ -45,7 +45,7 @@ class GramAccumulator:
             device: where the (d_in, d_in) float32 sums live; inputs are moved there.
             name: the layer's name, for error messages.
             halves: whether to keep the two halves apart, in a second sum: of every batch, the first half of its
-                tokens goes to one and the second to the other.
+                tokens goes to one and the second to the other, an odd one to the sum that has fewer.
         """
         if d_in < 1:
             raise InputError(f"d_in of {name} must be at least 1, got {d_in}")
@@ -89,7 +89,9 @@ class GramAccumulator:
             raise InputError(f"the dense model's inputs of {self.name} must be given in every batch or in none")
         flat = x.reshape(-1, self.d_in)
         others = None if dense is None else dense.reshape(-1, self.d_in)
-        middle = (len(flat) + 1) // 2 if len(self._sums) == 2 else len(flat)
+        middle = len(flat)
+        if len(self._sums) == 2:  # the odd token goes to the half with fewer, the first if there are as many
+            middle = (len(flat) + (self._counts[0] <= self._counts[1])) // 2
         if others is not None and self._cross is None:
             self._cross = torch.zeros_like(self._sums[0])
         with full_precision():

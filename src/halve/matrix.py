@@ -182,12 +182,24 @@ def prune_weights(
     for stack in stacks:
         joined = stack[0] if len(stack) == 1 else torch.cat(stack)
         sizes = tuple(len(weight) for weight in stack)
-        outcomes += _prune(_Task(weight=joined.detach(), sizes=sizes, stats=stats, **vars(settings)))
+        share = settings if together else _share_of_time(settings, sum(sizes) / sum(len(weight) for weight in weights))
+        outcomes += _prune(_Task(weight=joined.detach(), sizes=sizes, stats=stats, **vars(share)))
     return outcomes
+
+
+def _share_of_time(settings: _Settings, share: float) -> _Settings:
+    """Return the settings with a share of the time limit, where there is one."""
+    limit = getattr(settings.method_options, "time_limit", None)
+    return (
+        settings
+        if limit is None
+        else replace(settings, method_options=replace(settings.method_options, time_limit=limit * share))
+    )
 
 
 def _prune(task: _Task) -> list[Outcome]:
     start = time.perf_counter()
+    originals = torch.split(task.weight, list(task.sizes))
     weight, stats, exponent = into_range(task.weight, task.stats)
     task = replace(task, weight=weight, stats=stats)
     with full_precision():
@@ -198,8 +210,8 @@ def _prune(task: _Task) -> list[Outcome]:
             outcomes = _fit(task, task, _fall_back(task, f"match_dense failed: {error}"))
         else:
             outcomes = _fit(task, aimed, _solve(aimed))
-        originals = torch.split(task.weight, list(task.sizes))
-        outcomes = [_verified(task, weight, outcome) for weight, outcome in zip(originals, outcomes, strict=True)]
+    outcomes = [replace(each, weight=times_power_of_two(each.weight, -exponent)) for each in outcomes]
+    outcomes = [_verified(task, original, outcome) for original, outcome in zip(originals, outcomes, strict=True)]
     seconds = time.perf_counter() - start
     finished = []
     for outcome, size in zip(outcomes, task.sizes, strict=True):
@@ -207,7 +219,7 @@ def _prune(task: _Task) -> list[Outcome]:
         if task.stats is not None and task.stats.tokens:
             facts["tokens"] = float(task.stats.tokens)
         facts["seconds"] = seconds * size / sum(task.sizes)
-        finished.append(replace(outcome, weight=times_power_of_two(outcome.weight, -exponent), facts=facts))
+        finished.append(replace(outcome, facts=facts))
     return finished
 
 
@@ -335,7 +347,13 @@ def _fit(task: _Task, aimed: _Task, outcome: Outcome) -> list[Outcome]:
             weight, refit_facts = task.refit.solve(weight, aimed.weight, gram, support, **asdict(task.refit_options))
         except FactorisationError as error:
             reason = f"refit {task.refit.name} failed: {error}"
-            return _split(task, Outcome(task.weight, Status.FAILED, task.method.name, reason))
+            if task.fallback is None:
+                return _split(task, Outcome(task.weight, Status.FAILED, task.method.name, reason))
+            reason = "; ".join(
+                filter(None, (outcome.reason, reason, f"the weights are those of method {outcome.method}"))
+            )
+            outcome = replace(outcome, status=Status.FELL_BACK, reason=reason)
+            refit_facts = {}
         facts |= refit_facts
         after = row_losses(weight, aimed.weight, task.stats.gram)
     total = row_losses(torch.zeros_like(weight), aimed.weight, task.stats.gram)
@@ -359,9 +377,9 @@ def _split(task: _Task, outcome: Outcome, facts: Sequence[dict[str, float]] | No
 
 
 def _verified(task: _Task, original: Tensor, outcome: Outcome) -> Outcome:
-    """Look at the final bytes of one matrix: the pattern in the final dtype, and finiteness."""
+    """Look at the final bytes of one matrix: the pattern in the final dtype, and finiteness; failure changes none."""
     if outcome.status is Status.FAILED:
-        return outcome
+        return replace(outcome, weight=original)
     problem = ""
     if not bool(torch.isfinite(outcome.weight).all()):
         problem = f"{outcome.method} gave weights that are not finite in {outcome.weight.dtype}"

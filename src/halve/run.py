@@ -305,9 +305,9 @@ class _Loop:
 
     def _put(self, matrix: Matrix, outcome: Outcome, work: nn.Module) -> None:
         if outcome.status is Status.FAILED:
+            advice = "; give a fallback to prune such layers by another method" if not self._settings.fallback else ""
             raise LayerFailedError(
-                f"{matrix.name} could not be pruned by {self._settings.method}: {outcome.reason}; "
-                "give a fallback to prune such layers by another method"
+                f"{matrix.name} could not be pruned by {self._settings.method}: {outcome.reason}{advice}"
             )
         set_matrix(self._model.get_parameter(matrix.parameter), matrix, outcome.weight)
         local = matrix.parameter.removeprefix(f"{self._plan.blocks[matrix.block]}.")

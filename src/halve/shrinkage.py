@@ -8,6 +8,8 @@ worse than Wanda does. How far to trust it is chosen by cross-validation over th
 Wanda's mask refitted on one half is judged on the other, for a few of the rows.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from halve.refit import refit_cg
 
 CANDIDATES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Shrinkages that compete; 0 trusts H as it is and 1 trusts only its diagonal."""
+_FIRST = CANDIDATES.index(0.1)
+"""Where the search begins: it goes to smaller or larger candidates while that helps."""
 _ROWS = 64
 """Rows that judge, spread evenly over the matrix."""
 _TOLERANCE = 1e-2
@@ -54,11 +58,27 @@ def choose_shrinkage(weight: Tensor, stats: Statistics, pattern: Pattern) -> flo
         return 0.0
     step = -(-weight.shape[0] // _ROWS)
     rows = weight[::step].float()
+    halves = stats.halves
     with full_precision():
         mask = pattern.keep_mask(Scaled.of(rows, stats.gram).weight.abs())
-        lost = [_held_out_loss(rows, mask, stats.halves, amount) for amount in CANDIDATES]
-    best = CANDIDATES[min(range(len(lost)), key=lost.__getitem__)]
-    return best if best == 1.0 else best / 2.0
+        best = _lowest(lambda index: _held_out_loss(rows, mask, halves, CANDIDATES[index]), _FIRST, len(CANDIDATES))
+    amount = CANDIDATES[best]
+    return amount if amount == 1.0 else amount / 2.0
+
+
+def _lowest(cost: Callable[[int], float], start: int, count: int) -> int:
+    """Return the index below ``count`` from which neither neighbour is lower, going downhill from ``start``."""
+    known = {start: cost(start)}
+    best = start
+    for step in (-1, 1):
+        while 0 <= best + step < count:
+            known.setdefault(best + step, cost(best + step))
+            if known[best + step] >= known[best]:
+                break
+            best += step
+        if best != start:
+            break
+    return best
 
 
 def _held_out_loss(rows: Tensor, mask: Tensor, halves: tuple[Tensor, Tensor], amount: float) -> float:

@@ -98,13 +98,14 @@ def prune_stack(
 def _prune_unseen(matrix: Matrix, weight: Tensor, tokens: int, settings: Settings) -> Outcome:
     """Prune an expert whose statistics are missing or too thin by magnitude, and say so; refuse if strict."""
     reason = f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
-    if settings.fallback is None and settings.method != "magnitude":
+    as_asked = settings.method == "magnitude" and settings.refit == "none"
+    if settings.fallback is None and not as_asked:
         raise LayerFailedError(
             f"{matrix.name}: {reason}: use more samples or a smaller min_expert_tokens, or give a fallback, and such "
             "experts are pruned by magnitude"
         )
     outcome = prune_weight(weight, None, settings.pattern, "magnitude", "none")
-    if settings.method == "magnitude":
+    if as_asked:
         return outcome
     facts = {**outcome.facts, "tokens": float(tokens)}
     return Outcome(outcome.weight, Status.FELL_BACK, "magnitude", reason, facts)
