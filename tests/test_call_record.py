@@ -2,9 +2,11 @@ import inspect
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from halve.call_record import read_back, written_down
+from halve.errors import InputError
 from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.pruning import prune
@@ -62,3 +64,20 @@ def test_defaults_come_back_as_defaults():
 def test_objects_in_memory_cannot_be_written_down():
     for given in ({"model": torch.nn.Linear(2, 2)}, {"calibration": torch.ones(1, 2)}, {"tokenizer": object()}):
         assert written_down(arguments(**given)) is None
+
+
+def test_relative_paths_are_of_the_directory_where_the_run_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    call = written_down(arguments(model="model"))
+    assert read_back(call)["model"] == "model"
+    monkeypatch.chdir("/")
+    with pytest.raises(InputError, match=f"the run was begun in {tmp_path}, with paths relative to it"):
+        read_back(call)
+    assert read_back(written_down(arguments(model="org/model")))["model"] == "org/model"
+
+
+def test_what_is_no_plain_value_is_refused_or_made_one():
+    assert written_down(arguments(device=torch.device("cpu")))["device"] == "cpu"
+    with pytest.raises(InputError, match=r"cannot be kept for resuming the run .* give plain Python numbers"):
+        written_down(arguments(seed=object()))

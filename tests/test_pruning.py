@@ -1,15 +1,19 @@
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import halve
 from halve import pruning, store
 from halve.checkpoint import load_model
+from halve.cli import app
 from halve.errors import (
+    AlreadyCompleteError,
     CalibrationError,
     InputError,
     LayerFailedError,
@@ -19,6 +23,7 @@ from halve.errors import (
 from halve.objective import Objective
 from halve.pruning import token_batches
 from halve.reconstruct import Reconstruction
+from halve.run_directory import RunDirectory, is_unfinished
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens, vit
 from tiny_tokenizers import SENTENCES, byte_bpe
@@ -243,6 +248,8 @@ def test_there_must_be_room_for_the_finished_blocks_too(tmp_path, monkeypatch, c
         return SimpleNamespace(free=free)
 
     monkeypatch.setattr(store.shutil, "disk_usage", disk_usage)
+    depth = len(tmp_path.parts) + 1
+    monkeypatch.setattr(store, "same_volume", lambda one, other: one.parts[:depth] == other.parts[:depth])
     (tmp_path / "full").mkdir()
     out, elsewhere = tmp_path / "full" / "out", tmp_path / "roomy"
     message = rf"^{out} needs .* GB and its volume has .* GB free"
@@ -332,3 +339,51 @@ def test_an_error_says_whether_there_is_something_to_resume(tmp_path):
             halve.prune(model, tmp_path / str(block), calibration=data, **FAST)
         assert caught.value.unfinished == expected
         assert (tmp_path / str(block)).exists() is (expected is not None)
+
+
+def test_a_run_that_only_had_to_be_tidied_up_is_complete(tmp_path, monkeypatch, checkpoint, text):
+    def stop(_run):
+        raise StoppedError
+
+    monkeypatch.setattr(RunDirectory, "remove", stop)
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "out", calibration=text, **FAST)
+    monkeypatch.undo()
+    assert is_unfinished(tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "twin")
+    with pytest.raises(AlreadyCompleteError, match="was complete but for tidying up, which is done now"):
+        halve.resume(tmp_path / "out")
+    assert halve.check(tmp_path / "out", against=checkpoint).ok
+    assert not is_unfinished(tmp_path / "out")
+    done = CliRunner().invoke(app, ["resume", str(tmp_path / "twin")])
+    assert done.exit_code == 0
+    assert "was complete" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration": "no/such.txt"}, "does not exist"),
+        ({"samples": 0}, "samples = 0 is not usable"),
+        ({"samples": True}, "samples = True is not usable"),
+        ({"seq_len": 0}, "seq_len = 0 is not usable"),
+        ({"out": None, "work": "somewhere"}, "give out too"),
+        ({"objective": "auto"}, r"objective must be a halve\.Objective"),
+        ({"seed": object()}, "cannot be kept for resuming"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, checkpoint, arguments, message):
+    monkeypatch.setattr("halve.checkpoint.load_model", lambda *_arguments, **_options: pytest.fail("it was loaded"))
+    with pytest.raises(InputError, match=message):
+        halve.prune(checkpoint, **{"out": tmp_path / "out", **arguments})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_keeps_its_fallback(tmp_path, checkpoint, text):
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "out", calibration=text, fallback="wanda", listen=stop_in(1), **FAST)
+    with pytest.raises(ResumeMismatchError, match="fallback was wanda and is magnitude"):
+        halve.resume(tmp_path / "out", fallback="magnitude")
+    with pytest.raises(ResumeMismatchError, match="fallback was wanda and is None"):
+        halve.prune(checkpoint, tmp_path / "out", calibration=text, **FAST)
+    assert halve.resume(tmp_path / "out").record["fallback"] == "wanda"

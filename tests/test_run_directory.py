@@ -18,15 +18,15 @@ class StoppedError(Exception):
     """What ends a run in these tests."""
 
 
-def token_set():
+def token_set(source="self"):
     ids = torch.arange(16).reshape(2, 8)
-    return TokenSet(ids, "self", hash_ids(ids), 2, "</s>", "")
+    return TokenSet(ids, source, hash_ids(ids), 2, "</s>", "")
 
 
-def begin(out, blocks=1, work=None, mark=MARK):
+def begin(out, blocks=1, work=None, mark=MARK, source="self"):
     """Begin a run, finish some blocks, and stop."""
     with pytest.raises(StoppedError), open_run(out, work) as run:  # noqa: PT012
-        run.begin(mark, CALL, token_set(), ASKED)
+        run.begin(mark, CALL, token_set(source), ASKED)
         for index in range(blocks):
             run.commit({name: tensor + index for name, tensor in TENSORS.items()}, {"block": index})
         raise StoppedError
@@ -55,7 +55,7 @@ def test_finished_blocks_come_back(tmp_path, elsewhere):
 
 
 def test_a_run_that_finished_nothing_leaves_nothing(tmp_path):
-    begin(tmp_path / "new" / "out", 0, tmp_path / "work")
+    begin(tmp_path / "new" / "out", 0, tmp_path / "work", source="text.txt")
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "work").exists()
 
@@ -137,7 +137,7 @@ def test_damage_is_named(tmp_path):
         "[]",
         json.dumps({"sha256": "", "content": {}}),
         json.dumps({"sha256": "0", "content": []}),
-        manifest.replace('"format": 1', '"format": 2'),
+        manifest.replace('"format": 2', '"format": 3'),
     ):
         (home / "run.json").write_text(bad, encoding="utf-8")
         with pytest.raises(CorruptFileError, match=r"run\.json"), open_run(tmp_path / "out"):
@@ -149,6 +149,41 @@ def test_damage_is_named(tmp_path):
         run.read(0)
         with pytest.raises(CorruptFileError, match=r"block-00001\.safetensors was changed"):
             run.read(1)
+
+
+def test_blocks_kept_elsewhere_that_are_gone_are_missed(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "work"
+    begin(out, 2, work)
+    work.rename(tmp_path / "moved")
+    for call in (lambda: open_run(out).__enter__(), lambda: recorded_call(out)):
+        with pytest.raises(CorruptFileError, match="is missing: mount or restore it"):
+            call()
+    (tmp_path / "moved").rename(work)
+    with open_run(out) as run:
+        assert run.committed == 2
+    (work / "run.json").unlink()
+    with pytest.raises(CorruptFileError, match=r"run\.json, which names the finished blocks .* is missing"):
+        recorded_call(out)
+    assert (work / "block-00001.safetensors").exists()
+
+
+def test_a_fallback_may_be_added_but_not_changed(tmp_path):
+    begin(tmp_path / "out")
+    for fallback in ("wanda", "wanda"):
+        with open_run(tmp_path / "out") as run:
+            run.begin(MARK, None, None, {}, fallback)
+        assert recorded_call(tmp_path / "out")["fallback"] == "wanda"
+    for other in (None, "magnitude"):
+        with open_run(tmp_path / "out") as run, pytest.raises(ResumeMismatchError, match="fallback was wanda and is"):
+            run.begin(MARK, None, None, {}, other)
+
+
+def test_text_that_the_model_wrote_is_worth_keeping(tmp_path):
+    begin(tmp_path / "out", 0)
+    assert is_unfinished(tmp_path / "out")
+    with open_run(tmp_path / "out") as run:
+        assert (run.committed, run.worth_keeping) == (0, True)
+        assert run.tokens(ASKED) == token_set()
 
 
 def test_directories_that_are_not_a_runs_are_refused(tmp_path):

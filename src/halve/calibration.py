@@ -9,6 +9,7 @@ from torch import Tensor
 from halve import tokens
 from halve.blocks import Batch
 from halve.checkpoint import LoadedModel
+from halve.documents import open_corpus
 from halve.errors import InputError
 from halve.tokens import TokenSet
 
@@ -21,6 +22,24 @@ STEP_TOKENS = 512
 
 Calibration = str | Path | TokenSet | Tensor | Sequence[Batch] | None
 """A file, directory, ``c4``, ``wikitext2`` or ``self`` (None); tokens (samples, seq_len); or ready batches."""
+
+
+def check_source(calibration: Calibration, *, samples: int, seq_len: int | None, text_field: str) -> None:
+    """Refuse what can be known to be unusable without the model, before it is loaded.
+
+    Args:
+        calibration: see `prune`, as for the others.
+        samples: number of sequences.
+        seq_len: tokens in each.
+        text_field: field of ``.jsonl`` and ``.parquet`` files.
+
+    Raises:
+        InputError: there is no such text, or a number is not usable.
+    """
+    if calibration is None or isinstance(calibration, str | Path):
+        tokens.check_counts(samples=samples, seq_len=1 if seq_len is None else seq_len)
+    if isinstance(calibration, str | Path) and calibration != tokens.SELF:
+        open_corpus(calibration, use="calibration", field=text_field)
 
 
 def calibration_data(

@@ -11,6 +11,8 @@ from halve.shards import Shard, read_json, read_shard
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+REPORT = "halve.json"
+"""What Halve says beside a checkpoint that it wrote."""
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 TEMPLATES = "additional_chat_templates"
 CODE = "*.py"
@@ -44,7 +46,7 @@ def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
     kept = [
         path
         for path in found
-        if path.name not in {CONFIG, "halve.json", "adapter_config.json", "requirements.txt"}
+        if path.name not in {CONFIG, REPORT, "adapter_config.json", "requirements.txt"}
         and not path.name.endswith(".index.json")
         and path.is_file()
     ]

@@ -62,7 +62,7 @@ def check(
     """Re-read the bytes on disk: the pattern holds, all values are finite, nothing is missing or touched."""
     from dataclasses import asdict
 
-    from halve.verification import REPORT
+    from halve.checkpoint_files import REPORT
     from halve.verification import check as check_checkpoint
 
     with reporting():

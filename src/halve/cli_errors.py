@@ -8,7 +8,7 @@ from types import FrameType
 
 import typer
 
-from halve.errors import HalveError, InputError, UnsupportedModelError
+from halve.errors import AlreadyCompleteError, HalveError, InputError, UnsupportedModelError
 from halve.terminal import err, say
 
 EXIT_FAILED = 1
@@ -19,6 +19,9 @@ EXIT_FALLBACKS = 3
 """The run is complete, but some matrices were pruned by another method than asked; they are listed."""
 EXIT_STOPPED = 4
 """The run was stopped; what is finished is kept, and ``halve resume`` continues it."""
+
+EXIT_INTERRUPTED = 130
+"""The user, or a signal, stopped it before there was anything to keep."""
 
 
 @contextmanager
@@ -36,6 +39,10 @@ def reporting(out: Path | None = None) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
+    except AlreadyCompleteError as error:
+        say(err, str(error))
+        fell_back = out is not None and _has_fallbacks(out)
+        raise typer.Exit(EXIT_FALLBACKS if fell_back else 0) from error
     except HalveError as error:
         say(err, str(error), label="error", style="red")
         if error.unfinished is not None:
@@ -49,13 +56,23 @@ def reporting(out: Path | None = None) -> Iterator[None]:
             _say_how_to_resume(out)
             raise typer.Exit(EXIT_STOPPED) from None
         say(err, "interrupted" if out is None else "interrupted: no block was finished, and nothing is kept")
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _has_fallbacks(out: Path) -> bool:
+    """Whether the checkpoint's record has matrices that were pruned by another method than asked."""
+    from halve.checkpoint_files import REPORT
+    from halve.outcome import Status
+    from halve.shards import read_json
+
+    matrices = read_json(out / REPORT).get("matrices", [])
+    return any(matrix.get("status") == Status.FELL_BACK for matrix in matrices)
 
 
 def _say_how_to_resume(out: Path) -> None:

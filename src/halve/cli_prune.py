@@ -146,14 +146,16 @@ def prune(
 
 def resume(
     directory: Annotated[Path, typer.Argument(help="The --out of a run that was stopped.")],
-    fallback: FallbackOption = None,
-    strict: StrictOption = True,
+    fallback: Annotated[
+        str | None, typer.Option(help="Method for matrices that the asked one fails on, if the run had none.")
+    ] = None,
+    no_strict: Annotated[bool, typer.Option("--no-strict", help="As --fallback magnitude.")] = False,
 ) -> None:
     """Continue a run that was stopped, from its first unfinished block, to the same bytes."""
     from halve.pruning import resume as resume_run
 
     with reporting(directory), progress() as listen:
-        pruned = resume_run(directory, fallback=allowed_fallback(fallback, strict=strict), listen=listen)
+        pruned = resume_run(directory, fallback=allowed_fallback(fallback, strict=not no_strict), listen=listen)
     _finish(pruned, directory)
 
 
@@ -163,11 +165,13 @@ def _finish(pruned: "Pruned", out_dir: Path) -> None:
     for warning in report.warnings:
         say(err, warning, label="warning", style="yellow")
     record = pruned.record
+    loss = report.mean_relative_loss
+    measured = f": mean relative loss {loss:.4f}" if math.isfinite(loss) else ""
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in report.seconds.items())
     say(
         out,
-        f"{len(report.matrices)} matrices at {record['pattern']} by {record['method']}, refit {record['refit']}: "
-        f"mean relative loss {report.mean_relative_loss:.4f} ({seconds})",
+        f"{len(report.matrices)} matrices at {record['pattern']} by {record['method']}, refit {record['refit']}"
+        f"{measured} ({seconds})",
     )
     if report.reconstructions:
         gained = [block.tuned for block in report.reconstructions if block.tuned.epoch]

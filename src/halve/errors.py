@@ -41,5 +41,9 @@ class CorruptFileError(HalveError):
     """A file is truncated, malformed or contradicts another one: fetch or write it again."""
 
 
+class AlreadyCompleteError(InputError):
+    """There is nothing left to do: the run's checkpoint is complete, verified and in its place."""
+
+
 class ResumeMismatchError(InputError):
     """An unfinished run was begun with other inputs, options or versions than it would now be continued with."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -22,6 +23,7 @@ from halve.tokens import TokenSet
 Fingerprint = dict[str, str]
 """Field to value, both plain text; fields are dotted names such as ``options.beta`` or ``model.config.json``."""
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 _ENVIRONMENT = (
     "halve",
     "torch",
@@ -47,8 +49,8 @@ def fingerprint(
 ) -> Fingerprint:
     """Return the fingerprint of a run that is about to start.
 
-    What cannot change a finished block is not in it: where hidden states are kept, and ``fallback``, which serves
-    only blocks that failed without it.
+    What cannot change a finished block is not in it: where hidden states are kept, and ``fallback``, which may be added
+    to a run that stopped without one, and is compared by itself.
 
     Args:
         loaded: the dense model.
@@ -89,7 +91,7 @@ def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= 48 else f"{value[:12]}…"
+    return f"{value[:12]}…" if _DIGEST.fullmatch(value) else value
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from halve.calibration import (
     Calibration,
     calibration_data,
     calibration_record,
+    check_source,
     token_batches,
 )
 from halve.call_record import read_back, written_down
@@ -130,7 +131,7 @@ def prune(
         ResumeMismatchError: ``out`` holds an unfinished run that was begun differently.
         CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
-    call = written_down(locals())
+    arguments = locals()
     request = Request(
         Settings(
             Pattern.parse(pattern),
@@ -148,6 +149,10 @@ def prune(
         dtype,
         None if offload is None else _existing_directory(offload),
     )
+    if work is not None and out is None:
+        raise InputError("work is a place for the blocks of a run that writes a checkpoint: give out too")
+    check_source(calibration, samples=samples, seq_len=seq_len, text_field=text_field)
+    call = None if out is None else written_down(arguments)
     destination = None if out is None else Path(out)
     asked = {"source": str(calibration), "samples": samples, "seq_len": seq_len, "seed": seed}
     with ExitStack() as stack:
@@ -177,14 +182,16 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
 
     Args:
         out: the output directory that `prune` was given.
-        fallback: method for matrices that the asked one fails on, instead of what was asked then.
+        fallback: method for matrices that the asked one fails on, for a run that was begun without one.
         listen: called with a `halve.run_report.Progress` at every step.
 
     Returns:
         Pruned: as `prune` would have.
 
     Raises:
-        InputError: there is no unfinished run, or it was given a model or data in memory: then call `prune` again.
+        InputError: there is no unfinished run, or it was given a model or data in memory: then call `prune` again; or
+            it was begun in another directory, with relative paths.
+        AlreadyCompleteError: nothing was left to do.
         ResumeMismatchError: the model, the data, versions or the machine differ from when it was begun.
         CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
@@ -244,13 +251,13 @@ def prune_loaded(
         return Pruned(loaded.model, done, _record(loaded, data, request, done, seed, None), None)
     settings, device, precision, dtype = request.settings, request.device, request.precision, request.dtype
     mark = fingerprint(loaded, data, settings, device=device, precision=precision, dtype=dtype)
-    run.begin(mark, call, data if isinstance(data, TokenSet) else None, asked or {})
+    run.begin(mark, call, data if isinstance(data, TokenSet) else None, asked or {}, settings.fallback)
     try:
         done = _prune(loaded, data, request, run, listen)
         record = _record(loaded, data, request, done, seed, run.out)
         seconds = _publish(loaded, done, record, run, dtype)
     except HalveError as error:
-        error.unfinished = run.out if run.committed else None
+        error.unfinished = run.out if run.worth_keeping else None
         raise
     return Pruned(loaded.model, replace(done, seconds={**done.seconds, **seconds}), record, run.out)
 
@@ -350,9 +357,12 @@ def _load(model: nn.Module | Source, tokenizer: Any) -> LoadedModel:
 
 def _check_space(loaded: LoadedModel, run: RunDirectory, dtype: torch.dtype | None) -> None:
     """Check that the checkpoint and, until it is complete, all finished blocks have room, each on its volume."""
+    if run.verified:  # only names are left to be changed
+        return
+    run.prepare_staging()
     checkpoint_bytes = store.output_bytes(loaded, dtype)
     blocks = sum(parameter.nbytes for parameter in loaded.model.parameters()) - run.kept_bytes
-    if run.state.is_relative_to(run.out):
+    if store.same_volume(run.state, run.out):
         store.check_space(run.out, checkpoint_bytes + blocks)
     else:
         store.check_space(run.out, checkpoint_bytes)

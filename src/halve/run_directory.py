@@ -7,13 +7,11 @@ loaded is complete.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +21,18 @@ from torch import Tensor
 
 from halve.checkpoint_files import CONFIG, INDEX
 from halve.durable import Content, crash_point, make_directory, move_file, sha256_of, write_file, writing
-from halve.errors import CorruptFileError, InputError, ResumeMismatchError
+from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
 from halve.fingerprint import Fingerprint, differences
+from halve.run_manifest import MANIFEST, Manifest, read_manifest
 from halve.shards import build_header, read_json, tensor_bytes
-from halve.tokens import TokenSet
+from halve.tokens import SELF, TokenSet
 
 HOME = ".halve"
 """Name of the directory in the output directory that holds a run until it is complete."""
-_MANIFEST = "run.json"
 _TOKENS = "calibration.safetensors"
 _WORK = "work.json"
-_FORMAT = 1
 _LAST = (INDEX, CONFIG)
 _RECORD = "record"
-
-
-@dataclass
-class _Manifest:
-    """What is known to be on the disk.
-
-    ``blocks`` and ``tokens`` map file names to their sha256; ``files`` those of the finished, verified checkpoint.
-    """
-
-    fingerprint: Fingerprint
-    call: dict[str, Any] | None
-    tokens: dict[str, Any] | None
-    blocks: list[tuple[str, str]] = field(default_factory=list)
-    files: dict[str, str] | None = None
 
 
 class RunDirectory:
@@ -66,7 +49,12 @@ class RunDirectory:
         self.state = state
         self._home = out / HOME
         self.staging = self._home / "output"
-        self._manifest = _read_manifest(state / _MANIFEST) if (state / _MANIFEST).exists() else None
+        self._manifest = read_manifest(state / MANIFEST) if (state / MANIFEST).exists() else None
+        if self._manifest is None and any(state.glob("block-*.safetensors")):
+            raise CorruptFileError(
+                f"{state / MANIFEST}, which names the finished blocks beside it, is missing: put it back, or remove "
+                f"{self._home} and the blocks, and begin again"
+            )
 
     @property
     def begun(self) -> bool:
@@ -77,6 +65,12 @@ class RunDirectory:
     def committed(self) -> int:
         """Number of finished blocks."""
         return 0 if self._manifest is None else len(self._manifest.blocks)
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether it would cost anything to begin again: blocks are finished, or the model wrote its own text."""
+        wrote = self._manifest is not None and (self._manifest.tokens or {}).get("facts", {}).get("source") == SELF
+        return bool(self.committed) or wrote
 
     @property
     def kept_bytes(self) -> int:
@@ -95,17 +89,18 @@ class RunDirectory:
         return self._manifest is not None and self._manifest.files is not None
 
     def check_contents(self) -> None:
-        """Refuse a directory that holds more than this run, or a checkpoint that needs nothing more.
+        """Refuse a directory that holds more than this run; tidy up one whose checkpoint is in its place already.
 
         Raises:
-            InputError: it does.
+            AlreadyCompleteError: the run was stopped after its last file had been moved.
+            InputError: the directory holds something else besides.
         """
         if (self.out / CONFIG).exists() and (self._manifest is None or self.verified):
-            if self.verified:  # it was stopped on its last steps
+            if self.verified:
                 self.publish()
             else:
                 self.remove()
-            raise InputError(f"{self.out} holds a complete checkpoint: write to a new directory")
+            raise AlreadyCompleteError(f"the run in {self.out} was complete but for tidying up, which is done now")
         ours = {HOME} | ({Path(name).parts[0] for name in self._manifest.files or {}} if self._manifest else set())
         strange = sorted(path.name for path in self.out.iterdir() if path.name not in ours)
         if strange:
@@ -132,6 +127,7 @@ class RunDirectory:
         call: Mapping[str, Any] | None,
         tokens: TokenSet | None,
         asked: Mapping[str, Any],
+        fallback: str | None = None,
     ) -> None:
         """Start a run, or make sure that the one in this directory is this one.
 
@@ -140,17 +136,27 @@ class RunDirectory:
             call: arguments that would repeat it, None if they cannot be written down.
             tokens: calibration tokens, kept for a run that is continued.
             asked: how they were asked for.
+            fallback: method for matrices that the asked one fails on; a run that was begun without one may be
+                continued with one, which is no difference for the blocks that did not need it.
 
         Raises:
             ResumeMismatchError: the run in this directory was begun with something else.
         """
-        if self._manifest is not None:
-            found = differences(self._manifest.fingerprint, fingerprint)
+        manifest = self._manifest
+        if manifest is not None:
+            found = differences(manifest.fingerprint, fingerprint)
+            if manifest.fallback not in (None, fallback):
+                found.append(f"fallback was {manifest.fallback} and is {fallback}")
             if found:
                 raise ResumeMismatchError(
                     f"{self.out} holds an unfinished run that was begun differently ({'; '.join(found)}): call as "
                     "then, or write to a new directory"
                 )
+            if manifest.fallback != fallback:
+                manifest.fallback = fallback
+                if manifest.call is not None:
+                    manifest.call["fallback"] = fallback
+                manifest.write(self.state)
             return
         kept = None
         if tokens is not None:
@@ -166,8 +172,9 @@ class RunDirectory:
             with writing(self.state):
                 sha256 = write_file(self.state / _TOKENS, content, "tokens")
             kept = {"sha256": sha256, "facts": facts, "asked": dict(asked)}
-        self._manifest = _Manifest(dict(fingerprint), None if call is None else dict(call), kept)
-        self._write_manifest()
+        manifest = Manifest(dict(fingerprint), None if call is None else dict(call), fallback, kept)
+        manifest.write(self.state)
+        self._manifest = manifest
 
     def commit(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keep the next finished block: it will not be worked on again.
@@ -191,7 +198,7 @@ class RunDirectory:
         with writing(self.state):
             manifest.blocks.append((name, write_file(self.state / name, content(), "block")))
         try:
-            self._write_manifest()
+            manifest.write(self.state)
         except BaseException:
             manifest.blocks.pop()
             raise
@@ -226,7 +233,7 @@ class RunDirectory:
         manifest = self._present()
         if files is not None:
             manifest.files = dict(files)
-            self._write_manifest()
+            manifest.write(self.state)
         names = manifest.files or {}
         order = [*sorted(names.keys() - set(_LAST)), *(name for name in _LAST if name in names)]
         for name in order:
@@ -242,7 +249,7 @@ class RunDirectory:
         """Take the run's state away: the checkpoint is complete, or there is nothing worth keeping."""
         crash_point("remove.start")
         blocks = [] if self._manifest is None else [name for name, _ in self._manifest.blocks]
-        for path in (*(self.state / name for name in (*blocks, _TOKENS)), self.state / _MANIFEST):  # the manifest last
+        for path in (*(self.state / name for name in (*blocks, _TOKENS)), self.state / MANIFEST):  # the manifest last
             path.unlink(missing_ok=True)
             crash_point("remove.file")
         shutil.rmtree(self._home)
@@ -251,16 +258,10 @@ class RunDirectory:
                 directory.rmdir()
         crash_point("remove.done")
 
-    def _present(self) -> _Manifest:
+    def _present(self) -> Manifest:
         if self._manifest is None:
             raise RuntimeError("the run was not begun")
         return self._manifest
-
-    def _write_manifest(self) -> None:
-        content = {"format": _FORMAT, **asdict(self._present())}
-        text = json.dumps({"sha256": _hash(content), "content": content}, indent=1)
-        with writing(self.state):
-            write_file(self.state / _MANIFEST, [text.encode()], "manifest")
 
 
 @contextmanager
@@ -273,7 +274,8 @@ def open_run(out: Path, work: Path | None = None) -> Iterator[RunDirectory]:
 
     Raises:
         InputError: another process holds it, or it has other contents than a run's.
-        CorruptFileError: the manifest of the run in it was damaged.
+        CorruptFileError: what the run in it has kept was damaged, or is missing.
+        AlreadyCompleteError: its checkpoint is complete.
     """
     home = out / HOME
     if not home.is_dir() and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -291,7 +293,7 @@ def open_run(out: Path, work: Path | None = None) -> Iterator[RunDirectory]:
         except BaseException:
             if fresh and run is None:
                 shutil.rmtree(home)
-            elif fresh and run is not None and not run.committed:
+            elif fresh and run is not None and not run.worth_keeping:
                 run.remove()
             for path in new:
                 if path.is_dir() and not any(path.iterdir()):
@@ -309,14 +311,15 @@ def recorded_call(out: Path) -> dict[str, Any]:
 
     Raises:
         InputError: there is no unfinished run in it, or it was given objects in memory.
-        CorruptFileError: its manifest was damaged.
+        CorruptFileError: its manifest was damaged, or is missing.
+        AlreadyCompleteError: its checkpoint is complete.
     """
     if not is_unfinished(out):
         raise InputError(f"{out} holds no unfinished run: give the directory that --out named")
-    path = _state(out / HOME, None) / _MANIFEST
-    if not path.exists():
+    with open_run(out) as run:
+        begun, call = run.begun, run.call
+    if not begun:
         raise InputError(f"the run in {out} was stopped before anything was kept: prune again")
-    call = _read_manifest(path).call
     if call is None:
         raise InputError(f"the run in {out} was given a model or data in memory: call prune again with the same")
     return call
@@ -326,6 +329,11 @@ def _state(home: Path, work: Path | None) -> Path:
     """Return where blocks are kept, and note it where that is not ``home`` itself."""
     pointer = home / _WORK
     noted = Path(read_json(pointer)["work"]) if pointer.exists() else None
+    if noted is not None and not noted.is_dir():
+        raise CorruptFileError(
+            f"{noted}, where the run in {home.parent} keeps its finished blocks, is missing: mount or restore it, or "
+            f"remove {home} and begin again"
+        )
     if noted is not None and work is not None and work.resolve() != noted:
         raise InputError(f"the run in {home.parent} keeps its blocks in {noted}, not in {work}: leave work out")
     if noted is not None or work is None:
@@ -354,23 +362,6 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
         crash_point("unlock")
     finally:
         os.close(descriptor)
-
-
-def _read_manifest(path: Path) -> _Manifest:
-    remedy = f"the finished blocks cannot be trusted without it; remove {path.parent}, and begin again"
-    try:
-        outer = read_json(path)
-        content = outer["content"]
-        if outer["sha256"] != _hash(content) or content.pop("format") != _FORMAT:
-            raise CorruptFileError(f"{path} was damaged, or written by another version: {remedy}")
-        blocks = [(str(name), str(sha256)) for name, sha256 in content.pop("blocks")]
-        return _Manifest(**content, blocks=blocks)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{path} was damaged ({type(error).__name__}): {remedy}") from error
-
-
-def _hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_hash(path: Path, expected: str) -> None:

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 
 from halve.checkpoint import LoadedModel, Source
-from halve.checkpoint_files import CONFIG, INDEX, WEIGHTS, companions
+from halve.checkpoint_files import CONFIG, INDEX, REPORT, WEIGHTS, companions
 from halve.disk_layout import DiskTensor
 from halve.durable import Content, file_chunks, make_directory, write_file, writing
 from halve.errors import InputError
 from halve.run_directory import is_unfinished
 from halve.shards import build_header, read_chunks, read_shard, tensor_bytes
 
-REPORT = "halve.json"
 MAX_SHARD = 5_000_000_000
 _LAST = (INDEX, CONFIG)
 
@@ -67,7 +66,8 @@ def check_destination(out: Path, source: Source | None, bytes_needed: int) -> No
     volume = next(path for path in (real, *real.parents) if path.exists())
     if not volume.is_dir() or not os.access(volume, os.W_OK | os.X_OK):
         raise InputError(f"{out} cannot be created: {volume} is not a directory you can write to")
-    _check_free(out, volume, bytes_needed)
+    if not is_unfinished(out):  # what is still needed of an unfinished run is known later
+        _check_free(out, volume, bytes_needed)
 
 
 def check_space(directory: Path, bytes_needed: int) -> None:
@@ -78,6 +78,11 @@ def check_space(directory: Path, bytes_needed: int) -> None:
     """
     real = directory.resolve()
     _check_free(directory, next(path for path in (real, *real.parents) if path.exists()), bytes_needed)
+
+
+def same_volume(one: Path, other: Path) -> bool:
+    """Whether two existing files or directories take their space from the same volume."""
+    return one.stat().st_dev == other.stat().st_dev
 
 
 def _check_free(directory: Path, volume: Path, bytes_needed: int) -> None:

@@ -110,7 +110,7 @@ def calibration_tokens(
         CalibrationError: the model generates non-finite logits.
         UnsupportedModelError: the model cannot generate with a key-value cache.
     """
-    _check_counts(samples=samples, seq_len=seq_len)
+    check_counts(samples=samples, seq_len=seq_len)
     if source == SELF:
         if model is None:
             raise InputError("source 'self' needs the model that writes the text: give model, or another source")
@@ -179,7 +179,7 @@ def evaluation_corpus(source: str | Path, *, seq_len: int, max_windows: int | No
     Raises:
         InputError: an argument is not usable; the message names it.
     """
-    _check_counts(seq_len=seq_len, max_windows=1 if max_windows is None else max_windows)
+    check_counts(seq_len=seq_len, max_windows=1 if max_windows is None else max_windows)
     if seq_len == 1:
         raise InputError("seq_len = 1 leaves no token to predict: give at least 2")
     if source == SELF:
@@ -220,9 +220,14 @@ def check_length(seq_len: int, model: nn.Module) -> None:
         raise InputError(f"seq_len = {seq_len} exceeds the model's max_position_embeddings = {limit}: lower seq_len")
 
 
-def _check_counts(**counts: int) -> None:
+def check_counts(**counts: int) -> None:
+    """Refuse numbers of samples, tokens or windows that are no whole numbers of at least 1.
+
+    Raises:
+        InputError: one is not; the message names it.
+    """
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InputError(f"{name} = {count!r} is not usable: give a whole number, at least 1")
 
 

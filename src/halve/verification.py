@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint import Source, load_model, resolve
-from halve.checkpoint_files import CONFIG, forbidden_fields, read_shards
+from halve.checkpoint_files import CONFIG, REPORT, forbidden_fields, read_shards
 from halve.durable import sha256_of
 from halve.errors import CorruptFileError, HalveError, InputError, PatternError
 from halve.pattern import Pattern
 from halve.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
-
-REPORT = "halve.json"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from halve.checkpoint_files import read_shards
 from halve.errors import HalveError
-from halve.run_directory import _hash, _read_manifest
+from halve.run_manifest import hash_of, read_manifest
 from halve.shards import read_json, read_shard
 
 TOKENS = (
@@ -75,7 +75,7 @@ def manifest() -> bytes:
         "blocks": [["block-00000.safetensors", "0" * 64]],
         "files": None,
     }
-    return json.dumps({"sha256": _hash(content), "content": content}).encode()
+    return json.dumps({"sha256": hash_of(content), "content": content}).encode()
 
 
 SEEDS = {
@@ -127,7 +127,7 @@ def read(kind: str, path: Path) -> None:
     elif kind == "index":
         read_shards(path.parent)
     else:
-        _read_manifest(path)
+        read_manifest(path)
 
 
 def fuzz(inputs: int, seed: int = 0) -> Counter[str]:

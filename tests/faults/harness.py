@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 import halve
 from halve.durable import CRASH_LOG, CRASH_POINT
-from halve.errors import HalveError
+from halve.errors import AlreadyCompleteError, HalveError
 from halve.reconstruct import Reconstruction
 from models import decoder
 from tiny_tokenizers import SENTENCES, byte_bpe
@@ -56,8 +56,10 @@ class Job:
         """Do what a user does after a crash: call again, unless the checkpoint is there."""
         try:
             self.call()
-        except halve.HalveError as error:
-            if "holds a complete checkpoint" not in str(error) and "is not empty" not in str(error):
+        except AlreadyCompleteError:
+            pass
+        except HalveError as error:
+            if "is not empty" not in str(error):
                 raise
 
 
