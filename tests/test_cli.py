@@ -285,7 +285,7 @@ def test_methods_are_listed():
         (["--reconstruct", "blocks"], "reconstruct 'blocks' is not understood"),
         (["-o", "seed=3"], "has no option 'seed'"),
         (["-o", "shrinkage=0.1"], "shrinkage is not an option of auto+cg: write --shrinkage"),
-        (["-o", "effort=fast", "--effort", "best"], "effort is given twice, by -o and by --effort"),
+        (["-o", "effort=fast", "--effort", "best"], "effort is given twice: give it once, by -o or by --effort"),
         (["--fallback", "None"], "fallback 'None' is unknown: choose one of magnitude, wanda, or leave it out"),
         (["--reconstruct", "block", "--reconstruct-epochs", "0"], "(--reconstruct-epochs) must be a whole number"),
         (

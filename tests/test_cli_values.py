@@ -33,8 +33,14 @@ def test_options_by_method():
 
 def test_flags_join_the_options_and_do_not_contradict_them():
     assert merge_options({"beta": 1.1}, effort="best", time_limit=None) == {"beta": 1.1, "effort": "best"}
-    with pytest.raises(InputError, match="time_limit is given twice, by -o and by --time-limit: give it once"):
+    with pytest.raises(InputError, match="time_limit is given twice: give it once, by -o or by --time-limit"):
         merge_options({"time_limit": 5}, time_limit=6.0)
+
+
+def test_no_option_comes_twice():
+    for parse, pairs in ((parse_options, ["beta=1", "beta=2"]), (parse_options_by_method, ["a.b=1", "a.b=2"])):
+        with pytest.raises(InputError, match="is given twice: give it once"):
+            parse(pairs)
 
 
 def test_dtypes():

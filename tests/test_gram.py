@@ -68,15 +68,6 @@ def test_autocast_and_reduced_precision_products_are_ignored():
     assert worst(accumulator.finish().gram, reference(x)) < 1e-6
 
 
-def test_merge_equals_one_accumulator():
-    x = correlated_inputs(300, 8, seed=4)
-    first, second = accumulate(x[:100]), accumulate(x[100:])
-    first.merge(second)
-    assert first.tokens == 300
-    assert second.tokens == 200
-    assert worst(first.finish().gram, reference(x)) < 1e-6
-
-
 def test_finish_may_be_called_in_between_and_leaves_no_trace():
     x = correlated_inputs(300, 8, seed=5)
     accumulator = accumulate(x[:100])
@@ -92,9 +83,8 @@ def test_works_across_inference_mode():
         accumulator = accumulate(x)
         early = accumulator.finish().gram
     accumulator.add(x)
-    accumulator.merge(accumulate(x))
     early.add_(1.0)
-    assert accumulator.finish().tokens == 150
+    assert accumulator.finish().tokens == 100
 
 
 def test_inputs_that_require_gradients_leave_no_graph():
@@ -137,8 +127,6 @@ def test_wrong_inputs_are_refused(x):
 def test_wrong_sizes_are_refused():
     with pytest.raises(InputError, match="d_in of layer must be at least 1, got 0"):
         GramAccumulator(0)
-    with pytest.raises(InputError, match=r"cannot merge statistics of b \(d_in 5\) into a \(4\)"):
-        GramAccumulator(4, name="a").merge(GramAccumulator(5, name="b"))
 
 
 def by_halves(*batches):
@@ -206,35 +194,6 @@ def test_cross_is_of_the_dense_inputs_by_the_pruned_ones(halves, dtype):
     assert float(((expected - expected.mT).abs() / scales).max()) > 1e-2  # so that a transposed one would be seen
     assert worst(statistics.gram, reference(pruned)) < 1e-5
     assert accumulate(pruned).finish().cross is None
-
-
-def test_merge_adds_halves_and_cross():
-    x = correlated_inputs(301, 8, seed=11)
-    together = GramAccumulator(8, halves=True)
-    parts = [GramAccumulator(8, halves=True) for _ in range(2)]
-    for accumulator, batch in zip(parts, x.split(200), strict=True):
-        accumulator.add(noisy_twin(batch), batch)
-        together.add(noisy_twin(batch), batch)
-    parts[0].merge(parts[1])
-    merged, expected = parts[0].finish(), together.finish()
-    assert merged.tokens == 301
-    assert worst(merged.gram, expected.gram.double()) < 1e-6
-    for half, other in zip(merged.halves, expected.halves, strict=True):
-        assert worst(half, other.double()) < 1e-6
-    torch.testing.assert_close(merged.cross, expected.cross, rtol=1e-5, atol=1e-6)
-    assert parts[1].tokens == 101
-
-
-@pytest.mark.parametrize("kind", ["halves", "cross"])
-def test_merging_what_keeps_different_sums_is_refused(kind):
-    x = correlated_inputs(10, 4, seed=12)
-    plain, other = GramAccumulator(4, name="a"), GramAccumulator(4, name="b", halves=kind == "halves")
-    plain.add(x)
-    other.add(x, x if kind == "cross" else None)
-    for one, two in ((plain, other), (other, plain)):
-        with pytest.raises(InputError, match=f"cannot merge statistics of {two.name} into {one.name}: .* different"):
-            one.merge(two)
-        assert one.tokens == 10
 
 
 def test_dense_inputs_that_are_not_finite_are_named():

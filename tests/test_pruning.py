@@ -370,6 +370,9 @@ def test_a_run_that_only_had_to_be_tidied_up_is_complete(tmp_path, monkeypatch, 
         ({"out": None, "work": "somewhere"}, "give out too"),
         ({"objective": "auto"}, r"objective must be a halve\.Objective"),
         ({"seed": object()}, "cannot be kept for resuming"),
+        ({"method": "magnitude", "refit": "none", "objective": Objective(0.5)}, "shrinkage acts on statistics"),
+        ({"method": "wanda", "objective": Objective(match_ridge=0.2)}, "match_ridge goes with targets from the dense"),
+        ({"effort": "fast", "objective": Objective(match_ridge=0.2)}, "match_ridge goes with targets from the dense"),
     ],
 )
 def test_what_can_be_known_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, checkpoint, arguments, message):

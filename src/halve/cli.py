@@ -103,24 +103,34 @@ def evaluate_command(
     """Measure perplexity, always with sequence length, window count and dtype."""
     from dataclasses import asdict
 
+    from halve.checkpoint import load_model
+    from halve.device import forward_precision, resolve_device
     from halve.perplexity import evaluate
+    from halve.report import finite
+    from halve.tokens import evaluation_corpus
 
     with reporting():
+        target = resolve_device(device)
+        forward_precision(forward_dtype, target)
+        for source in data:  # before a long load
+            evaluation_corpus(source, seq_len=seq_len, max_windows=max_windows, field=field)
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
         results = [
             evaluate(
-                model,
+                loaded.model,
                 source,
                 seq_len=seq_len,
                 max_windows=max_windows,
+                tokenizer=loaded.tokenizer,
                 field=field,
-                device=device,
+                device=target,
                 dtype=forward_dtype,
-                trust_remote_code=trust_remote_code,
             )
             for source in data
         ]
     if as_json:
-        out.print_json(json.dumps([asdict(result) for result in results]))
+        entries = [{**asdict(result), "value": finite(result.value), "nll": finite(result.nll)} for result in results]
+        out.print_json(json.dumps(entries))
         return
     table = Table("data", "perplexity", "sequence length", "windows", "dtype", "seconds")
     for result in results:
@@ -186,9 +196,9 @@ def compare(
     """Prune with several methods, calibrated on the same tokens, and print one table."""
     from halve import checkpoint
     from halve import compare as comparison
-    from halve.calibration import default_length, text_tokens
+    from halve.calibration import check_source, default_length, text_tokens
     from halve.objective import Objective
-    from halve.tokens import check_length
+    from halve.tokens import check_length, evaluation_corpus
 
     rows: list[Any] = []
     with reporting():
@@ -205,6 +215,9 @@ def compare(
             forward_dtype=forward_dtype,
             dtype=parse_dtype(dtype),
         )
+        check_source(calibration, samples=samples, seq_len=seq_len, text_field=field)
+        for text in data:
+            evaluation_corpus(text, seq_len=eval_seq_len or seq_len or 2, max_windows=max_windows, field=field)
         source = checkpoint.resolve(model, trust_remote_code=trust_remote_code)
         if out_dir is not None:
             comparison.check_destinations(out_dir, requests, source, source.size)

@@ -34,10 +34,10 @@ def parse_shrinkage(text: str | None) -> float | str | None:
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Parse ``NAME=VALUE``; a value is a number or a truth value if it reads as one.
+    """Parse ``NAME=VALUE``; a value that reads as JSON is what it reads as, and any other is text.
 
     Raises:
-        InputError: a pair has no name or no value.
+        InputError: a pair has no name or no value, or a name comes twice.
     """
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -50,7 +50,10 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        options[name.replace("-", "_")] = value
+        key = name.replace("-", "_")
+        if key in options:
+            raise InputError(f"--option {name} is given twice: give it once")
+        options[key] = value
     return options
 
 
@@ -62,7 +65,7 @@ def merge_options(options: dict[str, Any], **flags: Any) -> dict[str, Any]:
     """
     given = {name: value for name, value in flags.items() if value is not None}
     if twice := next((name for name in given if name in options), None):
-        raise InputError(f"{twice} is given twice, by -o and by --{twice.replace('_', '-')}: give it once")
+        raise InputError(f"{twice} is given twice: give it once, by -o or by --{twice.replace('_', '-')}")
     return options | given
 
 
@@ -72,15 +75,15 @@ def parse_options_by_method(pairs: list[str]) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: a pair is not of that form.
     """
-    grouped: dict[str, dict[str, Any]] = {}
+    grouped: dict[str, list[str]] = {}
     for pair in pairs:
         method, dot, rest = pair.partition(".")
         if not dot or "=" in method:
             raise InputError(
                 f"--option {pair!r} is not understood: write METHOD.NAME=VALUE, for example prox-gradient.beta=1.02"
             )
-        grouped.setdefault(method, {}).update(parse_options([rest]))
-    return grouped
+        grouped.setdefault(method, []).append(rest)
+    return {method: parse_options(rests) for method, rests in grouped.items()}
 
 
 def allowed_fallback(fallback: str | None, *, strict: bool) -> str | None:

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from halve.pattern import Pattern
 from halve.perplexity import Perplexity, perplexity
 from halve.pruning import Request, prune_loaded
 from halve.reconstruct import BLOCK, parse_reconstruction
-from halve.report import environment, settings_json
+from halve.report import environment, finite, settings_json
 from halve.run_directory import open_run
 from halve.run_report import Progress, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings
@@ -198,7 +197,7 @@ def _rows(
             failure = str(error)
         if report is None:
             return Row(str(contender), (), None, 0.0, 0, (), failure)
-        loss = _finite(report.mean_relative_loss)
+        loss = finite(report.mean_relative_loss)
         seconds, fallbacks = report.seconds_of_pruning, len(report.fallbacks)
         return Row(str(contender), scores, loss, seconds, fallbacks, report.warnings, failure, report.seconds)
 
@@ -328,16 +327,12 @@ def as_json(
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    scores = [{**asdict(p), "value": _finite(p.value), "nll": _finite(p.nll)} for p in row.perplexities]
+    scores = [{**asdict(p), "value": finite(p.value), "nll": finite(p.nll)} for p in row.perplexities]
     times = {
         "seconds": round(row.seconds, 2),
         "phases": {phase: round(seconds, 2) for phase, seconds in row.phases.items()},
     }
     return {**asdict(row), "perplexities": scores, **times, "warnings": list(row.warnings)}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def checkpoint_directory(parent: Path, contender: Contender) -> Path:

@@ -106,24 +106,6 @@ class GramAccumulator:
                     self._cross.addmm_(twins.mT, rows)
                 self._counts[part] += stop - start
 
-    def merge(self, other: "GramAccumulator") -> None:
-        """Add what another accumulator of the same layer has seen.
-
-        Raises:
-            InputError: the two have different ``d_in``, or keep different sums.
-        """
-        if other.d_in != self.d_in:
-            raise InputError(
-                f"cannot merge statistics of {other.name} (d_in {other.d_in}) into {self.name} ({self.d_in})"
-            )
-        if len(other._sums) != len(self._sums) or (other._cross is None) != (self._cross is None):  # noqa: SLF001
-            raise InputError(f"cannot merge statistics of {other.name} into {self.name}: they keep different sums")
-        for part, (mine, theirs) in enumerate(zip(self._sums, other._sums, strict=True)):  # noqa: SLF001
-            mine.add_(theirs.to(mine.device))
-            self._counts[part] += other._counts[part]  # noqa: SLF001 - another instance of this class
-        if self._cross is not None and other._cross is not None:  # noqa: SLF001
-            self._cross.add_(other._cross.to(self._cross.device))  # noqa: SLF001
-
     def finish(self) -> Statistics:
         """Return the statistics so far; more may be added afterwards.
 

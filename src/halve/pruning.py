@@ -46,7 +46,7 @@ class Pruned:
     Attributes:
         model: the pruned model; the very object that was given, if one was.
         report: what was done to every matrix.
-        record: the content of ``halve.json``.
+        record: the content of ``halve.json`` but for the files' sha256.
         out: the checkpoint's directory, None if none was asked for.
     """
 
@@ -151,6 +151,7 @@ def prune(
     )
     if work is not None and out is None:
         raise InputError("work is a place for the blocks of a run that writes a checkpoint: give out too")
+    request.settings.check_objective()
     check_source(calibration, samples=samples, seq_len=seq_len, text_field=text_field)
     call = None if out is None else written_down(arguments)
     destination = None if out is None else Path(out)

@@ -33,25 +33,6 @@ def row_losses(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
     return 0.5 * _quadratic_forms(weight.float() - original.float(), gram)
 
 
-def local_loss(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
-    """Return ``½ tr[(W - W0) H (W - W0)ᵀ]``, the sum of ``row_losses``, as a float64 scalar."""
-    return row_losses(weight, original, gram).sum()
-
-
-def relative_row_losses(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
-    """Return ``(w - w0) H (w - w0)ᵀ / (w0 H w0ᵀ)`` of every row.
-
-    Args:
-        weight: (d_out, d_in).
-        original: (d_out, d_in), W0.
-        gram: (d_in, d_in) float32, H; the result does not depend on its scale.
-
-    Returns:
-        Tensor: (d_out,) float64; 0 is lossless, 1 means the output is gone, 0 / 0 is 0.
-    """
-    return ratio(_quadratic_forms(weight.float() - original.float(), gram), _quadratic_forms(original.float(), gram))
-
-
 def relative_loss(weight: Tensor, original: Tensor, gram: Tensor) -> float:
     """Return ``tr[(W - W0) H (W - W0)ᵀ] / tr[W0 H W0ᵀ]``: 0 is lossless, 1 means the layer's output is gone.
 
@@ -65,11 +46,6 @@ def relative_loss(weight: Tensor, original: Tensor, gram: Tensor) -> float:
     """
     lost = _quadratic_forms(weight.float() - original.float(), gram).sum()
     return float(ratio(lost, _quadratic_forms(original.float(), gram).sum()))
-
-
-def gradient(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
-    """Return ``(W - W0) H``, the gradient of ``local_loss``: (d_out, d_in) float32."""
-    return (weight.float() - original.float()) @ gram
 
 
 def feature_scales(gram: Tensor) -> Tensor:

@@ -67,14 +67,17 @@ def to_json(
         device: where the run happened.
         precision: dtype of the forward products.
     """
+    asked = settings_json(settings)
+    if not any("match_dense" in matrix.facts for matrix in report.matrices):  # a mixture of experts, or no statistics
+        asked["objective"]["match_dense"] = 0.0
     return {
         "format": FORMAT,
         "source": dict(source),
-        **settings_json(settings),
+        **asked,
         "calibration": dict(calibration),
         "device": device,
         "forward_dtype": precision,
-        "mean_relative_loss": _finite(report.mean_relative_loss),
+        "mean_relative_loss": finite(report.mean_relative_loss),
         "matrices": [_matrix(matrix, locations.get(matrix.name)) for matrix in report.matrices],
         "blocks": [_block(block, changed) for block in report.reconstructions],
         "excluded": [
@@ -88,8 +91,8 @@ def to_json(
 def settings_json(settings: Settings) -> dict[str, Any]:
     """Return what was asked for, every default filled in, as plain JSON values.
 
-    ``match_dense`` is what is done where the dense model's inputs can be paired with the pruned model's: not in
-    mixtures of experts, where a matrix's facts do not name it.
+    ``match_dense`` is what is done where the dense model's inputs can be paired with the pruned model's, which is not
+    so in mixtures of experts.
     """
     objective = settings.objective
     return {
@@ -123,7 +126,7 @@ def _matrix(matrix: MatrixReport, location: Location | None) -> dict[str, Any]:
         "refit": matrix.refit,
         "status": str(matrix.status),
         "reason": matrix.reason,
-        "facts": {key: _finite(value) for key, value in matrix.facts.items() if key != "seconds"},
+        "facts": {key: finite(value) for key, value in matrix.facts.items() if key != "seconds"},
     }
 
 
@@ -140,5 +143,6 @@ def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str
     }
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """Return a number, None (null in JSON) for one that is not finite."""
     return value if math.isfinite(value) else None

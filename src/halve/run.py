@@ -21,7 +21,7 @@ from halve.block_record import from_record, to_record
 from halve.blocks import Batch, HiddenStates, Stream
 from halve.collect import Collector, observe
 from halve.device import autocast
-from halve.errors import CalibrationError, InputError, LayerFailedError, UnsupportedModelError
+from halve.errors import CalibrationError, HalveError, InputError, LayerFailedError, UnsupportedModelError
 from halve.gram import Statistics
 from halve.layers import Matrix, Plan, find_stack, make_plan, set_matrix
 from halve.outcome import Outcome, Status
@@ -179,7 +179,13 @@ class _Loop:
                 self._advance(index, work, stream, dense)
             self._restore(index, work)
         else:
-            self._prune_block(index, work, stream, dense)
+            try:
+                self._prune_block(index, work, stream, dense)
+            except torch.OutOfMemoryError as error:
+                raise HalveError(
+                    f"{self._device} ran out of memory in {self._plan.blocks[index]}: use shorter sequences (seq_len), "
+                    "or another device"
+                ) from error
             if self._ledger is not None:
                 with self._timing("commit"):
                     self._commit(index, self._ledger)
@@ -277,7 +283,7 @@ class _Loop:
         try:
             output = stream_of.run_block(work, hidden, call)
         except RuntimeError as error:
-            if self._precision == torch.float32:
+            if self._precision == torch.float32 or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UnsupportedModelError(
                 f"{self._plan.blocks[index]} fails with products in {self._precision} ({error}): "
@@ -342,6 +348,8 @@ class _Loop:
                 f"{prefix[:-1]}: {error}: leave out the reconstruction, or use other text"
             ) from error
         except RuntimeError as error:
+            if self._precision == torch.float32 or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise UnsupportedModelError(
                 f"{prefix[:-1]} cannot be reconstructed with products in {self._precision} ({error}): "
                 "leave out the reconstruction, or use forward_dtype float32"

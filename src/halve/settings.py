@@ -8,6 +8,7 @@ from halve import methods
 from halve.errors import InputError
 from halve.matrix import effective_options, validate_settings
 from halve.objective import Objective
+from halve.options import check_count
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction
 
@@ -60,7 +61,20 @@ class Settings:
         follows_dense = self.reconstruction is not None or self.matches_dense
         return methods.get(self.method).needs_statistics or self.refit != "none" or follows_dense
 
+    def check_objective(self) -> None:
+        """Refuse an objective of which a part would have no effect.
+
+        Raises:
+            InputError: shrinkage where nothing looks at H, or a ridge where no target comes from the dense model.
+        """
+        uses_gram = methods.get(self.method).needs_statistics or self.refit != "none" or self.matches_dense
+        if self.objective.shrinkage and not uses_gram:
+            raise InputError(
+                f"shrinkage acts on statistics, which {self.method} with refit {self.refit} does not use: leave it out"
+            )
+        if self.objective.match_ridge != Objective().match_ridge and not self.matches_dense:
+            raise InputError("match_ridge goes with targets from the dense model: give match_dense too")
+
     def __post_init__(self) -> None:
-        if not isinstance(self.min_expert_tokens, int) or self.min_expert_tokens < 1:
-            raise InputError(f"min_expert_tokens must be a whole number of at least 1, got {self.min_expert_tokens!r}")
+        check_count("min_expert_tokens", self.min_expert_tokens)
         validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)

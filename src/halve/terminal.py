@@ -68,7 +68,7 @@ class Show(Protocol):
     """A display of progress, as `progress` yields it."""
 
     def __call__(self, step: Any, runner: str = "") -> None:
-        """Display one `halve.run.Progress`; ``runner`` names what is running where there are several."""
+        """Display one `halve.run_report.Progress`; ``runner`` names what is running where there are several."""
 
 
 @contextmanager
