@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune trained neural networks to N:M sparsity, and see what it cost.",
     epilog="Exit codes: 0 complete; 1 failed or problems found; 2 refused, nothing done; 3 complete with fallbacks; "
-    "4 stopped, and `halve resume DIR` continues.",
+    "4 stopped, and `halve resume DIR` continues; 130 interrupted, nothing kept.",
 )
 
 
