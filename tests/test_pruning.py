@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import halve
-from halve import pruning, store
+from halve import documents, pruning, store
 from halve.checkpoint import load_model
 from halve.cli import app
 from halve.errors import (
@@ -313,6 +313,40 @@ def test_a_text_that_the_model_wrote_is_not_written_again(checkpoint, tmp_path, 
         raise AssertionError("the model wrote again")
 
     monkeypatch.setattr("halve.tokens.sample_text", refuse)
+    halve.resume(tmp_path / "stopped")
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_a_model_on_the_hub_is_continued_at_the_commit_it_began_with(tmp_path, checkpoint, text, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(checkpoint, first)
+    shutil.copytree(checkpoint, second)
+    (second / "config.json").write_text((second / "config.json").read_text() + " ")
+    newest = [first]
+
+    def download(_name, revision, *, code):
+        assert not code
+        return newest[0] if revision is None else tmp_path / revision
+
+    monkeypatch.setattr("halve.checkpoint._download", download)
+    with pytest.raises(StoppedError):
+        halve.prune("org/model", tmp_path / "out", calibration=text, listen=stop_in(1), **FAST)
+    newest[0] = second
+    assert halve.resume(tmp_path / "out").record["source"] == {"kind": "hub", "name": "org/model", "revision": "first"}
+    again = halve.prune("org/model", tmp_path / "other", calibration=text, **FAST)
+    assert again.record["source"]["revision"] == "second"
+    asked = halve.prune("org/model", tmp_path / "third", calibration=text, revision="first", **FAST)
+    assert asked.record["source"]["revision"] == "first"
+
+
+def test_tokens_from_the_hub_are_not_fetched_again(checkpoint, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(documents._HUB, "c4", None)
+    monkeypatch.setattr(documents, "_hub_corpus", lambda _name, _use: documents.open_corpus(text, use="calibration"))
+    options = FAST | {"calibration": "c4"}
+    halve.prune(checkpoint, tmp_path / "whole", **options)
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "stopped", listen=stop_in(1), **options)
+    monkeypatch.setattr(documents, "_hub_corpus", lambda _name, _use: pytest.fail("the hub was asked again"))
     halve.resume(tmp_path / "stopped")
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 

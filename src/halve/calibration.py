@@ -9,7 +9,7 @@ from torch import Tensor
 from halve import tokens
 from halve.blocks import Batch
 from halve.checkpoint import LoadedModel
-from halve.documents import open_corpus
+from halve.documents import is_on_hub, open_corpus
 from halve.errors import InputError
 from halve.tokens import TokenSet
 
@@ -38,7 +38,9 @@ def check_source(calibration: Calibration, *, samples: int, seq_len: int | None,
     """
     if calibration is None or isinstance(calibration, str | Path):
         tokens.check_counts(samples=samples, seq_len=1 if seq_len is None else seq_len)
-    if isinstance(calibration, str | Path) and calibration != tokens.SELF:
+    if not isinstance(calibration, str | Path) or calibration == tokens.SELF:
+        return
+    if isinstance(calibration, Path) or not is_on_hub(calibration):
         open_corpus(calibration, use="calibration", field=text_field)
 
 

@@ -45,6 +45,7 @@ MatchOption = Annotated[
     ),
 ]
 RidgeOption = Annotated[float, typer.Option(help="Holds the weights of such targets near the dense ones.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
 ]

@@ -19,6 +19,7 @@ from halve.cli_options import (
     ModelArgument,
     OffloadOption,
     PatternOption,
+    RevisionOption,
     RidgeOption,
     SamplesOption,
     SeedOption,
@@ -80,6 +81,7 @@ def prune(
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",
     dtype: DtypeOption = None,
+    revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     offload: OffloadOption = None,
     work: Annotated[
@@ -135,6 +137,7 @@ def prune(
                 device=device,
                 forward_dtype=forward_dtype,
                 dtype=parse_dtype(dtype),
+                revision=revision,
                 trust_remote_code=trust_remote_code,
                 offload=offload,
                 work=work,

@@ -51,6 +51,11 @@ class Corpus:
     revision: str = ""
 
 
+def is_on_hub(source: str) -> bool:
+    """Whether a source is the name of a corpus on the Hugging Face hub."""
+    return source in _HUB
+
+
 def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"], field: str = "text") -> Corpus:
     """Find the text a user named.
 
@@ -66,7 +71,7 @@ def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"]
         InputError: there is no such file or name, the suffix is unknown, the directory has no text, a package to read
             it is missing, or the hub does not answer.
     """
-    if isinstance(source, str) and source in _HUB:
+    if isinstance(source, str) and is_on_hub(source):
         return _hub_corpus(source, use)
     path = Path(source)
     if path.is_dir():

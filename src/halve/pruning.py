@@ -26,6 +26,7 @@ from halve.calibration import (
 from halve.call_record import read_back, written_down
 from halve.checkpoint import LoadedModel, Source
 from halve.device import evaluation_mode, forward_precision, resolve_device
+from halve.documents import is_on_hub
 from halve.errors import CorruptFileError, HalveError, InputError
 from halve.fingerprint import fingerprint
 from halve.objective import Objective
@@ -77,6 +78,7 @@ def prune(
     device: str = "auto",
     forward_dtype: str = "auto",
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     offload: str | Path | None = None,
     work: str | Path | None = None,
@@ -114,6 +116,7 @@ def prune(
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``: products of the calibration's forward passes.
             Statistics and solves are float32.
         dtype: dtype of the written checkpoint where the input has none of its own (GGUF); None keeps float32.
+        revision: branch, tag or commit of a model on the hub; a run that goes on takes the commit it began with.
         trust_remote_code: whether to run Python code that comes with the model; it is copied to ``out``.
         offload: a directory where hidden states are kept instead of in memory; a temporary folder is made in it.
         work: a directory for finished blocks while the run lasts, new or empty; None keeps them in ``out``.
@@ -157,19 +160,21 @@ def prune(
     destination = None if out is None else Path(out)
     asked = {"source": str(calibration), "samples": samples, "seq_len": seq_len, "seed": seed}
     with ExitStack() as stack:
-        found = _find(model, destination, dtype, trust_remote_code=trust_remote_code)
+        found = _find(model, destination, dtype, revision, trust_remote_code=trust_remote_code)
+        if call is not None and isinstance(found, Source):
+            call["revision"] = found.revision
         run = None
         if destination is not None:
             run = stack.enter_context(open_run(destination, None if work is None else Path(work)))
         loaded = _load(found, tokenizer)
         if run is not None:
-            _check_space(loaded, run, dtype)
+            store.check_room(loaded, run, dtype)
         wrote = calibration is None or (isinstance(calibration, str) and calibration == tokens.SELF)
         if wrote and not request.settings.needs_calibration:
             return prune_loaded(loaded, [], request, run, seed=seed, listen=listen, call=call)
-        data: TokenSet | list[Batch] | None = (
-            run.tokens(asked) if run is not None and wrote else None
-        )  # the model need not write its text again
+        # Neither must the model write its text again, nor the hub be asked again.
+        far = wrote or (isinstance(calibration, str) and is_on_hub(calibration))
+        data: TokenSet | list[Batch] | None = run.tokens(asked) if run is not None and far else None
         if data is None and wrote and listen is not None:
             listen(Progress(0, 0, "generate", 0, 0))
         data = data or calibration_data(
@@ -325,7 +330,12 @@ def _record(
 
 
 def _find(
-    model: nn.Module | str | Path, out: Path | None, dtype: torch.dtype | None, *, trust_remote_code: bool
+    model: nn.Module | str | Path,
+    out: Path | None,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    *,
+    trust_remote_code: bool,
 ) -> nn.Module | Source:
     """Find what the user named, and refuse what cannot be read or written, before anything is created."""
     if isinstance(model, nn.Module):
@@ -341,7 +351,7 @@ def _find(
         if out is not None:
             store.check_destination(out, None, 0)
         return model
-    source = checkpoint.resolve(model, trust_remote_code=trust_remote_code)
+    source = checkpoint.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
     if out is not None:
         store.check_destination(out, source, source.size)
     if dtype is not None and source.shards:
@@ -354,20 +364,6 @@ def _load(model: nn.Module | Source, tokenizer: Any) -> LoadedModel:
         return LoadedModel(model, tokenizer, None)  # type: ignore[arg-type]
     found = checkpoint.load_model(model)
     return found if tokenizer is None else LoadedModel(found.model, tokenizer, model)
-
-
-def _check_space(loaded: LoadedModel, run: RunDirectory, dtype: torch.dtype | None) -> None:
-    """Check that the checkpoint and, until it is complete, all finished blocks have room, each on its volume."""
-    if run.verified:  # only names are left to be changed
-        return
-    run.prepare_staging()
-    checkpoint_bytes = store.output_bytes(loaded, dtype)
-    blocks = sum(parameter.nbytes for parameter in loaded.model.parameters()) - run.kept_bytes
-    if store.same_volume(run.state, run.out):
-        store.check_space(run.out, checkpoint_bytes + blocks)
-    else:
-        store.check_space(run.out, checkpoint_bytes)
-        store.check_space(run.state, blocks)
 
 
 def _existing_directory(path: str | Path) -> Path:

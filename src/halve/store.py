@@ -22,7 +22,7 @@ from halve.checkpoint_files import CONFIG, INDEX, REPORT, WEIGHTS, companions
 from halve.disk_layout import DiskTensor
 from halve.durable import Content, file_chunks, make_directory, write_file, writing
 from halve.errors import InputError
-from halve.run_directory import is_unfinished
+from halve.run_directory import RunDirectory, is_unfinished
 from halve.shards import build_header, read_chunks, read_shard, tensor_bytes
 
 MAX_SHARD = 5_000_000_000
@@ -83,6 +83,29 @@ def check_space(directory: Path, bytes_needed: int) -> None:
 def same_volume(one: Path, other: Path) -> bool:
     """Whether two existing files or directories take their space from the same volume."""
     return one.stat().st_dev == other.stat().st_dev
+
+
+def check_room(loaded: LoadedModel, run: RunDirectory, dtype: torch.dtype | None) -> None:
+    """Check that the checkpoint and, until it is complete, all finished blocks have room, each on its volume.
+
+    Args:
+        loaded: the dense model.
+        run: whose directories they go to; what a stopped attempt at the checkpoint has left there is removed.
+        dtype: as for ``write_checkpoint``.
+
+    Raises:
+        InputError: a volume is too full.
+    """
+    if run.verified:  # only names are left to be changed
+        return
+    run.prepare_staging()
+    checkpoint = output_bytes(loaded, dtype)
+    blocks = sum(parameter.nbytes for parameter in loaded.model.parameters()) - run.kept_bytes
+    if same_volume(run.state, run.out):
+        check_space(run.out, checkpoint + blocks)
+    else:
+        check_space(run.out, checkpoint)
+        check_space(run.state, blocks)
 
 
 def _check_free(directory: Path, volume: Path, bytes_needed: int) -> None:
