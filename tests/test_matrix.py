@@ -11,7 +11,7 @@ from halve import refit as refits
 from halve.dense_target import dense_target
 from halve.errors import FactorisationError, InputError, PatternError
 from halve.gram import GramAccumulator, Statistics
-from halve.matrix import prune_weight, prune_weights, validate_settings
+from halve.matrix import prune_weight, prune_weights
 from halve.objective import Objective
 from halve.outcome import Status
 from halve.shrinkage import shrink
@@ -299,16 +299,6 @@ def test_bad_patterns_are_refused_before_any_work(monkeypatch, pattern, method, 
     monkeypatch.setattr(matrix_module, "_solve", lambda task: pytest.fail("work began"))
     with pytest.raises(PatternError, match=message):
         prune(WEIGHT, GRAM, method, pattern=pattern)
-
-
-def test_settings_can_be_checked_alone():
-    validate_settings("sparsegpt", "gd", "50%", fallback="wanda", damping=0.1, refit_steps=5)
-    with pytest.raises(PatternError, match="not to 50%"):
-        validate_settings("prox-gradient", "cg", "50%")
-    with pytest.raises(InputError, match="no option 'refit_steps'"):
-        validate_settings("wanda", "cg", "2:4", refit_steps=5)
-    with pytest.raises(InputError, match="fallback 'x' is unknown"):
-        validate_settings("wanda", "cg", "2:4", fallback="x")
 
 
 @pytest.mark.parametrize("refit", ["none", "cg", "gd", "swap"])

@@ -5,12 +5,15 @@ import pytest
 import torch
 
 import layer_oracles as oracle
+from halve.defaults import Defaults
 from halve.dense_target import dense_target
 from halve.errors import InputError
 from halve.gram import GramAccumulator, Statistics
-from halve.objective import MATCH_DENSE, Objective
+from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.shrinkage import choose_shrinkage, shrink
+
+BY_AUTO = Defaults(choose_shrinkage=True, match_dense=0.25)
 
 
 def problem(tokens=60):
@@ -50,17 +53,17 @@ def test_good_values_are_kept(value):
 )
 def test_who_has_the_shrinkage_chosen(shrinkage, auto, named):
     objective = Objective(shrinkage)
-    assert objective.chooses_shrinkage("auto") is auto
-    assert {objective.chooses_shrinkage(method) for method in ("wanda", "prox-admm", "alps")} == {named}
+    assert objective.chooses_shrinkage(BY_AUTO) is auto
+    assert objective.chooses_shrinkage(Defaults()) is named
 
 
 def test_nothing_asked_for_changes_nothing():
     weight, stats = problem()
-    target, gram, facts = Objective().apply(weight, stats, Pattern("2:4"), "prox-admm")
+    target, gram, facts = Objective().apply(weight, stats, Pattern("2:4"), Defaults())
     assert target is weight
     assert gram is stats.gram
     assert facts == {}
-    target, gram, facts = Objective(0, 0).apply(weight, stats, Pattern("2:4"), "auto")
+    target, gram, facts = Objective(0, 0).apply(weight, stats, Pattern("2:4"), BY_AUTO)
     assert target is weight
     assert gram is stats.gram
     assert facts == {}
@@ -68,36 +71,36 @@ def test_nothing_asked_for_changes_nothing():
 
 @pytest.mark.parametrize(
     ("asked", "auto", "named", "insists"),
-    [(None, MATCH_DENSE, 0.0, False), (0.0, 0.0, 0.0, False), (0.6, 0.6, 0.6, True), (1, 1, 1, True)],
+    [(None, 0.25, 0.0, False), (0.0, 0.0, 0.0, False), (0.6, 0.6, 0.6, True), (1, 1, 1, True)],
 )
 def test_who_aims_at_the_dense_model(asked, auto, named, insists):
     weight, stats = problem()
     objective = Objective(0.0, asked)
     assert objective.insists_on_dense is insists
-    for method, blend in (("auto", auto), ("prox-admm", named), ("wanda", named)):
-        assert objective.blend(method) == blend
-        target, _, facts = objective.apply(weight, stats, Pattern("2:4"), method)
+    for defaults, blend in ((BY_AUTO, auto), (Defaults(), named)):
+        assert objective.blend(defaults) == blend
+        target, _, facts = objective.apply(weight, stats, Pattern("2:4"), defaults)
         assert facts.get("match_dense", 0.0) == blend
         assert torch.equal(target, dense_target(weight, stats, blend, 0.1))
     alone = replace(stats, cross=None)
-    target, _, facts = Objective(0.0).apply(weight, alone, Pattern("2:4"), "auto")
+    target, _, facts = Objective(0.0).apply(weight, alone, Pattern("2:4"), BY_AUTO)
     assert target is weight
     assert facts == {}
 
 
 def test_a_number_is_taken_and_auto_is_chosen():
     weight, stats = problem()
-    _, gram, facts = Objective(0.3).apply(weight, stats, Pattern("2:4"), "auto")
+    _, gram, facts = Objective(0.3).apply(weight, stats, Pattern("2:4"), BY_AUTO)
     assert facts["shrinkage"] == 0.3
     assert torch.equal(gram, shrink(stats.gram, 0.3))
     chosen = choose_shrinkage(weight, stats, Pattern("2:4"))
     assert chosen > 0.0
-    for objective, method in ((Objective(match_dense=0), "auto"), (Objective("auto"), "wanda")):
-        _, gram, facts = objective.apply(weight, stats, Pattern("2:4"), method)
+    for objective, defaults in ((Objective(match_dense=0), BY_AUTO), (Objective("auto"), Defaults())):
+        _, gram, facts = objective.apply(weight, stats, Pattern("2:4"), defaults)
         assert facts == {"shrinkage": chosen}
         assert torch.equal(gram, shrink(stats.gram, chosen))
     alone = Statistics(stats.gram, stats.tokens)
-    assert Objective("auto").apply(weight, alone, Pattern("2:4"), "wanda")[2] == {}
+    assert Objective("auto").apply(weight, alone, Pattern("2:4"), Defaults())[2] == {}
 
 
 def test_targets_follow_blend_and_ridge_and_are_what_the_shrinkage_is_chosen_for(monkeypatch):
@@ -109,7 +112,7 @@ def test_targets_follow_blend_and_ridge_and_are_what_the_shrinkage_is_chosen_for
         return 0.25
 
     monkeypatch.setattr("halve.objective.choose_shrinkage", choose)
-    target, gram, facts = Objective("auto", 0.5, 0.2).apply(weight, stats, Pattern("2:4"), "wanda")
+    target, gram, facts = Objective("auto", 0.5, 0.2).apply(weight, stats, Pattern("2:4"), Defaults())
     assert torch.equal(target, dense_target(weight, stats, 0.5, 0.2))
     assert not torch.equal(target, weight)
     assert judged[0] is target

@@ -10,7 +10,6 @@ from halve.reconstruct import (
     RATES,
     Example,
     Reconstruction,
-    default_reconstruction,
     parse_reconstruction,
     reconstruct,
     trainable,
@@ -201,17 +200,3 @@ def test_what_users_write():
     for other in (None, "none", Reconstruction()):
         with pytest.raises(InputError, match="'epochs' is an option of the reconstruction"):
             parse_reconstruction(other, epochs=2)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "expected"),
-    [
-        ("auto", {"effort": "best"}, "block"),
-        ("auto", {"effort": "best", "time_limit": 3.0}, "block"),
-        ("auto", {"effort": "balanced"}, "none"),
-        ("auto", {}, "none"),
-        ("wanda", {"effort": "best"}, "none"),
-    ],
-)
-def test_blocks_are_tuned_unasked_for_the_best_effort_alone(method, options, expected):
-    assert default_reconstruction(method, options) == expected

@@ -6,7 +6,7 @@ from halve.errors import InputError, PatternError
 from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction
-from halve.settings import MIN_EXPERT_TOKENS, Settings
+from halve.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
 
 
 def settings(method="wanda", refit="none", pattern="2:4", **changes):
@@ -67,3 +67,35 @@ def test_bad_settings_are_refused(changes, message):
 def test_a_pattern_the_method_cannot_do_is_refused():
     with pytest.raises(PatternError, match="not to 50%"):
         settings("prox-admm", pattern="50%")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("auto", {"effort": "best"}, "block"),
+        ("auto", {"effort": "best", "time_limit": 3.0}, "block"),
+        ("auto", {"effort": "balanced"}, "none"),
+        ("auto", {}, "none"),
+        ("wanda", {}, "none"),
+    ],
+)
+def test_blocks_are_tuned_unasked_for_the_best_effort_alone(method, options, expected):
+    assert default_reconstruction(method, options) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magnitude", "objective": Objective("auto")}, "shrinkage acts on statistics, which magnitude with"),
+        ({"objective": Objective(match_ridge=1.0)}, "match_ridge goes with targets from the dense model"),
+        (
+            {"method": "auto", "options": {"effort": "fast"}, "objective": Objective(match_ridge=1.0)},
+            "match_ridge goes",
+        ),
+    ],
+)
+def test_an_objective_without_effect_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        settings(**changes).check_objective()
+    for fine in ({"objective": Objective(0.5)}, {"method": "auto", "objective": Objective(match_ridge=1.0)}):
+        settings(**fine).check_objective()

@@ -94,10 +94,11 @@ def prune(
 ) -> None:
     """Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."""
     from halve.compare import Contender
-    from halve.matrix import validate_settings
     from halve.objective import Objective
     from halve.pruning import prune as prune_model
-    from halve.reconstruct import default_reconstruction, parse_reconstruction
+    from halve.reconstruct import parse_reconstruction
+    from halve.settings import default_reconstruction
+    from halve.solver_settings import validate_settings
 
     with reporting(out_dir):
         options = merge_options(parse_options(option or []), effort=effort, time_limit=time_limit)

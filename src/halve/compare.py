@@ -260,7 +260,7 @@ def make_requests(
             fallback,
             min_expert_tokens,
             tuning,
-            Objective.of(objective, own),
+            Objective.of(objective),
         )
         found[contender] = Request(settings, target, precision, dtype)
     return found

@@ -2,47 +2,26 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from halve import methods
-from halve import refit as refits
 from halve.conditioning import check_weight, checked_statistics, into_range, times_power_of_two
-from halve.errors import CalibrationError, FactorisationError, InputError, PatternError
+from halve.errors import CalibrationError, FactorisationError, InputError
 from halve.gram import Statistics
 from halve.linalg import full_precision
-from halve.methods import Method
-from halve.methods.auto import FAST, FAST_TOLERANCE, AutoOptions
 from halve.objective import Objective
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
 from halve.quadratic import ratio, row_losses
-from halve.refit import Refit
-
-FALLBACKS = ("magnitude", "wanda")
-"""Methods that cannot fail for numerical reasons."""
-_REFIT_PREFIX = "refit_"
-_OF_OBJECTIVE = tuple(field.name for field in fields(Objective))
+from halve.solver_settings import SolverSettings, solver_settings
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """What to do, checked as far as that is possible without a matrix."""
-
-    pattern: Pattern
-    method: Method
-    method_options: Any
-    refit: Refit
-    refit_options: Any
-    fallback: str | None
-    objective: Objective
-
-
-@dataclass(frozen=True)
-class _Task(_Settings):
+class _Task(SolverSettings):
     """What to do to which rows, checked.
 
     Attributes:
@@ -54,40 +33,6 @@ class _Task(_Settings):
     weight: Tensor
     sizes: tuple[int, ...]
     stats: Statistics | None
-
-
-def validate_settings(
-    method: str, refit: str, pattern: str | Pattern, *, fallback: str | None = None, **options: Any
-) -> None:
-    """Check names and options that will later go to ``prune_weight``, without a matrix.
-
-    Args:
-        method: a name in ``halve.methods.METHODS``.
-        refit: ``none``, ``cg``, ``gd`` or ``swap``.
-        pattern: N:M or a percentage.
-        fallback: ``magnitude``, ``wanda`` or None.
-        **options: of the method, and of the refit with the prefix ``refit_``.
-
-    Raises:
-        InputError: a name or an option is unknown, or a value is out of range.
-        PatternError: the pattern is malformed, or not one for this method.
-    """
-    _settings(method, refit, pattern, fallback, Objective(), options)
-
-
-def effective_options(method: str, refit: str, **options: Any) -> dict[str, Any]:
-    """Return all options of a method and a refit (with the prefix ``refit_``), those not given at their defaults.
-
-    Args:
-        method: a name in ``halve.methods.METHODS``.
-        refit: ``none``, ``cg``, ``gd`` or ``swap``.
-        **options: as for ``prune_weight``.
-
-    Raises:
-        InputError: a name or an option is unknown, or a value is out of range.
-    """
-    of_method, of_refit = _split_options(method, refit, options)
-    return asdict(of_method) | {f"{_REFIT_PREFIX}{name}": value for name, value in asdict(of_refit).items()}
 
 
 def prune_weight(
@@ -170,7 +115,7 @@ def prune_weights(
     Raises:
         InputError, PatternError: as `prune_weight`; also if the matrices differ in dtype or device.
     """
-    settings = _settings(method, refit, pattern, fallback, Objective.of(objective, options), options)
+    settings = solver_settings(method, refit, pattern, fallback, Objective.of(objective), options)
     for weight in weights:
         check_weight(weight)
     if len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) != 1:
@@ -187,7 +132,7 @@ def prune_weights(
     return outcomes
 
 
-def _share_of_time(settings: _Settings, share: float) -> _Settings:
+def _share_of_time(settings: SolverSettings, share: float) -> SolverSettings:
     """Return the settings with a share of the time limit, where there is one."""
     limit = getattr(settings.method_options, "time_limit", None)
     return (
@@ -227,49 +172,13 @@ def _aimed(task: _Task) -> tuple[_Task, dict[str, float]]:
     """Return the task with the weights and the Gram matrix that its objective asks for, and what was done to them."""
     if task.stats is None or not _is_live(task.stats):
         return task, {}
-    weight, gram, facts = task.objective.apply(task.weight, task.stats, task.pattern, task.method.name)
+    defaults = task.method.defaults(task.method_options)
+    weight, gram, facts = task.objective.apply(task.weight, task.stats, task.pattern, defaults)
     return replace(task, weight=weight, stats=replace(task.stats, gram=gram)), facts
 
 
-def _settings(
-    method: str,
-    refit: str,
-    pattern: str | Pattern,
-    fallback: str | None,
-    objective: Objective,
-    options: dict[str, Any],
-) -> _Settings:
-    pattern = Pattern.parse(pattern)
-    row, refit_row = methods.get(method), refits.get(refit)
-    method_options, refit_options = _split_options(row, refit_row, options)
-    if fallback is not None and fallback not in FALLBACKS:
-        raise InputError(f"fallback {fallback!r} is unknown: choose one of {', '.join(FALLBACKS)}, or leave it out")
-    if not pattern.structured and not row.unstructured:
-        takers = ", ".join(other.name for other in methods.METHODS.values() if other.unstructured)
-        raise PatternError(
-            f"method {row.name} prunes to N:M such as 2:4, not to {pattern}: for that choose one of {takers}"
-        )
-    if not pattern.structured and refit_row.changes_mask:
-        raise PatternError(
-            f"refit {refit_row.name} exchanges weights within the groups of N:M, not of {pattern}: use cg"
-        )
-    return _Settings(pattern, row, method_options, refit_row, refit_options, fallback, objective)
-
-
-def _split_options(method: str | Method, refit: str | Refit, options: dict[str, Any]) -> tuple[Any, Any]:
-    if stray := next((name for name in options if name in _OF_OBJECTIVE), None):
-        raise InputError(f"{stray} belongs to the objective: write objective=halve.Objective({stray}=…)")
-    of_refit = {name.removeprefix(_REFIT_PREFIX): value for name, value in options.items() if _is_of_refit(name)}
-    of_method = {name: value for name, value in options.items() if not _is_of_refit(name)}
-    method_options = methods.make_options(method, **of_method)
-    refit_row = refits.get(refit) if isinstance(refit, str) else refit
-    if isinstance(method_options, AutoOptions) and method_options.effort == FAST and refit_row.name == "cg":
-        of_refit = {"tolerance": FAST_TOLERANCE, **of_refit}
-    return method_options, refits.make_options(refit_row, **of_refit)
-
-
 def _statistics(
-    weight: Tensor, gram: Tensor | Statistics | None, tokens: int | None, settings: _Settings
+    weight: Tensor, gram: Tensor | Statistics | None, tokens: int | None, settings: SolverSettings
 ) -> Statistics | None:
     """Check a matrix and its statistics against the settings."""
     settings.pattern.budget(weight.shape[1])
@@ -283,10 +192,6 @@ def _statistics(
         )
     settings.objective.check_statistics(gram)
     return None if gram is None else checked_statistics(gram, weight, tokens)
-
-
-def _is_of_refit(name: str) -> bool:
-    return name.startswith(_REFIT_PREFIX)
 
 
 def _solve(task: _Task) -> Outcome:

@@ -1,23 +1,19 @@
 """What is minimised, if not the plain loss on the calibration tokens: a shrunk H, targets from the dense model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from halve.defaults import Defaults
 from halve.dense_target import dense_target
 from halve.errors import InputError
 from halve.gram import Statistics
-from halve.methods.auto import FAST
 from halve.options import check_positive, is_number
 from halve.pattern import Pattern
 from halve.shrinkage import choose_shrinkage, shrink
 
 AUTO = "auto"
-
-MATCH_DENSE = 0.25
-"""How far the targets of method ``auto`` are the dense model's outputs, where both models' inputs are known."""
+"""The shrinkage that is chosen by held-out loss."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +22,11 @@ class Objective:
 
     Attributes:
         shrinkage: how far H is shrunk towards its diagonal (`halve.shrinkage`), in [0, 1]; ``auto`` chooses it by
-            held-out loss where the statistics are kept by halves. None is ``auto`` for method ``auto``, and 0 for
-            every method that was asked for by name.
+            held-out loss where the statistics are kept by halves. None leaves it to the method: ``auto`` for method
+            ``auto``, and 0 for the others.
         match_dense: α in [0, 1], how far targets are the dense model's outputs (`halve.dense_target`); above 0 it
-            needs statistics with ``cross``. None is `MATCH_DENSE` for method ``auto`` where the statistics have it,
-            but 0 with effort ``fast``, since they take a second forward pass, and 0 elsewhere.
+            needs statistics with ``cross``. None leaves it to the method, where the statistics have it: 0.25 for
+            method ``auto`` with more effort than ``fast``, and 0 for the others.
         match_ridge: what holds the weights of such targets near the dense ones, > 0.
     """
 
@@ -46,12 +42,8 @@ class Objective:
         check_positive("match_ridge", self.match_ridge)
 
     @classmethod
-    def of(cls, asked: "Objective | None", options: Mapping[str, Any]) -> "Objective":
-        """Return what was asked for, or the defaults: for effort ``fast`` they leave the dense model's outputs out.
-
-        Args:
-            asked: the user's, None if there is none.
-            options: of the method.
+    def of(cls, asked: "Objective | None") -> "Objective":
+        """Return what was asked for, or the defaults.
 
         Raises:
             InputError: it is something else.
@@ -60,10 +52,7 @@ class Objective:
             raise InputError(
                 f"objective must be a halve.Objective, such as Objective(shrinkage=0.1), got {type(asked).__name__}"
             )
-        objective = asked or cls()
-        if objective.match_dense is None and options.get("effort") == FAST:
-            return replace(objective, match_dense=0.0)
-        return objective
+        return asked or cls()
 
     def check_statistics(self, gram: Tensor | Statistics | None) -> None:
         """Refuse a Gram matrix that lacks what was expressly asked for.
@@ -79,23 +68,21 @@ class Objective:
                 "halves (GramAccumulator(…, halves=True)), or a number"
             )
 
-    def chooses_shrinkage(self, method: str) -> bool:
-        """Whether ``method`` is to have its shrinkage chosen."""
-        return self.shrinkage == AUTO or (self.shrinkage is None and method == AUTO)
+    def chooses_shrinkage(self, defaults: Defaults) -> bool:
+        """Whether a method with these defaults is to have its shrinkage chosen."""
+        return self.shrinkage == AUTO or (self.shrinkage is None and defaults.choose_shrinkage)
 
     @property
     def insists_on_dense(self) -> bool:
         """Whether targets from the dense model were asked for, so that to go without them would be a fault."""
         return self.match_dense is not None and self.match_dense > 0.0
 
-    def blend(self, method: str) -> float:
-        """Return α for ``method``, where statistics have both models' inputs."""
-        if self.match_dense is not None:
-            return self.match_dense
-        return MATCH_DENSE if method == AUTO else 0.0
+    def blend(self, defaults: Defaults) -> float:
+        """Return α for a method with these defaults, where statistics have both models' inputs."""
+        return defaults.match_dense if self.match_dense is None else self.match_dense
 
     def apply(
-        self, weight: Tensor, stats: Statistics, pattern: Pattern, method: str
+        self, weight: Tensor, stats: Statistics, pattern: Pattern, defaults: Defaults
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return what to solve for: the weights to prune, H, and the facts ``shrinkage`` and ``match_dense``, if not 0.
 
@@ -103,14 +90,14 @@ class Objective:
             weight: (d_out, d_in), W0.
             stats: of the layer's inputs, H not zero.
             pattern: the sparsity pattern.
-            method: name of the method.
+            defaults: of the method.
 
         Raises:
             FactorisationError: targets from the dense model could not be computed.
         """
-        blend = 0.0 if stats.cross is None else self.blend(method)
+        blend = 0.0 if stats.cross is None else self.blend(defaults)
         target = dense_target(weight, stats, blend, self.match_ridge)
-        if self.chooses_shrinkage(method):
+        if self.chooses_shrinkage(defaults):
             amount = choose_shrinkage(target, stats, pattern)
         else:
             amount = 0.0 if self.shrinkage is None else float(self.shrinkage)

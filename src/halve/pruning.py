@@ -31,11 +31,11 @@ from halve.errors import CorruptFileError, HalveError, InputError
 from halve.fingerprint import fingerprint
 from halve.objective import Objective
 from halve.pattern import Pattern
-from halve.reconstruct import Reconstruction, default_reconstruction, parse_reconstruction
+from halve.reconstruct import Reconstruction, parse_reconstruction
 from halve.run import prune_blocks
 from halve.run_directory import RunDirectory, open_run, recorded_call
 from halve.run_report import Listener, Progress, RunReport
-from halve.settings import MIN_EXPERT_TOKENS, Settings
+from halve.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
 from halve.tokens import TokenSet
 from halve.verification import check
 
@@ -145,7 +145,7 @@ def prune(
             fallback,
             min_expert_tokens,
             parse_reconstruction(default_reconstruction(method, options) if reconstruct is None else reconstruct),
-            Objective.of(objective, options),
+            Objective.of(objective),
         ),
         resolve_device(device),
         forward_precision(forward_dtype, resolve_device(device)),

@@ -77,11 +77,6 @@ def parse_reconstruction(asked: "Reconstruction | str | None", **options: Any) -
     return asked if isinstance(asked, Reconstruction) else None
 
 
-def default_reconstruction(method: str, options: Mapping[str, Any]) -> str:
-    """Return what happens where nobody says: blocks are reconstructed for method ``auto`` with effort ``best``."""
-    return BLOCK if method == "auto" and options.get("effort") == "best" else "none"
-
-
 @dataclass(frozen=True)
 class Example:
     """One batch for a block.

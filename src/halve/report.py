@@ -105,8 +105,8 @@ def settings_json(settings: Settings) -> dict[str, Any]:
         "min_expert_tokens": settings.min_expert_tokens,
         "reconstruction": None if settings.reconstruction is None else asdict(settings.reconstruction),
         "objective": {
-            "shrinkage": AUTO if objective.chooses_shrinkage(settings.method) else objective.shrinkage or 0.0,
-            "match_dense": objective.blend(settings.method),
+            "shrinkage": AUTO if objective.chooses_shrinkage(settings.defaults) else objective.shrinkage or 0.0,
+            "match_dense": objective.blend(settings.defaults),
             "match_ridge": objective.match_ridge,
         },
     }

@@ -267,7 +267,7 @@ class _Loop:
         dense: HiddenStates | None,
     ) -> dict[str, Statistics | None]:
         """Return the statistics of a block's inputs; ``dense`` states, if they are to be paired, go through it too."""
-        halves = self._settings.objective.chooses_shrinkage(self._settings.method)
+        halves = self._settings.objective.chooses_shrinkage(self._settings.defaults)
         collector = Collector(work, self._plan.blocks[index], matrices, self._device, halves=halves)
         with autocast(work, self._precision), collector.watching():
             for batch in range(len(stream.hidden)):

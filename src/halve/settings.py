@@ -5,16 +5,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halve import methods
+from halve.defaults import Defaults
 from halve.errors import InputError
-from halve.matrix import effective_options, validate_settings
 from halve.objective import Objective
 from halve.options import check_count
 from halve.pattern import Pattern
-from halve.reconstruct import Reconstruction
+from halve.reconstruct import BLOCK, Reconstruction
+from halve.solver_settings import effective_options, method_defaults, validate_settings
 
 MIN_EXPERT_TOKENS = 32
 """Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, if any
 fallback is allowed, and listed."""
+
+
+def default_reconstruction(method: str, options: Mapping[str, Any]) -> str:
+    """Return what becomes of the blocks where nobody says: ``block`` or ``none``.
+
+    Raises:
+        InputError: the method or an option of it is unknown, or a value is out of range.
+    """
+    return BLOCK if method_defaults(method, options).reconstruct else "none"
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,12 @@ class Settings:
     @property
     def matches_dense(self) -> bool:
         """Whether targets are to come from the dense model, where its inputs can be paired with the pruned model's."""
-        return self.objective.blend(self.method) > 0.0
+        return self.objective.blend(self.defaults) > 0.0
+
+    @property
+    def defaults(self) -> Defaults:
+        """What goes with the method where nothing else was said."""
+        return method_defaults(self.method, self.options)
 
     @property
     def all_options(self) -> dict[str, Any]:

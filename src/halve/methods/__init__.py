@@ -9,11 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from halve.defaults import Defaults
 from halve.methods import alps, auto, magnitude, prox_admm, prox_gradient, ria, sparse_swaps, sparsegpt, wanda
 from halve.outcome import Outcome
 from halve.pattern import Pattern
 from halve.proximal import has_fast_solver
 from halve.tables import build_options, find_row
+
+
+def _as_published(_options: Any) -> Defaults:
+    return Defaults()
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Method:
             the same inputs may be solved as one.
         summary: one line for a listing.
         reference: where the method comes from.
+        defaults: from the options, what goes with the method where the user says nothing.
     """
 
     name: str
@@ -42,6 +48,7 @@ class Method:
     independent_rows: Callable[[Pattern], bool]
     summary: str
     reference: str
+    defaults: Callable[[Any], Defaults] = _as_published
 
 
 def _always(_pattern: Pattern) -> bool:
@@ -63,6 +70,7 @@ _ROWS = (
         independent_rows=has_fast_solver,
         summary="the best of the below for the pattern and the effort: prox-admm, or alps; with exact swaps for best",
         reference="Halve; arXiv 2501.18015 and 2406.07831",
+        defaults=auto.defaults,
     ),
     Method(
         "magnitude",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halve import swap
+from halve.defaults import Defaults
 from halve.errors import InputError
 from halve.gram import Statistics
 from halve.methods import alps, prox_admm
@@ -34,10 +35,11 @@ _NEXT_TAKES = {"fast": 4.0, "balanced": 2.0, "best": math.inf}
 """How many times as long the next effort takes."""
 _COMPARED_TO = 1e-2
 """Tolerance of the refit after which the rows of two efforts are compared."""
-FAST = "fast"
-FAST_TOLERANCE = 1e-2
-"""Tolerance of the refit ``cg`` for the effort ``fast``, where none is given: the iteration ends near the best weights
-on its mask, so that more would cost as much time as the iteration itself for a thousandth of the loss."""
+_FAST_TOLERANCE = 1e-2
+"""Tolerance of the refit ``cg`` after the effort ``fast``, whose iteration ends near the best weights on its mask: more
+would cost as much time as the iteration itself for a thousandth of the loss."""
+MATCH_DENSE = 0.25
+"""How far targets are the dense model's outputs; not for ``fast``, since they take a second forward pass."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,17 @@ class AutoOptions:
             raise InputError(f"effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
         if self.time_limit is not None:
             check_positive("time_limit of auto", self.time_limit)
+
+
+def defaults(options: AutoOptions) -> Defaults:
+    """Return what goes with an effort: shrinkage always, blocks reconstructed for ``best``."""
+    fast = options.effort == "fast"
+    return Defaults(
+        choose_shrinkage=True,
+        match_dense=0.0 if fast else MATCH_DENSE,
+        reconstruct=options.effort == "best",
+        refit_tolerance=_FAST_TOLERANCE if fast else None,
+    )
 
 
 def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: AutoOptions) -> Outcome:

@@ -1,0 +1,152 @@
+"""What to do to a matrix, checked as far as that is possible without one."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from halve import methods
+from halve import refit as refits
+from halve.defaults import Defaults
+from halve.errors import InputError, PatternError
+from halve.methods import Method
+from halve.objective import Objective
+from halve.pattern import Pattern
+from halve.refit import Refit
+
+FALLBACKS = ("magnitude", "wanda")
+"""Methods that cannot fail for numerical reasons."""
+_REFIT_PREFIX = "refit_"
+_OF_OBJECTIVE = tuple(field.name for field in fields(Objective))
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """What to do to a matrix.
+
+    Attributes:
+        pattern: to prune to.
+        method: the row of `halve.methods.METHODS`.
+        method_options: of its options' class.
+        refit: the row of `halve.refit.REFITS`.
+        refit_options: of its options' class.
+        fallback: method for where the asked one fails, or None.
+        objective: what is minimised.
+    """
+
+    pattern: Pattern
+    method: Method
+    method_options: Any
+    refit: Refit
+    refit_options: Any
+    fallback: str | None
+    objective: Objective
+
+
+def validate_settings(
+    method: str, refit: str, pattern: str | Pattern, *, fallback: str | None = None, **options: Any
+) -> None:
+    """Check names and options that will later go to ``prune_weight``, without a matrix.
+
+    Args:
+        method: a name in ``halve.methods.METHODS``.
+        refit: ``none``, ``cg``, ``gd`` or ``swap``.
+        pattern: N:M or a percentage.
+        fallback: ``magnitude``, ``wanda`` or None.
+        **options: of the method, and of the refit with the prefix ``refit_``.
+
+    Raises:
+        InputError: a name or an option is unknown, or a value is out of range.
+        PatternError: the pattern is malformed, or not one for this method.
+    """
+    solver_settings(method, refit, pattern, fallback, Objective(), options)
+
+
+def effective_options(method: str, refit: str, **options: Any) -> dict[str, Any]:
+    """Return all options of a method and a refit (with the prefix ``refit_``), those not given at their defaults.
+
+    Args:
+        method: a name in ``halve.methods.METHODS``.
+        refit: ``none``, ``cg``, ``gd`` or ``swap``.
+        **options: as for ``prune_weight``.
+
+    Raises:
+        InputError: a name or an option is unknown, or a value is out of range.
+    """
+    of_method, of_refit = _split_options(method, refit, options)
+    return asdict(of_method) | {f"{_REFIT_PREFIX}{name}": value for name, value in asdict(of_refit).items()}
+
+
+def method_defaults(method: str, options: Mapping[str, Any]) -> Defaults:
+    """Return what goes with a method and its options where the user says nothing.
+
+    Args:
+        method: a name in ``halve.methods.METHODS``.
+        options: as for ``prune_weight``.
+
+    Raises:
+        InputError: the method or an option of it is unknown, or a value is out of range.
+    """
+    row = methods.get(method)
+    return row.defaults(_method_options(row, options))
+
+
+def solver_settings(
+    method: str,
+    refit: str,
+    pattern: str | Pattern,
+    fallback: str | None,
+    objective: Objective,
+    options: Mapping[str, Any],
+) -> SolverSettings:
+    """Look up and check everything that `halve.prune_weight` is told besides the matrix.
+
+    Args:
+        method: see there, as for the others.
+        refit: see there.
+        pattern: see there.
+        fallback: see there.
+        objective: see there.
+        options: of the method, and of the refit with the prefix ``refit_``.
+
+    Raises:
+        InputError: a name or an option is unknown, or a value is out of range.
+        PatternError: the pattern is malformed, or not one for this method.
+    """
+    pattern = Pattern.parse(pattern)
+    row, refit_row = methods.get(method), refits.get(refit)
+    method_options, refit_options = _split_options(row, refit_row, options)
+    if fallback is not None and fallback not in FALLBACKS:
+        raise InputError(f"fallback {fallback!r} is unknown: choose one of {', '.join(FALLBACKS)}, or leave it out")
+    if not pattern.structured and not row.unstructured:
+        takers = ", ".join(other.name for other in methods.METHODS.values() if other.unstructured)
+        raise PatternError(
+            f"method {row.name} prunes to N:M such as 2:4, not to {pattern}: for that choose one of {takers}"
+        )
+    if not pattern.structured and refit_row.changes_mask:
+        raise PatternError(
+            f"refit {refit_row.name} exchanges weights within the groups of N:M, not of {pattern}: use cg"
+        )
+    return SolverSettings(pattern, row, method_options, refit_row, refit_options, fallback, objective)
+
+
+def _split_options(method: str | Method, refit: str | Refit, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    row, refit_row = _method_row(method), refits.get(refit) if isinstance(refit, str) else refit
+    method_options = _method_options(row, options)
+    tolerance = row.defaults(method_options).refit_tolerance
+    of_refit = {} if tolerance is None or refit_row.name != "cg" else {"tolerance": tolerance}
+    of_refit |= {name.removeprefix(_REFIT_PREFIX): value for name, value in options.items() if _is_of_refit(name)}
+    return method_options, refits.make_options(refit_row, **of_refit)
+
+
+def _method_options(row: Method, options: Mapping[str, Any]) -> Any:
+    if stray := next((name for name in options if name in _OF_OBJECTIVE), None):
+        raise InputError(f"{stray} belongs to the objective: write objective=halve.Objective({stray}=…)")
+    return methods.make_options(row, **{name: value for name, value in options.items() if not _is_of_refit(name)})
+
+
+def _method_row(method: str | Method) -> Method:
+    return methods.get(method) if isinstance(method, str) else method
+
+
+def _is_of_refit(name: str) -> bool:
+    return name.startswith(_REFIT_PREFIX)
