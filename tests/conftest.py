@@ -1,7 +1,34 @@
-"""Settings for all tests."""
+"""Settings and fixtures for all tests."""
 
+import pytest
 from hypothesis import settings
+
+from models import decoder
+from tiny_tokenizers import SENTENCES, byte_bpe
 
 # A busy machine must not turn a slow example into a failure.
 settings.register_profile("halve", deadline=None)
 settings.load_profile("halve")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny Llama on disk, with a tokenizer."""
+    directory = tmp_path / "dense"
+    decoder("llama", vocab_size=320).save_pretrained(directory)
+    byte_bpe().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def model(checkpoint):
+    """The same, as it is written on a command line."""
+    return str(checkpoint)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of calibration text, as it is written on a command line."""
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(SENTENCES * 40), encoding="utf-8")
+    return str(path)

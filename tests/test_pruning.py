@@ -14,37 +14,18 @@ from halve.checkpoint import load_model
 from halve.cli import app
 from halve.errors import (
     AlreadyCompleteError,
-    CalibrationError,
     InputError,
     LayerFailedError,
     ResumeMismatchError,
     UnsupportedModelError,
 )
 from halve.objective import Objective
-from halve.pruning import token_batches
 from halve.reconstruct import Reconstruction
 from halve.run_directory import RunDirectory, is_unfinished
-from halve.tokens import TokenSet, hash_ids
-from models import decoder, tokens, vit
-from tiny_tokenizers import SENTENCES, byte_bpe
+from models import decoder, tokens
+from tiny_tokenizers import byte_bpe
 
 FAST = {"method": "wanda", "refit": "none", "samples": 4, "seq_len": 16}
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A tiny Llama on disk, with a tokenizer."""
-    directory = tmp_path / "dense"
-    decoder("llama", vocab_size=320).save_pretrained(directory)
-    byte_bpe().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(SENTENCES * 40), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -107,27 +88,6 @@ def test_an_in_memory_model_can_be_written(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens()).logits, model(tokens()).logits)
 
 
-def test_images_are_given_as_batches():
-    model = vit()
-    pruned = halve.prune(model, calibration=[{"pixel_values": torch.randn(6, 3, 16, 16)}], method="wanda")
-    assert len(pruned.report.matrices) == 18
-    assert pruned.record["calibration"]["source"] == "batches"
-
-
-def test_without_data_the_model_writes_its_own(checkpoint):
-    pruned = halve.prune(checkpoint, **FAST)
-    assert pruned.record["calibration"]["source"] == "self"
-    again = halve.prune(checkpoint, **FAST)
-    assert again.record["calibration"]["sha256"] == pruned.record["calibration"]["sha256"]
-    other = halve.prune(checkpoint, seed=1, **FAST)
-    assert other.record["calibration"]["sha256"] != pruned.record["calibration"]["sha256"]
-
-
-def test_the_default_length_is_the_models_if_that_is_less(checkpoint, text):
-    pruned = halve.prune(checkpoint, calibration=text, method="wanda", refit="none", samples=2)
-    assert pruned.record["calibration"]["seq_len"] == 128
-
-
 def test_hidden_states_can_be_offloaded(checkpoint, text, tmp_path):
     folder = tmp_path / "spill"
     with pytest.raises(InputError, match=r"offload directory .* does not exist"):
@@ -169,11 +129,6 @@ def test_bad_input_is_refused_before_any_work_and_nothing_is_written(checkpoint,
     assert [path.name for path in full.iterdir()] == ["precious"]
 
 
-def test_too_little_text_says_how_many_samples_would_fit(checkpoint, text):
-    with pytest.raises((CalibrationError, InputError), match="samples"):
-        halve.prune(checkpoint, calibration=text, method="wanda", samples=10_000, seq_len=128)
-
-
 def test_meta_parameters_are_refused():
     with torch.device("meta"):
         model = decoder("llama")
@@ -186,21 +141,6 @@ def test_a_model_without_blocks_is_refused():
         halve.prune(torch.nn.Linear(4, 4), calibration=[{"input": torch.randn(2, 4)}])
 
 
-def test_token_batches_hold_at_most_4096_tokens_and_lose_none():
-    ids = tokens(30, 512)
-    batches = token_batches(ids)
-    assert [len(batch["input_ids"]) for batch in batches] == [8, 8, 8, 6]
-    assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), ids)
-    assert len(token_batches(tokens(2, 5000))) == 2
-
-
-def test_a_token_set_is_taken_as_it_is():
-    ids = tokens()
-    given = TokenSet(ids, "mine", hash_ids(ids), 1)
-    pruned = halve.prune(decoder("llama"), calibration=given, method="wanda")
-    assert pruned.record["calibration"]["source"] == "mine"
-
-
 @pytest.mark.parametrize("calibration", [None, "self"])
 def test_magnitude_without_refit_needs_no_data_at_all(tmp_path, calibration):
     model = decoder("llama")
@@ -208,15 +148,6 @@ def test_magnitude_without_refit_needs_no_data_at_all(tmp_path, calibration):
     assert pruned.record["calibration"] == {"seed": 0, "source": "none", "batches": 0}
     assert pruned.record["mean_relative_loss"] is None
     assert halve.check(tmp_path / "out").matrices == 21
-
-
-def test_one_skip_pattern_and_a_generator_of_batches_are_fine():
-    batches = ({"input_ids": tokens(2, seed=seed)} for seed in range(2))
-    pruned = halve.prune(decoder("llama"), calibration=batches, method="wanda", skip="*down_proj*")
-    assert len(pruned.report.matrices) == 18
-    assert pruned.record["calibration"]["batches"] == 2
-    with pytest.raises(InputError, match="empty list"):
-        halve.prune(decoder("llama"), calibration=[], method="wanda")
 
 
 def test_the_best_effort_tunes_blocks_unless_told_not_to(monkeypatch):
