@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-from models import decoder
+from models import decoder, save
 from tiny_tokenizers import SENTENCES, byte_bpe
 
 # A busy machine must not turn a slow example into a failure.
@@ -32,3 +32,15 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(" ".join(SENTENCES * 40), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A tiny Llama on disk, without a tokenizer."""
+    return save(decoder("llama"), tmp_path / "llama")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """The same in several shards."""
+    return save(decoder("llama"), tmp_path / "sharded", max_shard_size="40KB")

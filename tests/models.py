@@ -1,5 +1,7 @@
 """Tiny random models of many families, built in code; nothing is downloaded."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +92,17 @@ def vit(seed: int = 0) -> Any:
 def tokens(rows: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
     """Return random token ids of shape (rows, length)."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save(model: Any, path: Path, **options: Any) -> Path:
+    """Save a model, and return where."""
+    model.save_pretrained(path, **options)
+    return path
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change some keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def _alive(model: Any) -> Any:

@@ -1,6 +1,5 @@
 """Reading foreign checkpoints: what loads, and what is refused and how."""
 
-import json
 import shutil
 
 import huggingface_hub
@@ -17,25 +16,6 @@ from halve.checkpoint import LoadedModel, load_model, resolve
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def save(model, path, **options):
-    model.save_pretrained(path, **options)
-    return path
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return save(models.decoder("llama"), tmp_path / "llama")
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    return save(models.decoder("llama"), tmp_path / "sharded", max_shard_size="40KB")
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def cache(root, directory, monkeypatch):
@@ -57,7 +37,7 @@ def cache(root, directory, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "mixtral", "bert", "vit"])
 def test_every_parameter_is_loaded(tmp_path, family):
     model = models.decoder(family) if family in models.DECODERS else getattr(models, family)()
-    loaded = load_model(save(model, tmp_path / "in"))
+    loaded = load_model(models.save(model, tmp_path / "in"))
     assert type(loaded.model) is type(model)
     assert not loaded.model.training
     assert loaded.tokenizer is None
@@ -70,7 +50,7 @@ def test_every_parameter_is_loaded(tmp_path, family):
 
 
 def test_dtype_is_the_checkpoints_unless_asked(tmp_path):
-    path = save(models.decoder("llama").to(torch.bfloat16), tmp_path / "in")
+    path = models.save(models.decoder("llama").to(torch.bfloat16), tmp_path / "in")
     assert load_model(path).model.dtype == torch.bfloat16
     loaded = load_model(path, dtype=torch.float32)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
@@ -142,13 +122,13 @@ def test_files_that_were_not_validated_are_not_seen(llama, monkeypatch):
 
 @pytest.mark.parametrize("names", [None, [], ["LlamaForCausalLM", "LlamaModel"], ["NoSuchModel"], ["AutoConfig"], [3]])
 def test_unknown_architectures_are_refused(llama, names):
-    edit(llama / "config.json", architectures=names)
+    models.edit_json(llama / "config.json", architectures=names)
     with pytest.raises(UnsupportedModelError, match=r"architectures|does not have"):
         load_model(llama)
 
 
 def test_what_transformers_cannot_build_is_one_sentence(llama):
-    edit(llama / "config.json", hidden_size="big")
+    models.edit_json(llama / "config.json", hidden_size="big")
     with pytest.raises(UnsupportedModelError, match="transformers could not load") as caught:
         load_model(llama)
     assert "\n" not in str(caught.value)

@@ -11,27 +11,6 @@ from halve.checkpoint import resolve
 from halve.checkpoint_files import companions, forbidden_fields
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def save(model, path, **options):
-    model.save_pretrained(path, **options)
-    return path
-
-
-@pytest.fixture
-def llama(tmp_path):
-    return save(models.decoder("llama"), tmp_path / "llama")
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    return save(models.decoder("llama"), tmp_path / "sharded", max_shard_size="40KB")
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
 
 @pytest.mark.parametrize(
     ("field", "value"),
@@ -46,13 +25,13 @@ def edit(path, **changes):
     ],
 )
 def test_configs_that_ask_for_more_are_refused(llama, field, value):
-    edit(llama / "config.json", **{field: value})
+    models.edit_json(llama / "config.json", **{field: value})
     with pytest.raises(UnsupportedModelError, match=r"config\.json has '"):
         resolve(llama)
 
 
 def test_an_absent_field_may_be_null(llama):
-    edit(llama / "config.json", quantization_config=None)
+    models.edit_json(llama / "config.json", quantization_config=None)
     resolve(llama)
     assert forbidden_fields({"a": {"auto_map": {}}}).keys() == {"auto_map"}
 
@@ -89,7 +68,7 @@ def test_directories_without_a_config(tmp_path):
 def test_shard_names_must_be_plain(sharded, name):
     index = sharded / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
-    edit(index, weight_map={**weight_map, "model.norm.weight": name})
+    models.edit_json(index, weight_map={**weight_map, "model.norm.weight": name})
     with pytest.raises(CorruptFileError, match="not a plain"):
         resolve(sharded)
 
@@ -98,17 +77,17 @@ def test_shards_and_index_must_agree(sharded):
     index = sharded / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     first, second = sorted(set(weight_map.values()))[:2]
-    edit(index, weight_map={**weight_map, "ghost": first})
+    models.edit_json(index, weight_map={**weight_map, "ghost": first})
     with pytest.raises(CorruptFileError, match="'ghost'"):
         resolve(sharded)
-    edit(index, weight_map={**weight_map, "lm_head.weight": "absent.safetensors"})
+    models.edit_json(index, weight_map={**weight_map, "lm_head.weight": "absent.safetensors"})
     with pytest.raises(CorruptFileError, match=r"absent\.safetensors is missing"):
         resolve(sharded)
-    edit(index, weight_map=weight_map)
+    models.edit_json(index, weight_map=weight_map)
     shutil.copy(sharded / first, sharded / second)
     with pytest.raises(CorruptFileError, match="is in both"):
         resolve(sharded)
-    edit(index, weight_map={})
+    models.edit_json(index, weight_map={})
     with pytest.raises(CorruptFileError, match="no weight_map"):
         resolve(sharded)
 
