@@ -68,14 +68,10 @@ def choose_shrinkage(weight: Tensor, stats: Statistics, pattern: Pattern) -> flo
 
 def _lowest(cost: Callable[[int], float], start: int, count: int) -> int:
     """Return the index below ``count`` from which neither neighbour is lower, going downhill from ``start``."""
-    known = {start: cost(start)}
-    best = start
+    best, lowest = start, cost(start)
     for step in (-1, 1):
-        while 0 <= best + step < count:
-            known.setdefault(best + step, cost(best + step))
-            if known[best + step] >= known[best]:
-                break
-            best += step
+        while 0 <= best + step < count and (lost := cost(best + step)) < lowest:
+            best, lowest = best + step, lost
         if best != start:
             break
     return best
