@@ -34,6 +34,7 @@ from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction, parse_reconstruction
 from halve.run import prune_blocks
 from halve.run_directory import RunDirectory, open_run, recorded_call
+from halve.run_log import RunLog
 from halve.run_report import Listener, Progress, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
 from halve.tokens import TokenSet
@@ -258,8 +259,15 @@ def prune_loaded(
     settings, device, precision, dtype = request.settings, request.device, request.precision, request.dtype
     mark = fingerprint(loaded, data, settings, device=device, precision=precision, dtype=dtype)
     run.begin(mark, call, data if isinstance(data, TokenSet) else None, asked or {}, settings.fallback)
+    log = RunLog(run.home)
+
+    def tell(step: Progress) -> None:
+        log(step)
+        if listen is not None:
+            listen(step)
+
     try:
-        done = _prune(loaded, data, request, run, listen)
+        done = _prune(loaded, data, request, run, tell)
         record = _record(loaded, data, request, done, seed, run.out)
         seconds = _publish(loaded, done, record, run, dtype)
     except HalveError as error:
@@ -321,6 +329,7 @@ def _record(
         done,
         request.settings,
         {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
+        report.masks(loaded.model, done, request.dtype),
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
         calibration={"seed": seed, **calibration_record(data)},

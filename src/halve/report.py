@@ -1,5 +1,6 @@
 """What was done, as the JSON that lies beside the checkpoint (``halve.json``)."""
 
+import hashlib
 import math
 import os
 import platform
@@ -9,12 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from halve import kernels
 from halve.disk_layout import Location
 from halve.objective import AUTO
 from halve.run_report import BlockReport, MatrixReport, RunReport
 from halve.settings import Settings
+from halve.shards import tensor_bytes
 
 FORMAT = 1
 """Version of the layout of ``halve.json``."""
@@ -48,6 +51,7 @@ def to_json(
     report: RunReport,
     settings: Settings,
     locations: Mapping[str, Location],
+    masks: Mapping[str, str],
     changed: Mapping[str, Sequence[str]],
     *,
     source: Mapping[str, Any],
@@ -61,6 +65,7 @@ def to_json(
         report: what the run did.
         settings: what was asked.
         locations: for each matrix by name, where it lies on disk; empty when nothing is written.
+        masks: for each matrix by name, the sha256 of its mask.
         changed: for each changed parameter by name, the tensors on disk that hold it; empty when nothing is written.
         source: what was pruned (name, kind, revision).
         calibration: source, counts, seed and hash of the calibration data.
@@ -78,7 +83,10 @@ def to_json(
         "device": device,
         "forward_dtype": precision,
         "mean_relative_loss": finite(report.mean_relative_loss),
-        "matrices": [_matrix(matrix, locations.get(matrix.name)) for matrix in report.matrices],
+        "matrices": [
+            {**_matrix(matrix, locations.get(matrix.name)), "mask_sha256": masks.get(matrix.name)}
+            for matrix in report.matrices
+        ],
         "blocks": [_block(block, changed) for block in report.reconstructions],
         "excluded": [
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
@@ -86,6 +94,35 @@ def to_json(
         "warnings": list(report.warnings),
         "environment": environment(),
     }
+
+
+def mask_sha256(weight: Tensor) -> str:
+    """Return the sha256 of a matrix's mask: one bit a weight, 1 where it is not zero, row by row, eight to a byte.
+
+    Args:
+        weight: (d_out, d_in), whatever way it lies in memory or on disk.
+    """
+    kept = (weight != 0).flatten()
+    bits = nn.functional.pad(kept, (0, -kept.numel() % 8)).view(-1, 8).to(torch.uint8)
+    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
+    return hashlib.sha256(tensor_bytes((bits * places).sum(1, dtype=torch.uint8))).hexdigest()
+
+
+def masks(model: nn.Module, report: RunReport, dtype: torch.dtype | None) -> dict[str, str]:
+    """Return the hash of every pruned matrix's mask, by the matrix's name.
+
+    Args:
+        model: the pruned model.
+        report: what was pruned in it.
+        dtype: that the weights are written in; None for their own.
+    """
+    found = {}
+    for matrix in report.matrices:
+        weight = model.get_parameter(matrix.parameter).data
+        weight = weight if matrix.expert is None else weight[matrix.expert]
+        weight = weight if matrix.layout == "out_in" else weight.mT
+        found[matrix.name] = mask_sha256(weight if dtype is None else weight.to(dtype))
+    return found
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:

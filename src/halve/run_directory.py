@@ -40,6 +40,7 @@ class RunDirectory:
 
     Attributes:
         out: the directory of the checkpoint.
+        home: the directory in it that is the run's own.
         staging: where the checkpoint is put together.
         state: where finished blocks are kept.
     """
@@ -47,13 +48,13 @@ class RunDirectory:
     def __init__(self, out: Path, state: Path) -> None:
         self.out = out
         self.state = state
-        self._home = out / HOME
-        self.staging = self._home / "output"
+        self.home = out / HOME
+        self.staging = self.home / "output"
         self._manifest = read_manifest(state / MANIFEST) if (state / MANIFEST).exists() else None
         if self._manifest is None and any(state.glob("block-*.safetensors")):
             raise CorruptFileError(
                 f"{state / MANIFEST}, which names the finished blocks beside it, is missing: put it back, or remove "
-                f"{self._home} and the blocks, and begin again"
+                f"{self.home} and the blocks, and begin again"
             )
 
     @property
@@ -252,7 +253,7 @@ class RunDirectory:
         for path in (*(self.state / name for name in (*blocks, _TOKENS)), self.state / MANIFEST):  # the manifest last
             path.unlink(missing_ok=True)
             crash_point("remove.file")
-        shutil.rmtree(self._home)
+        shutil.rmtree(self.home)
         for directory in {self.state, self.out}:
             if directory.is_dir() and not any(directory.iterdir()):
                 directory.rmdir()
