@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -482,3 +483,20 @@ def test_shrinkage_is_chosen_for_auto_and_reported():
         assert all("shrinkage" not in each.facts for each in report.matrices)
     report = prune_blocks(decoder("llama"), few, settings("wanda", "cg", objective=Objective(0.2)), device=CPU)
     assert {each.facts["shrinkage"] for each in report.matrices} == {0.2}
+
+
+@pytest.mark.parametrize(("copies", "asked"), [(1, {}), (2, {"reconstruction": Reconstruction(epochs=1)})])
+def test_hidden_states_that_cannot_fit_are_refused_before_anything_is_pruned(tmp_path, monkeypatch, copies, asked):
+    data = batches(3)
+    needed = copies * sum(batch["input_ids"].numel() for batch in data) * 32 * 4
+    model = decoder("llama")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    monkeypatch.setattr("halve.memory.available_memory", lambda: needed - 1)
+    with pytest.raises(InputError, match=r"hidden states .* of memory are available: keep them on disk \(offload\)"):
+        prune_blocks(model, data, settings(**asked), device=CPU)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    monkeypatch.setattr("halve.blocks.shutil.disk_usage", lambda _path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(InputError, match=r"are free where .*: free some space, or use fewer samples"):
+        prune_blocks(model, data, settings(**asked), device=CPU, offload=tmp_path)
+    monkeypatch.setattr("halve.memory.available_memory", lambda: needed)
+    prune_blocks(model, data, settings(**asked), device=CPU)

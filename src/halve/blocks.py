@@ -7,6 +7,7 @@ short sample before anything else happens.
 """
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from halve.errors import CalibrationError, InputError, UnsupportedModelError
+from halve.memory import check_memory
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of one forward pass, as tensors: ``input_ids``, ``attention_mask``, ``pixel_values``, …"""
@@ -236,6 +238,8 @@ def capture(
     batches: Sequence[Batch],
     returns: Sequence[Any],
     directory: Path | None = None,
+    *,
+    copies: int = 1,
 ) -> Stream:
     """Record the hidden state that enters the first block, and every block's arguments, for all batches.
 
@@ -245,9 +249,11 @@ def capture(
         batches: the calibration set.
         returns: what each block returns (`block_returns`).
         directory: where to keep hidden states on disk; None keeps them in memory.
+        copies: how many sets of hidden states there are going to be, for the room they take.
 
     Raises:
         CalibrationError: an embedding is not finite.
+        InputError: there is no room for so many hidden states; the first batch tells.
     """
     recorders = [_Recorder(value) for value in returns]
     stream = Stream(HiddenStates(directory), [[] for _ in blocks], [])
@@ -259,10 +265,30 @@ def capture(
                 first = stream.calls[position][0] if index else call
                 stream.calls[position].append(first if _same(first, call) else call)
                 if position == 0:
+                    if not index:
+                        _check_room(copies * hidden.nbytes * _size(batches) // _size([batch]), directory)
                     check_finite(hidden, f"the embeddings of calibration batch {index}")
                     stream.hidden.append(hidden)
             stream.valid.append(_valid_positions(batch))
     return stream
+
+
+def _size(batches: Sequence[Batch]) -> int:
+    """Return the number of entries of the batches' first tensors, which hidden states are proportional to."""
+    return sum(next(iter(batch.values())).numel() for batch in batches)
+
+
+def _check_room(bytes_needed: int, directory: Path | None) -> None:
+    what = "the hidden states of the calibration set"
+    if directory is None:
+        check_memory(what, bytes_needed, "keep them on disk (offload), or use fewer samples")
+        return
+    free = shutil.disk_usage(directory).free
+    if bytes_needed > free:
+        raise InputError(
+            f"{what} need {bytes_needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free where {directory} is: free some "
+            "space, or use fewer samples"
+        )
 
 
 @contextmanager

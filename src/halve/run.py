@@ -153,9 +153,10 @@ class _Loop:
         if self._kept < len(members):
             self._tell(0, "capture")
             started = time.perf_counter()
-            stream = stream_of.capture(self._model, members, batches, returns, offload)
+            paired = self._matching or self._tuning is not None
+            stream = stream_of.capture(self._model, members, batches, returns, offload, copies=1 + paired)
             self._seconds["capture"] = time.perf_counter() - started
-            dense = stream.hidden.copy("dense") if self._matching or self._tuning is not None else None
+            dense = stream.hidden.copy("dense") if paired else None
             for index, block in enumerate(members):
                 self._pass_block(index, block, stream, dense)
         else:

@@ -1,0 +1,17 @@
+import pytest
+
+from halve import memory
+from halve.errors import InputError
+from halve.memory import available_memory, check_memory
+
+
+def test_what_is_available_is_what_the_system_says(tmp_path, monkeypatch):
+    assert 1e6 < available_memory() < 1e15
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    assert available_memory() is None
+    check_memory("giants", 1 << 80, "do less")
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   3 kB\nSwapFree: 1 kB\n")
+    assert available_memory() == 3072
+    check_memory("dwarfs", 3072, "do less")
+    with pytest.raises(InputError, match=r"^giants need 5\.0 GB and 0\.0 GB of memory are available: do less$"):
+        check_memory("giants", 5 * 10**9, "do less")
