@@ -83,7 +83,7 @@ def main(folder: Path) -> None:
     out.print(
         f"The comparison took {elapsed:.0f} s: {pruning:.0f} s of pruning, the rest copying, writing and measuring."
     )
-    record = compare.as_json(rows, model=model.name, pattern="2:4", calibration=tokens, seed=0)
+    record = compare.as_json(rows, requests, model=model.name, pattern="2:4", calibration=tokens, seed=0)
     (folder / "demo.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     if any(row.error for row in rows):
         sys.exit("a method failed; see above")
