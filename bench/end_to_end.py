@@ -60,7 +60,9 @@ def main() -> None:
         loaded, arguments.data, seq_len=arguments.seq_len, max_windows=arguments.windows, text_field="text"
     )
     for row in compare.compare(loaded, requests, tokens, texts, seed=arguments.seed):
-        entry = compare.as_json([row], model=arguments.model, pattern=PATTERN, calibration=tokens, seed=arguments.seed)
+        entry = compare.as_json(
+            [row], requests, model=arguments.model, pattern=PATTERN, calibration=tokens, seed=arguments.seed
+        )
         entry |= {
             "options": options,
             "forward_dtype": arguments.forward_dtype,

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,14 +82,15 @@ def main() -> None:
     for lam in options.lams:
         contenders: dict[str, Callable[[], Tensor]] = {
             "copy": z.clone,
-            "alternating": lambda lam=lam: alternating_updates(share, lam),
-            "reference": lambda lam=lam: prox(z, lam, backend="reference"),
+            "alternating": partial(alternating_updates, share, lam),
+            "reference": partial(prox, z, lam, backend="reference"),
         }
         if kernels.available():
-            contenders["native"] = lambda lam=lam: prox(z, lam, backend="native")
+            contenders["native"] = partial(prox, z, lam, backend="native")
         seconds = median_seconds(contenders, options.repeats, fewer)
         speed = {name: (share if name == "alternating" else z).numel() / time for name, time in seconds.items()}
-        lost = {name: objective(contenders[name](), z, lam) for name in ("reference", "native") if name in contenders}
+        kept = [name for name in ("reference", "native") if name in contenders]
+        lost: dict[str, float] = {name: objective(contenders[name](), z, lam) for name in kept}
         for name, rate in speed.items():
             row = {
                 "lam": lam,

@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -48,20 +49,20 @@ def held_out_text(folder: Path) -> Path:
 
 def answer(directory: Path) -> str:
     """Load the pruned checkpoint with plain transformers and let it answer."""
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
         tokens = model.generate(**chat, max_new_tokens=40, do_sample=False)
-    return tokenizer.decode(tokens[0, chat["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(tokens[0, chat["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def main(folder: Path) -> None:
     """Run the demo in ``folder``."""
     started = time.perf_counter()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if (folder / "pruned").exists():  # of the previous run
         shutil.rmtree(folder / "pruned")
     model, text = unpack_model(folder), held_out_text(folder)
