@@ -6,7 +6,8 @@ from halve.memory import available_memory, check_memory
 
 
 def test_what_is_available_is_what_the_system_says(tmp_path, monkeypatch):
-    assert 1e6 < available_memory() < 1e15
+    free = available_memory()
+    assert free is None or 1e6 < free < 1e15
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     assert available_memory() is None
     check_memory("giants", 1 << 80, "do less")
