@@ -2,7 +2,7 @@
 
 import pytest
 
-from halve import durable, run_directory
+from halve import durable, run_directory, run_manifest
 from halve.shards import build_header, tensor_bytes
 from harness import REFUSED, crash_at, crash_points, failures, forked, make_job, tree
 
@@ -32,7 +32,7 @@ def manifest_first(self, tensors, record):
         digest.update(chunk)
     name = f"block-{len(self._manifest.blocks):05d}.safetensors"
     self._manifest.blocks.append((name, digest.hexdigest()))
-    self._write_manifest()
+    self._manifest.write(self.state)
     durable.write_file(self.state / name, content, "block")
 
 
@@ -44,7 +44,7 @@ def put_config_first(self, files=None):
     """Give a checkpoint its config before its weights."""
     if files is not None:
         self._manifest.files = dict(files)
-        self._write_manifest()
+        self._manifest.write(self.state)
     for name in sorted(self._manifest.files, key=lambda name: name != "config.json"):
         if (self.staging / name).exists():
             durable.move_file(self.staging / name, self.out / name, "file")
@@ -61,7 +61,7 @@ def crash_and_judge(tmp_path, chosen):
 @pytest.mark.parametrize(
     ("owner", "name", "bad", "chosen"),
     [
-        (run_directory, "write_file", without_renaming, ("manifest.written", "block.written@2")),
+        (run_manifest, "write_file", without_renaming, ("manifest.written",)),
         (run_directory.RunDirectory, "commit", manifest_first, ("block.start", "block.written")),
         (run_directory.RunDirectory, "publish", put_config_first, ("file.start",)),
     ],
