@@ -162,8 +162,8 @@ def test_a_run_that_stops_is_resumed_with_a_fallback_and_then_has_its_own_exit_c
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     result = run(app, ["resume", stopped])
-    assert result.exit_code == EXIT_REFUSED
-    assert "holds no unfinished run" in result.output
+    assert result.exit_code == EXIT_FALLBACKS  # that of its record
+    assert "holds a finished checkpoint: nothing is left to do" in result.output
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -14,6 +14,7 @@ from halve.checkpoint import load_model
 from halve.cli import app
 from halve.errors import (
     AlreadyCompleteError,
+    CorruptFileError,
     InputError,
     LayerFailedError,
     ResumeMismatchError,
@@ -345,6 +346,24 @@ def test_what_can_be_known_is_refused_before_the_model_is_loaded(tmp_path, monke
     with pytest.raises(InputError, match=message):
         halve.prune(checkpoint, **{"out": tmp_path / "out", **arguments})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_seed_is_part_of_a_run_though_it_may_change_no_token(tmp_path, checkpoint, text):
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "out", calibration=text, listen=stop_in(1), **FAST)
+    with pytest.raises(ResumeMismatchError, match="seed was 0 and is 3"):
+        halve.prune(checkpoint, tmp_path / "out", calibration=text, seed=3, **FAST)
+
+
+def test_a_damaged_block_does_not_ask_to_be_resumed(tmp_path, checkpoint, text):
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "out", calibration=text, listen=stop_in(1), **FAST)
+    (tmp_path / "out" / ".halve" / "block-00000.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptFileError) as caught:
+        halve.resume(tmp_path / "out")
+    assert caught.value.unfinished is None
+    with pytest.raises(InputError, match="holds an unfinished run: complete it with `halve resume"):
+        halve.check(tmp_path / "out")
 
 
 def test_a_resumed_run_keeps_its_fallback(tmp_path, checkpoint, text):

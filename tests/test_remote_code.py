@@ -13,7 +13,7 @@ from halve.checkpoint import load_model, resolve, source_files
 from halve.checkpoint_files import companions
 from halve.cli import app
 from halve.cli_errors import EXIT_REFUSED
-from halve.errors import CorruptFileError, UnsupportedModelError
+from halve.errors import CorruptFileError, ResumeMismatchError, UnsupportedModelError
 from halve.pruning import resume
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens
@@ -110,6 +110,13 @@ def test_a_stopped_run_goes_on_with_the_code_it_was_begun_with(own):
     prune(path, whole, trust_remote_code=True, **arguments)
     with pytest.raises(KeyboardInterrupt):
         prune(path, out, trust_remote_code=True, listen=stop, **arguments)
+    code = (path / "modeling_own.py").read_text()
+    evil = path.parent / "the changed code was run"
+    (path / "modeling_own.py").write_text(f"{code}\nopen({str(evil)!r}, 'w')\n")
+    with pytest.raises(ResumeMismatchError, match=r"model\.modeling_own\.py was "):
+        resume(out)
+    assert not evil.exists()
+    (path / "modeling_own.py").write_text(code)
     resume(out)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from halve.errors import CorruptFileError, HalveError, InputError, ResumeMismatchError
+from halve.errors import AlreadyCompleteError, CorruptFileError, HalveError, InputError, ResumeMismatchError
 from halve.run_directory import HOME, is_unfinished, open_run, recorded_call
 from halve.tokens import TokenSet, hash_ids
 
@@ -165,6 +165,17 @@ def test_blocks_kept_elsewhere_that_are_gone_are_missed(tmp_path):
     with pytest.raises(CorruptFileError, match=r"run\.json, which names the finished blocks .* is missing"):
         recorded_call(out)
     assert (work / "block-00001.safetensors").exists()
+
+
+def test_a_finished_checkpoint_and_another_place_for_blocks_are_told(tmp_path):
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "config.json").touch()
+    with pytest.raises(AlreadyCompleteError, match="holds a finished checkpoint: nothing is left to do"):
+        recorded_call(tmp_path / "done")
+    begin(tmp_path / "out")
+    with pytest.raises(InputError, match=r"keeps its blocks there, not in .*: leave work out"):
+        open_run(tmp_path / "out", tmp_path / "work").__enter__()
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_fallback_may_be_added_but_not_changed(tmp_path):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from halve.terminal import comparison_table, progress, progress_bar, say
+from halve.terminal import comparison_table, progress, progress_bar, say, warn_of_overlap
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -41,6 +41,14 @@ def test_a_plan_names_the_parameters_that_stay_dense_if_they_are_few(capsys):
     assert plan_line == (
         "plan: 2 matrices in 1 blocks; left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
     )
+
+
+def test_text_that_is_calibrated_and_evaluated_on_is_warned_of(capsys):
+    mine, other = SimpleNamespace(source="a.txt"), SimpleNamespace(source="b.txt")
+    warn_of_overlap(mine, [other])
+    assert capsys.readouterr().err == ""
+    warn_of_overlap(mine, [other, mine])
+    assert "a.txt is both calibrated on and evaluated on" in capsys.readouterr().err
 
 
 def test_the_table_marks_failures_and_fallbacks():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halve.errors import HalveError
+    from halve.gram import GramAccumulator, Statistics
     from halve.matrix import prune_weight
     from halve.objective import Objective
     from halve.outcome import Outcome, Status
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckResult": "verification",
     "HalveError": "errors",
+    "GramAccumulator": "gram",
     "Objective": "objective",
     "Outcome": "outcome",
     "Pattern": "pattern",
     "Perplexity": "perplexity",
     "Pruned": "pruning",
     "Reconstruction": "reconstruct",
+    "Statistics": "gram",
     "Status": "outcome",
     "check": "verification",
     "evaluate": "perplexity",
@@ -38,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "CheckResult",
+    "GramAccumulator",
     "HalveError",
     "Objective",
     "Outcome",
@@ -45,6 +49,7 @@ __all__ = [
     "Perplexity",
     "Pruned",
     "Reconstruction",
+    "Statistics",
     "Status",
     "check",
     "evaluate",

@@ -108,7 +108,10 @@ def text_tokens(
         CalibrationError: the model that writes its own text gives logits that are not finite.
     """
     if loaded.tokenizer is None:
-        raise InputError("the model has no tokenizer, so text cannot be used: give tokenizer, or tokens as calibration")
+        raise InputError(
+            "the model has no tokenizer, so text cannot be used: put its tokenizer files beside it, or in Python give "
+            "tokenizer, or tokens as calibration"
+        )
     if seq_len is None:
         seq_len = default_length(loaded)
     tokens.check_length(seq_len, loaded.model)

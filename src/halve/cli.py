@@ -33,7 +33,7 @@ from halve.cli_options import (
 from halve.cli_prune import prune, resume
 from halve.cli_values import allowed_fallback, parse_dtype, parse_options_by_method, parse_shrinkage
 from halve.errors import InputError
-from halve.terminal import announce_generation, comparison_table, out, progress, say, say_row
+from halve.terminal import announce_generation, comparison_table, out, progress, say, say_row, warn_of_overlap
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,10 +63,12 @@ def check(
     from dataclasses import asdict
 
     from halve.checkpoint_files import REPORT
+    from halve.run_directory import is_unfinished
     from halve.verification import check as check_checkpoint
 
     with reporting():
-        if pattern is None and directory.is_dir() and not (directory / REPORT).exists():
+        finished = directory.is_dir() and not is_unfinished(directory)
+        if pattern is None and finished and not (directory / REPORT).exists():
             raise InputError(f"{directory} has no {REPORT}: give --pattern")
         result = check_checkpoint(directory, against=against, pattern=pattern, trust_remote_code=trust_remote_code)
     if as_json:
@@ -230,6 +232,7 @@ def compare(
         if calibration == "self":
             announce_generation(samples, seq_len)
         tokens = text_tokens(loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=field)
+        warn_of_overlap(tokens, texts)
         try:
             with progress() as show:
                 for row in comparison.compare(

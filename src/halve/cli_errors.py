@@ -8,13 +8,13 @@ from types import FrameType
 
 import typer
 
-from halve.errors import AlreadyCompleteError, HalveError, InputError, UnsupportedModelError
+from halve.errors import AlreadyCompleteError, CorruptFileError, HalveError, InputError, UnsupportedModelError
 from halve.terminal import err, say
 
 EXIT_FAILED = 1
 """A check found problems, or a run stopped because a matrix or the data failed."""
 EXIT_REFUSED = 2
-"""Bad arguments or an unsupported model; nothing was done."""
+"""Bad arguments, an unsupported model, or a damaged file of a model or a run; nothing was done."""
 EXIT_FALLBACKS = 3
 """The run is complete, but some matrices were pruned by another method than asked; they are listed."""
 EXIT_STOPPED = 4
@@ -48,7 +48,7 @@ def reporting(out: Path | None = None) -> Iterator[None]:
         if error.unfinished is not None:
             _say_how_to_resume(error.unfinished)
             raise typer.Exit(EXIT_STOPPED) from error
-        refused = isinstance(error, InputError | UnsupportedModelError)
+        refused = isinstance(error, InputError | UnsupportedModelError | CorruptFileError)
         raise typer.Exit(EXIT_REFUSED if refused else EXIT_FAILED) from error
     except KeyboardInterrupt:
         if out is not None and is_unfinished(out):

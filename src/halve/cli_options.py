@@ -14,13 +14,16 @@ SamplesOption = Annotated[int, typer.Option(help="Calibration sequences.")]
 SeqLenOption = Annotated[
     int | None, typer.Option(help="Tokens in a sequence.", show_default="2048, or the model's maximum if less")
 ]
-SeedOption = Annotated[int, typer.Option(help="Of the choice of calibration text.")]
+SeedOption = Annotated[
+    int, typer.Option(help="Of the choice among documents; a .txt file is one, and read from its start.")
+]
 FieldOption = Annotated[str, typer.Option(help="Text field of .jsonl and .parquet files.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 ForwardOption = Annotated[str, typer.Option(help="Products of forward passes: auto, float32 or bfloat16.")]
 SkipOption = Annotated[list[str] | None, typer.Option(help="Leave parameters dense, e.g. '*.down_proj.*'. Repeatable.")]
 FallbackOption = Annotated[
-    str | None, typer.Option(help="Method for matrices that the asked one fails on; default: stop there.")
+    str | None,
+    typer.Option(help="magnitude or wanda, where the asked method fails; default: stop there."),
 ]
 OffloadOption = Annotated[Path | None, typer.Option(help="Keep hidden states in this directory, not in memory.")]
 DtypeOption = Annotated[

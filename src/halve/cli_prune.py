@@ -151,7 +151,8 @@ def prune(
 def resume(
     directory: Annotated[Path, typer.Argument(help="The --out of a run that was stopped.")],
     fallback: Annotated[
-        str | None, typer.Option(help="Method for matrices that the asked one fails on, if the run had none.")
+        str | None,
+        typer.Option(help="magnitude or wanda, where the asked method fails, if the run had none."),
     ] = None,
     no_strict: Annotated[bool, typer.Option("--no-strict", help="As --fallback magnitude.")] = False,
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.blocks import Batch
-from halve.checkpoint import LoadedModel, source_files
+from halve.checkpoint import LoadedModel, Source, source_files
 from halve.durable import file_chunks, sha256_of
 from halve.report import environment
 from halve.settings import Settings
@@ -78,6 +78,12 @@ def fingerprint(
         "environment.code": _code(),
     }
     return {name: str(value) for name, value in sorted(fields.items())}
+
+
+def code_fields(source: Source) -> Fingerprint:
+    """Return the part of the fingerprint that is of Python files beside a model: known before any of them is run."""
+    root = source.path
+    return {f"model.{path.relative_to(root)}": sha256_of(path) for path in source_files(source) if path.suffix == ".py"}
 
 
 def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +28,7 @@ from halve.checkpoint import LoadedModel, Source
 from halve.device import evaluation_mode, forward_precision, resolve_device
 from halve.documents import is_on_hub
 from halve.errors import CorruptFileError, HalveError, InputError
-from halve.fingerprint import fingerprint
+from halve.fingerprint import code_fields, fingerprint
 from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction, parse_reconstruction
@@ -53,8 +53,8 @@ class Pruned:
     """
 
     model: nn.Module
-    report: RunReport
-    record: dict[str, Any]
+    report: RunReport = field(repr=False)
+    record: dict[str, Any] = field(repr=False)
     out: Path | None
 
 
@@ -167,6 +167,8 @@ def prune(
         run = None
         if destination is not None:
             run = stack.enter_context(open_run(destination, None if work is None else Path(work)))
+            if isinstance(found, Source) and found.trust_remote_code:
+                run.check_code(code_fields(found))
         loaded = _load(found, tokenizer)
         if run is not None:
             store.check_room(loaded, run, dtype)
@@ -257,7 +259,7 @@ def prune_loaded(
         done = _prune(loaded, data, request, None, listen)
         return Pruned(loaded.model, done, _record(loaded, data, request, done, seed, None), None)
     settings, device, precision, dtype = request.settings, request.device, request.precision, request.dtype
-    mark = fingerprint(loaded, data, settings, device=device, precision=precision, dtype=dtype)
+    mark = fingerprint(loaded, data, settings, device=device, precision=precision, dtype=dtype) | {"seed": str(seed)}
     run.begin(mark, call, data if isinstance(data, TokenSet) else None, asked or {}, settings.fallback)
     log = RunLog(run.home)
 
@@ -270,6 +272,8 @@ def prune_loaded(
         done = _prune(loaded, data, request, run, tell)
         record = _record(loaded, data, request, done, seed, run.out)
         seconds = _publish(loaded, done, record, run, dtype)
+    except CorruptFileError:  # to call again would not help
+        raise
     except HalveError as error:
         error.unfinished = run.out if run.worth_keeping else None
         raise
@@ -393,6 +397,4 @@ def _verify(directory: Path, source: Source | None) -> None:
     against = source if source is not None and source.shards else None
     verdict = check(directory, against=against, trust_remote_code=against is not None and against.trust_remote_code)
     if not verdict.ok:
-        raise CorruptFileError(
-            f"the checkpoint just written to {directory} is wrong, do not use it: {verdict.problems[0]}"
-        )
+        raise HalveError(f"the checkpoint just written to {directory} is wrong, do not use it: {verdict.problems[0]}")

@@ -109,6 +109,27 @@ class RunDirectory:
                 f"{self.out} holds {strange[0]}, which is not of the run in it: remove that, or write elsewhere"
             )
 
+    def check_code(self, fields: Fingerprint) -> None:
+        """Refuse Python files that are not those with which the run began, before they are run.
+
+        Args:
+            fields: of the fingerprint, see `halve.fingerprint.code_fields`.
+
+        Raises:
+            ResumeMismatchError: one was changed, added or taken away.
+        """
+        if self._manifest is None:
+            return
+        begun = {name: value for name, value in self._manifest.fingerprint.items() if name.endswith(".py")}
+        self._refuse(differences(begun, fields))
+
+    def _refuse(self, found: list[str]) -> None:
+        if found:
+            raise ResumeMismatchError(
+                f"{self.out} holds an unfinished run that was begun differently ({'; '.join(found)}): call as "
+                "then, or write to a new directory"
+            )
+
     def tokens(self, asked: Mapping[str, Any]) -> TokenSet | None:
         """Return the calibration tokens that the run began with; None if they were asked for otherwise.
 
@@ -148,11 +169,7 @@ class RunDirectory:
             found = differences(manifest.fingerprint, fingerprint)
             if manifest.fallback not in (None, fallback):
                 found.append(f"fallback was {manifest.fallback} and is {fallback}")
-            if found:
-                raise ResumeMismatchError(
-                    f"{self.out} holds an unfinished run that was begun differently ({'; '.join(found)}): call as "
-                    "then, or write to a new directory"
-                )
+            self._refuse(found)
             if manifest.fallback != fallback:
                 manifest.fallback = fallback
                 if manifest.call is not None:
@@ -316,6 +333,8 @@ def recorded_call(out: Path) -> dict[str, Any]:
         AlreadyCompleteError: its checkpoint is complete.
     """
     if not is_unfinished(out):
+        if (out / CONFIG).exists():
+            raise AlreadyCompleteError(f"{out} holds a finished checkpoint: nothing is left to do")
         raise InputError(f"{out} holds no unfinished run: give the directory that --out named")
     with open_run(out) as run:
         begun, call = run.begun, run.call
@@ -339,6 +358,8 @@ def _state(home: Path, work: Path | None) -> Path:
         raise InputError(f"the run in {home.parent} keeps its blocks in {noted}, not in {work}: leave work out")
     if noted is not None or work is None:
         return noted or home
+    if (home / MANIFEST).exists():
+        raise InputError(f"the run in {home.parent} keeps its blocks there, not in {work}: leave work out")
     if work.exists() and (not work.is_dir() or any(work.iterdir())):
         raise InputError(f"{work} is not an empty directory: give a new one for the run's blocks")
     make_directory(work)

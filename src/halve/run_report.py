@@ -156,7 +156,7 @@ def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
     if fallen:
         warnings.append(
             f"{len(fallen)} of {len(reports)} matrices fell back to another method "
-            f"(the first is {fallen[0].name}: {fallen[0].reason})"
+            f"(the first is {fallen[0].name}: {fallen[0].reason}); halve.json names all"
         )
     return warnings
 

@@ -61,6 +61,8 @@ def check_destination(out: Path, source: Source | None, bytes_needed: int) -> No
     if out.exists():
         if not out.is_dir():
             raise InputError(f"{out} is a file: give the name of a directory to create")
+        if (out / CONFIG).exists() and not is_unfinished(out):
+            raise InputError(f"{out} holds a finished checkpoint: give a new directory")
         if any(out.iterdir()) and not is_unfinished(out):
             raise InputError(f"{out} is not empty: give a new directory, or empty this one")
     volume = next(path for path in (real, *real.parents) if path.exists())

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,6 +62,17 @@ def announce_generation(samples: int, seq_len: int | None) -> None:
     """Say that the model is about to write its own calibration text, which takes a while."""
     length = "2048 (or its maximum)" if seq_len is None else seq_len
     say(err, f"the model writes {samples} x {length} calibration tokens …")
+
+
+def warn_of_overlap(calibration: Any, evaluation: Sequence[Any]) -> None:
+    """Warn where a model is measured on the very text that it was calibrated on (`halve.tokens.TokenSet` each)."""
+    if any(text.source == calibration.source for text in evaluation):
+        say(
+            err,
+            f"{calibration.source} is both calibrated on and evaluated on: perplexities on it will flatter",
+            label="warning",
+            style="yellow",
+        )
 
 
 class Show(Protocol):
@@ -142,5 +153,7 @@ def _dense(reason: str, names: list[str]) -> str:
 
 
 def _loss(matrix: Any) -> str:
+    if matrix.status == "fell_back":
+        return f"fell back to {matrix.method}"
     loss = matrix.facts.get("relative_loss")
     return "" if loss is None else f"relative loss {loss:.4f}"

@@ -16,6 +16,7 @@ from halve.checkpoint_files import CONFIG, REPORT, forbidden_fields, read_shards
 from halve.durable import sha256_of
 from halve.errors import CorruptFileError, HalveError, InputError, PatternError
 from halve.pattern import Pattern
+from halve.run_directory import is_unfinished
 from halve.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
 
 
@@ -86,6 +87,8 @@ def check(
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise InputError(f"{path} is not a directory: give the directory of a checkpoint")
+    if is_unfinished(directory):
+        raise InputError(f"{path} holds an unfinished run: complete it with `halve resume {path}`")
     wanted = None if pattern is None else Pattern.parse(pattern)
     original = (
         against
