@@ -59,7 +59,7 @@ class Job:
         except AlreadyCompleteError:
             pass
         except HalveError as error:
-            if "is not empty" not in str(error):
+            if "holds a finished checkpoint" not in str(error):
                 raise
 
 
