@@ -14,6 +14,13 @@ from tiny_tokenizers import byte_bpe
 
 run = CliRunner().invoke
 FAST = ["--samples", "4", "--seq-len", "16", "--method", "wanda", "--refit", "none"]
+# Python in the background of a shell would not hear SIGINT.
+HALVE = [
+    sys.executable,
+    "-c",
+    "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('halve', run_name='__main__')",
+]
 
 
 def test_reconstruction_is_reported_recorded_and_verified(model, text, tmp_path):
@@ -171,7 +178,7 @@ def test_an_interrupted_run_says_how_to_go_on(model, text, tmp_path, sent):
     out = tmp_path / "out"
     arguments = ["--calibration", text, "--samples", "64", "--seq-len", "64", "--method", "prox-gradient"]
     arguments += ["-o", "beta=1.02", "--work", str(tmp_path / "work")]
-    command = [sys.executable, "-m", "halve", "prune", model, "--out", str(out), *arguments]
+    command = [*HALVE, "prune", model, "--out", str(out), *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if line.startswith("block 2"):
@@ -192,9 +199,11 @@ def test_an_interrupted_run_says_how_to_go_on(model, text, tmp_path, sent):
 
 def test_ctrl_c_leaves_no_checkpoint(model, text, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "halve", "prune", model, "--out", str(out), "--calibration", text]
+    command = [*HALVE, "prune", model, "--out", str(out), "--calibration", text]
     options = ["--samples", "64", "--seq-len", "64", "--method", "prox-gradient", "-o", "beta=1.0001"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_signals
+    ) as process:
         for line in process.stderr:
             if line.startswith("block"):
                 break
