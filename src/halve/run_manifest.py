@@ -61,9 +61,13 @@ def read_manifest(path: Path) -> Manifest:
         if outer["sha256"] != hash_of(content) or content.pop("format") != _FORMAT:
             raise CorruptFileError(f"{path} was damaged, or written by another version: {remedy}")
         blocks = [(str(name), str(sha256)) for name, sha256 in content.pop("blocks")]
-        return Manifest(**content, blocks=blocks)
-    except (KeyError, TypeError, ValueError) as error:
+        manifest = Manifest(**content, blocks=blocks)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path} was damaged ({type(error).__name__}): {remedy}") from error
+    kept = (manifest.call, manifest.tokens, manifest.files)
+    if not isinstance(manifest.fingerprint, dict) or not all(isinstance(each, dict | None) for each in kept):
+        raise CorruptFileError(f"{path} does not hold what a manifest holds: {remedy}")
+    return manifest
 
 
 def hash_of(content: Mapping[str, Any]) -> str:

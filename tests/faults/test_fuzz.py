@@ -8,3 +8,4 @@ def test_mutated_files_are_read_or_refused():
         assert found[f"{kind} refused"] > 100
     assert found["shard accepted"] > 20
     assert found["json accepted"] > 20
+    assert found["manifest accepted"] > 20
