@@ -264,6 +264,7 @@ WEIGHT, GRAM = oracle.layer(4, 16, seed=12)
         (WEIGHT, "gram", {}, "gram must be floating point .* got str"),
         (WEIGHT, GRAM.to("meta"), {}, "gram is on meta and weight on cpu"),
         (WEIGHT, with_entry(GRAM, (0, 1), float("inf")), {}, "gram has NaN or infinity"),
+        (WEIGHT, Statistics(GRAM.double() * 1e300, 5), {}, "gram has NaN or infinity in float32"),
         (WEIGHT, Statistics(GRAM, 5, (GRAM, GRAM[:8])), {}, "a half of gram must be floating point of shape"),
         (WEIGHT, Statistics(GRAM, 5, cross=GRAM[:8]), {}, "cross must be floating point of shape"),
         (WEIGHT, with_entry(GRAM, (0, 1), 9.0), {}, "gram is not symmetric"),

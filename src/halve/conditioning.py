@@ -59,6 +59,8 @@ def checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | 
     _check_square("gram", gram, weight)
     exponent = _exponent(gram.diagonal().amax(), _GRAM_EXPONENT) if given is None else 0
     gram32 = times_power_of_two(gram.detach(), exponent).float()
+    if not bool(torch.isfinite(gram32).all()):
+        raise InputError("gram has NaN or infinity in float32: calibrate again, or divide it by the number of tokens")
     diagonal = gram32.diagonal()
     if bool((diagonal < 0.0).any()):
         feature = int((diagonal < 0.0).to(torch.uint8).argmax())
