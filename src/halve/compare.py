@@ -25,6 +25,7 @@ from halve.report import environment, finite, settings_json
 from halve.run_directory import open_run
 from halve.run_report import Progress, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings
+from halve.solver_settings import OBJECTIVE_OPTIONS
 from halve.tokens import TokenSet
 
 DENSE = "dense"
@@ -69,7 +70,7 @@ class Contender:
         of_refit = [f"refit_{field.name}" for field in fields(refit.get(self.refit).options)]
         known = [*(field.name for field in fields(methods.get(self.method).options)), *of_refit]
         for name in names:
-            if name in {field.name for field in fields(Objective)}:
+            if name in OBJECTIVE_OPTIONS:
                 raise InputError(f"{name} is not an option of {self}: write --{name.replace('_', '-')}")
             if name not in known:
                 choice = f"its options are {', '.join(known)}" if known else "it takes none"

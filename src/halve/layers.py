@@ -22,6 +22,18 @@ Layout = Literal["out_in", "in_out"]
 """How a matrix lies in its parameter: (d_out, d_in) as in ``Linear``, or transposed as in GPT-2's ``Conv1D``."""
 
 
+def matrix_view(parameter: Tensor, expert: int | None, layout: Layout) -> Tensor:
+    """Return a matrix as a (d_out, d_in) view of the parameter that holds it, writable in place.
+
+    Args:
+        parameter: of two dimensions, or of three if it holds the matrices of several experts.
+        expert: which of them, None for a parameter of two dimensions.
+        layout: how it lies there.
+    """
+    stored = parameter if expert is None else parameter[expert]
+    return stored if layout == "out_in" else stored.T
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One prunable matrix of a model.
@@ -48,8 +60,7 @@ class Matrix:
 
     def view(self, parameter: Tensor) -> Tensor:
         """Return this matrix as a (d_out, d_in) view of ``parameter``, writable in place."""
-        stored = parameter if self.expert is None else parameter[self.expert]
-        return stored if self.layout == "out_in" else stored.T
+        return matrix_view(parameter, self.expert, self.layout)
 
 
 @dataclass(frozen=True)

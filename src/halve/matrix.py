@@ -135,11 +135,9 @@ def prune_weights(
 def _share_of_time(settings: SolverSettings, share: float) -> SolverSettings:
     """Return the settings with a share of the time limit, where there is one."""
     limit = getattr(settings.method_options, "time_limit", None)
-    return (
-        settings
-        if limit is None
-        else replace(settings, method_options=replace(settings.method_options, time_limit=limit * share))
-    )
+    if limit is None:
+        return settings
+    return replace(settings, method_options=replace(settings.method_options, time_limit=limit * share))
 
 
 def _prune(task: _Task) -> list[Outcome]:

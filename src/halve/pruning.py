@@ -284,11 +284,11 @@ def _publish(
     loaded: LoadedModel, done: RunReport, record: Mapping[str, Any], run: RunDirectory, dtype: torch.dtype | None
 ) -> dict[str, float]:
     """Write, verify and publish the checkpoint, what an earlier process did left out; return the seconds by phase."""
-    begun, files = time.perf_counter(), None
+    begun = written = time.perf_counter()
+    files = None
     if not run.verified:
         files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, record, dtype=dtype)
-    written = time.perf_counter()
-    if not run.verified:
+        written = time.perf_counter()
         _verify(run.staging, loaded.source)
     run.publish(files)
     return {"write": written - begun, "verify": time.perf_counter() - written}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from halve import kernels
 from halve.disk_layout import Location
+from halve.layers import matrix_view
 from halve.objective import AUTO
 from halve.run_report import BlockReport, MatrixReport, RunReport
 from halve.settings import Settings
@@ -118,9 +119,7 @@ def masks(model: nn.Module, report: RunReport, dtype: torch.dtype | None) -> dic
     """
     found = {}
     for matrix in report.matrices:
-        weight = model.get_parameter(matrix.parameter).data
-        weight = weight if matrix.expert is None else weight[matrix.expert]
-        weight = weight if matrix.layout == "out_in" else weight.mT
+        weight = matrix_view(model.get_parameter(matrix.parameter).data, matrix.expert, matrix.layout)
         found[matrix.name] = mask_sha256(weight if dtype is None else weight.to(dtype))
     return found
 

@@ -16,7 +16,8 @@ from halve.refit import Refit
 FALLBACKS = ("magnitude", "wanda")
 """Methods that cannot fail for numerical reasons."""
 _REFIT_PREFIX = "refit_"
-_OF_OBJECTIVE = tuple(field.name for field in fields(Objective))
+OBJECTIVE_OPTIONS = tuple(field.name for field in fields(Objective))
+"""What users may take for options of a method, and is asked for otherwise."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def effective_options(method: str, refit: str, **options: Any) -> dict[str, Any]
     Raises:
         InputError: a name or an option is unknown, or a value is out of range.
     """
-    of_method, of_refit = _split_options(method, refit, options)
+    of_method, of_refit = _split_options(methods.get(method), refits.get(refit), options)
     return asdict(of_method) | {f"{_REFIT_PREFIX}{name}": value for name, value in asdict(of_refit).items()}
 
 
@@ -129,23 +130,18 @@ def solver_settings(
     return SolverSettings(pattern, row, method_options, refit_row, refit_options, fallback, objective)
 
 
-def _split_options(method: str | Method, refit: str | Refit, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    row, refit_row = _method_row(method), refits.get(refit) if isinstance(refit, str) else refit
-    method_options = _method_options(row, options)
-    tolerance = row.defaults(method_options).refit_tolerance
-    of_refit = {} if tolerance is None or refit_row.name != "cg" else {"tolerance": tolerance}
+def _split_options(method: Method, refit: Refit, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    of_method = _method_options(method, options)
+    tolerance = method.defaults(of_method).refit_tolerance
+    of_refit = {} if tolerance is None or refit.name != "cg" else {"tolerance": tolerance}
     of_refit |= {name.removeprefix(_REFIT_PREFIX): value for name, value in options.items() if _is_of_refit(name)}
-    return method_options, refits.make_options(refit_row, **of_refit)
+    return of_method, refits.make_options(refit, **of_refit)
 
 
 def _method_options(row: Method, options: Mapping[str, Any]) -> Any:
-    if stray := next((name for name in options if name in _OF_OBJECTIVE), None):
+    if stray := next((name for name in options if name in OBJECTIVE_OPTIONS), None):
         raise InputError(f"{stray} belongs to the objective: write objective=halve.Objective({stray}=…)")
     return methods.make_options(row, **{name: value for name, value in options.items() if not _is_of_refit(name)})
-
-
-def _method_row(method: str | Method) -> Method:
-    return methods.get(method) if isinstance(method, str) else method
 
 
 def _is_of_refit(name: str) -> bool:

@@ -99,9 +99,11 @@ def _prune_unseen(matrix: Matrix, weight: Tensor, tokens: int, settings: Setting
     """Prune an expert whose statistics are missing or too thin by magnitude, and say so; refuse if strict."""
     reason = f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
     as_asked = settings.method == "magnitude" and settings.refit == "none"
-    if settings.fallback is None and settings.method == "magnitude" and not as_asked:
-        raise LayerFailedError(f"{matrix.name}: {reason} for refit {settings.refit}: use more samples, or refit none")
     if settings.fallback is None and not as_asked:
+        if settings.method == "magnitude":
+            raise LayerFailedError(
+                f"{matrix.name}: {reason} for refit {settings.refit}: use more samples, or refit none"
+            )
         raise LayerFailedError(
             f"{matrix.name}: {reason}: use more samples or a smaller min_expert_tokens, or give a fallback, and such "
             "experts are pruned by magnitude"
