@@ -1,6 +1,6 @@
 """How fast the proximal operator of 2:4 is, beside the usual alternating updates and beside copying the tensor.
 
-    python bench/prox_operator.py [--json PATH] [--weights N] [--peer-weights N] [--threads N] [--lams L ...]
+    python bench/prox_operator.py [--device cuda] [--json PATH] [--weights N] [--peer-weights N] [--lams L ...]
 
 The peer is what published implementations do, in plain PyTorch: a hundred sweeps of exact updates, one coordinate at a
 time, over the whole tensor, the same that everyone else gets; `--peer-weights` gives it a part instead, which is too
@@ -55,7 +55,8 @@ def median_seconds(
             if turn and turn * wanted // repeats == (turn - 1) * wanted // repeats:
                 continue
             begin = time.perf_counter()
-            run()
+            if run().is_cuda:
+                torch.cuda.synchronize()
             if turn:  # the first turn warms caches and threads
                 seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(times) for name, times in seconds.items()}
@@ -64,6 +65,7 @@ def median_seconds(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--weights", type=int, default=1 << 22, help="N(0, 1) weights in the tensor")
     parser.add_argument("--peer-weights", type=int, help="of them, how many the alternating updates get; default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -72,10 +74,11 @@ def main() -> None:
     parser.add_argument("--lams", type=float, nargs="+", default=[0.01, 0.1, 1.0, 10.0, 100.0])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    z = torch.randn(options.weights // 4, 4, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(options.weights // 4, 4, generator=torch.Generator().manual_seed(0)).to(options.device)
+    kernel = kernels.describe(options.device)
     share = z if options.peer_weights is None else z[: options.peer_weights // 4]
     fewer = {"alternating": min(options.peer_repeats, options.repeats)}
-    print(f"{z.numel()} weights, float32, {options.threads} threads, median of {options.repeats}; {kernels.describe()}")
+    print(f"{z.numel()} weights, float32, {options.threads} threads, median of {options.repeats}; {kernel}")
     print(f"alternating: {SWEEPS} sweeps over {share.numel()} weights, median of {fewer['alternating']}")
     print(f"{'lam':>6} {'backend':>11} {'M weights/s':>12} {'x alternating':>14} {'x copy time':>12} {'objective':>18}")
     rows = []
@@ -85,7 +88,7 @@ def main() -> None:
             "alternating": partial(alternating_updates, share, lam),
             "reference": partial(prox, z, lam, backend="reference"),
         }
-        if kernels.available():
+        if kernels.available(options.device):
             contenders["native"] = partial(prox, z, lam, backend="native")
         seconds = median_seconds(contenders, options.repeats, fewer)
         speed = {name: (share if name == "alternating" else z).numel() / time for name, time in seconds.items()}
@@ -111,7 +114,8 @@ def main() -> None:
             "weights": z.numel(),
             "peer_weights": share.numel(),
             "threads": options.threads,
-            "kernel": kernels.describe(),
+            "kernel": kernel,
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
             "torch": torch.__version__,
         }
         options.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from halve.cli import app
 from halve.cli_errors import EXIT_FALLBACKS, EXIT_REFUSED, EXIT_STOPPED
-from models import decoder
+from models import OF_ONE_RUN, decoder
 from tiny_tokenizers import byte_bpe
 
 run = CliRunner().invoke
@@ -165,7 +165,7 @@ def test_a_run_that_stops_is_resumed_with_a_fallback_and_then_has_its_own_exit_c
     assert "1 of 21 matrices fell back" in result.output
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
-    for name in names:
+    for name in set(names) - OF_ONE_RUN:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     result = run(app, ["resume", stopped])
     assert result.exit_code == EXIT_FALLBACKS  # that of its record

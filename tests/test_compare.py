@@ -11,7 +11,6 @@ from halve.compare import Contender, as_json, checkpoint_directory, compare, eva
 from halve.errors import FactorisationError, InputError
 from halve.perplexity import perplexity
 from halve.reconstruct import Reconstruction
-from halve.run_report import WRITING
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens
 
@@ -200,6 +199,15 @@ def test_a_model_without_tokenizer_cannot_read_text():
 
 def test_writing_checkpoints_is_a_phase_but_no_pruning(tmp_path):
     row = list(compare(*duel("magnitude"), out=tmp_path))[1]
-    writing = [row.phases[phase] for phase in WRITING]
+    writing = [row.phases[phase] for phase in ("commit", "write", "verify")]
     assert all(seconds > 0.0 for seconds in writing)
     assert row.seconds == pytest.approx(sum(row.phases.values()) - sum(writing))
+
+
+def test_written_checkpoints_get_reports_and_a_comparison(tmp_path):
+    rows = list(compare(*duel("magnitude", "wanda"), out=tmp_path))
+    for row in rows[1:]:
+        (entry,) = json.loads((tmp_path / row.name / "halve-measured.json").read_text())["perplexity"]
+        assert (entry["before"], entry["after"]) == (rows[0].perplexities[0].value, row.perplexities[0].value)
+        assert f"{entry['after']:.2f}" in (tmp_path / row.name / "report.html").read_text()
+    assert "2 runs compared" in (tmp_path / "comparison.html").read_text()

@@ -1,13 +1,16 @@
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
 import layer_oracles as oracle
 from halve import check, methods, refit
+from halve.before_after import Evaluation
 from halve.matrix import prune_weight
+from halve.measured import add_perplexity
 from halve.objective import Objective
+from halve.perplexity import Perplexity
 from halve.pruning import prune
 from halve.reconstruct import Reconstruction
 from models import decoder, tokens
@@ -18,6 +21,7 @@ OPTIONS = {
     **{f"refit {name}": (row.options, "refit_") for name, row in refit.REFITS.items()},
     "objective": (Objective, ""),
     "reconstruction": (Reconstruction, ""),
+    "evaluation": (Evaluation, ""),
 }
 
 
@@ -27,7 +31,8 @@ def test_every_option_is_documented_with_its_default(owner):
     options, prefix = OPTIONS[owner]
     for field in fields(options):
         rows = [row for row in table if f"`{prefix}{field.name}`" in row]
-        assert any(f"`{field.default}`" in row for row in rows), field.name
+        default = "required" if field.default is MISSING else field.default
+        assert any(f"`{default}`" in row for row in rows), field.name
 
 
 def test_every_key_and_fact_of_a_record_is_documented(tmp_path):
@@ -41,5 +46,10 @@ def test_every_key_and_fact_of_a_record_is_documented(tmp_path):
         for name in refit.REFITS:
             facts |= prune_weight(weight, gram, method=method, refit=name).facts.keys()
     for key in {*record, *matrix, *block, *matrix["facts"], *facts, *record["calibration"], *record["source"]}:
+        assert f"`{key}`" in text, key
+    measured = json.loads((tmp_path / "halve-measured.json").read_text())
+    add_perplexity(tmp_path, (), (Perplexity(1.0, 1, 2, "float32", "text", "00", 0.0, 0.0),))
+    entry = json.loads((tmp_path / "halve-measured.json").read_text())["perplexity"][0]
+    for key in {*measured, *entry}:
         assert f"`{key}`" in text, key
     assert check(tmp_path).ok

@@ -10,11 +10,13 @@ from typer.testing import CliRunner
 
 import halve
 from halve import documents, pruning, store
+from halve import report as report_module
 from halve.checkpoint import load_model
 from halve.cli import app
 from halve.errors import (
     AlreadyCompleteError,
     CorruptFileError,
+    HalveError,
     InputError,
     LayerFailedError,
     ResumeMismatchError,
@@ -23,7 +25,7 @@ from halve.errors import (
 from halve.objective import Objective
 from halve.reconstruct import Reconstruction
 from halve.run_directory import RunDirectory, is_unfinished
-from models import decoder, tokens
+from models import OF_ONE_RUN, decoder, tokens
 from tiny_tokenizers import byte_bpe
 
 FAST = {"method": "wanda", "refit": "none", "samples": 4, "seq_len": 16}
@@ -209,7 +211,9 @@ def stop_in(block, phase="collect"):
 
 
 def files(directory):
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
+    assert found.keys() >= OF_ONE_RUN
+    return {name: path.read_bytes() for name, path in found.items() if name not in OF_ONE_RUN}
 
 
 @pytest.mark.parametrize(
@@ -374,3 +378,35 @@ def test_a_resumed_run_keeps_its_fallback(tmp_path, checkpoint, text):
     with pytest.raises(ResumeMismatchError, match="fallback was wanda and is None"):
         halve.prune(checkpoint, tmp_path / "out", calibration=text, **FAST)
     assert halve.resume(tmp_path / "out").record["fallback"] == "wanda"
+
+
+def test_a_report_that_cannot_be_written_costs_no_checkpoint(monkeypatch, tmp_path):
+    def broken(_run):
+        raise HalveError("no room")
+
+    monkeypatch.setattr(report_module, "run_page", broken)
+    pruned = halve.prune(decoder("llama"), tmp_path / "out", calibration=tokens(8), method="magnitude", refit="none")
+    assert pruned.notes == ("the checkpoint is complete, but its report is not written: no room",)
+    assert halve.check(tmp_path / "out").ok
+    assert not (tmp_path / "out" / "report.html").exists()
+    monkeypatch.undo()
+    assert halve.write_report(tmp_path / "out").exists()
+
+
+def test_the_report_names_the_place_where_the_checkpoint_ends(tmp_path):
+    halve.prune(decoder("llama"), tmp_path / "final", calibration=tokens(8), method="magnitude", refit="none")
+    assert "halve check final</code>" in (tmp_path / "final" / "report.html").read_text()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{"effort": "best"}, {"method": "prox-gradient"}, {"method": "sparsegpt"}])
+def test_a_gpu_prunes_as_well(options, tmp_path):
+    losses = []
+    for device in ("cpu", "cuda"):
+        settings = {"calibration": tokens(16), "device": device, "forward_dtype": "float32", **options}
+        pruned = halve.prune(decoder("llama"), tmp_path / device, **settings)
+        assert next(pruned.model.parameters()).device == torch.device("cpu")
+        assert halve.check(tmp_path / device).ok
+        losses.append(pruned.report.mean_relative_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert pruned.report.peak_device_memory["solve"] > 0

@@ -9,7 +9,7 @@ from halve.objective import Objective
 from halve.outcome import Status
 from halve.pattern import Pattern
 from halve.pruning import prune
-from halve.report import environment, finite, mask_sha256, settings_json, to_json
+from halve.record import environment, finite, mask_sha256, settings_json, to_json
 from halve.run_report import MatrixReport, RunReport
 from halve.settings import Settings
 from models import decoder, tokens

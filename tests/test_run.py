@@ -500,3 +500,14 @@ def test_hidden_states_that_cannot_fit_are_refused_before_anything_is_pruned(tmp
         prune_blocks(model, data, settings(**asked), device=CPU, offload=tmp_path)
     monkeypatch.setattr("halve.memory.available_memory", lambda: needed)
     prune_blocks(model, data, settings(**asked), device=CPU)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reconstruction": Reconstruction(epochs=1, learning_rate=1e-3)}])
+def test_nothing_is_run_beyond_the_last_pruned_block(changes):
+    steps = []
+    asked = settings(skip=("model.layers.1.*", "model.layers.2.*"), **changes)
+    model = decoder("llama")
+    report = prune_blocks(model, batches(), asked, device=CPU, listen=steps.append)
+    assert {matrix.name.split(".")[2] for matrix in report.matrices} == {"0"}
+    assert {step.block for step in steps if step.phase in {"collect", "replay", "reconstruct"}} == {0}
+    assert report.blocks == 3

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from halve.terminal import comparison_table, progress, progress_bar, say, warn_of_overlap
+from halve.terminal import comparison_table, progress, progress_bar, say, summary_table, warn_of_overlap
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -36,7 +36,7 @@ def test_a_plan_names_the_parameters_that_stay_dense_if_they_are_few(capsys):
     excluded += [SimpleNamespace(name="lm_head.weight", reason="outside the blocks")]
     plan = SimpleNamespace(matrices=[1, 2], blocks=["b"], excluded=excluded)
     with progress() as show:
-        show(SimpleNamespace(plan=plan, phase="plan", matrix=None))
+        show(SimpleNamespace(plan=plan, phase="plan", blocks=1, matrix=None))
     plan_line = capsys.readouterr().err.splitlines()[-1]
     assert plan_line == (
         "plan: 2 matrices in 1 blocks; left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
@@ -63,3 +63,36 @@ def test_the_table_marks_failures_and_fallbacks():
     printed = console.file.getvalue()
     for part in ("perplexity text.txt", "12.35", "wanda (3 fallbacks)", "0.0123", "failed", "2 windows of 16 tokens"):
         assert part in printed
+
+
+def matrix(name, loss=None, status="ok"):
+    return SimpleNamespace(name=name, facts={} if loss is None else {"relative_loss": loss}, status=status)
+
+
+def printed(table, width):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_summary_names_the_worst_of_every_kind(width):
+    matrices = [
+        matrix("model.layers.0.mlp.down_proj.weight", 0.01),
+        matrix("model.layers.1.mlp.down_proj.weight", 0.03),
+        matrix("model.layers.2.mlp.down_proj.weight", status="fell_back"),
+        matrix("model.layers.0.self_attn.q_proj.weight"),
+    ]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in printed(summary_table(SimpleNamespace(matrices=matrices)), width).splitlines()
+    ]
+    assert ["mlp.down_proj", "3", "0.0200", "0.0300", "1", "1"] in rows
+    assert ["self_attn.q_proj", "1", "", "", "", ""] in rows
+
+
+@pytest.mark.parametrize(("phase", "words"), [("generate", "writes its calibration text"), ("evaluate", "perplexity")])
+def test_what_takes_long_outside_the_blocks_is_announced(capsys, phase, words):
+    with progress() as show:
+        show(SimpleNamespace(plan=None, phase=phase, blocks=0, matrix=None))
+    assert words in capsys.readouterr().err

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from halve.before_after import Evaluation
     from halve.errors import HalveError
     from halve.gram import GramAccumulator, Statistics
     from halve.matrix import prune_weight
@@ -15,19 +16,21 @@ if TYPE_CHECKING:
     from halve.pattern import Pattern
     from halve.perplexity import Perplexity, evaluate
     from halve.proximal import prox
-    from halve.pruning import Pruned, prune, resume
+    from halve.pruning import prune, resume
     from halve.reconstruct import Reconstruction
+    from halve.report import write_comparison, write_report
     from halve.verification import CheckResult, check
 
 _HOMES = {
     "CheckResult": "verification",
+    "Evaluation": "before_after",
     "HalveError": "errors",
     "GramAccumulator": "gram",
     "Objective": "objective",
     "Outcome": "outcome",
     "Pattern": "pattern",
     "Perplexity": "perplexity",
-    "Pruned": "pruning",
+    "Pruned": "whole_model",
     "Reconstruction": "reconstruct",
     "Statistics": "gram",
     "Status": "outcome",
@@ -37,10 +40,13 @@ _HOMES = {
     "prune": "pruning",
     "prune_weight": "matrix",
     "resume": "pruning",
+    "write_comparison": "report",
+    "write_report": "report",
 }
 
 __all__ = [
     "CheckResult",
+    "Evaluation",
     "GramAccumulator",
     "HalveError",
     "Objective",
@@ -57,6 +63,8 @@ __all__ = [
     "prune",
     "prune_weight",
     "resume",
+    "write_comparison",
+    "write_report",
 ]
 
 

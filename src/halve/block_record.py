@@ -9,26 +9,29 @@ from halve.reconstruct import Tuned
 from halve.run_report import BlockReport, MatrixReport
 
 
-def to_record(matrices: Sequence[MatrixReport], block: BlockReport | None) -> dict[str, Any]:
+def to_record(matrices: Sequence[MatrixReport], block: BlockReport | None, spent: Mapping[str, Any]) -> dict[str, Any]:
     """Return the reports of one block as values that JSON keeps exactly.
 
     Args:
         matrices: of its matrices, in order.
         block: of its reconstruction, None if there was none.
+        spent: what it took (`halve.phases.Phases.take`).
     """
     return {
         "matrices": [asdict(matrix) for matrix in matrices],
         "block": None if block is None else asdict(block),
+        "spent": dict(spent),
     }
 
 
-def from_record(record: Mapping[str, Any]) -> tuple[list[MatrixReport], BlockReport | None]:
+def from_record(record: Mapping[str, Any]) -> tuple[list[MatrixReport], BlockReport | None, dict[str, Any]]:
     """Return what `to_record` was given."""
     matrices = [
         MatrixReport(**{**entry, "shape": tuple(entry["shape"]), "status": Status(entry["status"])})
         for entry in record["matrices"]
     ]
     block = record["block"]
-    if block is None:
-        return matrices, None
-    return matrices, BlockReport(block["name"], tuple(block["parameters"]), Tuned(**block["tuned"]))
+    tuned = None
+    if block is not None:
+        tuned = BlockReport(block["name"], tuple(block["parameters"]), Tuned(**block["tuned"]))
+    return matrices, tuned, record["spent"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from halve.before_after import Evaluation
 from halve.errors import InputError
 from halve.objective import Objective
 from halve.pattern import Pattern
@@ -38,6 +39,8 @@ def written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     ):
         return None
     objective, tuning, dtype = (arguments[name] for name in ("objective", "reconstruct", "dtype"))
+    evaluation = arguments["evaluation"]
+    texts = [] if evaluation is None else [str(text) for text in evaluation.data]
     call = {
         **{name: value for name, value in arguments.items() if name not in _NOT_KEPT},
         **{name: None if value is None else str(value) for name, value in places.items()},
@@ -45,8 +48,9 @@ def written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         "device": str(arguments["device"]),
         "objective": asdict(objective or Objective()),
         "reconstruct": asdict(tuning) if isinstance(tuning, Reconstruction) else tuning,
+        "evaluation": None if evaluation is None else asdict(evaluation) | {"data": texts},
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        _DIRECTORY: str(Path.cwd()) if any(_is_relative(value) for value in places.values()) else None,
+        _DIRECTORY: str(Path.cwd()) if any(_is_relative(value) for value in (*places.values(), *texts)) else None,
     }
     try:
         return dict(json.loads(json.dumps(call)))
@@ -67,12 +71,13 @@ def read_back(call: Mapping[str, Any]) -> dict[str, Any]:
     if directory is not None and directory != str(Path.cwd()):
         raise InputError(f"the run was begun in {directory}, with paths relative to it: resume it from there")
     objective, tuning, dtype = (arguments.pop(name) for name in ("objective", "reconstruct", "dtype"))
-    options = arguments.pop("options")
+    evaluation, options = arguments.pop("evaluation"), arguments.pop("options")
     return {
         **arguments,
         **options,
         "objective": Objective(**objective),
         "reconstruct": Reconstruction(**tuning) if isinstance(tuning, dict) else tuning,
+        "evaluation": None if evaluation is None else Evaluation(**evaluation),
         "dtype": None if dtype is None else getattr(torch, dtype),
     }
 

@@ -166,6 +166,11 @@ def source_files(source: Source) -> list[Path]:
     return [source.path / CONFIG, *source.shards, *others, *index]
 
 
+def has_tokenizer(source: Source) -> bool:
+    """Whether a model comes with a tokenizer."""
+    return source.kind == "gguf" or any(path.name.startswith(_TOKENIZER_FILES) for path in source_files(source))
+
+
 def _validate_directory(directory: Path, *, code: bool) -> tuple[Path, ...]:
     check_config(directory, code=code)
     companions(directory, code=code)
@@ -288,7 +293,7 @@ def _forget_quantisation(model: "PreTrainedModel") -> None:
 
 
 def _load_tokenizer(source: Source, directory: Path, gguf: dict[str, str]) -> Any | None:
-    if not gguf and not any(path.name.startswith(_TOKENIZER_FILES) for path in directory.iterdir()):
+    if not has_tokenizer(source):
         return None
     from transformers import AutoTokenizer
 

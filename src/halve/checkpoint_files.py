@@ -13,6 +13,10 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REPORT = "halve.json"
 """What Halve says beside a checkpoint that it wrote."""
+MEASURED = "halve-measured.json"
+"""What it measured of the run."""
+PAGE = "report.html"
+"""Both for people."""
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 TEMPLATES = "additional_chat_templates"
 CODE = "*.py"
@@ -46,7 +50,7 @@ def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
     kept = [
         path
         for path in found
-        if path.name not in {CONFIG, REPORT, "adapter_config.json", "requirements.txt"}
+        if path.name not in {CONFIG, REPORT, MEASURED, "adapter_config.json", "requirements.txt"}
         and not path.name.endswith(".index.json")
         and path.is_file()
     ]

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from halve.cli_errors import EXIT_FAILED, EXIT_FALLBACKS, reporting
+from halve.cli_eval import evaluate_command
 from halve.cli_options import (
     CalibrationOption,
     DeviceOption,
@@ -31,9 +31,10 @@ from halve.cli_options import (
     TrustOption,
 )
 from halve.cli_prune import prune, resume
+from halve.cli_report import report
 from halve.cli_values import allowed_fallback, parse_dtype, parse_options_by_method, parse_shrinkage
 from halve.errors import InputError
-from halve.terminal import announce_generation, comparison_table, out, progress, say, say_row, warn_of_overlap
+from halve.terminal import announce, comparison_table, out, progress, say, say_row, warn_of_overlap
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,6 +48,8 @@ app = typer.Typer(
 
 app.command()(prune)
 app.command()(resume)
+app.command()(report)
+app.command(name="eval")(evaluate_command)
 
 
 @app.command()
@@ -88,65 +91,6 @@ def check(
         )
     if not result.ok:
         raise typer.Exit(EXIT_FAILED)
-
-
-@app.command(name="eval")
-def evaluate_command(
-    model: ModelArgument,
-    data: Annotated[list[str], typer.Option(help="wikitext2, c4, or a file. Repeatable.")],
-    seq_len: Annotated[int, typer.Option(help="Window length; perplexities at other lengths cannot be compared.")],
-    max_windows: Annotated[int | None, typer.Option(help="Only the first windows.")] = None,
-    field: FieldOption = "text",
-    device: DeviceOption = "auto",
-    forward_dtype: ForwardOption = "auto",
-    trust_remote_code: TrustOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure perplexity, always with sequence length, window count and dtype."""
-    from dataclasses import asdict
-
-    from halve.checkpoint import load_model
-    from halve.device import forward_precision, resolve_device
-    from halve.perplexity import evaluate
-    from halve.report import finite
-    from halve.tokens import evaluation_corpus
-
-    with reporting():
-        target = resolve_device(device)
-        forward_precision(forward_dtype, target)
-        for source in data:  # before a long load
-            evaluation_corpus(source, seq_len=seq_len, max_windows=max_windows, field=field)
-        loaded = load_model(model, trust_remote_code=trust_remote_code)
-        results = [
-            evaluate(
-                loaded.model,
-                source,
-                seq_len=seq_len,
-                max_windows=max_windows,
-                tokenizer=loaded.tokenizer,
-                field=field,
-                device=target,
-                dtype=forward_dtype,
-            )
-            for source in data
-        ]
-    if as_json:
-        entries = [{**asdict(result), "value": finite(result.value), "nll": finite(result.nll)} for result in results]
-        out.print_json(json.dumps(entries))
-        return
-    table = Table("data", "perplexity", "sequence length", "windows", "dtype", "seconds")
-    for result in results:
-        table.add_row(
-            Text(result.source),
-            f"{result.value:.3f}",
-            str(result.seq_len),
-            str(result.windows),
-            result.dtype,
-            f"{result.seconds:.1f}",
-        )
-    out.print(table)
-    for note in {result.note for result in results if result.note}:
-        say(out, note, label="note")
 
 
 @app.command()
@@ -230,7 +174,7 @@ def compare(
         window = seq_len if eval_seq_len is None else eval_seq_len
         texts = comparison.evaluation_texts(loaded, data, seq_len=window, max_windows=max_windows, text_field=field)
         if calibration == "self":
-            announce_generation(samples, seq_len)
+            announce("generate")
         tokens = text_tokens(loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=field)
         warn_of_overlap(tokens, texts)
         try:

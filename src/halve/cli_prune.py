@@ -29,12 +29,12 @@ from halve.cli_options import (
     StrictOption,
     TrustOption,
 )
+from halve.cli_report import EvalDataOption, EvalSeqLenOption, EvalWindowsOption, evaluation_of, say_scores
 from halve.cli_values import allowed_fallback, merge_options, parse_dtype, parse_options, parse_shrinkage
-from halve.terminal import announce_generation, err, out, progress, say
+from halve.terminal import err, out, progress, say, summary_table
 
 if TYPE_CHECKING:
-    from halve.pruning import Pruned
-    from halve.run_report import Progress
+    from halve.whole_model import Pruned
 
 
 def prune(
@@ -87,6 +87,9 @@ def prune(
     work: Annotated[
         Path | None, typer.Option(help="Keep finished blocks in this new directory, not in --out, while the run lasts.")
     ] = None,
+    eval_data: EvalDataOption = None,
+    eval_seq_len: EvalSeqLenOption = None,
+    max_windows: EvalWindowsOption = None,
     option: Annotated[
         list[str] | None,
         typer.Option("-o", "--option", help="beta=1.02 of the method, refit_steps=200 of the refit. Repeatable."),
@@ -111,14 +114,8 @@ def prune(
             default_reconstruction(method, options) if reconstruct is None else reconstruct,
             **{name: value for name, value in given.items() if value is not None},
         )
-        with progress() as show:
-
-            def listen(step: "Progress") -> None:
-                if step.phase == "generate":
-                    announce_generation(samples, seq_len)
-                else:
-                    show(step)
-
+        evaluation = evaluation_of(eval_data, eval_seq_len, max_windows, field, forward_dtype)
+        with progress() as listen:
             pruned = prune_model(
                 model,
                 out_dir,
@@ -142,6 +139,7 @@ def prune(
                 trust_remote_code=trust_remote_code,
                 offload=offload,
                 work=work,
+                evaluation=evaluation,
                 listen=listen,
                 **options,
             )
@@ -166,24 +164,32 @@ def resume(
 
 def _finish(pruned: "Pruned", out_dir: Path) -> None:
     """Print what a finished run did, and leave with the code that says whether all of it was as asked."""
+    from halve.checkpoint_files import PAGE
+
     report = pruned.report
     for warning in report.warnings:
         say(err, warning, label="warning", style="yellow")
     record = pruned.record
     loss = report.mean_relative_loss
     measured = f": mean relative loss {loss:.4f}" if math.isfinite(loss) else ""
-    seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in report.seconds.items())
     say(
         out,
         f"{len(report.matrices)} matrices at {record['pattern']} by {record['method']}, refit {record['refit']}"
-        f"{measured} ({seconds})",
+        f"{measured}",
     )
+    out.print(summary_table(report))
+    say(out, ", ".join(f"{phase} {value:.0f} s" for phase, value in report.seconds.items()))
     if report.reconstructions:
         gained = [block.tuned for block in report.reconstructions if block.tuned.epoch]
         which = "held-out" if report.reconstructions[0].tuned.held_out else "training"
         ratio = math.prod(tuned.after / max(tuned.before, 1e-30) for tuned in gained) ** (1 / max(1, len(gained)))
         count = f"{len(gained)} of {len(report.reconstructions)} blocks gained by reconstruction"
         say(out, f"{count}: {which} error times {ratio:.3f}" if gained else count)
+    say_scores(pruned.before, pruned.after)
+    for note in pruned.notes:
+        say(err, note, label="warning", style="yellow")
     say(out, f"verified and written: {out_dir}")
+    if pruned.out is not None and (pruned.out / PAGE).exists():
+        say(out, f"report: {pruned.out / PAGE}")
     if report.fallbacks:
         raise typer.Exit(EXIT_FALLBACKS)

@@ -16,17 +16,19 @@ from halve import methods, refit, store, tokens
 from halve.checkpoint import LoadedModel, Source
 from halve.device import forward_precision, resolve_device
 from halve.errors import HalveError, InputError
+from halve.measured import add_perplexity
 from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.perplexity import Perplexity, perplexity
-from halve.pruning import Request, prune_loaded
 from halve.reconstruct import BLOCK, parse_reconstruction
-from halve.report import environment, finite, settings_json
+from halve.record import environment, finite, settings_json
+from halve.report import COMPARISON, write_comparison
 from halve.run_directory import open_run
 from halve.run_report import Progress, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings
 from halve.solver_settings import OBJECTIVE_OPTIONS
 from halve.tokens import TokenSet
+from halve.whole_model import Request, prune_loaded, report_notes
 
 DENSE = "dense"
 
@@ -127,7 +129,8 @@ def compare(
         requests: what to compare, and how to prune for it (`make_requests`).
         calibration: tokens, the same for all.
         evaluation: texts to evaluate on.
-        out: directory under which each pruned checkpoint is written, None to write none.
+        out: directory under which each pruned checkpoint is written, and ``comparison.html`` in the end; None to
+            write none.
         seed: that chose the calibration data, for the record.
         forward_dtype: of the evaluation: ``auto``, ``float32`` or ``bfloat16``.
         listen: called with the contender that runs, at every step of pruning.
@@ -184,6 +187,7 @@ def _rows(
         candidate = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source)
         report: RunReport | None = None
         scores: tuple[Perplexity, ...] = ()
+        notes: tuple[str, ...] = ()
         failure = ""
 
         def tell(step: Progress) -> None:
@@ -194,17 +198,26 @@ def _rows(
             with nullcontext() if place is None else open_run(place) as run:
                 report = prune_loaded(candidate, calibration, request, run, seed=seed, listen=tell).report
             scores = measure(candidate.model, request.device)
+            if place is not None:
+                add_perplexity(place, dense, scores)
+                notes = report_notes(place)
+                complete.append(place)
         except HalveError as error:
             failure = str(error)
         if report is None:
             return Row(str(contender), (), None, 0.0, 0, (), failure)
         loss = finite(report.mean_relative_loss)
         seconds, fallbacks = report.seconds_of_pruning, len(report.fallbacks)
-        return Row(str(contender), scores, loss, seconds, fallbacks, report.warnings, failure, report.seconds)
+        warnings = (*report.warnings, *notes)
+        return Row(str(contender), scores, loss, seconds, fallbacks, warnings, failure, report.seconds)
 
-    yield Row(DENSE, measure(loaded.model, next(iter(requests.values())).device), None, 0.0, 0, ())
+    dense = measure(loaded.model, next(iter(requests.values())).device)
+    complete: list[Path] = []
+    yield Row(DENSE, dense, None, 0.0, 0, ())
     for contender, request in requests.items():
         yield compete(contender, request)
+    if out is not None and len(complete) > 1:
+        write_comparison(complete, out / COMPARISON)
 
 
 def make_requests(

@@ -135,6 +135,19 @@ class Pattern:
         keep, _ = self.budget(weight.shape[-1])
         return self.groups(weight != 0).sum(-1) > keep
 
+    def kept_per_group(self, weight: Tensor) -> Tensor | None:
+        """Count the groups of ``weight`` (..., d_in) that have 0, 1, … M non-zeros.
+
+        Returns:
+            Tensor: int64, (M + 1,), on the device of ``weight``; None for an unstructured pattern.
+
+        Raises:
+            PatternError: the last dimension does not fit.
+        """
+        if self.group is None:
+            return None
+        return torch.bincount(self.groups(weight != 0).sum(-1).flatten(), minlength=self.group + 1)
+
     def satisfied_by(self, weight: Tensor) -> bool:
         """Whether no group of ``weight`` (..., d_in) has more non-zeros than allowed."""
         return not bool(self.violating_groups(weight).any())

@@ -88,14 +88,8 @@ def perplexity(
     check_length(tokens.seq_len, model)
     check_vocabulary(tokens.ids, model, tokens.source)
     place = model_device(model) if device is None else resolve_device(device)
-    products = forward_precision(dtype, place)
     started = time.perf_counter()
-    with ExitStack() as modes:
-        modes.enter_context(_placed(model, place))
-        modes.enter_context(evaluation_mode(model))
-        if dtype == "float32":
-            modes.enter_context(_float32_weights(model))
-        used = modes.enter_context(autocast(model, products))
+    with ready(model, place, dtype) as used:
         total, note = _total_nll(model, tokens, place, batch_size, progress)
     nll = total / (tokens.samples * (tokens.seq_len - 1))
     return Perplexity(
@@ -164,6 +158,27 @@ def evaluate(
         check_length(seq_len, network)
         tokens = evaluation_tokens(data, tokenizer, seq_len=seq_len, max_windows=max_windows, field=field)
     return perplexity(network, tokens, batch_size=batch_size, device=place, dtype=dtype, progress=progress)
+
+
+@contextmanager
+def ready(model: nn.Module, device: torch.device, dtype: str) -> Iterator[torch.dtype]:
+    """Make a model ready to be measured, as it was again afterwards; yield the dtype its matrices are multiplied in.
+
+    Args:
+        model: any model.
+        device: where to run.
+        dtype: see `perplexity`.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    products = forward_precision(dtype, device)
+    with ExitStack() as modes:
+        modes.enter_context(_placed(model, device))
+        modes.enter_context(evaluation_mode(model))
+        if dtype == "float32":
+            modes.enter_context(_float32_weights(model))
+        yield modes.enter_context(autocast(model, products))
 
 
 def _total_nll(

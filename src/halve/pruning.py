@@ -1,61 +1,32 @@
 """Prune a whole model: from what the user names to a pruned model, and to a verified checkpoint on disk."""
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from halve import checkpoint, report, store, tokens
-from halve.blocks import Batch
-from halve.calibration import (
-    BATCH_TOKENS,
-    DEFAULT_SAMPLES,
-    STEP_TOKENS,
-    Calibration,
-    calibration_data,
-    calibration_record,
-    check_source,
-    token_batches,
-)
+from halve import checkpoint, store, tokens
+from halve.before_after import Evaluation
+from halve.calibration import DEFAULT_SAMPLES, Calibration, calibration_data, check_source
 from halve.call_record import read_back, written_down
 from halve.checkpoint import LoadedModel, Source
-from halve.device import evaluation_mode, forward_precision, resolve_device
+from halve.device import forward_precision, resolve_device
 from halve.documents import is_on_hub
-from halve.errors import CorruptFileError, HalveError, InputError
-from halve.fingerprint import code_fields, fingerprint
+from halve.errors import HalveError, InputError
+from halve.fingerprint import code_fields
+from halve.measured import add_perplexity
 from halve.objective import Objective
 from halve.pattern import Pattern
+from halve.phases import Phases
 from halve.reconstruct import Reconstruction, parse_reconstruction
-from halve.run import prune_blocks
-from halve.run_directory import RunDirectory, open_run, recorded_call
-from halve.run_log import RunLog
-from halve.run_report import Listener, Progress, RunReport
+from halve.run_directory import open_run, recorded_call
+from halve.run_report import Listener, Progress
 from halve.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
-from halve.tokens import TokenSet
-from halve.verification import check
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """The result of `prune`.
-
-    Attributes:
-        model: the pruned model; the very object that was given, if one was.
-        report: what was done to every matrix.
-        record: the content of ``halve.json`` but for the files' sha256.
-        out: the checkpoint's directory, None if none was asked for.
-    """
-
-    model: nn.Module
-    report: RunReport = field(repr=False)
-    record: dict[str, Any] = field(repr=False)
-    out: Path | None
+from halve.whole_model import Pruned, Request, prune_loaded, report_notes
 
 
 def prune(
@@ -83,6 +54,7 @@ def prune(
     trust_remote_code: bool = False,
     offload: str | Path | None = None,
     work: str | Path | None = None,
+    evaluation: Evaluation | None = None,
     listen: Listener | None = None,
     **options: Any,
 ) -> Pruned:
@@ -121,6 +93,7 @@ def prune(
         trust_remote_code: whether to run Python code that comes with the model; it is copied to ``out``.
         offload: a directory where hidden states are kept instead of in memory; a temporary folder is made in it.
         work: a directory for finished blocks while the run lasts, new or empty; None keeps them in ``out``.
+        evaluation: texts to measure perplexity on, dense and pruned, for the report; None measures nothing.
         listen: called with a `halve.run_report.Progress` at every step.
         **options: of the method and the refit.
 
@@ -157,6 +130,8 @@ def prune(
         raise InputError("work is a place for the blocks of a run that writes a checkpoint: give out too")
     request.settings.check_objective()
     check_source(calibration, samples=samples, seq_len=seq_len, text_field=text_field)
+    if evaluation is not None:
+        evaluation.check(request.device)
     call = None if out is None else written_down(arguments)
     destination = None if out is None else Path(out)
     asked = {"source": str(calibration), "samples": samples, "seq_len": seq_len, "seed": seed}
@@ -169,21 +144,29 @@ def prune(
             run = stack.enter_context(open_run(destination, None if work is None else Path(work)))
             if isinstance(found, Source) and found.trust_remote_code:
                 run.check_code(code_fields(found))
-        loaded = _load(found, tokenizer)
+        phases = Phases(request.device)
+        with phases.timing("load"):
+            loaded = _load(found, tokenizer)
         if run is not None:
             store.check_room(loaded, run, dtype)
+        judged = None if evaluation is None else _Judged(evaluation, loaded, request.device, seq_len, phases, listen)
         wrote = calibration is None or (isinstance(calibration, str) and calibration == tokens.SELF)
         if wrote and not request.settings.needs_calibration:
-            return prune_loaded(loaded, [], request, run, seed=seed, listen=listen, call=call)
+            pruned = prune_loaded(loaded, [], request, run, seed=seed, listen=listen, call=call, phases=phases)
+            return pruned if judged is None else judged.after(pruned, dtype)
         # Neither must the model write its text again, nor the hub be asked again.
         far = wrote or (isinstance(calibration, str) and is_on_hub(calibration))
-        data: TokenSet | list[Batch] | None = run.tokens(asked) if run is not None and far else None
-        if data is None and wrote and listen is not None:
+        kept = run.tokens(asked) if run is not None and far else None
+        if kept is None and wrote and listen is not None:
             listen(Progress(0, 0, "generate", 0, 0))
-        data = data or calibration_data(
-            loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=text_field
+        with phases.timing("calibrate"):
+            data = kept or calibration_data(
+                loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=text_field
+            )
+        pruned = prune_loaded(
+            loaded, data, request, run, seed=seed, listen=listen, call=call, asked=asked, phases=phases
         )
-        return prune_loaded(loaded, data, request, run, seed=seed, listen=listen, call=call, asked=asked)
+        return pruned if judged is None else judged.after(pruned, dtype)
 
 
 def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | None = None) -> Pruned:
@@ -210,136 +193,46 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
     return prune(out=out, listen=listen, **arguments)
 
 
-@dataclass(frozen=True)
-class Request:
-    """How to prune, all of it checked.
+class _Judged:
+    """The perplexity of the dense model, measured at once, while it is in memory, and then that of the pruned one."""
 
-    Attributes:
-        settings: what to do to every matrix.
-        device: where blocks run and matrices are solved.
-        precision: dtype of the forward products.
-        dtype: of the written checkpoint, only for GGUF input and models in memory.
-        offload: an existing directory for hidden states, None for memory.
-    """
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        loaded: LoadedModel,
+        device: torch.device,
+        seq_len: int | None,
+        phases: Phases,
+        listen: Listener | None,
+    ) -> None:
+        self._evaluation = evaluation
+        self._device = device
+        self._trusted = loaded.source is not None and loaded.source.trust_remote_code
+        self._texts = evaluation.texts(loaded, seq_len)
+        self._listen = listen
+        self._announce()
+        with phases.timing("evaluate"):
+            self._before = evaluation.measure(loaded.model, self._texts, device)
 
-    settings: Settings
-    device: torch.device
-    precision: torch.dtype
-    dtype: torch.dtype | None = None
-    offload: Path | None = None
+    def _announce(self) -> None:
+        if self._listen is not None:
+            self._listen(Progress(0, 0, "evaluate", 0, 0))
 
-
-def prune_loaded(
-    loaded: LoadedModel,
-    data: TokenSet | Sequence[Batch],
-    request: Request,
-    run: RunDirectory | None,
-    *,
-    seed: int,
-    listen: Listener | None = None,
-    call: Mapping[str, Any] | None = None,
-    asked: Mapping[str, Any] | None = None,
-) -> Pruned:
-    """Prune a loaded model in place, then write and verify it if there is a directory to.
-
-    Args:
-        loaded: the model.
-        data: calibration tokens or batches; an empty list for a method and refit that need none.
-        request: how to prune.
-        run: where finished blocks and the checkpoint go, new or stopped; None writes nothing.
-        seed: that chose the calibration data, for the record.
-        listen: called at every step.
-        call: arguments of `prune` that would repeat this, for `resume`; None if they cannot be written down.
-        asked: how the calibration tokens were asked for.
-
-    Raises:
-        InputError, UnsupportedModelError, CalibrationError, LayerFailedError, CorruptFileError: as `prune`.
-    """
-    if run is None:
-        done = _prune(loaded, data, request, None, listen)
-        return Pruned(loaded.model, done, _record(loaded, data, request, done, seed, None), None)
-    settings, device, precision, dtype = request.settings, request.device, request.precision, request.dtype
-    mark = fingerprint(loaded, data, settings, device=device, precision=precision, dtype=dtype) | {"seed": str(seed)}
-    run.begin(mark, call, data if isinstance(data, TokenSet) else None, asked or {}, settings.fallback)
-    log = RunLog(run.home)
-
-    def tell(step: Progress) -> None:
-        log(step)
-        if listen is not None:
-            listen(step)
-
-    try:
-        done = _prune(loaded, data, request, run, tell)
-        record = _record(loaded, data, request, done, seed, run.out)
-        seconds = _publish(loaded, done, record, run, dtype)
-    except CorruptFileError:  # to call again would not help
-        raise
-    except HalveError as error:
-        error.unfinished = run.out if run.worth_keeping else None
-        raise
-    return Pruned(loaded.model, replace(done, seconds={**done.seconds, **seconds}), record, run.out)
-
-
-def _publish(
-    loaded: LoadedModel, done: RunReport, record: Mapping[str, Any], run: RunDirectory, dtype: torch.dtype | None
-) -> dict[str, float]:
-    """Write, verify and publish the checkpoint, what an earlier process did left out; return the seconds by phase."""
-    begun = written = time.perf_counter()
-    files = None
-    if not run.verified:
-        files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, record, dtype=dtype)
-        written = time.perf_counter()
-        _verify(run.staging, loaded.source)
-    run.publish(files)
-    return {"write": written - begun, "verify": time.perf_counter() - written}
-
-
-def _prune(
-    loaded: LoadedModel,
-    data: TokenSet | Sequence[Batch],
-    request: Request,
-    run: RunDirectory | None,
-    listen: Listener | None,
-) -> RunReport:
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(loaded.model))
-        folder = None
-        if request.offload is not None:
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=request.offload)))
-        most = BATCH_TOKENS if request.settings.reconstruction is None else STEP_TOKENS
-        batches = token_batches(data.ids, most) if isinstance(data, TokenSet) else data
-        return prune_blocks(
-            loaded.model,
-            batches or [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}],
-            request.settings,
-            device=request.device,
-            precision=request.precision,
-            offload=folder,
-            listen=listen,
-            collect=bool(batches),
-            ledger=run,
-        )
-
-
-def _record(
-    loaded: LoadedModel,
-    data: TokenSet | Sequence[Batch],
-    request: Request,
-    done: RunReport,
-    seed: int,
-    out: Path | None,
-) -> dict[str, Any]:
-    return report.to_json(
-        done,
-        request.settings,
-        {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
-        report.masks(loaded.model, done, request.dtype),
-        {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
-        source=_source_record(loaded),
-        calibration={"seed": seed, **calibration_record(data)},
-        device=str(request.device),
-        precision=str(request.precision).removeprefix("torch."),
-    )
+    def after(self, pruned: Pruned, dtype: torch.dtype | None) -> Pruned:
+        """Measure the pruned model, and put both on record; what fails is a note beside the complete checkpoint."""
+        try:
+            model = pruned.model
+            if pruned.out is not None and dtype is not None:  # rounded as it was written
+                model = checkpoint.load_model(pruned.out, trust_remote_code=self._trusted).model
+            self._announce()
+            after = self._evaluation.measure(model, self._texts, self._device)
+            if pruned.out is not None:
+                add_perplexity(pruned.out, self._before, after)
+        except HalveError as error:
+            note = f"the model is pruned, but its perplexity was not measured: {error}"
+            return replace(pruned, before=self._before, notes=(*pruned.notes, note))
+        notes = pruned.notes if pruned.out is None else report_notes(pruned.out)
+        return replace(pruned, before=self._before, after=after, notes=notes)
 
 
 def _find(
@@ -384,17 +277,3 @@ def _existing_directory(path: str | Path) -> Path:
     if not directory.is_dir():
         raise InputError(f"offload directory {directory} does not exist: create it, or leave offload out")
     return directory
-
-
-def _source_record(loaded: LoadedModel) -> dict[str, Any]:
-    if loaded.source is None:
-        return {"kind": "memory", "name": type(loaded.model).__name__}
-    return {"kind": loaded.source.kind, "name": loaded.source.name, "revision": loaded.source.revision}
-
-
-def _verify(directory: Path, source: Source | None) -> None:
-    """Judge the bytes on disk; a checkpoint that does not pass is an error, not a result."""
-    against = source if source is not None and source.shards else None
-    verdict = check(directory, against=against, trust_remote_code=against is not None and against.trust_remote_code)
-    if not verdict.ok:
-        raise HalveError(f"the checkpoint just written to {directory} is wrong, do not use it: {verdict.problems[0]}")

@@ -16,6 +16,7 @@ from halve import kernels
 from halve.disk_layout import Location
 from halve.layers import matrix_view
 from halve.objective import AUTO
+from halve.pattern import Pattern
 from halve.run_report import BlockReport, MatrixReport, RunReport
 from halve.settings import Settings
 from halve.shards import tensor_bytes
@@ -52,7 +53,7 @@ def to_json(
     report: RunReport,
     settings: Settings,
     locations: Mapping[str, Location],
-    masks: Mapping[str, str],
+    masks: Mapping[str, Mapping[str, Any]],
     changed: Mapping[str, Sequence[str]],
     *,
     source: Mapping[str, Any],
@@ -66,7 +67,7 @@ def to_json(
         report: what the run did.
         settings: what was asked.
         locations: for each matrix by name, where it lies on disk; empty when nothing is written.
-        masks: for each matrix by name, the sha256 of its mask.
+        masks: for each matrix by name, what `masks` says of it.
         changed: for each changed parameter by name, the tensors on disk that hold it; empty when nothing is written.
         source: what was pruned (name, kind, revision).
         calibration: source, counts, seed and hash of the calibration data.
@@ -85,8 +86,7 @@ def to_json(
         "forward_dtype": precision,
         "mean_relative_loss": finite(report.mean_relative_loss),
         "matrices": [
-            {**_matrix(matrix, locations.get(matrix.name)), "mask_sha256": masks.get(matrix.name)}
-            for matrix in report.matrices
+            _matrix(matrix, locations.get(matrix.name)) | dict(masks.get(matrix.name, {})) for matrix in report.matrices
         ],
         "blocks": [_block(block, changed) for block in report.reconstructions],
         "excluded": [
@@ -109,18 +109,30 @@ def mask_sha256(weight: Tensor) -> str:
     return hashlib.sha256(tensor_bytes((bits * places).sum(1, dtype=torch.uint8))).hexdigest()
 
 
-def masks(model: nn.Module, report: RunReport, dtype: torch.dtype | None) -> dict[str, str]:
-    """Return the hash of every pruned matrix's mask, by the matrix's name.
+def masks(
+    model: nn.Module, report: RunReport, pattern: Pattern, dtype: torch.dtype | None
+) -> dict[str, dict[str, Any]]:
+    """Return what there is to say of every pruned matrix's mask, by the matrix's name.
 
     Args:
         model: the pruned model.
         report: what was pruned in it.
+        pattern: that it was pruned to.
         dtype: that the weights are written in; None for their own.
+
+    Returns:
+        dict[str, dict[str, Any]]: ``mask_sha256``, and ``kept_per_group``: how many groups keep 0, 1, … N weights,
+        None for an unstructured pattern.
     """
     found = {}
     for matrix in report.matrices:
         weight = matrix_view(model.get_parameter(matrix.parameter).data, matrix.expert, matrix.layout)
-        found[matrix.name] = mask_sha256(weight if dtype is None else weight.to(dtype))
+        weight = weight if dtype is None else weight.to(dtype)
+        kept = pattern.kept_per_group(weight)
+        found[matrix.name] = {
+            "mask_sha256": mask_sha256(weight),
+            "kept_per_group": None if kept is None else kept[: pattern.budget(matrix.shape[1])[0] + 1].tolist(),
+        }
     return found
 
 

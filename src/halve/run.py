@@ -4,10 +4,8 @@ Statistics of a block come from inputs that already passed the pruned earlier bl
 one block at a time, as a float32 copy; the model keeps its own dtype and place.
 """
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +24,7 @@ from halve.gram import Statistics
 from halve.layers import Matrix, Plan, find_stack, make_plan, set_matrix
 from halve.outcome import Outcome, Status
 from halve.pattern import Pattern
+from halve.phases import Phases
 from halve.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.run_directory import RunDirectory
 from halve.run_report import BlockReport, Listener, MatrixReport, Progress, RunReport
@@ -76,6 +75,7 @@ def prune_blocks(
     listen: Listener | None = None,
     collect: bool = True,
     ledger: RunDirectory | None = None,
+    phases: Phases | None = None,
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
 
@@ -92,6 +92,7 @@ def prune_blocks(
             to find out how the model is built.
         ledger: where every block is kept as it is finished; blocks that it has already are taken from it. None keeps
             nothing.
+        phases: what already counts towards the run's seconds and memory; None begins at nothing.
 
     Raises:
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
@@ -109,7 +110,7 @@ def prune_blocks(
             "alike: set it to 0 for mixtures of experts"
         )
     tell = listen or (lambda _progress: None)
-    loop = _Loop(model, plan, settings, device, precision, tell, ledger, collect=collect)
+    loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases or Phases(device), collect=collect)
     with stream_of.eager_experts(model):
         return loop.run(batches, returns, offload)
 
@@ -126,6 +127,7 @@ class _Loop:
         precision: torch.dtype,
         listen: Listener,
         ledger: RunDirectory | None,
+        phases: Phases,
         *,
         collect: bool,
     ) -> None:
@@ -138,25 +140,23 @@ class _Loop:
         self._listen = listen
         self._ledger = ledger
         self._kept = 0 if ledger is None else ledger.committed
+        self._last = max(matrix.block for matrix in plan.matrices)  # beyond it no inputs are needed
         self._reports: list[MatrixReport] = []
         self._blocks: list[BlockReport] = []
         self._tuning = settings.reconstruction
         # Experts do not receive the same tokens from the dense model as from the pruned one.
         self._matching = settings.matches_dense and not any(matrix.routed for matrix in plan.matrices)
-        tuning = () if settings.reconstruction is None else ("reconstruct",)
-        keeping = () if ledger is None else ("commit",)
-        self._seconds = dict.fromkeys(("capture", "collect", "solve", *tuning, "replay", *keeping), 0.0)
+        self._phases = phases
 
     def run(self, batches: Sequence[Batch], returns: Sequence[Any], offload: Path | None) -> RunReport:
         members = [self._model.get_submodule(name) for name in self._plan.blocks]
         self._tell(0, "plan", plan=self._plan)
         if self._kept < len(members):
             self._tell(0, "capture")
-            started = time.perf_counter()
             paired = self._matching or self._tuning is not None
-            stream = stream_of.capture(self._model, members, batches, returns, offload, copies=1 + paired)
-            self._seconds["capture"] = time.perf_counter() - started
-            dense = stream.hidden.copy("dense") if paired else None
+            with self._phases.timing("capture"):
+                stream = stream_of.capture(self._model, members, batches, returns, offload, copies=1 + paired)
+                dense = stream.hidden.copy("dense") if paired else None
             for index, block in enumerate(members):
                 self._pass_block(index, block, stream, dense)
         else:
@@ -167,16 +167,19 @@ class _Loop:
             tuple(self._reports),
             self._plan.excluded,
             len(members),
-            self._seconds,
+            dict(self._phases.seconds),
             tuple(self._blocks),
             self._settings.options.get("time_limit"),
+            self._kept,
+            self._phases.peak_memory,
+            self._phases.peak_device_memory,
         )
 
     def _pass_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
         """Take both streams through a block, which is pruned unless it was before."""
         work = stream_of.working_copy(block, self._device)
         if index < self._kept:
-            if dense is not None:
+            if dense is not None and index < self._last:
                 self._advance(index, work, stream, dense)
             self._restore(index, work)
         else:
@@ -188,9 +191,9 @@ class _Loop:
                     "or another device"
                 ) from error
             if self._ledger is not None:
-                with self._timing("commit"):
+                with self._phases.timing("commit"):
                     self._commit(index, self._ledger)
-        if self._collecting and index + 1 < len(self._plan.blocks):
+        if self._collecting and index < self._last:
             self._advance(index, work, stream, stream.hidden)
         stream.calls[index].clear()
 
@@ -200,17 +203,17 @@ class _Loop:
         statistics: dict[str, Statistics | None] = {}
         if matrices and self._collecting:
             self._tell(index, "collect")
-            with self._timing("collect"):
+            with self._phases.timing("collect"):
                 statistics = self._collect(index, work, matrices, stream, matching)
-        if dense is not None and (matching is None or not statistics):
+        if dense is not None and index <= self._last and (matching is None or not statistics):
             self._advance(index, work, stream, dense)
         if matrices:
-            with self._timing("solve"):
+            with self._phases.timing("solve"):
                 for stack in stacks(matrices, statistics):
                     self._solve(stack, statistics.get(stack[0].name), work)
             if dense is not None and self._tuning is not None:
                 self._tell(index, "reconstruct")
-                with self._timing("reconstruct"):
+                with self._phases.timing("reconstruct"):
                     tuned = self._reconstruct(index, work, matrices, stream, dense, self._tuning)
                 self._choose_rate(tuned)
 
@@ -226,7 +229,7 @@ class _Loop:
         tuned = next((block for block in self._blocks if block.name == name), None)
         changed = sorted({matrix.parameter for matrix in matrices}.union(tuned.parameters if tuned else ()))
         tensors = {parameter: self._model.get_parameter(parameter).data for parameter in changed}
-        ledger.commit(tensors, to_record(matrices, tuned))
+        ledger.commit(tensors, to_record(matrices, tuned, self._phases.take()))
 
     def _restore(self, index: int, work: nn.Module | None = None) -> None:
         """Put a block that was finished before into the model and its working copy."""
@@ -238,7 +241,8 @@ class _Loop:
             self._model.get_parameter(name).data.copy_(tensor)
             if work is not None:
                 work.get_parameter(name.removeprefix(prefix)).data.copy_(tensor)
-        matrices, tuned = from_record(record)
+        matrices, tuned, spent = from_record(record)
+        self._phases.add(spent)
         for report in matrices:
             self._reports.append(report)
             self._tell(index, "restore", report)
@@ -246,16 +250,10 @@ class _Loop:
             self._blocks.append(tuned)
             self._choose_rate(tuned.tuned)
 
-    @contextmanager
-    def _timing(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._seconds[phase] += time.perf_counter() - started
-
     def _advance(self, index: int, work: nn.Module, stream: Stream, hidden: HiddenStates) -> None:
         """Take hidden states through the block, in place."""
         self._tell(index, "replay")
-        with self._timing("replay"), autocast(work, self._precision):
+        with self._phases.timing("replay"), autocast(work, self._precision):
             for batch in range(len(hidden)):
                 hidden[batch] = self._forward(index, batch, work, stream, hidden)
 

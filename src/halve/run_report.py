@@ -1,15 +1,16 @@
 """What a run tells: as it goes, to whoever displays it, and at the end, about every matrix and block."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from halve.layers import Excluded, Layout, Plan
 from halve.outcome import Status
 from halve.reconstruct import Tuned
 
-WRITING = ("commit", "write", "verify")
-"""Phases of a run that only an output directory asks for: finished blocks, the checkpoint, reading it again."""
+AROUND = ("load", "evaluate", "calibrate", "commit", "write", "verify")
+"""Phases of a run that are not pruning: reading the model, measuring its perplexity, its calibration text; and, where
+there is an output directory, keeping finished blocks, the checkpoint, and reading that again."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,13 @@ class RunReport:
         excluded: parameters that stayed dense, with reasons.
         blocks: number of blocks.
         seconds: wall-clock seconds by phase: ``capture``, ``collect`` (forward passes that gather statistics),
-            ``solve``, ``reconstruct``, ``replay`` (forward passes through the pruned block, and the dense one); where
-            there is an output directory, also those in `WRITING`.
+            ``solve``, ``reconstruct``, ``replay`` (forward passes through the pruned block, and the dense one), and
+            those in `AROUND`. Blocks that an earlier process finished count with what they took there.
         reconstructions: one entry a reconstructed block, in order.
         time_limit: seconds that solving was to take, None if there was no limit.
+        resumed_blocks: number of blocks that an earlier process had finished.
+        peak_memory: by phase, the most bytes of resident memory that were seen (`halve.phases.Phases`).
+        peak_device_memory: by phase, the most bytes allocated on a CUDA device; empty without one.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -79,6 +83,9 @@ class RunReport:
     seconds: dict[str, float]
     reconstructions: tuple[BlockReport, ...] = ()
     time_limit: float | None = None
+    resumed_blocks: int = 0
+    peak_memory: Mapping[str, int] = field(default_factory=dict)
+    peak_device_memory: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def changed(self) -> set[str]:
@@ -88,8 +95,8 @@ class RunReport:
 
     @property
     def seconds_of_pruning(self) -> float:
-        """Seconds of all phases but those that keep, write and verify files."""
-        return sum(seconds for phase, seconds in self.seconds.items() if phase not in WRITING)
+        """Seconds of all phases but those in `AROUND`."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase not in AROUND)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -115,8 +122,9 @@ class Progress:
     Attributes:
         block: index of the current block.
         blocks: number of blocks.
-        phase: ``generate`` (the model writes its calibration text), ``plan``, ``capture``, ``collect``, ``solve``,
-            ``reconstruct``, ``restore``, ``replay`` or ``done``.
+        phase: ``evaluate`` (perplexity), ``generate`` (the model writes its calibration text), ``plan``, ``capture``,
+            ``collect``, ``solve``, ``reconstruct``, ``restore``, ``replay`` or ``done``. ``blocks`` is 0 in the first
+            two.
         finished: matrices finished so far.
         matrices: matrices in all.
         matrix: the matrix just finished, in phase ``solve``, or taken over from an earlier process, in ``restore``.

@@ -41,6 +41,29 @@ def comparison_table(rows: list[Any], pattern: str) -> Table:
     return table
 
 
+def summary_table(report: Any) -> Table:
+    """Return what became of every kind of matrix (`halve.run_report.RunReport`): how many, their losses, the worst."""
+    from halve.report_facts import place_of
+
+    numbers = ("count", "mean loss", "worst loss", "in block", "fell back")
+    table = Table(
+        Column("matrices", overflow="fold"), *[Column(name, justify="right", no_wrap=True) for name in numbers]
+    )
+    kinds: dict[str, list[Any]] = {}
+    for matrix in report.matrices:
+        kinds.setdefault(place_of(matrix.name)[1], []).append(matrix)
+    for kind, found in kinds.items():
+        losses = [(m.facts["relative_loss"], place_of(m.name)[0]) for m in found if "relative_loss" in m.facts]
+        fallen = sum(matrix.status == "fell_back" for matrix in found)
+        cells = ["", "", ""]
+        if losses:
+            worst, block = max(losses, key=lambda pair: pair[0])
+            mean = sum(loss for loss, _ in losses) / len(losses)
+            cells = [f"{mean:.4f}", f"{worst:.4f}", "" if block is None else str(block)]
+        table.add_row(Text(kind), str(len(found)), *cells, Text(str(fallen), style="bold red") if fallen else "")
+    return table
+
+
 def say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
     """Print a sentence as it is: no markup is read in it, and only a terminal breaks it, between words."""
     text = Text.assemble((f"{label}: ", style), sentence) if label else Text(sentence)
@@ -58,10 +81,10 @@ def say_row(row: Any) -> None:
     say(err, f"{row.name}: {scores} ({row.seconds:.0f} s of pruning)")
 
 
-def announce_generation(samples: int, seq_len: int | None) -> None:
-    """Say that the model is about to write its own calibration text, which takes a while."""
-    length = "2048 (or its maximum)" if seq_len is None else seq_len
-    say(err, f"the model writes {samples} x {length} calibration tokens …")
+def announce(phase: str) -> None:
+    """Say what is about to take a while outside the blocks."""
+    sentences = {"generate": "the model writes its calibration text …", "evaluate": "measuring perplexity …"}
+    say(err, sentences[phase])
 
 
 def warn_of_overlap(calibration: Any, evaluation: Sequence[Any]) -> None:
@@ -96,6 +119,9 @@ def progress() -> Iterator[Show]:
         task = bar.add_task("reading", total=None, last="")
 
         def show(step: Any, runner: str = "") -> None:
+            if not step.blocks:
+                announce(step.phase)
+                return
             if step.plan is not None:
                 say(bar.console, _prefix(runner) + _plan(step.plan))
             description = f"{_prefix(runner)}block {min(step.block + 1, step.blocks)}/{step.blocks} {step.phase}"
@@ -126,6 +152,9 @@ def progress_bar(console: Console) -> "Progress":
 
 def _plain_progress(step: Any, runner: str = "") -> None:
     prefix = _prefix(runner)
+    if not step.blocks:
+        announce(step.phase)
+        return
     if step.plan is not None:
         sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")
     if step.phase == "solve" and step.matrix is not None:

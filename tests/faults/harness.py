@@ -14,7 +14,7 @@ import halve
 from halve.durable import CRASH_LOG, CRASH_POINT
 from halve.errors import AlreadyCompleteError, HalveError
 from halve.reconstruct import Reconstruction
-from models import decoder
+from models import OF_ONE_RUN, decoder
 from tiny_tokenizers import SENTENCES, byte_bpe
 
 REFUSED, BROKEN = 10, 11
@@ -103,11 +103,11 @@ def crash_points(job: Job, log: Path) -> list[str]:
 
 
 def tree(directory: Path) -> dict[str, str]:
-    """Return the sha256 of every file, by name."""
+    """Return the sha256 of every file but those that hold times, by name."""
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in OF_ONE_RUN
     }
 
 

@@ -1,0 +1,151 @@
+"""Perplexity of a pruned checkpoint and of the model it was made from, on the same tokens, put on record beside it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halve.calibration import default_length
+from halve.checkpoint import LoadedModel, Source, load_model, resolve
+from halve.checkpoint_files import REPORT
+from halve.compare import evaluation_texts
+from halve.device import forward_precision, resolve_device
+from halve.errors import CorruptFileError, InputError
+from halve.measured import add_perplexity, read_measured
+from halve.perplexity import Perplexity, perplexity
+from halve.shards import read_json
+from halve.tokens import TokenSet, check_counts, evaluation_corpus
+
+NO_DENSE = "none"
+"""As the dense model: measure the pruned one alone."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure perplexity on, before and after, and how.
+
+    Attributes:
+        data: texts, each as `halve.tokens.evaluation_tokens` takes it.
+        seq_len: tokens in a window; None is as many as the calibration sequences have.
+        max_windows: only the first windows of each text; None takes all.
+        text_field: field of ``.jsonl`` and ``.parquet`` files.
+        forward_dtype: ``auto``, ``float32`` or ``bfloat16``.
+    """
+
+    data: Sequence[str | Path]
+    seq_len: int | None = None
+    max_windows: int | None = None
+    text_field: str = "text"
+    forward_dtype: str = "auto"
+
+    def check(self, device: torch.device) -> None:
+        """Look for the texts, before anything is loaded.
+
+        Raises:
+            InputError: a text or a setting is not usable.
+        """
+        forward_precision(self.forward_dtype, device)
+        if isinstance(self.data, str) or not self.data:
+            raise InputError(
+                f"the evaluation's data = {self.data!r} is not a list of texts: give at least one, in a list"
+            )
+        if self.seq_len is not None:
+            check_counts(seq_len=self.seq_len)
+        for text in self.data:
+            evaluation_corpus(text, seq_len=self.seq_len or 2, max_windows=self.max_windows, field=self.text_field)
+
+    def texts(self, loaded: LoadedModel, calibrated_with: int | None) -> list[TokenSet]:
+        """Tokenise the texts for a model.
+
+        Args:
+            loaded: the model.
+            calibrated_with: tokens in a calibration sequence, None where that is not known.
+
+        Raises:
+            InputError: no tokenizer, or a text or the length is not usable.
+        """
+        length = self.seq_len or calibrated_with or default_length(loaded)
+        return evaluation_texts(
+            loaded, self.data, seq_len=length, max_windows=self.max_windows, text_field=self.text_field
+        )
+
+    def measure(self, model: nn.Module, texts: Sequence[TokenSet], device: torch.device) -> tuple[Perplexity, ...]:
+        """Return the perplexity of a model on every text."""
+        return tuple(perplexity(model, text, device=device, dtype=self.forward_dtype) for text in texts)
+
+
+def measure(
+    directory: str | Path,
+    evaluation: Evaluation,
+    *,
+    dense: str | Path | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[tuple[Perplexity, ...], tuple[Perplexity, ...]]:
+    """Measure the perplexity of a pruned checkpoint and of its dense model, and put both on record.
+
+    The models are in memory one after the other. What is on record of the same text and windows is replaced.
+
+    Args:
+        directory: of the pruned checkpoint.
+        evaluation: on what, and how.
+        dense: the dense model, as `halve.checkpoint.resolve` takes it; None is the one that ``halve.json`` names, and
+            ``none`` measures the pruned one alone, as is done where the dense one had been in memory.
+        device: ``auto``, ``cpu``, ``cuda``, …
+        trust_remote_code: whether to run Python code that comes with the models.
+
+    Returns:
+        tuple[tuple[Perplexity, ...], tuple[Perplexity, ...]]: the dense and the pruned model's, one entry a text; an
+        empty tuple for the dense one where it was not measured.
+
+    Raises:
+        InputError: no ``halve.json``; the dense model is not where it was; a text is not usable, or does not fit.
+        HalveError: a model cannot be loaded, see `halve.checkpoint.load_model`, or the record cannot be written.
+    """
+    place, target = Path(directory), resolve_device(device)
+    evaluation.check(target)
+    if not (place / REPORT).exists():
+        raise InputError(f"{place} has no {REPORT}: give a checkpoint that halve prune has written")
+    record = read_json(place / REPORT)
+    read_measured(place)  # a damaged one is to be told now
+    original = _dense_source(place, record, dense, trust_remote_code=trust_remote_code)
+    pruned = load_model(place, trust_remote_code=trust_remote_code)
+    texts = evaluation.texts(pruned, _calibrated_with(record))
+    after = evaluation.measure(pruned.model, texts, target)
+    del pruned  # one model in memory at a time
+    before = () if original is None else evaluation.measure(load_model(original).model, texts, target)
+    add_perplexity(place, before, after)
+    return before, after
+
+
+def _calibrated_with(record: Mapping[str, Any]) -> int | None:
+    calibration = record.get("calibration")
+    length = calibration.get("seq_len") if isinstance(calibration, dict) else None
+    return length if isinstance(length, int) and length > 1 else None
+
+
+def _dense_source(
+    place: Path, record: Mapping[str, Any], dense: str | Path | None, *, trust_remote_code: bool
+) -> Source | None:
+    """Find the dense model's files; None where there are none, or none are wanted."""
+    if dense is not None:
+        return None if str(dense) == NO_DENSE else resolve(dense, trust_remote_code=trust_remote_code)
+    match record.get("source"):
+        case {"kind": "memory"}:
+            return None
+        case {"kind": "hub", "name": str(name), "revision": str(revision)}:
+            return resolve(name, revision=revision, trust_remote_code=trust_remote_code)
+        case {"kind": "directory" | "gguf", "name": str(name)}:
+            if not Path(name).expanduser().exists():
+                raise InputError(
+                    f"{place} was made from {name}, which is not here: say where that model is with dense (--dense), "
+                    f"or measure the pruned one alone with {NO_DENSE}"
+                )
+            return resolve(name, trust_remote_code=trust_remote_code)
+        case _:
+            raise CorruptFileError(
+                f"{place / REPORT} does not say what was pruned: restore it, or give dense (--dense)"
+            )

@@ -1,0 +1,118 @@
+"""``halve-measured.json``: what was measured of a run and is another number the next time — times, memory, perplexity.
+
+It lies beside ``halve.json``, which holds what equal runs have in common.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from halve.checkpoint_files import MEASURED
+from halve.durable import write_file, writing
+from halve.errors import CorruptFileError
+from halve.perplexity import Perplexity
+from halve.record import finite
+from halve.run_report import RunReport
+from halve.shards import read_json
+
+FORMAT = 1
+"""Version of the layout of ``halve-measured.json``."""
+
+_SAME_TEXT = ("source", "tokens_sha256")
+
+
+def measured_json(report: RunReport) -> dict[str, Any]:
+    """Return what a run took, as plain JSON values.
+
+    Args:
+        report: the run, all but finished: what comes after is not counted.
+    """
+    return {
+        "format": FORMAT,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": {phase: round(value, 3) for phase, value in report.seconds.items()},
+        "peak_memory": dict(report.peak_memory),
+        "peak_device_memory": dict(report.peak_device_memory),
+        "resumed_blocks": report.resumed_blocks,
+        "matrix_seconds": {m.name: round(m.facts["seconds"], 4) for m in report.matrices if "seconds" in m.facts},
+        "perplexity": [],
+    }
+
+
+def read_measured(directory: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's ``halve-measured.json``; only ``format`` and no perplexity without one.
+
+    Raises:
+        CorruptFileError: the file is malformed.
+    """
+    path = directory / MEASURED
+    if not path.exists():
+        return {"format": FORMAT, "perplexity": []}
+    found = read_json(path)
+    numbers = [found.get(name, {}) for name in ("seconds", "peak_memory", "peak_device_memory", "matrix_seconds")]
+    sound = found.get("format") == FORMAT and all(map(_is_numbers, numbers)) and _is_scores(found.get("perplexity"))
+    if not sound:
+        raise CorruptFileError(
+            f"{path} is not as Halve writes it: remove it, and times and perplexities will be missing"
+        )
+    return found
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_scores(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("source"), str)
+        and isinstance(entry.get("tokens_sha256"), str)
+        and all(_is_number(entry.get(name)) for name in ("seq_len", "windows"))
+        and all(entry.get(name) is None or _is_number(entry[name]) for name in ("before", "after"))
+        for entry in value
+    )
+
+
+def write_measured(directory: Path, content: Mapping[str, Any]) -> str:
+    """Write ``halve-measured.json`` whole or not at all, and return its sha256.
+
+    Raises:
+        HalveError: the volume is full or failed.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with writing(directory):
+        return write_file(directory / MEASURED, [text.encode()], "measured")
+
+
+def add_perplexity(directory: Path, before: Sequence[Perplexity], after: Sequence[Perplexity]) -> None:
+    """Put perplexities on record; those of the same text, cut into the same windows, are replaced.
+
+    Args:
+        directory: of the pruned checkpoint.
+        before: the dense model's, empty where it was not measured.
+        after: the pruned model's, text by text as ``before``.
+
+    Raises:
+        CorruptFileError: as `read_measured`.
+        HalveError: as `write_measured`.
+    """
+    content = read_measured(directory)
+    dense = [score.value for score in before] if before else [None] * len(after)
+    for was, now in zip(dense, after, strict=True):
+        facts = {name: value for name, value in asdict(now).items() if name not in {"value", "nll", "seconds"}}
+        entry = {
+            **facts,
+            "before": None if was is None else finite(was),
+            "after": finite(now.value),
+        }
+        others = [old for old in content["perplexity"] if any(old[key] != entry[key] for key in _SAME_TEXT)]
+        content["perplexity"] = [*others, entry]
+    write_measured(directory, content)

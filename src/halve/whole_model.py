@@ -1,0 +1,238 @@
+"""One model, loaded, with its calibration data: prune it, then write, verify and publish what comes out."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from halve import record, store
+from halve.blocks import Batch
+from halve.calibration import BATCH_TOKENS, STEP_TOKENS, calibration_record, token_batches
+from halve.checkpoint import LoadedModel, Source
+from halve.checkpoint_files import MEASURED, PAGE
+from halve.device import evaluation_mode
+from halve.durable import sha256_of
+from halve.errors import CorruptFileError, HalveError
+from halve.fingerprint import fingerprint
+from halve.measured import measured_json, write_measured
+from halve.perplexity import Perplexity
+from halve.phases import Phases
+from halve.report import write_report
+from halve.run import prune_blocks
+from halve.run_directory import RunDirectory
+from halve.run_log import RunLog
+from halve.run_report import Listener, Progress, RunReport
+from halve.settings import Settings
+from halve.tokens import TokenSet
+from halve.verification import check
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of `prune`.
+
+    Attributes:
+        model: the pruned model; the very object that was given, if one was.
+        report: what was done to every matrix.
+        record: the content of ``halve.json`` but for the files' sha256.
+        out: the checkpoint's directory, None if none was asked for.
+        before: the dense model's perplexities, one a text of the evaluation, empty without one.
+        after: the pruned model's.
+        notes: what could not be done once the checkpoint was complete: its report, or its evaluation; sentences.
+    """
+
+    model: nn.Module
+    report: RunReport = field(repr=False)
+    record: dict[str, Any] = field(repr=False)
+    out: Path | None
+    before: tuple[Perplexity, ...] = ()
+    after: tuple[Perplexity, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to prune, all of it checked.
+
+    Attributes:
+        settings: what to do to every matrix.
+        device: where blocks run and matrices are solved.
+        precision: dtype of the forward products.
+        dtype: of the written checkpoint, only for GGUF input and models in memory.
+        offload: an existing directory for hidden states, None for memory.
+    """
+
+    settings: Settings
+    device: torch.device
+    precision: torch.dtype
+    dtype: torch.dtype | None = None
+    offload: Path | None = None
+
+
+def prune_loaded(
+    loaded: LoadedModel,
+    data: TokenSet | Sequence[Batch],
+    request: Request,
+    run: RunDirectory | None,
+    *,
+    seed: int,
+    listen: Listener | None = None,
+    call: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Any] | None = None,
+    phases: Phases | None = None,
+) -> Pruned:
+    """Prune a loaded model in place, then write and verify it if there is a directory to.
+
+    Args:
+        loaded: the model.
+        data: calibration tokens or batches; an empty list for a method and refit that need none.
+        request: how to prune.
+        run: where finished blocks and the checkpoint go, new or stopped; None writes nothing.
+        seed: that chose the calibration data, for the record.
+        listen: called at every step.
+        call: arguments of `prune` that would repeat this, for `resume`; None if they cannot be written down.
+        asked: how the calibration tokens were asked for.
+        phases: what already counts towards the run's seconds and memory; None begins at nothing.
+
+    Raises:
+        InputError, UnsupportedModelError, CalibrationError, LayerFailedError, CorruptFileError: as `prune`.
+    """
+    phases = phases or Phases(request.device)
+    if run is None:
+        done = _prune(loaded, data, request, None, listen, phases)
+        return Pruned(loaded.model, done, _record(loaded, data, request, done, seed, None), None)
+    settings, device, precision, dtype = request.settings, request.device, request.precision, request.dtype
+    mark = fingerprint(loaded, data, settings, device=device, precision=precision, dtype=dtype) | {"seed": str(seed)}
+    run.begin(mark, call, data if isinstance(data, TokenSet) else None, asked or {}, settings.fallback)
+    log = RunLog(run.home)
+
+    def tell(step: Progress) -> None:
+        log(step)
+        if listen is not None:
+            listen(step)
+
+    try:
+        done = _prune(loaded, data, request, run, tell, phases)
+        content = _record(loaded, data, request, done, seed, run.out)
+        done, notes = _publish(loaded, done, content, run, dtype, phases)
+    except CorruptFileError:  # to call again would not help
+        raise
+    except HalveError as error:
+        error.unfinished = run.out if run.worth_keeping else None
+        raise
+    return Pruned(loaded.model, done, content, run.out, notes=notes)
+
+
+def _publish(
+    loaded: LoadedModel,
+    done: RunReport,
+    content: Mapping[str, Any],
+    run: RunDirectory,
+    dtype: torch.dtype | None,
+    phases: Phases,
+) -> tuple[RunReport, tuple[str, ...]]:
+    """Write, verify and publish the checkpoint, but for what an earlier process did.
+
+    Returns:
+        tuple[RunReport, tuple[str, ...]]: the report with that, and `report_notes`.
+    """
+    files: dict[str, str] | None = None
+    notes: tuple[str, ...] = ()
+    if not run.verified:
+        with phases.timing("write"):
+            files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, content, dtype=dtype)
+        with phases.timing("verify"):
+            _verify(run.staging, loaded.source)
+        done = replace(done, seconds=dict(phases.seconds))
+        files[MEASURED] = write_measured(run.staging, measured_json(done))
+        notes = report_notes(run.staging, run.out)
+        if not notes:
+            files[PAGE] = sha256_of(run.staging / PAGE)
+    run.publish(files)
+    return done, notes
+
+
+def report_notes(directory: Path, place: Path | None = None) -> tuple[str, ...]:
+    """Write the report; the checkpoint is complete without it, so what stands in its way is returned, not raised.
+
+    Args:
+        directory: of the checkpoint.
+        place: where it is going to be; None leaves it where it is.
+
+    Returns:
+        tuple[str, ...]: a sentence if the report could not be written.
+    """
+    try:
+        write_report(directory, place=place)
+    except HalveError as error:
+        return (f"the checkpoint is complete, but its report is not written: {error}",)
+    return ()
+
+
+def _prune(
+    loaded: LoadedModel,
+    data: TokenSet | Sequence[Batch],
+    request: Request,
+    run: RunDirectory | None,
+    listen: Listener | None,
+    phases: Phases,
+) -> RunReport:
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(loaded.model))
+        folder = None
+        if request.offload is not None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=request.offload)))
+        most = BATCH_TOKENS if request.settings.reconstruction is None else STEP_TOKENS
+        batches = token_batches(data.ids, most) if isinstance(data, TokenSet) else data
+        return prune_blocks(
+            loaded.model,
+            batches or [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}],
+            request.settings,
+            device=request.device,
+            precision=request.precision,
+            offload=folder,
+            listen=listen,
+            collect=bool(batches),
+            ledger=run,
+            phases=phases,
+        )
+
+
+def _record(
+    loaded: LoadedModel,
+    data: TokenSet | Sequence[Batch],
+    request: Request,
+    done: RunReport,
+    seed: int,
+    out: Path | None,
+) -> dict[str, Any]:
+    return record.to_json(
+        done,
+        request.settings,
+        {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
+        record.masks(loaded.model, done, request.settings.pattern, request.dtype),
+        {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
+        source=_source_record(loaded),
+        calibration={"seed": seed, **calibration_record(data)},
+        device=str(request.device),
+        precision=str(request.precision).removeprefix("torch."),
+    )
+
+
+def _source_record(loaded: LoadedModel) -> dict[str, Any]:
+    if loaded.source is None:
+        return {"kind": "memory", "name": type(loaded.model).__name__}
+    return {"kind": loaded.source.kind, "name": loaded.source.name, "revision": loaded.source.revision}
+
+
+def _verify(directory: Path, source: Source | None) -> None:
+    """Judge the bytes on disk; a checkpoint that does not pass is an error, not a result."""
+    against = source if source is not None and source.shards else None
+    verdict = check(directory, against=against, trust_remote_code=against is not None and against.trust_remote_code)
+    if not verdict.ok:
+        raise HalveError(f"the checkpoint just written to {directory} is wrong, do not use it: {verdict.problems[0]}")

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import halve
+from halve.cli import app
+from halve.cli_errors import EXIT_REFUSED
+from reported import write_record
+
+FAST = ["--method", "wanda", "--refit", "none", "--samples", "8", "--seq-len", "16"]
+
+
+@pytest.fixture
+def run():
+    return CliRunner().invoke
+
+
+def test_a_run_leaves_its_report_and_says_where(run, model, text, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["prune", model, "--out", str(out), "--calibration", text, *FAST]
+    result = run(app, [*arguments, "--eval-data", text, "--max-windows", "2"])
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads((out / "halve-measured.json").read_text())["perplexity"]
+    line = f"perplexity text.txt: {entry['before']:.3f} → {entry['after']:.3f} (2 windows of 16 tokens, float32)"
+    assert line in result.output
+    assert f"report: {out / 'report.html'}" in result.output
+    assert "self_attn.q_proj" in result.output  # the table by kind
+    assert (out / "report.html").stat().st_size > 1_000_000
+
+
+def test_the_report_is_made_again(run, tmp_path):
+    record = write_record(tmp_path / "a")
+    result = run(app, ["report", str(record)])
+    assert result.exit_code == 0, result.output
+    assert result.output == f"written: {record / 'report.html'}\n"
+    assert (record / "report.html").exists()
+
+
+def test_several_are_compared(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = [str(write_record(tmp_path / name)) for name in "ab"]
+    result = run(app, ["report", *records])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "comparison.html").exists()
+    assert run(app, ["report", *records, "--out", "other.html"]).exit_code == 0
+    assert (tmp_path / "other.html").exists()
+
+
+def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
+    out = tmp_path / "out"
+    halve.prune(checkpoint, out, calibration=text, samples=8, seq_len=16, method="magnitude", refit="none")
+    result = run(app, ["report", str(out), "--data", text, "--seq-len", "32", "--max-windows", "1"])
+    assert result.exit_code == 0, result.output
+    assert "(1 windows of 32 tokens, float32)" in result.output
+    assert "perplexity text.txt" in result.output
+    assert "32 tokens" in (out / "report.html").read_text()
+    result = run(app, ["report", str(out), "--data", text, "--max-windows", "1", "--dense", "none"])
+    assert "→" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "nowhere"], "has no halve.json"),
+        (["report", "nowhere", "--data", "text.txt"], "has no halve.json"),
+        (["prune", "m", "--out", "o", "--max-windows", "2"], "go with a text to measure perplexity on"),
+        (["prune", "m", "--out", "o", "--eval-seq-len", "2"], "go with a text to measure perplexity on"),
+    ],
+)
+def test_what_cannot_be_is_refused(run, arguments, words):
+    result = run(app, arguments)
+    assert result.exit_code == EXIT_REFUSED
+    assert words in result.output.replace("\n", " ")
