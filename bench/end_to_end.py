@@ -13,6 +13,7 @@ from pathlib import Path
 
 from halve import checkpoint, compare
 from halve.calibration import text_tokens
+from halve.perplexity import evaluation_texts
 
 METHODS = (
     "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,alps+cg,prox-gradient,prox-gradient+gd,prox-gradient+cg,"
@@ -56,7 +57,7 @@ def main() -> None:
         seed=arguments.seed,
         text_field="text",
     )
-    texts = compare.evaluation_texts(
+    texts = evaluation_texts(
         loaded, arguments.data, seq_len=arguments.seq_len, max_windows=arguments.windows, text_field="text"
     )
     for row in compare.compare(loaded, requests, tokens, texts, seed=arguments.seed):

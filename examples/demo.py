@@ -20,6 +20,9 @@ from transformers.utils import logging
 
 from halve import check, checkpoint, compare
 from halve.calibration import text_tokens
+from halve.checkpoint_files import PAGE
+from halve.perplexity import evaluation_texts
+from halve.report import COMPARISON
 from halve.terminal import comparison_table
 
 SAMPLES, SEQ_LEN, WINDOWS = 32, 512, 32
@@ -72,7 +75,7 @@ def main(folder: Path) -> None:
     tokens = text_tokens(loaded, "self", samples=SAMPLES, seq_len=SEQ_LEN, seed=0, text_field="text")
     contenders = [compare.Contender.parse(name) for name in ("magnitude", "wanda", "sparsegpt", "auto+cg")]
     requests = compare.make_requests(contenders, {})
-    texts = compare.evaluation_texts(loaded, [text], seq_len=SEQ_LEN, max_windows=WINDOWS, text_field="text")
+    texts = evaluation_texts(loaded, [text], seq_len=SEQ_LEN, max_windows=WINDOWS, text_field="text")
     rows = []
     compared = time.perf_counter()
     for row in compare.compare(loaded, requests, tokens, texts, out=folder / "pruned"):
@@ -89,6 +92,7 @@ def main(folder: Path) -> None:
     if any(row.error for row in rows):
         sys.exit("a method failed; see above")
     best = compare.checkpoint_directory(folder / "pruned", contenders[-1])
+    out.print(f"Reports, for a browser: {folder / 'pruned' / COMPARISON} and {best / PAGE}")
     verdict = check(best)
     out.print(f"{best}: {verdict.matrices} matrices at {verdict.pattern}, ok = {verdict.ok}")
     out.print(f"“{PROMPT}” — loaded with plain transformers, the pruned model answers: {answer(best)!r}")

@@ -23,7 +23,7 @@ import results
 from halve import checkpoint, compare
 from halve.calibration import text_tokens
 from halve.layers import find_stack
-from halve.perplexity import perplexity
+from halve.perplexity import evaluation_texts, perplexity
 
 NAME = "calibration_samples"
 METHODS = ("wanda", "wanda+cg", "sparsegpt", "sparsegpt+cg", "prox-gradient+cg", "auto+cg")
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = text_tokens(
         loaded, arguments.calibration, samples=most, seq_len=arguments.seq_len, seed=arguments.seed, text_field="text"
     )
-    texts = compare.evaluation_texts(
+    texts = evaluation_texts(
         loaded, arguments.data, seq_len=arguments.seq_len, max_windows=arguments.windows, text_field="text"
     )
     setting = {
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "beta": arguments.beta,
         "calibration": Path(tokens.source).name,
         "data": [Path(text.source).name for text in texts],
+        "tokens_sha256": [tokens.sha256, *(text.sha256 for text in texts)],
     }
     found = results.load(NAME, arguments.out)
     numbers: dict[str, Any] = {**setting, "dense": None, "rows": []}

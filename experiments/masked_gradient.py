@@ -24,12 +24,13 @@ import halve
 import matrices_of_model
 import results
 from calibration_samples import dense_from
-from halve import compare
 from halve.checkpoint import LoadedModel
+from halve.durable import sha256_of
 from halve.gram import Statistics
-from halve.perplexity import perplexity
+from halve.perplexity import evaluation_texts, perplexity
 from halve.quadratic import relative_loss
 from halve.refit import refit_cg, refit_gd
+from halve.tokens import hash_ids
 
 NAME = "masked_gradient"
 METHODS = ("wanda", "sparsegpt", "prox-gradient")
@@ -80,7 +81,10 @@ def losses_by_steps(
 def on_matrices(given: argparse.Namespace, loaded: LoadedModel, ids: torch.Tensor, numbers: dict[str, Any]) -> None:
     """Measure the losses of one block's matrices into ``numbers["matrices"]``."""
     found = matrices_of_model.matrices_of_model(loaded.model, ids, [given.block], rows=given.rows, device=given.device)
+    known = {matrix["kind"] for matrix in numbers["matrices"]}
     for matrix in found:
+        if matrix.kind in known:
+            continue
         by_method = {
             method: losses_by_steps(matrix.weight, matrix.fitted, method, given.steps, **_options(given, method))
             for method in METHODS
@@ -92,9 +96,7 @@ def on_matrices(given: argparse.Namespace, loaded: LoadedModel, ids: torch.Tenso
 
 def on_the_model(given: argparse.Namespace, loaded: LoadedModel, ids: torch.Tensor, numbers: dict[str, Any]) -> None:
     """Measure perplexities into ``numbers["rows"]``, the first blocks pruned."""
-    texts = compare.evaluation_texts(
-        loaded, given.data, seq_len=given.seq_len, max_windows=given.windows, text_field="text"
-    )
+    texts = evaluation_texts(loaded, given.data, seq_len=given.seq_len, max_windows=given.windows, text_field="text")
     numbers["data"] = [Path(text.source).name for text in texts]
 
     def measure(model: torch.nn.Module) -> list[float]:
@@ -140,13 +142,16 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "rows_of_a_matrix": given.rows,
         "pruned_blocks": given.blocks,
         "windows": given.windows,
+        "seed": given.seed,
+        "steps": given.steps,
+        "calibration_sha256": hash_ids(ids),
+        "texts": [sha256_of(Path(text)) if Path(text).exists() else text for text in given.data],
     }
     numbers: dict[str, Any] = {**setting, "data": [], "dense": None, "matrices": [], "rows": []}
     earlier = results.load(NAME, given.out)
     if earlier is not None and {key: earlier.get(key) for key in setting} == setting:
         numbers |= {key: earlier[key] for key in numbers}
-    if not numbers["matrices"]:
-        on_matrices(given, loaded, ids, numbers)
+    on_matrices(given, loaded, ids, numbers)
     if given.data:
         on_the_model(given, loaded, ids, numbers)
     results.save(NAME, numbers, picture(numbers), given.out)
@@ -204,7 +209,6 @@ def markdown(numbers: dict[str, Any]) -> str:
         }
         shown = [*counts, EXACT]
         of_paper = {str(count): " / ".join(f"{score:.2f}" for score in scores) for count, scores in PAPER.items()}
-        methods = [method for method in METHODS if any(row["method"] == method for row in numbers["rows"])]
         methods = [method for method in METHODS if any(row["method"] == method for row in numbers["rows"])]
         rows = [
             [count, *[cells.get((method, count), "") for method in methods], of_paper.get(count, "")] for count in shown

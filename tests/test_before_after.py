@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import halve
+from halve import pruning
 from halve.before_after import Evaluation, measure
 from halve.checkpoint import load_model
-from halve.compare import evaluation_texts
-from halve.errors import CorruptFileError, InputError
-from halve.perplexity import perplexity
-from models import edit_json, tokens
+from halve.errors import CorruptFileError, HalveError, InputError
+from halve.perplexity import evaluation_texts, perplexity
+from models import decoder, edit_json, tokens
 from reported import prune_and_measure, write_record
 
 FAST = {"method": "wanda", "refit": "none"}
@@ -75,22 +75,21 @@ def test_a_resumed_run_measures_as_it_was_asked_to(checkpoint, text, tmp_path):
     assert json.loads((tmp_path / "out" / "halve-measured.json").read_text())["resumed_blocks"] == 1
 
 
+@pytest.mark.parametrize("error", [InputError("window 0 is not finite"), torch.OutOfMemoryError("full"), MemoryError()])
 def test_a_measurement_that_fails_afterwards_is_a_note_beside_a_complete_checkpoint(
-    checkpoint, text, tmp_path, monkeypatch
+    checkpoint, text, tmp_path, monkeypatch, error
 ):
     real = Evaluation.measure
 
     def fails_on_sparse(self, model, texts, device):
         if any((parameter == 0).float().mean() > 0.4 for parameter in model.parameters()):
-            raise InputError("the loss of window 0 is not finite")
+            raise error
         return real(self, model, texts, device)
 
     monkeypatch.setattr(Evaluation, "measure", fails_on_sparse)
     options = {"calibration": text, "samples": 8, "seq_len": 16, "evaluation": Evaluation([text], 16, 2)}
     pruned = halve.prune(checkpoint, tmp_path / "out", **options, **FAST)
-    assert pruned.notes == (
-        "the model is pruned, but its perplexity was not measured: the loss of window 0 is not finite",
-    )
+    assert pruned.notes[-1] == f"the model is pruned, but its perplexity was not measured: {error}"
     assert pruned.after == ()
     assert halve.check(tmp_path / "out").ok
     assert (tmp_path / "out" / "report.html").exists()
@@ -125,7 +124,7 @@ def test_a_finished_checkpoint_is_measured_later(checkpoint, text, tmp_path):
     (entry,) = scores(out)
     assert (entry["before"], entry["after"]) == (before[0].value, after[0].value)
     assert measure(out, Evaluation([text], max_windows=2), dense="none")[0] == ()
-    assert scores(out)[0]["before"] is None
+    assert scores(out)[0]["before"] == before[0].value  # what is known of the dense model stays
 
 
 def test_a_dense_model_that_is_gone_is_asked_for(checkpoint, text, tmp_path):
@@ -159,3 +158,69 @@ def test_a_damaged_measurement_is_told_before_the_model_is_loaded(text, tmp_path
     edit_json(record / "halve-measured.json", perplexity=3)
     with pytest.raises(CorruptFileError, match="is not as Halve writes it"):
         measure(record, Evaluation([text]))
+
+
+def test_what_was_measured_is_told_though_it_cannot_be_put_on_record(checkpoint, text, tmp_path, monkeypatch):
+    def full(*_):
+        raise HalveError("volume full")
+
+    monkeypatch.setattr(pruning, "add_perplexity", full)
+    options = {"calibration": tokens(8), "evaluation": Evaluation([text], 16, 2)}
+    pruned = halve.prune(checkpoint, tmp_path / "out", **options, **FAST)
+    assert pruned.notes == ("perplexity was measured, but not put on record: volume full",)
+    assert pruned.after[0].value > 0.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration": "short.txt"},
+        {"skip": ["*"]},
+        {"pattern": "3:7"},
+        {"calibration": tokens(8) + 10_000},
+    ],
+)
+def test_the_dense_model_is_measured_once_everything_else_is_accepted(checkpoint, text, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(Evaluation, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "short.txt").write_text("short")
+    monkeypatch.chdir(tmp_path)
+    settings = {"calibration": text, "samples": 8, "seq_len": 16, "evaluation": Evaluation([text], 16, 2)}
+    with pytest.raises(HalveError):
+        halve.prune(checkpoint, tmp_path / "out", **settings | changes, **FAST)
+
+
+def test_windows_are_as_long_as_the_calibration_sequences_by_default(checkpoint, text, tmp_path):
+    evaluation = Evaluation([text], max_windows=2)
+    options = {"calibration": tokens(8, 24), "evaluation": evaluation}
+    pruned = halve.prune(checkpoint, tmp_path / "out", **options, **FAST)
+    assert pruned.after[0].seq_len == 24
+    assert measure(tmp_path / "out", evaluation)[1][0].seq_len == 24
+    assert len(scores(tmp_path / "out")) == 1
+
+
+def test_another_model_in_the_place_of_the_dense_one_is_refused(checkpoint, text, tmp_path):
+    out = tmp_path / "out"
+    halve.prune(checkpoint, out, calibration=text, samples=8, seq_len=16, **FAST)
+    decoder("llama", seed=1, vocab_size=320).save_pretrained(checkpoint)
+    with pytest.raises(InputError, match=r"is not the model that was pruned, or was changed since"):
+        measure(out, Evaluation([text], max_windows=2))
+    assert measure(out, Evaluation([text], max_windows=2), dense="none")[0] == ()
+
+
+def test_two_dtypes_are_told(checkpoint, text, tmp_path):
+    out = tmp_path / "out"
+    loaded = load_model(checkpoint)
+    options = {"calibration": tokens(8), "dtype": torch.bfloat16, "evaluation": Evaluation([text], 16, 2)}
+    halve.prune(loaded.model, out, tokenizer=loaded.tokenizer, **options, **FAST)
+    (entry,) = scores(out)
+    assert entry["dtype"] == "bfloat16"
+    assert ("float32 before, bfloat16 after" in (out / "report.html").read_text()) == (
+        entry["dtype_before"] == "float32"
+    )
+
+
+def test_text_that_is_calibrated_and_evaluated_on_is_told(checkpoint, text, tmp_path):
+    options = {"calibration": text, "samples": 8, "seq_len": 16, "evaluation": Evaluation([text], 16, 2)}
+    pruned = halve.prune(checkpoint, tmp_path / "out", **options, **FAST)
+    assert pruned.notes == (f"{text} is both calibrated on and evaluated on: perplexities on it flatter",)
+    assert "both calibrated on and evaluated on" in (tmp_path / "out" / "report.html").read_text()

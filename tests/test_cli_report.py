@@ -64,6 +64,9 @@ def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
     [
         (["report", "nowhere"], "has no halve.json"),
         (["report", "nowhere", "--data", "text.txt"], "has no halve.json"),
+        (["report", "nowhere", "--max-windows", "2"], "go with a text to measure on: give --data"),
+        (["report", "nowhere", "--dense", "none"], "go with a text to measure on: give --data"),
+        (["report", "a", "a"], "is given twice"),
         (["prune", "m", "--out", "o", "--max-windows", "2"], "go with a text to measure perplexity on"),
         (["prune", "m", "--out", "o", "--eval-seq-len", "2"], "go with a text to measure perplexity on"),
     ],
@@ -72,3 +75,21 @@ def test_what_cannot_be_is_refused(run, arguments, words):
     result = run(app, arguments)
     assert result.exit_code == EXIT_REFUSED
     assert words in result.output.replace("\n", " ")
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_measured(run, checkpoint, text, tmp_path, monkeypatch):
+    from halve.before_after import Evaluation
+
+    monkeypatch.setattr(Evaluation, "measure", lambda *_: pytest.fail("measured"))
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        halve.prune(checkpoint, out, calibration=text, samples=8, seq_len=16, method="magnitude", refit="none")
+    asked = ["--data", text, "--max-windows", "1"]
+    for arguments, words in (
+        ([str(outs[0]), "--out", str(tmp_path)], "is a directory"),
+        ([str(outs[0]), str(outs[0])], "is given twice"),
+        ([str(outs[0]), str(outs[1]), "--dense", "no/such/model"], "does not exist"),
+    ):
+        result = run(app, ["report", *arguments, *asked])
+        assert result.exit_code == EXIT_REFUSED
+        assert words in result.output.replace("\n", " ")

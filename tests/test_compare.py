@@ -7,8 +7,8 @@ import torch
 from halve import check
 from halve import compare as comparison
 from halve.checkpoint import LoadedModel
-from halve.compare import Contender, as_json, checkpoint_directory, compare, evaluation_texts, make_requests
-from halve.errors import FactorisationError, InputError
+from halve.compare import Contender, as_json, checkpoint_directory, compare, make_requests
+from halve.errors import FactorisationError, HalveError, InputError
 from halve.perplexity import perplexity
 from halve.reconstruct import Reconstruction
 from halve.tokens import TokenSet, hash_ids
@@ -192,11 +192,6 @@ def test_seconds_are_those_of_pruning_and_at_most_two_models_live(monkeypatch):
     assert list(dict.fromkeys(heard)) == ["magnitude", "wanda"]
 
 
-def test_a_model_without_tokenizer_cannot_read_text():
-    with pytest.raises(InputError, match="has no tokenizer"):
-        evaluation_texts(LoadedModel(decoder("llama"), None, None), ["x.txt"], seq_len=8, max_windows=1, text_field="")
-
-
 def test_writing_checkpoints_is_a_phase_but_no_pruning(tmp_path):
     row = list(compare(*duel("magnitude"), out=tmp_path))[1]
     writing = [row.phases[phase] for phase in ("commit", "write", "verify")]
@@ -211,3 +206,19 @@ def test_written_checkpoints_get_reports_and_a_comparison(tmp_path):
         assert (entry["before"], entry["after"]) == (rows[0].perplexities[0].value, row.perplexities[0].value)
         assert f"{entry['after']:.2f}" in (tmp_path / row.name / "report.html").read_text()
     assert "2 runs compared" in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_place_where_the_comparison_cannot_go_is_refused_first(tmp_path):
+    (tmp_path / "comparison.html").mkdir()
+    with pytest.raises(InputError, match=r"comparison\.html is a directory"):
+        compare(*duel("magnitude", "wanda"), out=tmp_path)
+
+
+def test_what_cannot_be_put_on_record_is_a_warning(tmp_path, monkeypatch):
+    def full(*_):
+        raise HalveError("volume full")
+
+    monkeypatch.setattr(comparison, "add_perplexity", full)
+    row = list(compare(*duel("magnitude"), out=tmp_path))[1]
+    assert row.error == ""
+    assert row.warnings[-1] == "pruned and measured, but not put on record: volume full"

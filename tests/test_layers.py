@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from halve.errors import InputError, UnsupportedModelError
-from halve.layers import find_stack, make_plan, set_matrix
+from halve.layers import find_stack, make_plan, place_of, set_matrix
 from halve.pattern import Pattern
 from models import DECODERS, MIXTURES, bert, decoder, vit
 
@@ -134,3 +134,20 @@ def test_a_linear_router_beside_its_experts_stays_dense():
         "layers.0.router.weight": "as many outputs as experts beside it: a router",
         "layers.1.router.weight": "as many outputs as experts beside it: a router",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", (3, "self_attn.q_proj")),
+        ("transformer.h.11.attn.c_attn.weight", (11, "attn.c_attn")),
+        ("model.layers.2.mlp.experts.gate_up_proj[5]", (2, "mlp.experts.gate_up_proj")),
+        ("model.layers.2.mlp.experts.7.down_proj.weight", (2, "mlp.experts.down_proj")),
+        ("0.fc.weight", (0, "fc")),
+        ("head.weight", (None, "head.weight")),
+        ("model.layers.3.self_attn.indexer.weights_proj.weight", (3, "self_attn.indexer.weights_proj")),
+        ("model.layers.1.mlp.weight[3]", (1, "mlp")),
+    ],
+)
+def test_block_and_kind_are_read_off_the_name(name, place):
+    assert place_of(name) == place

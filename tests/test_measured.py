@@ -43,13 +43,17 @@ def test_perplexities_of_the_same_windows_are_replaced_and_others_kept(tmp_path)
     add_perplexity(tmp_path, (SCORE,), (replace(SCORE, value=21.0),))
     found = read_measured(tmp_path)
     assert [(entry["before"], entry["after"]) for entry in found["perplexity"]] == [(None, 30.0), (12.5, 21.0)]
+    add_perplexity(tmp_path, (), (replace(SCORE, value=22.0),))
+    last = read_measured(tmp_path)["perplexity"][-1]
+    assert (last["before"], last["before_nll"], last["dtype_before"], last["after"]) == (12.5, 2.5, "float32", 22.0)
     assert found["seconds"] == {"solve": 1.5}
     assert {"source", "seq_len", "windows", "dtype", "tokens_sha256"} <= found["perplexity"][0].keys()
 
 
 def test_a_perplexity_that_is_not_finite_is_null(tmp_path):
     add_perplexity(tmp_path, (), (replace(SCORE, value=float("inf")),))
-    assert read_measured(tmp_path)["perplexity"][0]["after"] is None
+    (entry,) = read_measured(tmp_path)["perplexity"]
+    assert (entry["after"], entry["after_nll"]) == (None, 2.5)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,8 @@ def test_a_perplexity_that_is_not_finite_is_null(tmp_path):
         {"seconds": [1.0]},
         {"peak_memory": {"solve": None}},
         {"matrix_seconds": {"a": float("nan")}},
+        {"seconds": {"a": 10**400}},
+        {"resumed_blocks": "many"},
         {"perplexity": None},
         {"perplexity": [{"source": "x"}]},
         {"perplexity": [{"source": "x", "tokens_sha256": "0", "seq_len": 1, "windows": 1, "after": "low"}]},

@@ -8,8 +8,9 @@ from torch import nn
 
 import halve.checkpoint
 import halve.perplexity
+from halve.checkpoint import LoadedModel
 from halve.errors import InputError
-from halve.perplexity import evaluate, perplexity
+from halve.perplexity import evaluate, evaluation_texts, perplexity
 from halve.tokens import TokenSet, evaluation_tokens, hash_ids
 from models import DECODERS, VOCAB, decoder, tokens
 from tiny_tokenizers import SENTENCES, word_level
@@ -294,3 +295,8 @@ def test_evaluate_refuses_before_loading(directory, text, monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             evaluate(directory, **{"data": text, "seq_len": 16, **wrong})
+
+
+def test_a_model_without_tokenizer_cannot_read_text():
+    with pytest.raises(InputError, match="has no tokenizer"):
+        evaluation_texts(LoadedModel(decoder("llama"), None, None), ["x.txt"], seq_len=8, max_windows=1, text_field="")

@@ -50,6 +50,7 @@ def test_every_chart_has_a_text_alternative_and_the_tables_its_numbers(tmp_path)
 def test_numbers_are_rounded_for_the_eye_and_exact_beneath():
     assert number(1 / 3, 2) == '<data value="0.3333333333333333">0.33</data>'
     assert "not measured" in number(None)
+    assert number(float("inf")) == '<data value="Infinity">infinite</data>'
 
 
 def test_perplexity_before_and_after_is_in_the_title_lines(tmp_path):
@@ -125,6 +126,29 @@ def test_a_comparison_needs_two(tmp_path, names):
     write_record(tmp_path / "a")
     with pytest.raises(InputError, match="at least two different directories"):
         write_comparison([tmp_path / name for name in names], tmp_path / "c.html")
+
+
+def test_every_point_of_the_charts_is_in_a_table(tmp_path):
+    run = write_record(tmp_path / "a")
+    page = own(page_of(run))
+    table = page[page.index('<table class="by-block">') :]
+    table = table[: table.index("</table>")]
+    numbers = ["0.1", "0.11", "0.2", "0.21000000000000002", "0.30000000000000004", "0.31000000000000005"]
+    assert re.findall(r'<data value="([^"]+)">', table) == numbers
+    other = write_record(tmp_path / "b")
+    page = own(write_comparison([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
+    table = page[page.index('<table class="by-block">') :]
+    assert table[: table.index("</table>")].count('<data value="0.105') == 2
+
+
+def test_half_a_character_costs_no_report(tmp_path):
+    assert "?" in own(page_of(write_record(tmp_path, warnings=["half \ud800"])))
+
+
+def test_names_with_spaces_are_quoted(tmp_path):
+    page = own(page_of(write_record(tmp_path / "my model's")))
+    assert "halve check &#39;my model&#39;&#34;&#39;&#34;&#39;s&#39;" in page
+    assert "from_pretrained(&#34;my model&#39;s&#34;)" in page
 
 
 def test_a_damaged_record_leaves_the_old_page(tmp_path):

@@ -53,8 +53,14 @@ def test_the_experts_of_a_block_are_one_point(run):
     experts = [replace(run.matrices[0], name=f"e[{i}]", kind="experts", loss=0.1 * (i + 1)) for i in range(3)]
     (series,) = charts.loss_by_layer(replace(run, matrices=tuple(experts)))["data"]
     assert series["y"] == pytest.approx([0.2])
-    assert "3 experts" in series["text"][0]
+    assert "measured on 3 of 3 matrices" in series["text"][0]
     assert "0.10000 to 0.30000 (e[2])" in series["text"][0]
+
+
+def test_an_expert_that_was_not_measured_is_told(run):
+    experts = [replace(run.matrices[0], name=f"e[{i}]", kind="experts", loss=0.1 if i else None) for i in range(3)]
+    (series,) = charts.loss_by_layer(replace(run, matrices=tuple(experts)))["data"]
+    assert "measured on 2 of 3 matrices" in series["text"][0]
 
 
 def test_without_losses_there_is_no_chart(run):

@@ -3,23 +3,8 @@ import json
 import pytest
 
 from halve.errors import CorruptFileError, InputError
-from halve.report_facts import place_of, read_run
+from halve.report_facts import read_run
 from reported import fallen_back, write_record
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("model.layers.3.self_attn.q_proj.weight", (3, "self_attn.q_proj")),
-        ("transformer.h.11.attn.c_attn.weight", (11, "attn.c_attn")),
-        ("model.layers.2.mlp.experts.gate_up_proj[5]", (2, "mlp.experts.gate_up_proj")),
-        ("model.layers.2.mlp.experts.7.down_proj.weight", (2, "mlp.experts.down_proj")),
-        ("0.fc.weight", (0, "fc")),
-        ("head.weight", (None, "head.weight")),
-    ],
-)
-def test_block_and_kind_are_read_off_the_name(name, place):
-    assert place_of(name) == place
 
 
 def test_a_record_is_read(tmp_path):
@@ -83,6 +68,11 @@ def broken(matrix):
     return {"matrices": [matrix]}
 
 
+def sound(**changes):
+    given = {"name": "x", "facts": {}, "shape": [1, 2], "method": "", "status": "", "reason": ""}
+    return broken(given | changes)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -98,6 +88,15 @@ def broken(matrix):
         {"blocks": [{"name": "x"}]},
         {"environment": ["x"]},
         {"mean_relative_loss": "low"},
+        {"mean_relative_loss": float("nan")},
+        {"format": 99},
+        {"objective": {}},
+        sound(facts={"relative_loss": float("nan")}),
+        sound(facts={"relative_loss": 10**400}),
+        sound(facts={"tokens": float("inf")}),
+        sound(kept_per_group=[0, 0, 0]),
+        sound(kept_per_group=[-1, 0, 3]),
+        {"blocks": [{"name": "x", "error_before": float("inf"), "error_after": 1.0, "epoch": 1}]},
     ],
 )
 def test_a_damaged_record_is_told(tmp_path, damage):
@@ -110,3 +109,10 @@ def test_counts_of_different_lengths_are_damage(tmp_path):
     matrices[0]["kept_per_group"] = [1, 2]
     with pytest.raises(CorruptFileError, match="different lengths"):
         read_run(write_record(tmp_path, matrices=matrices))
+
+
+def test_a_perplexity_that_overflowed_is_infinite_and_not_unmeasured(tmp_path):
+    score = {"source": "x", "seq_len": 16, "windows": 2, "dtype": "float32", "tokens_sha256": "ee"}
+    entry = score | {"before": None, "after": None, "after_nll": 1000.0}
+    (text,) = read_run(write_record(tmp_path, measured={"perplexity": [entry]})).perplexity
+    assert (text.before, text.after) == (None, float("inf"))

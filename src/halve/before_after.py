@@ -1,5 +1,6 @@
 """Perplexity of a pruned checkpoint and of the model it was made from, on the same tokens, put on record beside it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,13 @@ from torch import nn
 from halve.calibration import default_length
 from halve.checkpoint import LoadedModel, Source, load_model, resolve
 from halve.checkpoint_files import REPORT
-from halve.compare import evaluation_texts
 from halve.device import forward_precision, resolve_device
 from halve.errors import CorruptFileError, InputError
+from halve.fingerprint import files_sha256, source_fields
 from halve.measured import add_perplexity, read_measured
-from halve.perplexity import Perplexity, perplexity
+from halve.perplexity import Perplexity, evaluation_texts, perplexity
 from halve.shards import read_json
-from halve.tokens import TokenSet, check_counts, evaluation_corpus
+from halve.tokens import TokenSet, check_texts
 
 NO_DENSE = "none"
 """As the dense model: measure the pruned one alone."""
@@ -52,10 +53,7 @@ class Evaluation:
             raise InputError(
                 f"the evaluation's data = {self.data!r} is not a list of texts: give at least one, in a list"
             )
-        if self.seq_len is not None:
-            check_counts(seq_len=self.seq_len)
-        for text in self.data:
-            evaluation_corpus(text, seq_len=self.seq_len or 2, max_windows=self.max_windows, field=self.text_field)
+        check_texts(self.data, seq_len=self.seq_len, max_windows=self.max_windows, field=self.text_field)
 
     def texts(self, loaded: LoadedModel, calibrated_with: int | None) -> list[TokenSet]:
         """Tokenise the texts for a model.
@@ -107,11 +105,10 @@ def measure(
     """
     place, target = Path(directory), resolve_device(device)
     evaluation.check(target)
-    if not (place / REPORT).exists():
-        raise InputError(f"{place} has no {REPORT}: give a checkpoint that halve prune has written")
+    original = dense_source(place, dense, trust_remote_code=trust_remote_code)
     record = read_json(place / REPORT)
-    read_measured(place)  # a damaged one is to be told now
-    original = _dense_source(place, record, dense, trust_remote_code=trust_remote_code)
+    if original is not None:
+        _check_same(original, record)
     pruned = load_model(place, trust_remote_code=trust_remote_code)
     texts = evaluation.texts(pruned, _calibrated_with(record))
     after = evaluation.measure(pruned.model, texts, target)
@@ -121,16 +118,23 @@ def measure(
     return before, after
 
 
-def _calibrated_with(record: Mapping[str, Any]) -> int | None:
-    calibration = record.get("calibration")
-    length = calibration.get("seq_len") if isinstance(calibration, dict) else None
-    return length if isinstance(length, int) and length > 1 else None
+def dense_source(place: Path, dense: str | Path | None, *, trust_remote_code: bool = False) -> Source | None:
+    """Find the files of the dense model of a pruned checkpoint; None where there are none, or none are wanted.
 
+    Args:
+        place: directory of the pruned checkpoint.
+        dense: see `measure`.
+        trust_remote_code: see `measure`.
 
-def _dense_source(
-    place: Path, record: Mapping[str, Any], dense: str | Path | None, *, trust_remote_code: bool
-) -> Source | None:
-    """Find the dense model's files; None where there are none, or none are wanted."""
+    Raises:
+        InputError: as `measure`; also where what would be written to is damaged, or cannot be written.
+    """
+    if not (place / REPORT).exists():
+        raise InputError(f"{place} has no {REPORT}: give a checkpoint that halve prune has written")
+    record = read_json(place / REPORT)
+    read_measured(place)
+    if not os.access(place, os.W_OK):
+        raise InputError(f"{place} cannot be written to: perplexities are put on record there")
     if dense is not None:
         return None if str(dense) == NO_DENSE else resolve(dense, trust_remote_code=trust_remote_code)
     match record.get("source"):
@@ -146,6 +150,21 @@ def _dense_source(
                 )
             return resolve(name, trust_remote_code=trust_remote_code)
         case _:
-            raise CorruptFileError(
-                f"{place / REPORT} does not say what was pruned: restore it, or give dense (--dense)"
-            )
+            raise CorruptFileError(f"{place / REPORT} does not say what was pruned: give dense (--dense)")
+
+
+def _check_same(original: Source, record: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the one that was pruned: its perplexity would be no "before"."""
+    source = record.get("source")
+    expected = source.get("sha256") if isinstance(source, dict) else None
+    if expected is not None and files_sha256(source_fields(original)) != expected:
+        raise InputError(
+            f"{original.name} is not the model that was pruned, or was changed since: say where that one is with dense "
+            f"(--dense), or measure the pruned one alone with {NO_DENSE}"
+        )
+
+
+def _calibrated_with(record: Mapping[str, Any]) -> int | None:
+    calibration = record.get("calibration")
+    length = calibration.get("seq_len") if isinstance(calibration, dict) else None
+    return length if isinstance(length, int) and length > 1 else None

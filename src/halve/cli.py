@@ -144,7 +144,8 @@ def compare(
     from halve import compare as comparison
     from halve.calibration import check_source, default_length, text_tokens
     from halve.objective import Objective
-    from halve.tokens import check_length, evaluation_corpus
+    from halve.perplexity import evaluation_texts
+    from halve.tokens import check_length, check_texts
 
     rows: list[Any] = []
     with reporting():
@@ -162,8 +163,9 @@ def compare(
             dtype=parse_dtype(dtype),
         )
         check_source(calibration, samples=samples, seq_len=seq_len, text_field=field)
-        for text in data:
-            evaluation_corpus(text, seq_len=eval_seq_len or seq_len or 2, max_windows=max_windows, field=field)
+        check_texts(
+            data, seq_len=seq_len if eval_seq_len is None else eval_seq_len, max_windows=max_windows, field=field
+        )
         source = checkpoint.resolve(model, trust_remote_code=trust_remote_code)
         if out_dir is not None:
             comparison.check_destinations(out_dir, requests, source, source.size)
@@ -172,7 +174,7 @@ def compare(
             seq_len = default_length(loaded)
         check_length(seq_len, loaded.model)
         window = seq_len if eval_seq_len is None else eval_seq_len
-        texts = comparison.evaluation_texts(loaded, data, seq_len=window, max_windows=max_windows, text_field=field)
+        texts = evaluation_texts(loaded, data, seq_len=window, max_windows=max_windows, text_field=field)
         if calibration == "self":
             announce("generate")
         tokens = text_tokens(loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=field)

@@ -64,13 +64,15 @@ def evaluate_command(
     measured: list[_Measured] = []
     with reporting():
         from halve.device import forward_precision, resolve_device
-        from halve.tokens import check_counts
+        from halve.tokens import check_counts, check_texts
 
         place = resolve_device(device)
         forward_precision(forward_dtype, place)
         check_counts(batch_size=batch_size)
-        _check_wanted(data, seq_len, tasks, {"tasks-path": tasks_path, "limit": limit, "num-fewshot": num_fewshot})
-        _check_texts(data or [], seq_len, max_windows, field)
+        _check_wanted(
+            data, seq_len, max_windows, tasks, {"tasks-path": tasks_path, "limit": limit, "num-fewshot": num_fewshot}
+        )
+        check_texts(data or [], seq_len=seq_len, max_windows=max_windows, field=field)
         sources = [_resolve(model, trust_remote_code=trust_remote_code) for model in models]
         opened = None if tasks is None else _open_tasks(tasks, tasks_path, limit, num_fewshot)
         try:
@@ -85,23 +87,20 @@ def evaluate_command(
                 _show(measured)
 
 
-def _check_wanted(data: list[str] | None, seq_len: int | None, tasks: str | None, of_tasks: dict[str, Any]) -> None:
+def _check_wanted(
+    data: list[str] | None, seq_len: int | None, max_windows: int | None, tasks: str | None, of_tasks: dict[str, Any]
+) -> None:
     if not data and tasks is None:
         raise InputError("nothing to measure: give --data for perplexity, --tasks for accuracy, or both")
     if data and seq_len is None:
         raise InputError("--data needs --seq-len: perplexities depend on it, so there is no default")
-    if not data and seq_len is not None:
-        raise InputError("--seq-len is for --data, which is not given: leave it out, or give --data")
+    of_data = {"seq-len": seq_len, "max-windows": max_windows}
+    idle = [name for name, value in of_data.items() if not data and value is not None]
+    if idle:
+        raise InputError(f"--{idle[0]} is for --data, which is not given: leave it out, or give --data")
     idle = [name for name, value in of_tasks.items() if tasks is None and value is not None]
     if idle:
         raise InputError(f"--{idle[0]} is for --tasks, which is not given: leave it out, or give --tasks")
-
-
-def _check_texts(data: list[str], seq_len: int | None, max_windows: int | None, field: str) -> None:
-    from halve.tokens import evaluation_corpus
-
-    for text in data:
-        evaluation_corpus(text, seq_len=seq_len or 2, max_windows=max_windows, field=field)
 
 
 def _resolve(model: str, *, trust_remote_code: bool) -> "Source":

@@ -51,15 +51,17 @@ def report(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write the report of a pruned checkpoint again, or a page that compares several."""
-    from halve.before_after import Evaluation, measure
-    from halve.report import COMPARISON, write_comparison, write_report
-    from halve.report_facts import read_run
+    from halve.before_after import Evaluation, dense_source, measure
+    from halve.report import COMPARISON, check_page, write_comparison, write_report
 
     with reporting():
+        if not data and any(option is not None for option in (seq_len, max_windows, dense)):
+            raise InputError("--seq-len, --max-windows and --dense go with a text to measure on: give --data")
+        check_page(directories, page)
         if data:
             evaluation = Evaluation(data, seq_len, max_windows, field, forward_dtype)
             for directory in directories:
-                read_run(directory)  # before a long measurement
+                dense_source(directory, dense, trust_remote_code=trust_remote_code)  # before a long measurement
             for directory in directories:
                 say(out, f"{directory}:")
                 say_scores(

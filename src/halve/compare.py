@@ -166,6 +166,8 @@ def check_destinations(out: Path, contenders: Iterable[Contender], source: Sourc
     places = [checkpoint_directory(out, contender) for contender in contenders]
     for place in places:
         store.check_destination(place, source, size * len(places))
+    if (out / COMPARISON).is_dir():
+        raise InputError(f"{out / COMPARISON} is a directory, where a file is going to be written: remove it")
 
 
 def _rows(
@@ -198,10 +200,9 @@ def _rows(
             with nullcontext() if place is None else open_run(place) as run:
                 report = prune_loaded(candidate, calibration, request, run, seed=seed, listen=tell).report
             scores = measure(candidate.model, request.device)
-            if place is not None:
-                add_perplexity(place, dense, scores)
-                notes = report_notes(place)
+            if place is not None and out is not None:
                 complete.append(place)
+                notes = _put_on_record(complete, dense, scores, out)
         except HalveError as error:
             failure = str(error)
         if report is None:
@@ -216,8 +217,20 @@ def _rows(
     yield Row(DENSE, dense, None, 0.0, 0, ())
     for contender, request in requests.items():
         yield compete(contender, request)
-    if out is not None and len(complete) > 1:
-        write_comparison(complete, out / COMPARISON)
+
+
+def _put_on_record(
+    complete: Sequence[Path], before: tuple[Perplexity, ...], after: tuple[Perplexity, ...], out: Path
+) -> tuple[str, ...]:
+    """Write what was measured of the last checkpoint; what stands in the way of that is no failure of the contender."""
+    try:
+        add_perplexity(complete[-1], before, after)
+        notes = report_notes(complete[-1])
+        if len(complete) > 1:
+            write_comparison(complete, out / COMPARISON)
+    except HalveError as error:
+        return (f"pruned and measured, but not put on record: {error}",)
+    return notes
 
 
 def make_requests(
@@ -278,31 +291,6 @@ def make_requests(
         )
         found[contender] = Request(settings, target, precision, dtype)
     return found
-
-
-def evaluation_texts(
-    loaded: LoadedModel, sources: Sequence[str | Path], *, seq_len: int, max_windows: int | None, text_field: str
-) -> list[TokenSet]:
-    """Tokenise the evaluation texts for a model.
-
-    Args:
-        loaded: the model, and its tokenizer.
-        sources: see `halve.tokens.evaluation_tokens`, as for the others.
-        seq_len: window length, at most what the model was built for.
-        max_windows: only the first windows; None takes all.
-        text_field: field of ``.jsonl`` and ``.parquet`` files.
-
-    Raises:
-        InputError: no tokenizer, or a source or the length is not usable.
-    """
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise InputError("the model has no tokenizer, so perplexity of text cannot be measured: give another model")
-    tokens.check_length(seq_len, loaded.model)
-    return [
-        tokens.evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, field=text_field)
-        for source in sources
-    ]
 
 
 def as_json(

@@ -111,12 +111,25 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def files_sha256(fields: Mapping[str, str]) -> str:
+    """Return one hash for all files of a model.
+
+    Args:
+        fields: of a fingerprint, or `source_fields`; those of other things are left out.
+    """
+    return _hash_text(json.dumps(sorted(item for item in fields.items() if item[0].startswith("model."))))
+
+
+def source_fields(source: Source) -> Fingerprint:
+    """Return the part of the fingerprint that is of the files a model is read from."""
+    root = source.path if source.path.is_dir() else source.path.parent
+    return {f"model.{path.relative_to(root)}": sha256_of(path) for path in source_files(source)}
+
+
 def _model(loaded: LoadedModel) -> dict[str, str]:
     """Hash the files a model was read from, or its tensors if it was built in memory."""
     if loaded.source is not None:
-        files = source_files(loaded.source)
-        root = loaded.source.path if loaded.source.path.is_dir() else loaded.source.path.parent
-        return {str(path.relative_to(root)): sha256_of(path) for path in files}
+        return {name.removeprefix("model."): value for name, value in source_fields(loaded.source).items()}
     return {
         "class": type(loaded.model).__name__,
         "config": _hash_text(loaded.model.config.to_json_string()),

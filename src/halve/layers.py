@@ -5,6 +5,7 @@ expert's slice of a fused 3-D parameter, inside the stack of blocks. Every param
 up either as a matrix or as an exclusion with a reason.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ def matrix_view(parameter: Tensor, expert: int | None, layout: Layout) -> Tensor
     """
     stored = parameter if expert is None else parameter[expert]
     return stored if layout == "out_in" else stored.T
+
+
+_WEIGHT = re.compile(r"\.weight(?=\[\d+\]$|$)")
+_IN_BLOCK = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+?)(?:\[\d+\])?")
+_EXPERT = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -267,3 +273,13 @@ def set_matrix(parameter: nn.Parameter, matrix: Matrix, weight: Tensor) -> None:
     """Write ``weight`` (d_out, d_in) into its place in ``parameter``, in the parameter's dtype."""
     with torch.no_grad():
         matrix.view(parameter.data).copy_(weight)
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """Return the index of a matrix's block, None if its name has none, and its kind: the name within the block.
+
+    Args:
+        name: of a `Matrix`; the kind leaves out the number of an expert.
+    """
+    place = _IN_BLOCK.fullmatch(_WEIGHT.sub("", name))
+    return (None, name) if place is None else (int(place[1]), _EXPERT.sub("", place[2]))

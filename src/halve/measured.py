@@ -4,7 +4,6 @@ It lies beside ``halve.json``, which holds what equal runs have in common.
 """
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +22,8 @@ FORMAT = 1
 """Version of the layout of ``halve-measured.json``."""
 
 _SAME_TEXT = ("source", "tokens_sha256")
+_MOST = 1e18
+"""No second, byte or perplexity on record is larger, and every such number fits a float and an integer."""
 
 
 def measured_json(report: RunReport) -> dict[str, Any]:
@@ -54,7 +55,12 @@ def read_measured(directory: Path) -> dict[str, Any]:
         return {"format": FORMAT, "perplexity": []}
     found = read_json(path)
     numbers = [found.get(name, {}) for name in ("seconds", "peak_memory", "peak_device_memory", "matrix_seconds")]
-    sound = found.get("format") == FORMAT and all(map(_is_numbers, numbers)) and _is_scores(found.get("perplexity"))
+    sound = (
+        found.get("format") == FORMAT
+        and all(map(_is_numbers, numbers))
+        and _is_number(found.get("resumed_blocks", 0))
+        and _is_scores(found.get("perplexity"))
+    )
     if not sound:
         raise CorruptFileError(
             f"{path} is not as Halve writes it: remove it, and times and perplexities will be missing"
@@ -62,12 +68,15 @@ def read_measured(directory: Path) -> dict[str, Any]:
     return found
 
 
+_NLL = ("before_nll", "after_nll")
+
+
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_number(number) for number in value.values())
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
 
 
 def _is_scores(value: Any) -> bool:
@@ -76,7 +85,7 @@ def _is_scores(value: Any) -> bool:
         and isinstance(entry.get("source"), str)
         and isinstance(entry.get("tokens_sha256"), str)
         and all(_is_number(entry.get(name)) for name in ("seq_len", "windows"))
-        and all(entry.get(name) is None or _is_number(entry[name]) for name in ("before", "after"))
+        and all(entry.get(name) is None or _is_number(entry[name]) for name in ("before", "after", *_NLL))
         for entry in value
     )
 
@@ -97,7 +106,7 @@ def add_perplexity(directory: Path, before: Sequence[Perplexity], after: Sequenc
 
     Args:
         directory: of the pruned checkpoint.
-        before: the dense model's, empty where it was not measured.
+        before: the dense model's, empty where it was not measured: what is on record of it then stays.
         after: the pruned model's, text by text as ``before``.
 
     Raises:
@@ -105,14 +114,15 @@ def add_perplexity(directory: Path, before: Sequence[Perplexity], after: Sequenc
         HalveError: as `write_measured`.
     """
     content = read_measured(directory)
-    dense = [score.value for score in before] if before else [None] * len(after)
-    for was, now in zip(dense, after, strict=True):
-        facts = {name: value for name, value in asdict(now).items() if name not in {"value", "nll", "seconds"}}
-        entry = {
-            **facts,
-            "before": None if was is None else finite(was),
-            "after": finite(now.value),
-        }
-        others = [old for old in content["perplexity"] if any(old[key] != entry[key] for key in _SAME_TEXT)]
-        content["perplexity"] = [*others, entry]
+    for index, score in enumerate(after):
+        facts = {name: value for name, value in asdict(score).items() if name not in {"value", "nll", "seconds"}}
+        entry = {**facts, "after": finite(score.value), "after_nll": score.nll}
+        same = [old for old in content["perplexity"] if all(old[key] == entry[key] for key in _SAME_TEXT)]
+        if before:
+            dense = before[index]
+            entry |= {"before": finite(dense.value), "before_nll": dense.nll, "dtype_before": dense.dtype}
+        else:
+            known = same[-1] if same else {}
+            entry |= {name: known.get(name) for name in ("before", "before_nll", "dtype_before")}
+        content["perplexity"] = [*[old for old in content["perplexity"] if old not in same], entry]
     write_measured(directory, content)

@@ -1,7 +1,7 @@
 """Perplexity of a causal language model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from halve.tokens import TokenSet, check_length, check_vocabulary, evaluation_co
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from halve.checkpoint import LoadedModel
 
 _TOKENS_PER_BATCH = 4096
 _LOGITS_AT_ONCE = 2**24  # elements of the logits held in float32: 64 MiB
@@ -179,6 +181,36 @@ def ready(model: nn.Module, device: torch.device, dtype: str) -> Iterator[torch.
         if dtype == "float32":
             modes.enter_context(_float32_weights(model))
         yield modes.enter_context(autocast(model, products))
+
+
+def evaluation_texts(
+    loaded: "LoadedModel", sources: Sequence[str | Path], *, seq_len: int, max_windows: int | None, text_field: str
+) -> list[TokenSet]:
+    """Tokenise the evaluation texts for a model.
+
+    Args:
+        loaded: the model, and its tokenizer.
+        sources: see `halve.tokens.evaluation_tokens`, as for the others.
+        seq_len: window length, at most what the model was built for.
+        max_windows: only the first windows; None takes all.
+        text_field: field of ``.jsonl`` and ``.parquet`` files.
+
+    Raises:
+        InputError: no tokenizer, or a source or the length is not usable.
+    """
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer, so perplexity of text cannot be measured: give another model")
+    check_length(seq_len, loaded.model)
+    return [
+        evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, field=text_field)
+        for source in sources
+    ]
+
+
+def measured_as(windows: int, seq_len: int, dtype: str) -> str:
+    """Say how a perplexity was measured, without which it says nothing."""
+    return f"{windows} windows of {seq_len} tokens, {dtype}"
 
 
 def _total_nll(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,7 +26,11 @@ from halve.reconstruct import Reconstruction, parse_reconstruction
 from halve.run_directory import open_run, recorded_call
 from halve.run_report import Listener, Progress
 from halve.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
+from halve.tokens import TokenSet
 from halve.whole_model import Pruned, Request, prune_loaded, report_notes
+
+if TYPE_CHECKING:
+    from halve.perplexity import Perplexity
 
 
 def prune(
@@ -149,11 +153,15 @@ def prune(
             loaded = _load(found, tokenizer)
         if run is not None:
             store.check_room(loaded, run, dtype)
-        judged = None if evaluation is None else _Judged(evaluation, loaded, request.device, seq_len, phases, listen)
+        judged = None
+        hear = listen
+        if evaluation is not None:
+            judged = _Judged(evaluation, loaded, request.device, _length(calibration, seq_len), phases)
+            hear = judged.listening(listen)
         wrote = calibration is None or (isinstance(calibration, str) and calibration == tokens.SELF)
         if wrote and not request.settings.needs_calibration:
-            pruned = prune_loaded(loaded, [], request, run, seed=seed, listen=listen, call=call, phases=phases)
-            return pruned if judged is None else judged.after(pruned, dtype)
+            pruned = prune_loaded(loaded, [], request, run, seed=seed, listen=hear, call=call, phases=phases)
+            return pruned if judged is None else judged.after(pruned, dtype, listen)
         # Neither must the model write its text again, nor the hub be asked again.
         far = wrote or (isinstance(calibration, str) and is_on_hub(calibration))
         kept = run.tokens(asked) if run is not None and far else None
@@ -163,10 +171,8 @@ def prune(
             data = kept or calibration_data(
                 loaded, calibration, samples=samples, seq_len=seq_len, seed=seed, text_field=text_field
             )
-        pruned = prune_loaded(
-            loaded, data, request, run, seed=seed, listen=listen, call=call, asked=asked, phases=phases
-        )
-        return pruned if judged is None else judged.after(pruned, dtype)
+        pruned = prune_loaded(loaded, data, request, run, seed=seed, listen=hear, call=call, asked=asked, phases=phases)
+        return pruned if judged is None else judged.after(pruned, dtype, listen)
 
 
 def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | None = None) -> Pruned:
@@ -194,45 +200,67 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
 
 
 class _Judged:
-    """The perplexity of the dense model, measured at once, while it is in memory, and then that of the pruned one."""
+    """Perplexity before and after: the dense model's is measured once the run has begun and its plan is accepted."""
 
     def __init__(
-        self,
-        evaluation: Evaluation,
-        loaded: LoadedModel,
-        device: torch.device,
-        seq_len: int | None,
-        phases: Phases,
-        listen: Listener | None,
+        self, evaluation: Evaluation, loaded: LoadedModel, device: torch.device, seq_len: int | None, phases: Phases
     ) -> None:
         self._evaluation = evaluation
+        self._model = loaded.model
         self._device = device
+        self._phases = phases
         self._trusted = loaded.source is not None and loaded.source.trust_remote_code
         self._texts = evaluation.texts(loaded, seq_len)
-        self._listen = listen
-        self._announce()
-        with phases.timing("evaluate"):
-            self._before = evaluation.measure(loaded.model, self._texts, device)
+        self._before: tuple[Perplexity, ...] = ()
 
-    def _announce(self) -> None:
-        if self._listen is not None:
-            self._listen(Progress(0, 0, "evaluate", 0, 0))
+    def listening(self, listen: Listener | None) -> Listener:
+        """Return a listener that measures the dense model where nothing has been changed yet, in phase ``plan``."""
 
-    def after(self, pruned: Pruned, dtype: torch.dtype | None) -> Pruned:
+        def heard(step: Progress) -> None:
+            if listen is not None:
+                listen(step)
+            if step.phase == "plan":
+                _announce(listen)
+                with self._phases.timing("evaluate"):
+                    self._before = self._evaluation.measure(self._model, self._texts, self._device)
+
+        return heard
+
+    def after(self, pruned: Pruned, dtype: torch.dtype | None, listen: Listener | None) -> Pruned:
         """Measure the pruned model, and put both on record; what fails is a note beside the complete checkpoint."""
+        _announce(listen)
+        notes = list(pruned.notes)
+        source = pruned.record["calibration"]["source"]
+        if any(text.source == source for text in self._texts):
+            notes.append(f"{source} is both calibrated on and evaluated on: perplexities on it flatter")
         try:
             model = pruned.model
             if pruned.out is not None and dtype is not None:  # rounded as it was written
                 model = checkpoint.load_model(pruned.out, trust_remote_code=self._trusted).model
-            self._announce()
             after = self._evaluation.measure(model, self._texts, self._device)
-            if pruned.out is not None:
+        except (HalveError, RuntimeError, MemoryError) as error:
+            notes.append(f"the model is pruned, but its perplexity was not measured: {error}")
+            return replace(pruned, before=self._before, notes=tuple(notes))
+        if pruned.out is not None:
+            try:
                 add_perplexity(pruned.out, self._before, after)
-        except HalveError as error:
-            note = f"the model is pruned, but its perplexity was not measured: {error}"
-            return replace(pruned, before=self._before, notes=(*pruned.notes, note))
-        notes = pruned.notes if pruned.out is None else report_notes(pruned.out)
-        return replace(pruned, before=self._before, after=after, notes=notes)
+            except HalveError as error:
+                notes.append(f"perplexity was measured, but not put on record: {error}")
+            else:
+                notes += report_notes(pruned.out)
+        return replace(pruned, before=self._before, after=after, notes=tuple(notes))
+
+
+def _announce(listen: Listener | None) -> None:
+    if listen is not None:
+        listen(Progress(0, 0, "evaluate", 0, 0))
+
+
+def _length(calibration: Calibration, seq_len: int | None) -> int | None:
+    """Return the length of the calibration sequences, None where the model decides or batches have their own."""
+    if isinstance(calibration, torch.Tensor) and calibration.ndim == 2:
+        return calibration.shape[1]
+    return calibration.seq_len if isinstance(calibration, TokenSet) else seq_len
 
 
 def _find(

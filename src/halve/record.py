@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from halve import kernels
 from halve.disk_layout import Location
+from halve.errors import HalveError
 from halve.layers import matrix_view
 from halve.objective import AUTO
 from halve.pattern import Pattern
@@ -131,9 +132,17 @@ def masks(
         kept = pattern.kept_per_group(weight)
         found[matrix.name] = {
             "mask_sha256": mask_sha256(weight),
-            "kept_per_group": None if kept is None else kept[: pattern.budget(matrix.shape[1])[0] + 1].tolist(),
+            "kept_per_group": None if kept is None else _allowed(kept.tolist(), pattern, matrix),
         }
     return found
+
+
+def _allowed(kept: list[int], pattern: Pattern, matrix: MatrixReport) -> list[int]:
+    """Return how many groups keep 0, 1, … N weights, of those that keep 0, 1, … M."""
+    most = pattern.budget(matrix.shape[1])[0]
+    if any(kept[most + 1 :]):
+        raise HalveError(f"{matrix.name} is not {pattern} after pruning, do not use it: please report this")
+    return kept[: most + 1]
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:

@@ -4,6 +4,8 @@ A page opens offline and asks for nothing: Plotly's script is in it, and its con
 """
 
 import json
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -46,6 +48,25 @@ def write_report(directory: str | Path, out: str | Path | None = None, *, place:
     return _write(target, run_page(run if place is None else replace(run, directory=place)))
 
 
+def check_page(directories: Sequence[str | Path], out: str | Path | None) -> None:
+    """Check that a page about these checkpoints could be written, before anything long is done.
+
+    Args:
+        directories: of the checkpoints.
+        out: the file to write, None for the usual one.
+
+    Raises:
+        InputError, CorruptFileError: as `write_report` and `write_comparison`.
+    """
+    places = [Path(directory) for directory in directories]
+    if len({place.resolve() for place in places}) < len(places):
+        raise InputError("a directory is given twice: a comparison needs different ones")
+    for place in places:
+        read_run(place)
+    if out is not None and Path(out).is_dir():
+        raise InputError(f"{out} is a directory: give the name of a file to write")
+
+
 def write_comparison(directories: Sequence[str | Path], out: str | Path = COMPARISON) -> Path:
     """Write a page that compares pruned checkpoints.
 
@@ -70,7 +91,7 @@ def _write(target: Path, page: str) -> Path:
     if target.is_dir():
         raise InputError(f"{target} is a directory: give the name of a file to write")
     with writing(target):
-        write_file(target, [page.encode()], "page")
+        write_file(target, [page.encode(errors="replace")], "page")
     return target
 
 
@@ -123,7 +144,7 @@ def _cautions(runs: Sequence[RunFacts]) -> list[str]:
         found.append("The runs have different patterns.")
     if len({run.calibration.get("sha256") for run in runs}) > 1:
         found.append("The runs were calibrated on different tokens.")
-    if any(run.settings["objective.match_dense"] not in {"0", "0.0"} for run in runs):
+    if any(run.matches_dense for run in runs):
         found.append(
             "A loss is against the run's own targets: with match_dense these are not the dense weights' outputs, and "
             "such losses cannot be compared with others."
@@ -157,7 +178,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "memory": memory}
+    environment.filters |= {"number": number, "memory": memory, "shell": shlex.quote, "python": repr}
     return environment
 
 
@@ -173,7 +194,9 @@ def _part(name: str) -> str:
 def number(value: float | None, digits: int = 4) -> Markup:
     """Return a number rounded for the eye, in an element that holds it exactly; a dash for None."""
     if value is None:
-        return Markup('<span title="not measured">—</span>')
+        return Markup('<span aria-hidden="true">—</span><span class="visually-hidden">not measured</span>')
+    if math.isinf(value):
+        return Markup('<data value="Infinity">infinite</data>')
     return Markup('<data value="{}">{}</data>').format(repr(value), f"{value:.{digits}f}")
 
 

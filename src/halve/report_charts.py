@@ -4,7 +4,7 @@ Series differ by marker as well as by colour. Colours of text and grid are the p
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -21,11 +21,7 @@ _DASHES = ("solid", "dash", "dot", "dashdot")
 
 def loss_by_layer(run: RunFacts) -> Figure | None:
     """Relative loss of every matrix by block, a series a kind, the mean over a block's experts; None without losses."""
-    series = []
-    for index, kind in enumerate(run.kinds):
-        points = [matrix for matrix in run.matrices if matrix.kind == kind and matrix.loss is not None]
-        if points:
-            series.append(_loss_series(index, kind, points))
+    series = [_loss_series(index, kind, run) for index, kind in enumerate(run.kinds) if run.mean_losses(kind)]
     if not series:
         return None
     fallen = [matrix for matrix in run.fallbacks if matrix.loss is not None]
@@ -45,25 +41,22 @@ def loss_by_layer(run: RunFacts) -> Figure | None:
     return {"data": series, "layout": _by_block(series, "relative loss")}
 
 
-def _loss_series(index: int, kind: str, points: Sequence[MatrixFacts]) -> dict[str, Any]:
-    groups = list(_by_place(points))
+def _loss_series(index: int, kind: str, run: RunFacts) -> dict[str, Any]:
+    groups: dict[int, list[MatrixFacts]] = {}
+    for matrix in run.matrices:
+        if matrix.kind == kind:
+            groups.setdefault(_place(matrix), []).append(matrix)
+    means = run.mean_losses(kind)
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": escape(kind),
-        "x": [place for place, _ in groups],
-        "y": [math.fsum(matrix.loss or 0.0 for matrix in group) / len(group) for _, group in groups],
-        "text": [_hover(group[0]) if len(group) == 1 else _hover_of_many(kind, group) for _, group in groups],
+        "x": list(means),
+        "y": list(means.values()),
+        "text": [_hover_of_all(kind, groups[place]) for place in means],
         "hovertemplate": "%{text}<extra></extra>",
         **_style(index),
     }
-
-
-def _by_place(points: Sequence[MatrixFacts]) -> Iterator[tuple[int, list[MatrixFacts]]]:
-    groups: dict[int, list[MatrixFacts]] = {}
-    for matrix in points:
-        groups.setdefault(_place(matrix), []).append(matrix)
-    yield from sorted(groups.items())
 
 
 def _place(matrix: MatrixFacts) -> int:
@@ -86,12 +79,16 @@ def _hover(matrix: MatrixFacts) -> str:
     return "<br>".join(lines)
 
 
-def _hover_of_many(kind: str, group: Sequence[MatrixFacts]) -> str:
-    losses = [matrix.loss or 0.0 for matrix in group]
-    worst = max(group, key=lambda matrix: matrix.loss or 0.0)
+def _hover_of_all(kind: str, group: Sequence[MatrixFacts]) -> str:
+    """Say what there is to say of the matrices of one kind in one block: one, or those of several experts."""
+    if len(group) == 1:
+        return _hover(group[0])
+    losses = [matrix.loss for matrix in group if matrix.loss is not None]
+    worst = max((matrix for matrix in group if matrix.loss is not None), key=lambda matrix: matrix.loss or 0.0)
     return (
-        f"<b>{escape(kind)}, {len(group)} experts</b><br>relative loss {math.fsum(losses) / len(losses):.5f} on average"
+        f"<b>{escape(kind)}</b><br>relative loss {math.fsum(losses) / len(losses):.5f} on average"
         f"<br>{min(losses):.5f} to {max(losses):.5f} ({escape(worst.name)})"
+        f"<br>measured on {len(losses)} of {len(group)} matrices"
     )
 
 
@@ -138,21 +135,19 @@ def bars(values: Mapping[str, float], unit: str) -> Figure | None:
 
 def losses_of_runs(runs: Mapping[str, RunFacts]) -> Figure | None:
     """Mean relative loss by block, a series a run, named by the keys; None if no run has losses."""
-    series = []
-    for index, (name, run) in enumerate(runs.items()):
-        groups = list(_by_place([matrix for matrix in run.matrices if matrix.loss is not None]))
-        if groups:
-            series.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers",
-                    "name": escape(name),
-                    "x": [place for place, _ in groups],
-                    "y": [math.fsum(matrix.loss or 0.0 for matrix in group) / len(group) for _, group in groups],
-                    "hovertemplate": "block %{x}: %{y:.5f} on average<extra>" + escape(name) + "</extra>",
-                    **_style(index),
-                }
-            )
+    series = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": escape(name),
+            "x": list(run.mean_losses()),
+            "y": list(run.mean_losses().values()),
+            "hovertemplate": "block %{x}: %{y:.5f} on average<extra>" + escape(name) + "</extra>",
+            **_style(index),
+        }
+        for index, (name, run) in enumerate(runs.items())
+        if run.mean_losses()
+    ]
     return {"data": series, "layout": _by_block(series, "mean relative loss")} if series else None
 
 

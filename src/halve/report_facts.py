@@ -3,7 +3,7 @@
 Both may come from strangers, so every value is brought to its type here; pages are made of nothing else.
 """
 
-import re
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import Any
 
 from halve.checkpoint_files import REPORT
 from halve.errors import CorruptFileError, InputError
+from halve.layers import place_of
 from halve.measured import read_measured
+from halve.perplexity import measured_as
+from halve.record import FORMAT
 from halve.run_report import AROUND
 from halve.shards import read_json
 
-_IN_BLOCK = re.compile(r"(?:.*?\.)??(\d+)\.(.+?)(?:\[\d+\])?")
-"""Block, and kind, of a matrix named ``model.layers.3.mlp.experts.gate_up_proj[5]``."""
-_EXPERT = re.compile(r"\.\d+(?=\.)")
+_MOST = 1e18
+"""Numbers on record are smaller, or damaged."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,13 @@ class BlockFacts:
 
 @dataclass(frozen=True)
 class PerplexityFacts:
-    """One text; ``before`` is the dense model's, None where it was not measured."""
+    """One text; ``before`` is the dense model's, None where it was not measured; infinite where it overflowed."""
 
     source: str
     seq_len: int
     windows: int
     dtype: str
+    dtype_before: str
     sha256: str
     before: float | None
     after: float | None
@@ -90,7 +93,10 @@ class PerplexityFacts:
     @property
     def measured_as(self) -> str:
         """Sequence length, windows and dtype, without which a perplexity says nothing."""
-        return f"{self.windows} windows of {self.seq_len} tokens, {self.dtype}"
+        same = self.dtype_before in ("", self.dtype)
+        return measured_as(
+            self.windows, self.seq_len, self.dtype if same else f"{self.dtype_before} before, {self.dtype} after"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class RunFacts:
         model: what was pruned, as the user named it.
         pattern: ``2:4``, …
         method: with its refit, ``auto+cg``, and ``+block`` for reconstructed blocks.
+        matches_dense: whether losses are against targets from the dense model.
         mean_loss: mean relative loss, None where nothing was measured.
         matrices: in the order of the model.
         blocks: that were reconstructed.
@@ -123,6 +130,7 @@ class RunFacts:
     model: str
     pattern: str
     method: str
+    matches_dense: bool
     mean_loss: float | None
     matrices: tuple[MatrixFacts, ...]
     blocks: tuple[BlockFacts, ...]
@@ -174,6 +182,21 @@ class RunFacts:
         """Seconds of all phases but those around pruning."""
         return sum(value for phase, value in self.seconds.items() if phase not in AROUND) if self.seconds else None
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What must be known to read the numbers rightly, a sentence each."""
+        source = self.calibration.get("source")
+        texts = [score.title for score in self.perplexity if score.source == source]
+        return tuple(f"{text} was both calibrated on and evaluated on: its perplexity flatters." for text in texts)
+
+    def mean_losses(self, kind: str | None = None) -> dict[int, float]:
+        """Return the mean relative loss by block, of one kind of matrix or of all; -1 stands for no block."""
+        found: dict[int, list[float]] = {}
+        for matrix in self.matrices:
+            if matrix.loss is not None and kind in (None, matrix.kind):
+                found.setdefault(-1 if matrix.block is None else matrix.block, []).append(matrix.loss)
+        return {block: math.fsum(losses) / len(losses) for block, losses in sorted(found.items())}
+
     def kept(self, kind: str | None = None) -> tuple[int, ...]:
         """Return how many groups keep 0, 1, … N weights, of one kind of matrix or of all."""
         counts = [matrix.kept for matrix in self.matrices if matrix.kept and kind in (None, matrix.kind)]
@@ -193,13 +216,15 @@ def read_run(directory: Path) -> RunFacts:
     record, measured = read_json(path), read_measured(directory)
     try:
         return _facts(directory, record, measured)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             f"{path} is not as Halve writes it ({type(error).__name__}: {error}): restore it, or prune again"
         ) from error
 
 
 def _facts(directory: Path, record: Mapping[str, Any], measured: Mapping[str, Any]) -> RunFacts:
+    if record["format"] != FORMAT:
+        raise ValueError(f"its format is {record['format']}, and this version of Halve reads {FORMAT}")
     names = ("pattern", "method", "refit", "skip", "fallback", "min_expert_tokens", "device", "forward_dtype")
     objective = {f"objective.{name}": value for name, value in record["objective"].items()}
     tuning = record["reconstruction"]
@@ -217,6 +242,7 @@ def _facts(directory: Path, record: Mapping[str, Any], measured: Mapping[str, An
         model=str(record["source"]["name"]),
         pattern=str(record["pattern"]),
         method="+".join(_contender(record)),
+        matches_dense=float(record["objective"]["match_dense"]) != 0.0,
         mean_loss=_number(record["mean_relative_loss"]),
         matrices=matrices,
         blocks=tuple(_block(entry) for entry in record["blocks"]),
@@ -259,19 +285,20 @@ def _matrix(entry: Mapping[str, Any], seconds: Mapping[str, float]) -> MatrixFac
         tokens=None if tokens is None else int(tokens),
         iterations=None if iterations is None else int(iterations),
         seconds=seconds.get(name),
-        kept=tuple(int(count) for count in entry.get("kept_per_group") or ()),
+        kept=_kept(entry.get("kept_per_group")),
     )
 
 
-def place_of(name: str) -> tuple[int | None, str]:
-    """Return the index of a matrix's block, None if its name has none, and its kind: the name within the block."""
-    place = _IN_BLOCK.fullmatch(name.replace(".weight", ""))
-    return (None, name) if place is None else (int(place[1]), _EXPERT.sub("", place[2]))
+def _kept(counts: Sequence[int] | None) -> tuple[int, ...]:
+    kept = tuple(int(count) for count in counts or ())
+    if kept and (min(kept) < 0 or not 0 < sum(kept) < _MOST):
+        raise ValueError("kept_per_group does not count groups")
+    return kept
 
 
 def _block(entry: Mapping[str, Any]) -> BlockFacts:
     return BlockFacts(
-        str(entry["name"]), float(entry["error_before"]), float(entry["error_after"]), not int(entry["epoch"])
+        str(entry["name"]), _finite(entry["error_before"]), _finite(entry["error_after"]), not int(entry["epoch"])
     )
 
 
@@ -281,14 +308,29 @@ def _perplexity(entry: Mapping[str, Any]) -> PerplexityFacts:
         seq_len=int(entry["seq_len"]),
         windows=int(entry["windows"]),
         dtype=str(entry.get("dtype", "")),
+        dtype_before=str(entry.get("dtype_before") or ""),
         sha256=entry["tokens_sha256"],
-        before=_number(entry.get("before")),
-        after=_number(entry.get("after")),
+        before=_score(entry, "before"),
+        after=_score(entry, "after"),
     )
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _finite(value)
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not abs(number) < _MOST:
+        raise ValueError(f"{value} is no loss or error")
+    return number
+
+
+def _score(entry: Mapping[str, Any], name: str) -> float | None:
+    """Return a perplexity; it is infinite where only its logarithm is on record."""
+    if entry.get(name) is None and entry.get(f"{name}_nll") is not None:
+        return math.inf
+    return _number(entry.get(name))
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

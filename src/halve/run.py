@@ -171,8 +171,8 @@ class _Loop:
             tuple(self._blocks),
             self._settings.options.get("time_limit"),
             self._kept,
-            self._phases.peak_memory,
-            self._phases.peak_device_memory,
+            dict(self._phases.peak_memory),
+            dict(self._phases.peak_device_memory),
         )
 
     def _pass_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:

@@ -23,8 +23,10 @@ err = Console(stderr=True)
 
 def comparison_table(rows: list[Any], pattern: str) -> Table:
     """Return the table of a comparison, `halve.compare.Row` by row."""
+    from halve.perplexity import measured_as
+
     first = rows[0].perplexities
-    caption = "; ".join(f"{Path(p.source).name}: {p.windows} windows of {p.seq_len} tokens, {p.dtype}" for p in first)
+    caption = "; ".join(f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.dtype)}" for p in first)
     table = Table(
         "method",
         *[Column(Text(f"perplexity {Path(p.source).name}")) for p in first],
@@ -43,7 +45,7 @@ def comparison_table(rows: list[Any], pattern: str) -> Table:
 
 def summary_table(report: Any) -> Table:
     """Return what became of every kind of matrix (`halve.run_report.RunReport`): how many, their losses, the worst."""
-    from halve.report_facts import place_of
+    from halve.layers import place_of
 
     numbers = ("count", "mean loss", "worst loss", "in block", "fell back")
     table = Table(

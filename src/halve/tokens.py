@@ -187,6 +187,24 @@ def evaluation_corpus(source: str | Path, *, seq_len: int, max_windows: int | No
     return open_corpus(source, use="evaluation", field=field)
 
 
+def check_texts(sources: Iterable[str | Path], *, seq_len: int | None, max_windows: int | None, field: str) -> None:
+    """Look for evaluation texts, before a model is loaded.
+
+    Args:
+        sources: of the texts, as for `evaluation_tokens`.
+        seq_len: tokens in a window, None where that is not known yet.
+        max_windows: see `evaluation_tokens`.
+        field: of ``.jsonl`` and ``.parquet`` files.
+
+    Raises:
+        InputError: a text cannot be found, or a number is not usable.
+    """
+    if seq_len is not None:
+        check_counts(seq_len=seq_len)
+    for source in sources:
+        evaluation_corpus(source, seq_len=seq_len or 2, max_windows=max_windows, field=field)
+
+
 def check_vocabulary(ids: Tensor, model: nn.Module, source: str) -> None:
     """Refuse token ids that have no row in the model's input embedding, which would crash or read garbage.
 

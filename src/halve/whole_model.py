@@ -18,7 +18,7 @@ from halve.checkpoint_files import MEASURED, PAGE
 from halve.device import evaluation_mode
 from halve.durable import sha256_of
 from halve.errors import CorruptFileError, HalveError
-from halve.fingerprint import fingerprint
+from halve.fingerprint import files_sha256, fingerprint
 from halve.measured import measured_json, write_measured
 from halve.perplexity import Perplexity
 from halve.phases import Phases
@@ -119,6 +119,7 @@ def prune_loaded(
     try:
         done = _prune(loaded, data, request, run, tell, phases)
         content = _record(loaded, data, request, done, seed, run.out)
+        content["source"]["sha256"] = files_sha256(mark)
         done, notes = _publish(loaded, done, content, run, dtype, phases)
     except CorruptFileError:  # to call again would not help
         raise
@@ -148,7 +149,12 @@ def _publish(
             files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, content, dtype=dtype)
         with phases.timing("verify"):
             _verify(run.staging, loaded.source)
-        done = replace(done, seconds=dict(phases.seconds))
+        done = replace(
+            done,
+            seconds=dict(phases.seconds),
+            peak_memory=dict(phases.peak_memory),
+            peak_device_memory=dict(phases.peak_device_memory),
+        )
         files[MEASURED] = write_measured(run.staging, measured_json(done))
         notes = report_notes(run.staging, run.out)
         if not notes:
