@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -53,3 +54,9 @@ def test_every_key_and_fact_of_a_record_is_documented(tmp_path):
     for key in {*measured, *entry}:
         assert f"`{key}`" in text, key
     assert check(tmp_path).ok
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_local_links_and_pictures_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert all((page.parent / target).exists() for target in targets), targets
