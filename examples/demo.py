@@ -20,9 +20,7 @@ from transformers.utils import logging
 
 from halve import check, checkpoint, compare
 from halve.calibration import text_tokens
-from halve.checkpoint_files import PAGE
 from halve.perplexity import evaluation_texts
-from halve.report import COMPARISON
 from halve.terminal import comparison_table
 
 SAMPLES, SEQ_LEN, WINDOWS = 32, 512, 32
@@ -92,7 +90,6 @@ def main(folder: Path) -> None:
     if any(row.error for row in rows):
         sys.exit("a method failed; see above")
     best = compare.checkpoint_directory(folder / "pruned", contenders[-1])
-    out.print(f"Reports, for a browser: {folder / 'pruned' / COMPARISON} and {best / PAGE}")
     verdict = check(best)
     out.print(f"{best}: {verdict.matrices} matrices at {verdict.pattern}, ok = {verdict.ok}")
     out.print(f"“{PROMPT}” — loaded with plain transformers, the pruned model answers: {answer(best)!r}")
