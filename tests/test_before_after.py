@@ -132,7 +132,7 @@ def test_a_dense_model_that_is_gone_is_asked_for(checkpoint, text, tmp_path):
     halve.prune(checkpoint, out, calibration=text, samples=8, seq_len=16, **FAST)
     checkpoint.rename(tmp_path / "moved")
     evaluation = Evaluation([text], max_windows=2)
-    with pytest.raises(InputError, match=r"which is not here: say where that model is with dense"):
+    with pytest.raises(InputError, match=r"which is not here: say where that model is"):
         measure(out, evaluation)
     before, _ = measure(out, evaluation, dense=tmp_path / "moved")
     assert before[0].value > 0.0

@@ -116,7 +116,7 @@ def test_runs_are_compared_side_by_side(tmp_path):
     assert "2 runs compared" in page
     assert '<th scope="row">x/a</th>' in page  # as much of the path as tells them apart
     assert page.count('<th scope="col">wiki.txt') == 2  # other tokens, another column
-    for caution in ("different patterns", "different tokens", "with match_dense"):
+    for caution in ("different patterns", "different tokens", "The losses of y/a are against"):
         assert caution in page
     assert "different models" not in page
 
@@ -139,6 +139,15 @@ def test_every_point_of_the_charts_is_in_a_table(tmp_path):
     page = own(write_comparison([run, other], tmp_path / "c.html").read_text(encoding="utf-8"))
     table = page[page.index('<table class="by-block">') :]
     assert table[: table.index("</table>")].count('<data value="0.105') == 2
+
+
+def test_matrices_without_a_loss_are_told(tmp_path):
+    matrices = json.loads((write_record(tmp_path) / "halve.json").read_text())["matrices"]
+    matrices[0]["facts"] = {}
+    page = own(page_of(write_record(tmp_path, matrices=matrices)))
+    assert "of the 5 that have one" in page
+    assert "1 matrices have no loss and are not in it" in page
+    assert "of those that have a loss" in page
 
 
 def test_half_a_character_costs_no_report(tmp_path):

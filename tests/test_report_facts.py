@@ -64,6 +64,12 @@ def test_a_directory_without_a_record_is_refused(tmp_path):
         read_run(tmp_path)
 
 
+def test_an_unfinished_run_is_told_as_such(tmp_path):
+    (tmp_path / ".halve").mkdir()
+    with pytest.raises(InputError, match="holds an unfinished run: complete it with `halve resume"):
+        read_run(tmp_path)
+
+
 def broken(matrix):
     return {"matrices": [matrix]}
 

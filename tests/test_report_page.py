@@ -159,10 +159,14 @@ CONTRASTS = """() => {
 }"""
 
 
-def test_a_phone_needs_no_sideways_scrolling(browser, pruned):
-    with opened(browser, pruned / "report.html", viewport={"width": 360, "height": 740}) as page:
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert page.locator("#chart-loss").bounding_box()["width"] <= 360
+def test_a_phone_needs_no_sideways_scrolling(browser, pruned, tmp_path):
+    mixture = prune_mixture(tmp_path / "mixture")  # with cells that say that nothing was measured
+    pages = [pruned / "report.html", mixture / "report.html"]
+    pages.append(write_comparison([pruned, mixture], tmp_path / "comparison.html"))
+    for path in pages:
+        with opened(browser, path, viewport={"width": 360, "height": 740}) as page:
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+            assert page.locator(".chart").first.bounding_box()["width"] <= 360
 
 
 def test_paper_shows_what_is_folded(browser, pruned):

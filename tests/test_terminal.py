@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -96,3 +98,10 @@ def test_what_takes_long_outside_the_blocks_is_announced(capsys, phase, words):
     with progress() as show:
         show(SimpleNamespace(plan=None, phase=phase, blocks=0, matrix=None))
     assert words in capsys.readouterr().err
+
+
+def test_a_pipe_gets_whole_tables():
+    code = "from rich.table import Table; from halve.terminal import out; out.print(Table('a' * 120, 'b' * 120))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "a" * 120 in printed
+    assert "b" * 120 in printed

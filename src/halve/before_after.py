@@ -145,8 +145,8 @@ def dense_source(place: Path, dense: str | Path | None, *, trust_remote_code: bo
         case {"kind": "directory" | "gguf", "name": str(name)}:
             if not Path(name).expanduser().exists():
                 raise InputError(
-                    f"{place} was made from {name}, which is not here: say where that model is with dense (--dense), "
-                    f"or measure the pruned one alone with {NO_DENSE}"
+                    f"{place} was made from {name}, which is not here: say where that model is (--dense PATH), "
+                    f"or measure the pruned one alone (--dense {NO_DENSE})"
                 )
             return resolve(name, trust_remote_code=trust_remote_code)
         case _:
@@ -159,8 +159,8 @@ def _check_same(original: Source, record: Mapping[str, Any]) -> None:
     expected = source.get("sha256") if isinstance(source, dict) else None
     if expected is not None and files_sha256(source_fields(original)) != expected:
         raise InputError(
-            f"{original.name} is not the model that was pruned, or was changed since: say where that one is with dense "
-            f"(--dense), or measure the pruned one alone with {NO_DENSE}"
+            f"{original.name} is not the model that was pruned, or was changed since: say where that one is "
+            f"(--dense PATH), or measure the pruned one alone (--dense {NO_DENSE})"
         )
 
 

@@ -171,7 +171,9 @@ def _finish(pruned: "Pruned", out_dir: Path) -> None:
         say(err, warning, label="warning", style="yellow")
     record = pruned.record
     loss = report.mean_relative_loss
-    measured = f": mean relative loss {loss:.4f}" if math.isfinite(loss) else ""
+    having = sum("relative_loss" in matrix.facts for matrix in report.matrices)
+    which = "" if having == len(report.matrices) else f" of the {having} that have one"
+    measured = f": mean relative loss {loss:.4f}{which}" if math.isfinite(loss) else ""
     say(
         out,
         f"{len(report.matrices)} matrices at {record['pattern']} by {record['method']}, refit {record['refit']}"

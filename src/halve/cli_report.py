@@ -52,7 +52,7 @@ def report(
 ) -> None:
     """Write the report of a pruned checkpoint again, or a page that compares several."""
     from halve.before_after import Evaluation, dense_source, measure
-    from halve.report import COMPARISON, check_page, write_comparison, write_report
+    from halve.report import COMPARISON, cautions, check_page, write_comparison, write_report
 
     with reporting():
         if not data and any(option is not None for option in (seq_len, max_windows, dense)):
@@ -63,7 +63,8 @@ def report(
             for directory in directories:
                 dense_source(directory, dense, trust_remote_code=trust_remote_code)  # before a long measurement
             for directory in directories:
-                say(out, f"{directory}:")
+                if len(directories) > 1:
+                    say(out, f"{directory}:")
                 say_scores(
                     *measure(directory, evaluation, dense=dense, device=device, trust_remote_code=trust_remote_code)
                 )
@@ -72,6 +73,8 @@ def report(
             written = write_report(directories[0], page)
         else:
             written = write_comparison(directories, COMPARISON if page is None else page)
+            for caution in cautions(directories):
+                say(err, caution, label="warning", style="yellow")
     say(out, f"written: {written}")
 
 

@@ -116,9 +116,7 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     texts = list(dict.fromkeys(_same_text(score) for run in runs for score in run.perplexity))
     scores = {name: {_same_text(score): score for score in run.perplexity} for name, run in named.items()}
     figures = {"losses": charts.losses_of_runs(named)}
-    return _render(
-        "comparison.html.j2", figures, runs=named, texts=texts, scores=scores, cautions=_cautions(list(runs))
-    )
+    return _render("comparison.html.j2", figures, runs=named, texts=texts, scores=scores, cautions=_cautions(named))
 
 
 def _same_text(score: PerplexityFacts) -> tuple[str, str, str]:
@@ -135,19 +133,30 @@ def _named(runs: Sequence[RunFacts]) -> dict[str, RunFacts]:
     return dict(zip(names, runs, strict=True))
 
 
-def _cautions(runs: Sequence[RunFacts]) -> list[str]:
-    """Say what stands in the way of comparing the runs' numbers."""
+def cautions(directories: Sequence[str | Path]) -> list[str]:
+    """Return what stands in the way of comparing pruned checkpoints, a sentence each.
+
+    Args:
+        directories: of the checkpoints.
+
+    Raises:
+        InputError, CorruptFileError: as `write_report`.
+    """
+    return _cautions(_named([read_run(Path(directory)) for directory in directories]))
+
+
+def _cautions(runs: Mapping[str, RunFacts]) -> list[str]:
     found = []
-    if len({run.model for run in runs}) > 1:
+    if len({run.model for run in runs.values()}) > 1:
         found.append("The runs pruned different models.")
-    if len({run.pattern for run in runs}) > 1:
+    if len({run.pattern for run in runs.values()}) > 1:
         found.append("The runs have different patterns.")
-    if len({run.calibration.get("sha256") for run in runs}) > 1:
+    if len({run.calibration.get("sha256") for run in runs.values()}) > 1:
         found.append("The runs were calibrated on different tokens.")
-    if any(run.matches_dense for run in runs):
+    if matching := [name for name, run in runs.items() if run.matches_dense]:
         found.append(
-            "A loss is against the run's own targets: with match_dense these are not the dense weights' outputs, and "
-            "such losses cannot be compared with others."
+            f"The losses of {', '.join(matching)} are against targets from the dense model (match_dense): they cannot "
+            "be compared with losses of other runs."
         )
     return found
 

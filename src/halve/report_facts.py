@@ -15,6 +15,7 @@ from halve.layers import place_of
 from halve.measured import read_measured
 from halve.perplexity import measured_as
 from halve.record import FORMAT
+from halve.run_directory import is_unfinished
 from halve.run_report import AROUND
 from halve.shards import read_json
 
@@ -168,6 +169,11 @@ class RunFacts:
         return tuple(sorted((m for m in self.matrices if m.loss is not None), key=lambda m: -(m.loss or 0.0))[:5])
 
     @property
+    def without_loss(self) -> int:
+        """Number of matrices that have no loss: pruned without statistics."""
+        return sum(matrix.loss is None for matrix in self.matrices)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of matrices, in the order of the model."""
         return tuple(dict.fromkeys(matrix.kind for matrix in self.matrices))
@@ -212,6 +218,8 @@ def read_run(directory: Path) -> RunFacts:
     """
     path = directory / REPORT
     if not path.exists():
+        if is_unfinished(directory):
+            raise InputError(f"{directory} holds an unfinished run: complete it with `halve resume {directory}`")
         raise InputError(f"{directory} has no {REPORT}: give a checkpoint that halve prune has written")
     record, measured = read_json(path), read_measured(directory)
     try:

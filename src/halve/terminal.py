@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 _FEW = 3
 """Parameters that are named in a line rather than counted only."""
 
-out = Console()
+_PIPE_WIDTH = 300
+"""Columns where there is no terminal: nothing that a table says is to be cut there."""
+
+out = Console() if Console().is_terminal else Console(width=_PIPE_WIDTH)
 err = Console(stderr=True)
 
 
