@@ -111,7 +111,15 @@ def picture(numbers: dict[str, Any]) -> Figure:
         axis.set_xticks(sorted({row["samples"] for row in numbers["rows"]}))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.minorticks_off()
-    panels[0].legend(fontsize=8, loc="upper right")
+        scores = sorted(row["perplexities"][panel] for row in numbers["rows"])
+        top = 2 * scores[len(scores) // 2]
+        if scores[-1] > top:  # what a single sequence can do would hide everything else
+            axis.set_yscale("linear")
+            axis.set_ylim(0.9 * numbers["dense"][panel], top)
+            axis.text(
+                0.02, 0.97, f"off the top: up to {scores[-1]:.2g}", transform=axis.transAxes, va="top", fontsize=8
+            )
+    results.legend_below(figure, panels[0])
     return figure
 
 
