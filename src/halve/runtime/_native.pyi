@@ -1,0 +1,32 @@
+def instruction_sets() -> tuple[str, ...]: ...
+def multiply(
+    instruction_set: str,
+    values_kind: int,
+    mask: int,
+    values: int,
+    d_out: int,
+    d_in: int,
+    kept: int,
+    half: bool,
+    x: int,
+    batch: int,
+    bias: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def expand(
+    instruction_set: str,
+    values_kind: int,
+    mask: int,
+    values: int,
+    d_out: int,
+    d_in: int,
+    kept: int,
+    half: bool,
+    first: int,
+    last: int,
+    out: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -1,0 +1,204 @@
+"""Products of a few vectors with packed matrices, on the CPU: the compiled kernels, and the reference they are held to.
+
+The kernels, built from ``src/native``, read packed weights once for up to `BATCH` rows of x and expand them in
+registers; larger batches are for PyTorch's dense product, to which the weights are handed unpacked, a tile of rows at a
+time. Without the compiled module everything is computed by `reference`, slowly, and `describe` says so.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from halve.errors import InputError
+from halve.runtime.packed import DTYPES, PackedMatrix, unpack
+
+try:
+    from halve.runtime import _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+BATCH = 16
+"""Rows of x up to which weights are expanded in registers."""
+REFERENCE = "reference"
+"""In place of an instruction set: compute with PyTorch what the kernels are held to."""
+_TILE = 1 << 22
+"""Weights unpacked at a time for larger batches."""
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Return the instruction sets that this processor can run, best first; empty if nothing was compiled."""
+    return _native.instruction_sets() if _native is not None else ()
+
+
+def describe() -> str:
+    """Return what multiplies packed matrices on this machine, or why it is slow."""
+    if not instruction_sets():
+        return "the packed kernels are not built (no C++ compiler at installation?): every product unpacks its weights"
+    return f"native, {instruction_sets()[0]}"
+
+
+def sparse_linear(
+    x: Tensor, packed: PackedMatrix, bias: Tensor | None = None, instruction_set: str | None = None
+) -> Tensor:
+    """Return ``x Wᵀ + bias`` for a packed W, summed in float32, on as many threads as torch uses.
+
+    On processors with AVX-512 products of bfloat16 take subnormal numbers for zeros.
+
+    Args:
+        x: (..., d_in), of the matrix's dtype.
+        packed: W, (d_out, d_in).
+        bias: (d_out,), of the matrix's dtype.
+        instruction_set: one of `instruction_sets`, or `REFERENCE`; None takes the best there is.
+
+    Returns:
+        Tensor: (..., d_out), of the matrix's dtype.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not go together, a gradient is asked for, or the processor lacks the
+            instruction set.
+    """
+    _check(x, packed, bias)
+    name = _choose(instruction_set)
+    if name == REFERENCE:
+        return reference(x, packed, bias)
+    flat = x.reshape(-1, packed.d_in).contiguous()
+    y = flat.new_empty(len(flat), packed.d_out)
+    if len(flat) > BATCH:
+        for start, tile in _tiles(packed, name):
+            stop = start + len(tile)
+            part = None if bias is None else bias[start:stop]
+            y[:, start:stop] = torch.nn.functional.linear(flat, tile, part)
+    elif len(flat):
+        bias = None if bias is None else bias.contiguous()
+        _native.multiply(
+            name,
+            DTYPES.index(packed.dtype),
+            packed.mask.data_ptr(),
+            packed.values.data_ptr(),
+            packed.d_out,
+            packed.d_in,
+            packed.kept,
+            packed.half_of_every_byte,
+            flat.data_ptr(),
+            len(flat),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return y.view(*x.shape[:-1], packed.d_out)
+
+
+def reference(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
+    """Compute `sparse_linear` with PyTorch: unpack, multiply in float32, round."""
+    weight = unpack(packed).float()
+    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(packed.dtype)
+
+
+def expand(packed: PackedMatrix, start: int, stop: int, instruction_set: str | None = None) -> Tensor:
+    """Return the rows ``[start, stop)`` unpacked, (stop - start, d_in); bit for bit what `unpack` gives.
+
+    Raises:
+        InputError: there are no such rows, or the processor lacks the instruction set.
+    """
+    if not 0 <= start <= stop <= packed.d_out:
+        raise InputError(f"rows {start} to {stop} do not exist in a matrix of {packed.d_out}")
+    name = _choose(instruction_set)
+    if name == REFERENCE:
+        return unpack(packed)[start:stop]
+    out = torch.empty(stop - start, packed.d_in, dtype=packed.dtype)
+    _expand_into(out, packed, start, name)
+    return out
+
+
+def dense_linear(x: Tensor, weight: Tensor, instruction_set: str | None = None) -> Tensor:
+    """Return ``x Wᵀ`` for a dense W by the loops of `sparse_linear`: shows in benchmarks what sparsity itself gains.
+
+    Args:
+        x: (batch, d_in), contiguous, 1 to `BATCH` rows, d_in a multiple of 64.
+        weight: W, (d_out, d_in), contiguous, of the same dtype, one of `DTYPES`.
+        instruction_set: one of `instruction_sets`; None takes the best.
+
+    Raises:
+        InputError: the arguments are anything else, or nothing was compiled.
+    """
+    name = _choose(instruction_set)
+    fits = (
+        name != REFERENCE
+        and x.ndim == weight.ndim == 2
+        and x.dtype == weight.dtype in DTYPES
+        and x.device.type == weight.device.type == "cpu"
+        and x.shape[1] == weight.shape[1]
+        and x.shape[1] % 64 == 0
+        and 1 <= len(x) <= BATCH
+        and x.is_contiguous()
+        and weight.is_contiguous()
+    )
+    if not fits:
+        raise InputError(f"no dense kernel for x {tuple(x.shape)} and W {tuple(weight.shape)} in {weight.dtype}")
+    y = x.new_empty(len(x), len(weight))
+    _native.multiply(
+        name,
+        DTYPES.index(weight.dtype),
+        0,
+        weight.data_ptr(),
+        *weight.shape,
+        weight.shape[1],
+        False,
+        x.data_ptr(),
+        len(x),
+        0,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _choose(instruction_set: str | None) -> str:
+    names = (*instruction_sets(), REFERENCE)
+    if instruction_set is None:
+        return names[0]
+    if instruction_set not in names:
+        raise InputError(f"this processor has no instruction set called {instruction_set!r}, only {', '.join(names)}")
+    return instruction_set
+
+
+def _check(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> None:
+    expected = {"x": (x, (*x.shape[:-1], packed.d_in))}
+    if bias is not None:
+        expected["bias"] = (bias, (packed.d_out,))
+    for name, (given, shape) in expected.items():
+        if not given.ndim or given.shape != shape or given.dtype != packed.dtype or given.device.type != "cpu":
+            raise InputError(
+                f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}, which does not go with "
+                f"a packed matrix of shape {packed.shape} in {packed.dtype} on the CPU"
+            )
+        if given.requires_grad and torch.is_grad_enabled():
+            raise InputError(f"packed products have no gradient: multiply under torch.no_grad() or detach {name}")
+
+
+def _tiles(packed: PackedMatrix, name: str) -> Iterator[tuple[int, Tensor]]:
+    """Yield tiles of rows unpacked, each with the number of its first row; the next tile overwrites it."""
+    step = min(packed.d_out, max(1, _TILE // packed.d_in))
+    buffer = torch.empty(step, packed.d_in, dtype=packed.dtype)
+    for start in range(0, packed.d_out, step):
+        tile = buffer[: packed.d_out - start]
+        _expand_into(tile, packed, start, name)
+        yield start, tile
+
+
+def _expand_into(out: Tensor, packed: PackedMatrix, start: int, name: str) -> None:
+    _native.expand(
+        name,
+        DTYPES.index(packed.dtype),
+        packed.mask.data_ptr(),
+        packed.values.data_ptr(),
+        packed.d_out,
+        packed.d_in,
+        packed.kept,
+        packed.half_of_every_byte,
+        start,
+        start + len(out),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )

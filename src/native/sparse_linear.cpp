@@ -1,0 +1,242 @@
+// The loops of the packed products; lanes.hpp has what differs between instruction sets. See sparse_linear.hpp.
+#include "sparse_linear.hpp"
+
+#include "lanes.hpp"
+
+namespace halve::HALVE_ISA {
+namespace {
+
+constexpr int BLOCK = 4;  // rows of x that the same expanded weights are multiplied with
+constexpr std::size_t LINE = 64;
+
+enum class Form { dense, half, counted };
+
+// Reads one row of a matrix from left to right, a word of 64 columns after the other.
+template <Values V, Form FORM>
+class Reader {
+    using L = Lanes<V>;
+    using Stored = typename L::Stored;
+
+    const Stored* values_;
+    const Stored* end_;
+    const std::uint8_t* mask_;
+    std::uint64_t bits_;
+
+    static typename L::Bits part(std::uint64_t bits, int step) {
+        return static_cast<typename L::Bits>(bits >> step * L::COLUMNS);
+    }
+
+    // Reading starts at `end_` at the latest, also where a mask has too many bits; what a word then takes is OVERREAD.
+    const Stored* take(int step, typename L::Bits bits) {
+        if constexpr (FORM == Form::dense) return values_ + step * L::COLUMNS;
+        if constexpr (FORM == Form::half) return values_ + step * L::COLUMNS / 2;
+        const Stored* const from = values_;
+        values_ += L::count(bits);
+        return from;
+    }
+
+   public:
+    void open(const Matrix& w, std::size_t row) {
+        values_ = static_cast<const Stored*>(w.values) + row * w.kept;
+        end_ = values_ + w.kept;
+        mask_ = FORM == Form::dense ? nullptr : w.mask + row * words(w.d_in) * (WORD / 8);
+    }
+
+    void next_word() {
+        if constexpr (FORM == Form::dense) return;
+        if constexpr (FORM == Form::counted) values_ = values_ < end_ ? values_ : end_;
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        std::memcpy(&bits_, mask_, sizeof(bits_));
+#else
+        bits_ = 0;
+        for (int i = 0; i < 8; ++i) bits_ |= std::uint64_t(mask_[i]) << 8 * i;
+#endif
+        mask_ += WORD / 8;
+    }
+
+    // Have what lies `lines` and `masks` bytes further brought to the second-level cache.
+    void prefetch(std::uintptr_t ahead, std::size_t lines, std::uintptr_t mask_ahead) const {
+        const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(values_) + ahead;
+        for (std::size_t line = 0; line < lines; ++line)
+            __builtin_prefetch(reinterpret_cast<const void*>(at + line * LINE), 0, 2);
+        if constexpr (FORM != Form::dense)
+            __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(mask_) + mask_ahead), 0, 2);
+    }
+
+    typename L::Weights step(int step) {
+        if constexpr (FORM == Form::dense) return L::load(take(step, 0));
+        const auto bits = part(bits_, step);
+        return L::expand(take(step, bits), bits);
+    }
+
+    void place(int step, Stored* out) {
+        const auto bits = part(bits_, step);
+        L::place(take(step, bits), bits, out);
+    }
+
+    void end_word() {
+        if constexpr (FORM == Form::dense) values_ += WORD;
+        if constexpr (FORM == Form::half) values_ += WORD / 2;
+    }
+};
+
+template <Values V>
+struct Job {
+    using Stored = typename Lanes<V>::Stored;
+    using Input = typename Lanes<V>::Input;
+
+    const Matrix& w;
+    const Input* x;
+    std::size_t batch;
+    const Stored* bias;
+    Stored* y;
+};
+
+// ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`.
+template <Values V, Form FORM, int ROWS, int BATCH>
+void block(const Job<V>& job, std::size_t row, std::size_t start) {
+    using L = Lanes<V>;
+    constexpr int STEPS = int(WORD) / L::COLUMNS;
+    const std::size_t count = words(job.w.d_in), row_bytes = job.w.kept * sizeof(typename L::Stored);
+    // The same place in the next rows: their beginning is where the processor itself would not have looked.
+    const std::size_t ahead = ROWS * row_bytes, lines = (row_bytes / count + LINE - 1) / LINE;
+    const std::size_t mask_ahead = ROWS * count * (WORD / 8);
+    Reader<V, FORM> readers[ROWS];
+    typename L::Sum sums[ROWS][BATCH];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+        readers[r].open(job.w, row + r);
+#pragma GCC unroll 8
+        for (int n = 0; n < BATCH; ++n) sums[r][n] = typename L::Sum{};
+    }
+    const typename L::Input* x = job.x + start * count * WORD;
+    for (std::size_t word = 0; word < count; ++word) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            readers[r].prefetch(ahead, lines, mask_ahead);
+            readers[r].next_word();
+        }
+#pragma GCC unroll UNROLLED
+        for (int step = 0; step < STEPS; ++step) {
+            typename L::Weights weights[ROWS];
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) weights[r] = readers[r].step(step);
+#pragma GCC unroll 8
+            for (int n = 0; n < BATCH; ++n)
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; ++r) L::add(sums[r][n], weights[r], x + (step * BATCH + n) * L::COLUMNS);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) readers[r].end_word();
+        x += BATCH * WORD;
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        const float bias = job.bias ? Number<V>::widen(job.bias[row + r]) : 0.0f;
+        for (int n = 0; n < BATCH; ++n)
+            job.y[(start + n) * job.w.d_out + row + r] = Number<V>::narrow(L::total(sums[r][n]) + bias);
+    }
+}
+
+// ROWS rows of W times all of x. Only the first block of x finds the weights in memory, the others in a cache.
+template <Values V, Form FORM, int ROWS>
+void rows(const Job<V>& job, std::size_t row) {
+    for (std::size_t start = 0; start < job.batch; start += BLOCK) switch (job.batch - start) {
+            case 1: block<V, FORM, ROWS, 1>(job, row, start); break;
+            case 2: block<V, FORM, ROWS, 2>(job, row, start); break;
+            case 3: block<V, FORM, ROWS, 3>(job, row, start); break;
+            default: block<V, FORM, ROWS, BLOCK>(job, row, start);
+        }
+}
+
+template <Values V, Form FORM>
+void multiply_form(const Job<V>& job, std::size_t row, std::size_t last) {
+    if (job.batch == 1)
+        for (; row + ROWS_FOR_ONE <= last; row += ROWS_FOR_ONE) rows<V, FORM, ROWS_FOR_ONE>(job, row);
+    else
+        for (; row + ROWS_FOR_MORE <= last; row += ROWS_FOR_MORE) rows<V, FORM, ROWS_FOR_MORE>(job, row);
+    for (; row < last; ++row) rows<V, FORM, 1>(job, row);
+}
+
+template <Values V>
+void multiply(const Matrix& w, const void* arranged, std::size_t batch, const void* bias, void* y, std::size_t first,
+              std::size_t last) {
+    using Stored = typename Job<V>::Stored;
+    const Job<V> job{w, static_cast<const typename Job<V>::Input*>(arranged), batch, static_cast<const Stored*>(bias),
+                     static_cast<Stored*>(y)};
+    if (w.mask && w.half)
+        multiply_form<V, Form::half>(job, first, last);
+    else if (w.mask)
+        multiply_form<V, Form::counted>(job, first, last);
+    else
+        multiply_form<V, Form::dense>(job, first, last);
+}
+
+template <Values V>
+std::size_t arranged(std::size_t batch, std::size_t d_in) {
+    return batch * words(d_in) * WORD * sizeof(typename Lanes<V>::Input);
+}
+
+// Blocks of x one after the other; within a block, what is multiplied with the same weights lies together. The columns
+// that complete the last word are zeros, since zero weights would not cancel a NaN.
+template <Values V>
+void arrange(const void* from, std::size_t batch, std::size_t d_in, void* to) {
+    using L = Lanes<V>;
+    const auto* x = static_cast<const typename L::Stored*>(from);
+    auto* out = static_cast<typename L::Input*>(to);
+    for (std::size_t start = 0; start < batch; start += BLOCK) {
+        const std::size_t count = batch - start < BLOCK ? batch - start : BLOCK;
+        for (std::size_t column = 0; column < words(d_in) * WORD; column += L::COLUMNS)
+            for (std::size_t n = start; n < start + count; ++n, out += L::COLUMNS) {
+                const auto* row = x + n * d_in;
+                for (std::size_t i = 0; i < L::COLUMNS; ++i)
+                    out[i] = column + i < d_in ? L::input(row[column + i]) : typename L::Input(0);
+            }
+    }
+}
+
+template <Values V, Form FORM>
+void expand_form(const Matrix& w, std::size_t first, std::size_t last, void* to) {
+    using L = Lanes<V>;
+    using Stored = typename L::Stored;
+    constexpr int STEPS = int(WORD) / L::COLUMNS;
+    auto* out = static_cast<Stored*>(to);
+    for (std::size_t row = first; row < last; ++row) {
+        Reader<V, FORM> reader;
+        reader.open(w, row);
+        for (std::size_t column = 0; column < w.d_in; column += WORD) {
+            const std::size_t width = w.d_in - column < WORD ? w.d_in - column : WORD;
+            Stored rest[WORD];
+            Stored* const target = width == WORD ? out : rest;
+            reader.next_word();
+            for (int step = 0; step < STEPS; ++step) reader.place(step, target + step * L::COLUMNS);
+            reader.end_word();
+            if (width < WORD) std::memcpy(out, rest, width * sizeof(Stored));
+            out += width;
+        }
+    }
+}
+
+template <Values V>
+void expand(const Matrix& w, std::size_t first, std::size_t last, void* out) {
+    if (w.half)
+        expand_form<V, Form::half>(w, first, last, out);
+    else
+        expand_form<V, Form::counted>(w, first, last, out);
+}
+
+template <Values V>
+Kernels kernels() {
+    return {&arranged<V>, &arrange<V>, &multiply<V>, &expand<V>};
+}
+
+}  // namespace
+
+Kernels sparse_linear_kernels(Values held) {
+    switch (held) {
+        case Values::bf16: return kernels<Values::bf16>();
+        case Values::fp16: return kernels<Values::fp16>();
+        default: return kernels<Values::fp32>();
+    }
+}
+
+}  // namespace halve::HALVE_ISA
