@@ -139,6 +139,22 @@ def test_rounding_is_to_nearest_even_and_overflow_infinite(instruction_set):
 
 @needs_kernel
 @every_set
+@every_dtype
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+def test_bits_depend_on_neither_the_place_nor_the_neighbours(instruction_set, dtype, pattern):
+    weight = pruned(29, 320, pattern, dtype)
+    packed = pack(weight, pattern)
+    x, bias = inputs(packed, BATCH)
+    expected = sparse_linear(x, packed, bias, instruction_set)
+    for batch in range(1, BATCH):
+        assert torch.equal(sparse_linear(x[-batch:], packed, bias, instruction_set), expected[-batch:])
+    for first in range(1, 9):
+        rows = pack(weight[first:], pattern)
+        assert torch.equal(sparse_linear(x, rows, bias[first:], instruction_set), expected[:, first:])
+
+
+@needs_kernel
+@every_set
 @pytest.mark.parametrize("batch", [1, 3, BATCH, BATCH + 1])
 @pytest.mark.parametrize("pattern", ["2:4", "1:4"])
 def test_threads_give_the_same_bits(instruction_set, batch, pattern):

@@ -35,6 +35,10 @@ class Reader {
         return from;
     }
 
+    static void prefetch(const void* from, std::uintptr_t ahead) {
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + ahead), 0, 2);
+    }
+
    public:
     void open(const Matrix& w, std::size_t row) {
         values_ = static_cast<const Stored*>(w.values) + row * w.kept;
@@ -54,13 +58,14 @@ class Reader {
         mask_ += WORD / 8;
     }
 
-    // Have what lies `lines` and `masks` bytes further brought to the second-level cache.
-    void prefetch(std::uintptr_t ahead, std::size_t lines, std::uintptr_t mask_ahead) const {
-        const std::uintptr_t at = reinterpret_cast<std::uintptr_t>(values_) + ahead;
-        for (std::size_t line = 0; line < lines; ++line)
-            __builtin_prefetch(reinterpret_cast<const void*>(at + line * LINE), 0, 2);
-        if constexpr (FORM != Form::dense)
-            __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(mask_) + mask_ahead), 0, 2);
+    // Have what lies so many bytes further brought to the second-level cache, as much as a word takes.
+    void prefetch_values(std::uintptr_t ahead) const {
+        constexpr std::size_t BYTES = (FORM == Form::dense ? WORD : WORD / 2) * sizeof(Stored);
+        for (std::size_t line = 0; line < BYTES; line += LINE) prefetch(values_, ahead + line);
+    }
+
+    void prefetch_mask(std::uintptr_t ahead) const {
+        if constexpr (FORM != Form::dense) prefetch(mask_, ahead);
     }
 
     typename L::Weights step(int step) {
@@ -92,15 +97,15 @@ struct Job {
     Stored* y;
 };
 
-// ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`.
+// ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`. Every element of y is summed in the
+// same order, whatever is computed beside it; that there are several hides the latency of an addition.
 template <Values V, Form FORM, int ROWS, int BATCH>
 void block(const Job<V>& job, std::size_t row, std::size_t start) {
     using L = Lanes<V>;
     constexpr int STEPS = int(WORD) / L::COLUMNS;
-    const std::size_t count = words(job.w.d_in), row_bytes = job.w.kept * sizeof(typename L::Stored);
-    // The same place in the next rows: their beginning is where the processor itself would not have looked.
-    const std::size_t ahead = ROWS * row_bytes, lines = (row_bytes / count + LINE - 1) / LINE;
-    const std::size_t mask_ahead = ROWS * count * (WORD / 8);
+    const std::size_t count = words(job.w.d_in), mask_row = count * (WORD / 8);
+    // The same place in the next rows, whose beginning the processor itself would not have foreseen.
+    const std::uintptr_t ahead = ROWS * job.w.kept * sizeof(typename L::Stored);
     Reader<V, FORM> readers[ROWS];
     typename L::Sum sums[ROWS][BATCH];
 #pragma GCC unroll 8
@@ -111,9 +116,10 @@ void block(const Job<V>& job, std::size_t row, std::size_t start) {
     }
     const typename L::Input* x = job.x + start * count * WORD;
     for (std::size_t word = 0; word < count; ++word) {
+        readers[0].prefetch_mask((ROWS + word % 8) * mask_row);  // a line holds eight words: each time another row's
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            readers[r].prefetch(ahead, lines, mask_ahead);
+            readers[r].prefetch_values(ahead);
             readers[r].next_word();
         }
 #pragma GCC unroll UNROLLED
