@@ -12,9 +12,17 @@ namespace {
 constexpr int ROWS_FOR_ONE = 4, ROWS_FOR_MORE = 4;  // rows of W at a time, for one row of x and for several
 constexpr int UNROLLED = 4;                         // steps of a word
 
-// From a register: expanding straight from memory checks every lane for faults, and is slow on some processors.
+// Loads that compilers must not make part of an expansion: one straight from memory has to look at the mask for what
+// it may touch, and is slow on some processors.
+inline __m512i load_512(const void* from) {
+    __m512i loaded = _mm512_loadu_si512(from);
+    asm("" : "+v"(loaded));
+    return loaded;
+}
+
+// Masks are read from memory 32 or 16 bits at a time; x86 has the lowest columns first.
 inline __m512i expand_halves(const std::uint16_t* values, std::uint32_t bits) {
-    return _mm512_maskz_expand_epi16(__mmask32(bits), _mm512_loadu_si512(values));
+    return _mm512_maskz_expand_epi16(__mmask32(bits), load_512(values));
 }
 
 struct Half {
@@ -88,7 +96,8 @@ struct Lanes<Values::fp32> {
     static int count(Bits bits) { return __builtin_popcount(bits); }
 
     static Weights expand(const Stored* values, Bits bits) {
-        return _mm512_maskz_expand_ps(__mmask16(bits), _mm512_loadu_ps(values));
+        return _mm512_castsi512_ps(
+            _mm512_maskz_expand_epi32(__mmask16(bits), load_512(values)));
     }
 
     static void place(const Stored* values, Bits bits, Stored* out) { _mm512_storeu_ps(out, expand(values, bits)); }

@@ -20,10 +20,11 @@ class Reader {
     const Stored* values_;
     const Stored* end_;
     const std::uint8_t* mask_;
-    std::uint64_t bits_;
 
-    static typename L::Bits part(std::uint64_t bits, int step) {
-        return static_cast<typename L::Bits>(bits >> step * L::COLUMNS);
+    typename L::Bits bits(int step) const {
+        typename L::Bits bits;
+        std::memcpy(&bits, mask_ + step * sizeof(bits), sizeof(bits));
+        return bits;
     }
 
     // Reading starts at `end_` at the latest, also where a mask has too many bits; what a word then takes is OVERREAD.
@@ -46,16 +47,8 @@ class Reader {
         mask_ = FORM == Form::dense ? nullptr : w.mask + row * words(w.d_in) * (WORD / 8);
     }
 
-    void next_word() {
-        if constexpr (FORM == Form::dense) return;
+    void begin_word() {
         if constexpr (FORM == Form::counted) values_ = values_ < end_ ? values_ : end_;
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-        std::memcpy(&bits_, mask_, sizeof(bits_));
-#else
-        bits_ = 0;
-        for (int i = 0; i < 8; ++i) bits_ |= std::uint64_t(mask_[i]) << 8 * i;
-#endif
-        mask_ += WORD / 8;
     }
 
     // Have what lies so many bytes further brought to the second-level cache, as much as a word takes.
@@ -70,18 +63,19 @@ class Reader {
 
     typename L::Weights step(int step) {
         if constexpr (FORM == Form::dense) return L::load(take(step, 0));
-        const auto bits = part(bits_, step);
-        return L::expand(take(step, bits), bits);
+        const auto kept = bits(step);
+        return L::expand(take(step, kept), kept);
     }
 
     void place(int step, Stored* out) {
-        const auto bits = part(bits_, step);
-        L::place(take(step, bits), bits, out);
+        const auto kept = bits(step);
+        L::place(take(step, kept), kept, out);
     }
 
     void end_word() {
         if constexpr (FORM == Form::dense) values_ += WORD;
         if constexpr (FORM == Form::half) values_ += WORD / 2;
+        if constexpr (FORM != Form::dense) mask_ += WORD / 8;
     }
 };
 
@@ -120,7 +114,7 @@ void block(const Job<V>& job, std::size_t row, std::size_t start) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             readers[r].prefetch_values(ahead);
-            readers[r].next_word();
+            readers[r].begin_word();
         }
 #pragma GCC unroll UNROLLED
         for (int step = 0; step < STEPS; ++step) {
@@ -213,7 +207,7 @@ void expand_form(const Matrix& w, std::size_t first, std::size_t last, void* to)
             const std::size_t width = w.d_in - column < WORD ? w.d_in - column : WORD;
             Stored rest[WORD];
             Stored* const target = width == WORD ? out : rest;
-            reader.next_word();
+            reader.begin_word();
             for (int step = 0; step < STEPS; ++step) reader.place(step, target + step * L::COLUMNS);
             reader.end_word();
             if (width < WORD) std::memcpy(out, rest, width * sizeof(Stored));
