@@ -2,11 +2,11 @@ import pytest
 import torch
 
 import halve
+from halve.calibration import token_batches
 from halve.errors import (
     CalibrationError,
     InputError,
 )
-from halve.pruning import token_batches
 from halve.tokens import TokenSet, hash_ids
 from models import decoder, tokens, vit
 
