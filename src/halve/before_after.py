@@ -17,7 +17,7 @@ from halve.errors import CorruptFileError, InputError
 from halve.fingerprint import files_sha256, source_fields
 from halve.measured import add_perplexity, read_measured
 from halve.perplexity import Perplexity, evaluation_texts, perplexity
-from halve.shards import read_json
+from halve.report_facts import read_record
 from halve.tokens import TokenSet, check_texts
 
 NO_DENSE = "none"
@@ -106,7 +106,7 @@ def measure(
     place, target = Path(directory), resolve_device(device)
     evaluation.check(target)
     original = dense_source(place, dense, trust_remote_code=trust_remote_code)
-    record = read_json(place / REPORT)
+    record = read_record(place)
     if original is not None:
         _check_same(original, record)
     pruned = load_model(place, trust_remote_code=trust_remote_code)
@@ -129,10 +129,8 @@ def dense_source(place: Path, dense: str | Path | None, *, trust_remote_code: bo
     Raises:
         InputError: as `measure`; also where what would be written to is damaged, or cannot be written.
     """
-    if not (place / REPORT).exists():
-        raise InputError(f"{place} has no {REPORT}: give a checkpoint that halve prune has written")
-    record = read_json(place / REPORT)
-    read_measured(place)
+    record = read_record(place)
+    read_measured(place)  # a damaged one is to be told now
     if not os.access(place, os.W_OK):
         raise InputError(f"{place} cannot be written to: perplexities are put on record there")
     if dense is not None:

@@ -97,9 +97,11 @@ def evaluation_of(
 
 def say_scores(before: "tuple[Perplexity, ...]", after: "tuple[Perplexity, ...]") -> None:
     """Say perplexities, dense and pruned, a line a text."""
+    from halve.perplexity import measured_as
+
     for index, score in enumerate(after):
         change = f"{before[index].value:.3f} → {score.value:.3f}" if before else f"{score.value:.3f}"
-        how = f"{score.windows} windows of {score.seq_len} tokens, {score.dtype}"
+        how = measured_as(score.windows, score.seq_len, score.dtype)
         say(out, f"perplexity {Path(score.source).name}: {change} ({how})")
         if score.note:
             say(err, score.note, label="note")

@@ -63,8 +63,8 @@ def check_page(directories: Sequence[str | Path], out: str | Path | None) -> Non
         raise InputError("a directory is given twice: a comparison needs different ones")
     for place in places:
         read_run(place)
-    if out is not None and Path(out).is_dir():
-        raise InputError(f"{out} is a directory: give the name of a file to write")
+    if out is not None:
+        _check_target(Path(out))
 
 
 def write_comparison(directories: Sequence[str | Path], out: str | Path = COMPARISON) -> Path:
@@ -87,9 +87,13 @@ def write_comparison(directories: Sequence[str | Path], out: str | Path = COMPAR
     return _write(Path(out), comparison_page([read_run(place) for place in places]))
 
 
-def _write(target: Path, page: str) -> Path:
+def _check_target(target: Path) -> None:
     if target.is_dir():
         raise InputError(f"{target} is a directory: give the name of a file to write")
+
+
+def _write(target: Path, page: str) -> Path:
+    _check_target(target)
     with writing(target):
         write_file(target, [page.encode(errors="replace")], "page")
     return target

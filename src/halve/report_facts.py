@@ -216,18 +216,29 @@ def read_run(directory: Path) -> RunFacts:
         InputError: there is no ``halve.json``.
         CorruptFileError: a file is malformed.
     """
+    record, measured = read_record(directory), read_measured(directory)
+    try:
+        return _facts(directory, record, measured)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{directory / REPORT} is not as Halve writes it ({type(error).__name__}: {error}): "
+            "restore it, or prune again"
+        ) from error
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Read the ``halve.json`` of a pruned checkpoint, its values unchecked.
+
+    Raises:
+        InputError: there is none.
+        CorruptFileError: it is not a JSON object.
+    """
     path = directory / REPORT
     if not path.exists():
         if is_unfinished(directory):
             raise InputError(f"{directory} holds an unfinished run: complete it with `halve resume {directory}`")
         raise InputError(f"{directory} has no {REPORT}: give a checkpoint that halve prune has written")
-    record, measured = read_json(path), read_measured(directory)
-    try:
-        return _facts(directory, record, measured)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(
-            f"{path} is not as Halve writes it ({type(error).__name__}: {error}): restore it, or prune again"
-        ) from error
+    return read_json(path)
 
 
 def _facts(directory: Path, record: Mapping[str, Any], measured: Mapping[str, Any]) -> RunFacts:

@@ -73,13 +73,7 @@ def sparse_linear(
         bias = None if bias is None else bias.contiguous()
         _native.multiply(
             name,
-            DTYPES.index(packed.dtype),
-            packed.mask.data_ptr(),
-            packed.values.data_ptr(),
-            packed.d_out,
-            packed.d_in,
-            packed.kept,
-            packed.half_of_every_byte,
+            *_operand(packed),
             flat.data_ptr(),
             len(flat),
             0 if bias is None else bias.data_ptr(),
@@ -155,6 +149,19 @@ def dense_linear(x: Tensor, weight: Tensor, instruction_set: str | None = None) 
     return y
 
 
+def _operand(packed: PackedMatrix) -> tuple[int, int, int, int, int, int, bool]:
+    """Return a packed matrix as the compiled functions take it."""
+    return (
+        DTYPES.index(packed.dtype),
+        packed.mask.data_ptr(),
+        packed.values.data_ptr(),
+        packed.d_out,
+        packed.d_in,
+        packed.kept,
+        packed.half_of_every_byte,
+    )
+
+
 def _choose(instruction_set: str | None) -> str:
     names = (*instruction_sets(), REFERENCE)
     if instruction_set is None:
@@ -191,13 +198,7 @@ def _tiles(packed: PackedMatrix, name: str) -> Iterator[tuple[int, Tensor]]:
 def _expand_into(out: Tensor, packed: PackedMatrix, start: int, name: str) -> None:
     _native.expand(
         name,
-        DTYPES.index(packed.dtype),
-        packed.mask.data_ptr(),
-        packed.values.data_ptr(),
-        packed.d_out,
-        packed.d_in,
-        packed.kept,
-        packed.half_of_every_byte,
+        *_operand(packed),
         start,
         start + len(out),
         out.data_ptr(),
