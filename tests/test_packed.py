@@ -138,8 +138,6 @@ def test_a_large_matrix_is_worked_on_in_parts(monkeypatch):
         {"mask": torch.full((4, 8), 0x33, dtype=torch.int8)},
         {"mask": torch.full((4, 7), 0x33, dtype=torch.uint8)},
         {"mask": torch.full((4, 16), 0x33, dtype=torch.uint8)[:, ::2]},
-        {"mask": torch.full((4, 8), 0xFF, dtype=torch.uint8)},
-        {"mask": torch.full((4, 8), 0x0F, dtype=torch.uint8)},  # as many bits a row, not a group
         {"values": torch.zeros(4 * 32 + OVERREAD, dtype=torch.float64)},
         {"values": torch.zeros(4 * 32 + OVERREAD - 1)},
         {"values": torch.zeros(4 * 32 + OVERREAD, 1)},
@@ -152,12 +150,22 @@ def test_parts_that_contradict_each_other_are_refused(change):
         replace(packed, **change)
 
 
-def test_bits_beyond_the_row_are_refused():
-    packed = pack(pruned(1, 8, "2:4"), "2:4")
-    mask = packed.mask.clone()
-    mask[0, 1] = 1
-    with pytest.raises(InputError, match="does not keep"):
-        replace(packed, mask=mask)
+@given(matrices())
+def test_a_mask_is_sound_as_packed_and_not_with_any_bit_changed(case):
+    weight, pattern = case
+    packed = pack(weight, pattern)
+    packed.check_mask()
+    for place in {0, len(packed.mask.flatten()) // 2, packed.mask.numel() - 1}:
+        mask = packed.mask.clone()
+        mask.view(-1)[place] ^= 0x80
+        with pytest.raises(InputError, match=r"does not keep what pattern"):
+            replace(packed, mask=mask).check_mask()
+
+
+def test_as_many_bits_a_row_are_not_enough():
+    packed = PackedMatrix(torch.full((4, 8), 0x33, dtype=torch.uint8), torch.zeros(4 * 32 + OVERREAD), (4, 64), "2:4")
+    with pytest.raises(InputError, match=r"does not keep"):
+        replace(packed, mask=torch.full((4, 8), 0x0F, dtype=torch.uint8)).check_mask()
 
 
 def test_sizes():

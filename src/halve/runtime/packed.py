@@ -23,16 +23,23 @@ OVERREAD = 64
 """Values after the last kept one that mean nothing: a vector may be loaded whole wherever a kept value starts."""
 _WORD = 64
 """Columns in a word of the mask; rows of the mask are padded with zero bits to whole words."""
+_FOLDS = {2: ((1, 0x55),), 4: ((1, 0x55), (2, 0x33)), 8: ((1, 0x55), (2, 0x33), (4, 0x0F))}
+"""For groups that fill bytes evenly: the shifts and masks that add up the bits of each."""
+_ONE_EACH = {2: 0x55, 4: 0x11, 8: 0x01}
+"""The byte that counts one in every group."""
 _CHUNK = 1 << 22
 """Weights whose bits are spread out at a time: bounds the memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
-    """A matrix of shape (d_out, d_in) in a sparsity pattern, packed; made by `pack`, checked however it is made.
+    """A matrix of shape (d_out, d_in) in a sparsity pattern, packed; made by `pack`, or of parts read from a file.
+
+    Shapes and dtypes are checked however it is made, so that no product reads outside its parts. That the mask keeps
+    what the pattern says is left to `check_mask`: it reads every byte.
 
     Raises:
-        InputError: the parts contradict each other.
+        InputError: the parts do not go together.
     """
 
     mask: Tensor
@@ -50,14 +57,24 @@ class PackedMatrix:
             raise InputError(f"a packed matrix has two dimensions of at least 1, not shape {tuple(self.shape)}")
         _check_part("mask", self.mask, (torch.uint8,), (self.d_out, mask_bytes(self.d_in)))
         _check_part("values", self.values, DTYPES, (self.d_out * self.kept + OVERREAD,))
+
+    def check_mask(self) -> None:
+        """Check that the mask keeps exactly what the pattern allows of every group, and nothing beyond the row.
+
+        Raises:
+            InputError: it does not: the products would be finite, and wrong.
+        """
         pattern = Pattern(self.pattern)
+        keep, group = pattern.budget(self.d_in)
+        whole = self.d_in // 8 if group in _FOLDS else 0
         for start, stop in _chunks(self.shape):
-            bits = _spread(self.mask[start:stop])
-            groups = pattern.groups(bits[:, : self.d_in])
-            if bits[:, self.d_in :].any() or (groups.sum(-1) != pattern.budget(self.d_in)[0]).any():
-                raise InputError(
-                    f"the mask of a packed matrix does not keep what pattern {pattern} keeps of every group"
-                )
+            mask = self.mask[start:stop]
+            wrong = (_counts(mask[:, :whole], group) != keep * _ONE_EACH[group]).any() if whole else False
+            bits = _spread(mask[:, whole:])
+            rest = self.d_in - 8 * whole
+            short = rest > 0 and bool((pattern.groups(bits[:, :rest]).sum(-1) != keep).any())
+            if wrong or short or bits[:, rest:].any():
+                raise InputError(f"the mask of a packed matrix does not keep what pattern {pattern} keeps of a group")
 
     @property
     def d_out(self) -> int:
@@ -175,6 +192,13 @@ def _chunks(shape: tuple[int, int]) -> list[tuple[int, int]]:
     d_out, d_in = shape
     step = max(1, _CHUNK // d_in)
     return [(start, min(start + step, d_out)) for start in range(0, d_out, step)]
+
+
+def _counts(mask: Tensor, group: int) -> Tensor:
+    """Turn bytes of mask into bytes of counts, one in the place of every group."""
+    for shift, low in _FOLDS[group]:
+        mask = (mask & low) + ((mask >> shift) & low)
+    return mask
 
 
 def _spread(mask: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""`SparseLinear`: a linear layer whose weight is packed, in place of ``torch.nn.Linear``.
+
+It is a custom operator, ``halve::sparse_linear``, so that ``torch.compile`` traces through it; gradients flow to the
+inputs and the bias, never to the weights, which are frozen.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from halve.errors import InputError
+from halve.runtime.native import expand, sparse_linear
+from halve.runtime.packed import PackedMatrix, pack, unpack
+
+
+@torch.library.custom_op("halve::sparse_linear", mutates_args=(), device_types="cpu")
+def _operator(x: Tensor, mask: Tensor, values: Tensor, bias: Tensor | None, d_in: int, pattern: str) -> Tensor:
+    with torch.no_grad():
+        return sparse_linear(x, PackedMatrix(mask, values, (len(mask), d_in), pattern), bias)
+
+
+@_operator.register_fake
+def _fake(x: Tensor, mask: Tensor, values: Tensor, bias: Tensor | None, d_in: int, pattern: str) -> Tensor:
+    del values, bias, d_in, pattern
+    return x.new_empty(*x.shape[:-1], mask.shape[0])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    _, mask, values, _, ctx.d_in, ctx.pattern = inputs
+    ctx.save_for_backward(mask, values)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
+    mask, values = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        to_x = gradient @ torch.ops.halve.unpack(mask, values, ctx.d_in, ctx.pattern)
+    if ctx.needs_input_grad[3]:
+        to_bias = gradient.reshape(-1, len(mask)).sum(0)
+    return to_x, None, None, to_bias, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_remember)
+
+
+@torch.library.custom_op("halve::unpack", mutates_args=(), device_types="cpu")
+def _unpack_operator(mask: Tensor, values: Tensor, d_in: int, pattern: str) -> Tensor:
+    return expand(PackedMatrix(mask, values, (len(mask), d_in), pattern), 0, len(mask))
+
+
+@_unpack_operator.register_fake
+def _fake_unpack(mask: Tensor, values: Tensor, d_in: int, pattern: str) -> Tensor:
+    del pattern
+    return values.new_empty(mask.shape[0], d_in)
+
+
+class SparseLinear(nn.Module):
+    """``y = x Wᵀ + b`` with a packed W on the CPU.
+
+    Its ``state_dict`` is that of the plain layer, the weight unpacked to the same bits: whatever saves a model that has
+    such layers writes an ordinary checkpoint. Loading one packs its weight, and refuses a weight that is denser.
+
+    Args:
+        packed: W, (d_out, d_in).
+        bias: (d_out,), of the matrix's dtype.
+
+    Raises:
+        InputError: the bias does not go with the matrix.
+    """
+
+    mask: Tensor
+    values: Tensor
+
+    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if bias is not None and (bias.shape != (packed.d_out,) or bias.dtype != packed.dtype):
+            raise InputError(
+                f"a bias of {bias.dtype} and shape {tuple(bias.shape)} does not go with a packed matrix of shape "
+                f"{packed.shape} in {packed.dtype}"
+            )
+        self.out_features, self.in_features = packed.shape
+        self.pattern = packed.pattern
+        self.register_buffer("mask", packed.mask, persistent=False)
+        self.register_buffer("values", packed.values, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._packed = packed
+
+    @property
+    def packed(self) -> PackedMatrix:
+        """The packed weight.
+
+        Raises:
+            InputError: the layer has been moved or converted to where there are no packed matrices.
+        """
+        if self._packed.mask is not self.mask or self._packed.values is not self.values:
+            self._packed = PackedMatrix(self.mask, self.values, (self.out_features, self.in_features), self.pattern)
+        return self._packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight unpacked anew, (out_features, in_features): for code that looks at it, not for products."""
+        return unpack(self.packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) for x of shape (..., in_features), of the weight's dtype unless under autocast.
+
+        Raises:
+            InputError: as `halve.runtime.native.sparse_linear`.
+        """
+        if torch.is_autocast_enabled("cpu"):
+            return self._multiply(x.to(self.values.dtype)).to(torch.get_autocast_dtype("cpu"))
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        wanted = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        if wanted or torch.compiler.is_compiling():
+            return cast("Tensor", _operator(x, self.mask, self.values, self.bias, self.in_features, self.pattern))
+        return sparse_linear(x, self.packed, self.bias)  # beside a small product, the operator would cost as much again
+
+    def extra_repr(self) -> str:
+        """Return what is printed between the brackets."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"pattern={self.pattern}, dtype={self.values.dtype}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key not in state_dict:
+            missing_keys.append(key)
+            return
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        weight, shape = state_dict[key], (self.out_features, self.in_features)
+        if weight.shape != shape:
+            error_msgs.append(f"{key} has shape {tuple(weight.shape)}, not {shape}")
+            return
+        try:
+            packed = pack(weight.to("cpu", self.values.dtype), self.pattern)
+        except InputError as error:
+            error_msgs.append(f"{key} cannot be packed: {error}")
+        else:
+            self.mask, self.values = packed.mask, packed.values

@@ -1,0 +1,176 @@
+"""How much faster a sparse product is than a dense one, on this machine, measured: for the planner and `accelerate`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from halve.errors import InputError
+from halve.pattern import Pattern
+from halve.runtime import native, packed, semi_structured
+from halve.runtime.timing import copies_beyond_cache, take_turns
+
+_SLAB = 64
+"""Rows of random weights that a matrix repeats: what is multiplied does not change the time."""
+_GPU_WORK = 20
+"""Bytes a weight that compressing for sparse tensor cores takes at its peak, in half precision."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of one product, x Wᵀ for x (batch, d_in) and W (d_out, d_in), dense and with W in a pattern.
+
+    Attributes:
+        d_out: rows of W.
+        d_in: columns of W.
+        batch: rows of x.
+        dense_seconds: median; on a GPU the device's own time, without what launches cost.
+        sparse_seconds: likewise.
+        dense_call_seconds: from the call to its end, the same on the CPU.
+        sparse_call_seconds: likewise.
+    """
+
+    d_out: int
+    d_in: int
+    batch: int
+    dense_seconds: float
+    sparse_seconds: float
+    dense_call_seconds: float
+    sparse_call_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast the sparse product is; below 1 it is slower."""
+        return self.dense_seconds / self.sparse_seconds
+
+
+def check_measurable(pattern: str | Pattern, dtype: torch.dtype, device: torch.device) -> None:
+    """Check that there are sparse products of this kind on this machine.
+
+    Raises:
+        InputError: there are none.
+    """
+    pattern = Pattern.parse(pattern)
+    if device.type == "cpu":
+        if dtype not in packed.DTYPES:
+            raise InputError(f"packed products are bfloat16, float16 or float32, not {dtype}")
+        return
+    if reason := semi_structured.unusable():
+        raise InputError(f"no sparse products on {device}: {reason}; use --device cpu")
+    if pattern.text != "2:4" or dtype not in semi_structured.DTYPES:
+        raise InputError(f"sparse tensor cores multiply 2:4 in bfloat16 or float16, not {pattern} in {dtype}")
+
+
+def describe(device: torch.device) -> str:
+    """Return what multiplies sparse matrices there."""
+    if device.type == "cpu":
+        return native.describe()
+    library = "cuSPARSELt, algorithm searched" if torch.backends.cusparselt.is_available() else "CUTLASS"
+    return f"{library}, on {torch.cuda.get_device_name(device)}"
+
+
+def needed_bytes(
+    d_out: int, d_in: int, batch: int, *, pattern: str | Pattern, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return the memory that `measure` takes for one shape and batch, in bytes, on the device."""
+    weight, rows = d_out * d_in * dtype.itemsize, batch * (d_in + 2 * d_out) * dtype.itemsize
+    if device.type == "cuda":
+        return rows + 2 * weight + _GPU_WORK * d_out * d_in
+    packed_weight = int(weight * (1.0 - Pattern.parse(pattern).sparsity)) + d_out * packed.mask_bytes(d_in)
+    dense_bytes, packed_bytes = (copies_beyond_cache(size) * size for size in (weight, packed_weight))
+    wide = 4 * batch * (d_in + d_out)  # where 16 bits are multiplied in 32
+    return rows + wide + dense_bytes + packed_bytes
+
+
+def measure(
+    d_out: int,
+    d_in: int,
+    batches: Sequence[int],
+    *,
+    pattern: str | Pattern = "2:4",
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float = 0.5,
+) -> list[Speed]:
+    """Time products of one shape, dense by ``torch.nn.functional.linear`` and sparse, in turns, on random values.
+
+    On the CPU on as many threads as torch uses, with weights read from memory; on a GPU with its cache flushed.
+
+    Args:
+        d_out: rows of the weight.
+        d_in: its columns.
+        batches: rows of the inputs, each at least 1.
+        pattern: on a GPU only 2:4.
+        dtype: of weights and inputs.
+        device: where.
+        seconds: for one batch, at least 5 turns whatever they take.
+
+    Returns:
+        list[Speed]: one a batch.
+
+    Raises:
+        InputError: as `check_measurable`, or the pattern does not fit ``d_in``.
+    """
+    check_measurable(pattern, dtype, device)
+    slab = random_slab(d_out, d_in, pattern, dtype)
+    weight = slab.repeat(-(-d_out // len(slab)), 1)[:d_out].to(device)
+    prepare = _on_gpu if device.type == "cuda" else _on_cpu
+    multiply = prepare(weight, slab, str(pattern))
+    found = []
+    with torch.inference_mode():
+        for batch in batches:
+            x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(batch)).to(device, dtype)
+            turns = take_turns(multiply(x), device=device, seconds=seconds)
+            dense, sparse = turns["dense"], turns["sparse"]
+            found.append(
+                Speed(d_out, d_in, batch, dense.seconds, sparse.seconds, dense.call_seconds, sparse.call_seconds)
+            )
+    return found
+
+
+_Contenders = dict[str, list[Callable[[], Tensor]]]
+
+
+def random_slab(d_out: int, d_in: int, pattern: str | Pattern, dtype: torch.dtype) -> Tensor:
+    """Return (rows, d_in) random weights in the pattern, for no more rows than a matrix is built of."""
+    random = torch.randn(min(d_out, _SLAB), d_in, generator=torch.Generator().manual_seed(0))
+    return Pattern.parse(pattern).project(random).to(dtype)
+
+
+def repeated(one: packed.PackedMatrix, d_out: int) -> packed.PackedMatrix:
+    """Return a packed matrix of ``d_out`` rows that repeats the rows of another."""
+    times = -(-d_out // one.d_out)
+    values = one.values[: one.d_out * one.kept].repeat(times)[: d_out * one.kept]
+    rest = values.new_zeros(packed.OVERREAD)
+    mask = one.mask.repeat(times, 1)[:d_out]
+    return packed.PackedMatrix(mask, torch.cat((values, rest)), (d_out, one.d_in), one.pattern)
+
+
+def _on_cpu(weight: Tensor, slab: Tensor, pattern: str) -> Callable[[Tensor], _Contenders]:
+    first = repeated(packed.pack(slab, pattern), len(weight))
+    dense = [weight.clone() for _ in range(copies_beyond_cache(weight.nbytes))]
+    sparse = [first] + [
+        packed.PackedMatrix(first.mask.clone(), first.values.clone(), first.shape, first.pattern)
+        for _ in range(copies_beyond_cache(first.nbytes) - 1)
+    ]
+
+    def contenders(x: Tensor) -> _Contenders:
+        return {
+            "dense": [partial(linear, x, copy) for copy in dense],
+            "sparse": [partial(native.sparse_linear, x, copy) for copy in sparse],
+        }
+
+    return contenders
+
+
+def _on_gpu(weight: Tensor, slab: Tensor, pattern: str) -> Callable[[Tensor], _Contenders]:
+    del slab, pattern
+
+    def contenders(x: Tensor) -> _Contenders:
+        sparse = semi_structured.compress(weight, len(x))
+        return {"dense": [partial(linear, x, weight)], "sparse": [partial(linear, x, sparse)]}
+
+    return contenders
