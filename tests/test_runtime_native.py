@@ -198,6 +198,26 @@ def test_threads_may_call_at_once():
     assert not wrong
 
 
+SHARING = """
+import os, torch
+from halve.runtime.native import sparse_linear
+from halve.runtime.packed import pack
+torch.set_num_threads(3)
+packed = pack(torch.zeros(4096, 512), "2:4")
+torch.zeros(1 << 20).add_(1)  # starts the threads
+before = os.listdir("/proc/self/task")
+for batch in (1, 2, 7):
+    sparse_linear(torch.ones(batch, 512), packed)
+assert len(before) >= 3 and os.listdir("/proc/self/task") == before
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="no OpenMP")
+def test_the_threads_are_those_of_torch():
+    subprocess.run([sys.executable, "-c", SHARING], check=True, timeout=120)
+
+
 FORKING = """
 import os, threading, torch
 from halve.runtime.native import sparse_linear

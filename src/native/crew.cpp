@@ -1,5 +1,6 @@
 #include "crew.hpp"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -98,8 +99,18 @@ class Crew {
 // Never destroyed: its threads wait in it until the process is gone.
 std::atomic<Crew*> crew{nullptr};
 
+// The OpenMP that PyTorch was linked with, if it is loaded and has one.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Parallel> parallel{[] {
+    void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch ? reinterpret_cast<Parallel>(dlsym(torch, "GOMP_parallel")) : nullptr;  // also its dependencies'
+}()};
+
 // A child has no threads but the one that forked, and locks that nobody will release: it forgets them all.
-void forget() { crew = nullptr; }
+void forget() {
+    crew = nullptr;
+    parallel = nullptr;
+}
 
 Crew& the_crew() {
     Crew* found = crew;
@@ -129,7 +140,12 @@ void share_work(std::size_t count, std::size_t part, std::size_t threads,
         for (std::size_t begin; (begin = part * next.fetch_add(1, std::memory_order_relaxed)) < count;)
             work(begin, count - begin < part ? count : begin + part);
     };
-    the_crew().help((threads < parts ? threads : parts) - 1, task);
+    const std::size_t callers = threads < parts ? threads : parts;
+    if (const Parallel torch_threads = parallel)
+        torch_threads([](void* task) { (*static_cast<const std::function<void()>*>(task))(); },
+                      const_cast<std::function<void()>*>(&task), unsigned(callers), 0);
+    else
+        the_crew().help(callers - 1, task);
 }
 
 }  // namespace halve
