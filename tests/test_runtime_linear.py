@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from halve.errors import InputError
 from halve.runtime.linear import SparseLinear
@@ -13,6 +14,22 @@ from test_packed import every_dtype, pruned, same_bits
 from test_runtime_native import assert_close
 
 every_pattern = pytest.mark.parametrize("pattern", ["2:4", "1:4", "60%"])
+
+
+def test_a_conv1d_is_packed_and_restored_in_its_own_layout():
+    conv = Conv1D(24, 96)
+    conv.weight.data = pruned(24, 96, "2:4", torch.float32).T.contiguous()
+    conv.requires_grad_(False)
+    sparse = SparseLinear.of(conv, "2:4")
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(sparse(x), conv(x))
+    assert sparse.weight.is_contiguous()
+    for weight in (sparse.weight, sparse.state_dict()["weight"], sparse.plain().weight):
+        assert same_bits(weight, conv.weight)
+    assert type(sparse.plain()) is Conv1D
+    assert torch.equal(sparse.plain()(x), conv(x))
+    sparse.load_state_dict({"weight": 2 * conv.weight, "bias": conv.bias})
+    assert torch.equal(sparse.weight, 2 * conv.weight)
 
 
 def layers(pattern="2:4", dtype=torch.float32, d_out=24, d_in=96, biased=True):
@@ -89,7 +106,10 @@ def test_its_state_is_that_of_the_plain_layer(dtype):
     ("state", "says"),
     [
         ({"weight": torch.ones(24, 96), "bias": torch.zeros(24)}, r"weight cannot be packed: .*not in pattern 2:4"),
-        ({"weight": torch.zeros(24, 92), "bias": torch.zeros(24)}, r"weight has shape \(24, 92\), not \(24, 96\)"),
+        (
+            {"weight": torch.zeros(24, 92), "bias": torch.zeros(24)},
+            r"weight is a matrix of shape \(24, 92\), not \(24, 96\)",
+        ),
         ({"bias": torch.zeros(24)}, r"Missing key.*weight"),
         ({"weight": torch.zeros(24, 96), "bias": torch.zeros(24), "mask": torch.zeros(1)}, r"Unexpected key.*mask"),
     ],
@@ -129,6 +149,17 @@ def test_other_dtypes_are_refused_and_so_is_a_bias_that_does_not_fit():
         sparse.to("meta")(torch.ones(2, 96, device="meta"))
     with pytest.raises(InputError, match=r"a bias of torch.float32 and shape \(3,\)"):
         SparseLinear(layers()[1].packed, torch.zeros(3))
+
+
+def test_the_plain_layer_comes_back():
+    dense, sparse = layers()
+    plain = sparse.plain()
+    assert type(plain) is nn.Linear
+    assert same_bits(plain.weight, dense.weight)
+    assert not plain.weight.requires_grad
+    assert plain.bias is sparse.bias
+    assert SparseLinear.of(plain, "2:4").nbytes == sparse.nbytes == sparse.packed.nbytes
+    assert layers(biased=False)[1].plain().bias is None
 
 
 def test_says_what_it_is():

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from halve.pruning import prune, resume
     from halve.reconstruct import Reconstruction
     from halve.report import write_comparison, write_report
+    from halve.runtime.accelerate import Acceleration, accelerate
     from halve.verification import CheckResult, check
 
 _HOMES = {
+    "Acceleration": "runtime.accelerate",
     "CheckResult": "verification",
     "Evaluation": "before_after",
     "HalveError": "errors",
@@ -34,6 +36,7 @@ _HOMES = {
     "Reconstruction": "reconstruct",
     "Statistics": "gram",
     "Status": "outcome",
+    "accelerate": "runtime.accelerate",
     "check": "verification",
     "evaluate": "perplexity",
     "prox": "proximal",
@@ -45,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Acceleration",
     "CheckResult",
     "Evaluation",
     "GramAccumulator",
@@ -57,6 +61,7 @@ __all__ = [
     "Reconstruction",
     "Statistics",
     "Status",
+    "accelerate",
     "check",
     "evaluate",
     "prox",

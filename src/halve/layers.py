@@ -117,6 +117,25 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def layer_matrix(layer: nn.Module) -> Tensor:
+    """Return the weight of a ``Linear`` or ``Conv1D`` as a (d_out, d_in) view."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # noqa: S101 - of these two it always is
+    return matrix_view(weight, None, "in_out" if is_conv1d(layer) else "out_in")
+
+
+def plain_layer(matrix: Tensor, bias: nn.Parameter | None, layout: Layout) -> nn.Module:
+    """Return the ``Linear`` or ``Conv1D`` that multiplies by ``matrix`` (d_out, d_in); no weight gets a gradient."""
+    from transformers.pytorch_utils import Conv1D
+
+    d_out, d_in = matrix.shape
+    with torch.device("meta"):
+        made = nn.Linear(d_in, d_out) if layout == "out_in" else Conv1D(d_out, d_in)  # type: ignore[no-untyped-call]
+    made.weight = nn.Parameter(matrix_view(matrix, None, layout).contiguous(), requires_grad=False)
+    made.register_parameter("bias", bias)
+    return made
+
+
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     """Find the list of blocks by structure: the outermost module list that holds most of the linear weights.
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from halve.errors import InputError
+from halve.layers import Layout, is_conv1d, layer_matrix, matrix_view, plain_layer
+from halve.pattern import Pattern
 from halve.runtime.native import expand, sparse_linear
 from halve.runtime.packed import PackedMatrix, pack, unpack
 
@@ -66,6 +68,7 @@ class SparseLinear(nn.Module):
     Args:
         packed: W, (d_out, d_in).
         bias: (d_out,), of the matrix's dtype.
+        layout: how the weight lies in the ``state_dict``, and in the plain layer: ``Conv1D`` has it transposed.
 
     Raises:
         InputError: the bias does not go with the matrix.
@@ -74,7 +77,7 @@ class SparseLinear(nn.Module):
     mask: Tensor
     values: Tensor
 
-    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None, layout: Layout = "out_in") -> None:
         super().__init__()
         if bias is not None and (bias.shape != (packed.d_out,) or bias.dtype != packed.dtype):
             raise InputError(
@@ -86,7 +89,22 @@ class SparseLinear(nn.Module):
         self.register_buffer("mask", packed.mask, persistent=False)
         self.register_buffer("values", packed.values, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.layout: Layout = layout
         self._packed = packed
+
+    @classmethod
+    def of(cls, layer: nn.Module, pattern: str | Pattern) -> "SparseLinear":
+        """Pack a ``Linear`` or ``Conv1D``; the bias is shared, not copied.
+
+        Raises:
+            InputError: as `halve.runtime.packed.pack`.
+        """
+        packed = pack(layer_matrix(layer), pattern)
+        return cls(packed, cast("Tensor | None", layer.bias), "in_out" if is_conv1d(layer) else "out_in")
+
+    def plain(self) -> nn.Module:
+        """Return the plain layer, with a weight of the same bits; the bias is shared."""
+        return plain_layer(unpack(self.packed), self.bias, self.layout)
 
     @property
     def packed(self) -> PackedMatrix:
@@ -101,8 +119,13 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight unpacked anew, (out_features, in_features): for code that looks at it, not for products."""
-        return unpack(self.packed)
+        """The plain layer's weight, unpacked anew: for code that looks at it, not for products."""
+        return matrix_view(unpack(self.packed), None, self.layout).contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+        return self.packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) for x of shape (..., in_features), of the weight's dtype unless under autocast.
@@ -150,9 +173,9 @@ class SparseLinear(nn.Module):
             return
         if key in unexpected_keys:
             unexpected_keys.remove(key)
-        weight, shape = state_dict[key], (self.out_features, self.in_features)
+        weight, shape = matrix_view(state_dict[key], None, self.layout), (self.out_features, self.in_features)
         if weight.shape != shape:
-            error_msgs.append(f"{key} has shape {tuple(weight.shape)}, not {shape}")
+            error_msgs.append(f"{key} is a matrix of shape {tuple(weight.shape)}, not {shape}")
             return
         try:
             packed = pack(weight.to("cpu", self.values.dtype), self.pattern)
