@@ -13,8 +13,6 @@ GPU from compute capability 8.0 on; where there is none the script says so, writ
 
 import functools
 import json
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -27,6 +25,8 @@ from torch.nn.functional import linear, pad
 
 import halve
 import results
+from halve.runtime.semi_structured import compress, padded_rows, unusable
+from halve.runtime.timing import FLUSH_BYTES, take_turns
 
 NAME = "matmul_speed"
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
@@ -37,21 +37,11 @@ SHAPES: dict[str, dict[str, tuple[int, int]]] = {
 BATCHES = (1, 16, 32, 8192, 16384, 32768)
 DENSE, DEFAULT, SEARCHED = "dense", "sparse", "sparse, searched"
 PAPER = "paper, A100: 0.05 to 0.56 at batch 1 to 32, 0.75 to 1.6 at 8192 to 32768"
-_ROWS_MULTIPLE = 8
-_FLUSH_BYTES = 1 << 28
-_WAIT_CYCLES = 2_000_000
-"""For about a millisecond the GPU waits, while Python gets ahead of it: launches then cost no device time."""
-_sleep: Callable[[int], None] = torch.cuda._sleep  # noqa: SLF001 - keeps the GPU busy without touching memory
 _TOLERANCE = 2e-2
 """Relative error of a sparse product in half precision: sums are taken in another order."""
 
 Case = tuple[str, str, int, int, int]
 """Model, layer, d_out, d_in, batch."""
-
-
-def padded_rows(batch: int) -> int:
-    """Return the number of input rows that a sparse product needs for ``batch`` rows: the next multiple of 8."""
-    return -(-batch // _ROWS_MULTIPLE) * _ROWS_MULTIPLE
 
 
 def needed_bytes(d_out: int, d_in: int, batch: int) -> int:
@@ -64,7 +54,7 @@ def needed_bytes(d_out: int, d_in: int, batch: int) -> int:
     """
     rows = padded_rows(batch)
     weights = 40 * d_out * d_in  # dense, packed, and what choosing the pattern takes
-    return weights + 4 * rows * d_in + 16 * rows * d_out + _FLUSH_BYTES
+    return weights + 4 * rows * d_in + 16 * rows * d_out + FLUSH_BYTES
 
 
 def cases(free_bytes: int, batches: Sequence[int] = BATCHES) -> tuple[list[Case], list[Case]]:
@@ -86,32 +76,17 @@ def cases(free_bytes: int, batches: Sequence[int] = BATCHES) -> tuple[list[Case]
     )
 
 
-def unusable() -> str:
-    """Return why this machine cannot run the experiment, empty if it can."""
-    if not torch.cuda.is_available():
-        return "matmul_speed needs a CUDA GPU and torch sees none: nothing was measured and nothing was written."
-    if torch.cuda.get_device_capability() < (8, 0):
-        return (
-            f"{torch.cuda.get_device_name()} has no sparse tensor cores: nothing was measured and nothing was written."
-        )
-    return ""
-
-
-def sparse_weights(weight: Tensor, inputs: Tensor) -> dict[str, Tensor]:
+def sparse_weights(weight: Tensor, rows: int) -> dict[str, Tensor]:
     """Return the packed weights to time, by contender.
 
     Args:
         weight: (d_out, d_in), 2:4, half precision, on the GPU.
-        inputs: (rows, d_in), rows a multiple of 8: the algorithm is searched for them.
+        rows: of the inputs, a multiple of 8: the algorithm is searched for them.
     """
-    if not torch.backends.cusparselt.is_available():
-        return {DEFAULT: torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(weight)}
-    found = {name: torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(weight) for name in (DEFAULT, SEARCHED)}
-    packed = found[SEARCHED].packed
-    assert packed is not None
-    best = torch._cslt_sparse_mm_search(packed, inputs.t(), transpose_result=True)  # noqa: SLF001
-    found[SEARCHED].alg_id_cusparselt = best
-    return dict(found)
+    found = {DEFAULT: compress(weight)}
+    if torch.backends.cusparselt.is_available():
+        found[SEARCHED] = compress(weight, rows)
+    return found
 
 
 def measure(case: Case, dtype: torch.dtype, turns: int) -> dict[str, Any]:
@@ -135,13 +110,13 @@ def measure(case: Case, dtype: torch.dtype, turns: int) -> dict[str, Any]:
     expected = linear(inputs, weight).float()
     calls: dict[str, Callable[[], Tensor]] = {DENSE: functools.partial(linear, inputs, weight)}
     errors = {}
-    for name, packed in sparse_weights(weight, padded).items():
+    for name, packed in sparse_weights(weight, len(padded)).items():
         calls[name] = functools.partial(linear, padded, packed)
         errors[name] = float((calls[name]()[:batch].float() - expected).norm() / expected.norm())
         if not errors[name] < _TOLERANCE:
             raise ArithmeticError(f"the sparse product of {case} is off by {errors[name]:.2g}: it cannot be timed")
     del expected
-    on_device, as_called = _take_turns(calls, turns)
+    timed = take_turns({name: [call] for name, call in calls.items()}, device=weight.device, least=turns, most=turns)
     return {
         "model": model,
         "layer": layer,
@@ -150,38 +125,9 @@ def measure(case: Case, dtype: torch.dtype, turns: int) -> dict[str, Any]:
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "error": errors,
-        "device_seconds": {name: statistics.median(seconds) for name, seconds in on_device.items()},
-        "call_seconds": {name: statistics.median(seconds) for name, seconds in as_called.items()},
+        "device_seconds": {name: found.seconds for name, found in timed.items()},
+        "call_seconds": {name: found.call_seconds for name, found in timed.items()},
     }
-
-
-def _take_turns(
-    calls: dict[str, Callable[[], Tensor]], turns: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the seconds of every turn on the device, and from call to end."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    on_device: dict[str, list[float]] = {name: [] for name in calls}
-    as_called: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(3):
-        for call in calls.values():
-            call()
-    for _ in range(turns):
-        for name, call in calls.items():
-            begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
-            flush.zero_()
-            _sleep(_WAIT_CYCLES)
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            on_device[name].append(begin.elapsed_time(end) / 1e3)
-            flush.zero_()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            as_called[name].append(time.perf_counter() - start)
-    return on_device, as_called
 
 
 def run(given: Any) -> dict[str, Any]:
@@ -265,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     given.turns = given.turns or (50 if given.full else 15)
     given.dtypes = given.dtypes or (["bfloat16", "float16"] if given.full else ["bfloat16"])
     if reason := unusable():
-        print(reason)
+        print(f"matmul_speed needs sparse tensor cores, but {reason}: nothing was measured and nothing was written.")
         return
     warnings.filterwarnings(
         "ignore", message=".*SparseSemiStructuredTensor is in prototype stage", category=UserWarning

@@ -13,7 +13,7 @@ from halve.errors import InputError
 CACHES = 4
 """How many last-level caches the copies of a weight fill together."""
 _UNKNOWN_CACHE = 64 << 20
-_FLUSH_BYTES = 1 << 28
+FLUSH_BYTES = 1 << 28
 """More than the second-level cache of any GPU."""
 _WAIT_CYCLES = 2_000_000
 """For about a millisecond the GPU waits, while Python gets ahead of it: launches then cost no device time."""
@@ -105,7 +105,7 @@ def _cpu_turn(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def _gpu_turn() -> Callable[[Callable[[], object]], tuple[float, float]]:
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     sleep: Callable[[int], None] = torch.cuda._sleep  # noqa: SLF001 - keeps the GPU busy without touching memory
 
     def turn(call: Callable[[], object]) -> tuple[float, float]:
