@@ -10,6 +10,7 @@ import models
 from halve.checkpoint import resolve
 from halve.checkpoint_files import companions, forbidden_fields
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
+from halve.report_facts import read_record
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,11 @@ def test_companions_are_the_files_a_model_needs(llama):
     (llama / "additional_chat_templates" / "tools.jinja").write_text("x")
     names = {str(path.relative_to(llama)) for path in companions(llama)}
     assert names == {*wanted, "generation_config.json", "additional_chat_templates/tools.jinja"}
+
+
+def test_a_packed_checkpoint_is_refused_with_the_way_to_the_plain_one(llama):
+    (llama / "halve-packed.json").write_text("{}")
+    assert not any(path.name == "halve-packed.json" for path in companions(llama))
+    for read in (resolve, read_record):
+        with pytest.raises(InputError, match=r"is a packed checkpoint: .*`halve unpack .*llama --out DIR`"):
+            read(llama)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from halve import durable
-from halve.durable import file_chunks, make_directory, move_file, sha256_of, write_file, writing
+from halve.durable import file_chunks, filling, make_directory, move_file, sha256_of, write_file, writing
 from halve.errors import HalveError
 
 
@@ -94,3 +94,37 @@ def test_crash_points_are_counted_logged_and_deadly(tmp_path, monkeypatch):
     environment = {**os.environ, durable.CRASH_POINT: "a@2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, "one\n")
+
+
+def fill(out, *contents):
+    with filling(out) as write:
+        return [write(f"below/{number}", content, "file") for number, content in enumerate(contents)]
+
+
+def test_a_directory_that_cannot_be_filled_is_taken_back(tmp_path):
+    def broken():
+        assert list(tmp_path.rglob("*0"))
+        yield b"half"
+        raise ZeroDivisionError
+
+    assert fill(tmp_path / "whole", [b"1"]) == [hashlib.sha256(b"1").hexdigest()]
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "new" / "deep", tmp_path / "empty"):
+        with pytest.raises(ZeroDivisionError):
+            fill(out, [b"1"], [b"2"], broken())
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "empty",
+        "whole",
+        "whole/below",
+        "whole/below/0",
+    ]
+
+
+def test_a_full_volume_is_one_sentence_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(file, chunk):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable, "_append", full)
+    with pytest.raises(HalveError, match=r"new failed \(No space left"):
+        fill(tmp_path / "new", [b"1"])
+    assert not (tmp_path / "new").exists()

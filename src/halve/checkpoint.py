@@ -27,6 +27,7 @@ from halve.checkpoint_files import (
     companions,
     contained,
     read_shards,
+    refuse_packed,
     weight_map_of,
 )
 from halve.disk_layout import DiskLayout, DiskTensor
@@ -172,6 +173,7 @@ def has_tokenizer(source: Source) -> bool:
 
 
 def _validate_directory(directory: Path, *, code: bool) -> tuple[Path, ...]:
+    refuse_packed(directory)
     check_config(directory, code=code)
     companions(directory, code=code)
     return tuple(shard.path for shard in read_shards(directory))

@@ -1,7 +1,7 @@
 """The files of a checkpoint directory that nobody here wrote: which belong to it, and which are refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ MEASURED = "halve-measured.json"
 """What it measured of the run."""
 PAGE = "report.html"
 """Both for people."""
+PACKED = "halve-packed.json"
+"""The manifest of a packed checkpoint, which only a packed one has."""
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 TEMPLATES = "additional_chat_templates"
 CODE = "*.py"
@@ -50,7 +52,7 @@ def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
     kept = [
         path
         for path in found
-        if path.name not in {CONFIG, REPORT, MEASURED, "adapter_config.json", "requirements.txt"}
+        if path.name not in {CONFIG, REPORT, MEASURED, PACKED, "adapter_config.json", "requirements.txt"}
         and not path.name.endswith(".index.json")
         and path.is_file()
     ]
@@ -97,6 +99,21 @@ def read_shards(directory: Path) -> tuple[Shard, ...]:
     else:
         raise _no_weights(directory)
     shards = tuple(read_shard(contained(directory, directory / name)) for name in sorted(names))
+    check_agreement(shards, weight_map, directory / INDEX)
+    return shards
+
+
+def check_agreement(shards: Sequence[Shard], weight_map: Mapping[str, str], index: Path) -> None:
+    """Check that no tensor is in two shards, and every one in the shard where the index says it is.
+
+    Args:
+        shards: all of them.
+        weight_map: the file of every tensor, empty where there is no index.
+        index: for messages.
+
+    Raises:
+        CorruptFileError: they contradict each other.
+    """
     holder: dict[str, str] = {}
     for shard in shards:
         for entry in shard.tensors:
@@ -108,10 +125,8 @@ def read_shards(directory: Path) -> tuple[Shard, ...]:
     for tensor, name in weight_map.items():
         if holder.get(tensor) != name:
             raise CorruptFileError(
-                f"{directory / INDEX} says that tensor {tensor!r} is in {name}, which does not hold it: "
-                "fetch both files again"
+                f"{index} says that tensor {tensor!r} is in {name}, which does not hold it: fetch both files again"
             )
-    return shards
 
 
 def check_config(directory: Path, *, code: bool = False) -> None:
@@ -141,14 +156,40 @@ def weight_map_of(index: Path) -> dict[str, str]:
     Raises:
         CorruptFileError: the index is malformed, or names what is no plain file name.
     """
-    weight_map = read_json(index).get("weight_map")
+    return check_weight_map(read_json(index), index)
+
+
+def check_weight_map(content: Mapping[str, Any], index: Path) -> dict[str, str]:
+    """Return the file of every tensor, of an index that has been read from ``index``.
+
+    Raises:
+        CorruptFileError: as `weight_map_of`.
+    """
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError(f"{index} has no weight_map: fetch it again")
     for name in weight_map.values():
-        plain = isinstance(name, str) and name.isprintable() and name == Path(name).name
-        if not plain or not name.endswith(".safetensors"):
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
             raise CorruptFileError(f"{index} names the weight file {name!r}, which is not a plain *.safetensors name")
     return weight_map
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this is the name of a file in the directory itself, fit to be shown."""
+    return isinstance(name, str) and name.isprintable() and name == Path(name).name
+
+
+def refuse_packed(directory: Path) -> None:
+    """Refuse a packed checkpoint where a plain one is needed.
+
+    Raises:
+        InputError: it is one.
+    """
+    if (directory / PACKED).exists():
+        raise InputError(
+            f"{directory} is a packed checkpoint: restore the plain one with `halve unpack {directory} --out DIR`, and "
+            "give that"
+        )
 
 
 def _no_weights(directory: Path) -> InputError | UnsupportedModelError:

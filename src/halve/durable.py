@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from halve.errors import HalveError
 from halve.shards import CHUNK
@@ -58,6 +58,48 @@ def write_file(path: Path, chunks: Content, kind: str) -> str:
         raise
     crash_point(f"{kind}.done")
     return digest.hexdigest()
+
+
+class Write(Protocol):
+    """How the files of a directory that is being filled are written, as `filling` yields it."""
+
+    def __call__(self, name: str, chunks: Content, kind: str) -> str:
+        """Write one file by its name in the directory, as `write_file` does."""
+
+
+@contextmanager
+def filling(directory: Path) -> Iterator[Write]:
+    """Fill a directory, absent or empty; if that fails, take back what was written and the directories made for it.
+
+    Args:
+        directory: made if it does not exist.
+
+    Raises:
+        HalveError: the volume is full or failed.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    written: list[Path] = []
+
+    def write(name: str, chunks: Content, kind: str) -> str:
+        written.append(directory / name)
+        return write_file(directory / name, chunks, kind)
+
+    try:
+        with writing(directory):
+            make_directory(directory)
+            yield write
+    except BaseException:
+        _remove(directory, written, made)
+        raise
+
+
+def _remove(directory: Path, written: list[Path], made: list[Path]) -> None:
+    for path in written:
+        path.unlink(missing_ok=True)
+    emptied = {path.parent for path in written if path.parent != directory} | set(made)
+    for place in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
 
 
 @contextmanager

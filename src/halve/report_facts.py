@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint_files import REPORT
+from halve.checkpoint_files import REPORT, refuse_packed
 from halve.errors import CorruptFileError, InputError
 from halve.layers import place_of
 from halve.measured import read_measured
@@ -230,9 +230,10 @@ def read_record(directory: Path) -> dict[str, Any]:
     """Read the ``halve.json`` of a pruned checkpoint, its values unchecked.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the checkpoint is packed.
         CorruptFileError: it is not a JSON object.
     """
+    refuse_packed(directory)
     path = directory / REPORT
     if not path.exists():
         if is_unfinished(directory):

@@ -42,7 +42,8 @@ _TORCH_DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+"""What safetensors calls each dtype."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,25 @@ def read_shard(path: Path) -> Shard:
             text = file.read(length)
     except OSError as error:
         raise CorruptFileError(f"{path} cannot be read: {error.strerror}; fetch or write it again") from error
-    header = _parse_object(text, path)
+    return parse_header(text, path, size)
+
+
+def parse_header(text: bytes, path: Path, size: int) -> Shard:
+    """Validate the header of a safetensors file.
+
+    Args:
+        text: the header, without the length field.
+        path: the file, for messages and for the entries; it is not read.
+        size: of the whole file in bytes.
+
+    Raises:
+        CorruptFileError, UnsupportedModelError: as `read_shard`.
+    """
+    header = parse_object(text, path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(path, "its __metadata__ is not a map of strings")
-    base = _LENGTH + length
+    base = _LENGTH + len(text)
     entries = sorted((_entry(path, name, spec, base) for name, spec in header.items()), key=lambda e: (e.start, e.end))
     position = base
     for entry in entries:
@@ -95,7 +110,7 @@ def read_shard(path: Path) -> Shard:
         position = entry.end
     if position != size:
         raise _corrupt(path, f"its tensors end at byte {position} and the file has {size}")
-    return Shard(path, length.to_bytes(_LENGTH, "little") + text, tuple(entries))
+    return Shard(path, len(text).to_bytes(_LENGTH, "little") + text, tuple(entries))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -111,11 +126,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CorruptFileError(f"{path} cannot be read ({error.strerror}): fetch or write it again") from error
     if len(text) > MAX_JSON:
         raise CorruptFileError(f"{path} is larger than {MAX_JSON >> 20} MiB, which no JSON file of a model is")
-    return _parse_object(text, path)
+    return parse_object(text, path)
 
 
-def _parse_object(text: bytes, path: Path) -> dict[str, Any]:
-    """Parse untrusted JSON: an object, without repeated keys, nested within reason."""
+def parse_object(text: bytes, path: Path) -> dict[str, Any]:
+    """Parse untrusted JSON: an object, without repeated keys, nested within reason.
+
+    Raises:
+        CorruptFileError: it is none; the message names ``path``.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -190,10 +209,10 @@ def build_header(
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, dtype, shape in tensors:
-        if dtype not in _NAMES:
+        if dtype not in DTYPE_NAMES:
             raise UnsupportedModelError(f"tensor {name!r} has dtype {dtype}, which safetensors cannot store")
         end = position + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH)  # the tensors start aligned

@@ -20,7 +20,7 @@ import torch
 from halve.checkpoint import LoadedModel, Source
 from halve.checkpoint_files import CONFIG, INDEX, REPORT, WEIGHTS, companions
 from halve.disk_layout import DiskTensor
-from halve.durable import Content, file_chunks, make_directory, write_file, writing
+from halve.durable import Content, file_chunks, filling
 from halve.errors import InputError
 from halve.run_directory import RunDirectory, is_unfinished
 from halve.shards import build_header, read_chunks, read_shard, tensor_bytes
@@ -166,38 +166,18 @@ def write_checkpoint(
     check_destination(out, source, output_bytes(loaded, dtype))
     _check_finite(loaded, changed, dtype)
     facts = _plain_json(report)
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    written: list[Path] = []
-    try:
-        with writing(out):
-            plan = _written_whole(loaded, changed, dtype) if original is None else _rewritten(loaded, original, changed)
-            last = {name: b"".join(plan.pop(name)) for name in _LAST if name in plan}
-            make_directory(out)
-            sums: dict[str, str] = {}
-            for name, chunks in plan.items():
-                written.append(out / name)
-                kind = "shard" if name.endswith(".safetensors") else "companion"
-                sums[name] = write_file(out / name, chunks, kind)
-            sums |= {name: hashlib.sha256(content).hexdigest() for name, content in last.items()}
-            facts["files"] = dict(sorted(sums.items()))
-            text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-            for name, content in {REPORT: text.encode(), **last}.items():
-                written.append(out / name)
-                sums[name] = write_file(out / name, [content], name)
-    except BaseException:
-        _remove(out, written, made)
-        raise
+    with filling(out) as write:
+        plan = _written_whole(loaded, changed, dtype) if original is None else _rewritten(loaded, original, changed)
+        last = {name: b"".join(plan.pop(name)) for name in _LAST if name in plan}
+        sums: dict[str, str] = {}
+        for name, chunks in plan.items():
+            sums[name] = write(name, chunks, "shard" if name.endswith(".safetensors") else "companion")
+        sums |= {name: hashlib.sha256(content).hexdigest() for name, content in last.items()}
+        facts["files"] = dict(sorted(sums.items()))
+        text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        for name, content in {REPORT: text.encode(), **last}.items():
+            sums[name] = write(name, [content], name)
     return sums
-
-
-def _remove(out: Path, written: list[Path], made: list[Path]) -> None:
-    """Take back the files written, and the directories that were not there before."""
-    for path in written:
-        path.unlink(missing_ok=True)
-    directories = {path.parent for path in written if path.parent != out} | set(made)
-    for directory in sorted(directories, key=lambda path: len(path.parts), reverse=True):
-        if directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
 
 
 def _rewritten(loaded: LoadedModel, source: Source, changed: Collection[str]) -> dict[str, Content]:
