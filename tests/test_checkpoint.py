@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 
 import models
 from halve import checkpoint
-from halve.checkpoint import LoadedModel, load_model, resolve
+from halve.checkpoint import LoadedModel, load_model, resolve, skeleton, source_files
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -214,3 +214,33 @@ def test_a_model_from_memory_has_a_layout_of_its_own():
     loaded = LoadedModel(models.decoder("llama_tied"), None, None)
     assert loaded.layout.locate("lm_head.weight").tensors == ("model.embed_tokens.weight",)
     assert loaded.layout is loaded.layout
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "mixtral", "bert", "vit"])
+def test_a_skeleton_needs_settings_alone(tmp_path, family):
+    model = models.decoder(family) if family in models.DECODERS else getattr(models, family)()
+    path = models.save(model.to(torch.bfloat16), tmp_path / "in")
+    (path / "model.safetensors").unlink()
+    source = resolve(path, weights=False)
+    assert source_files(source)[0] == path / "config.json"
+    built = skeleton(source)
+    assert type(built) is type(model)
+    assert {name: (p.shape, p.dtype, p.is_meta) for name, p in built.named_parameters()} == {
+        name: (p.shape, p.dtype, True) for name, p in model.named_parameters()
+    }
+    with pytest.raises(InputError, match="has neither"):
+        resolve(path)
+
+
+def test_settings_that_no_model_can_be_built_from_are_refused(llama):
+    models.edit_json(llama / "config.json", num_attention_heads=0)
+    with pytest.raises(UnsupportedModelError, match="transformers could not build"):
+        skeleton(resolve(llama, weights=False))
+
+
+def test_of_the_hub_a_skeleton_asks_for_settings_alone(tmp_path, llama, monkeypatch):
+    (llama / "model.safetensors").unlink()
+    cache(tmp_path / "cache", llama, monkeypatch)
+    source = resolve("org/tiny", weights=False)
+    assert (source.kind, source.revision, source.shards) == ("hub", COMMIT, ())
+    assert len(list(skeleton(source).parameters())) == len(list(models.decoder("llama").parameters()))

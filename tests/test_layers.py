@@ -46,6 +46,28 @@ def test_a_fused_parameter_nobody_saw_in_use_is_refused_unless_skipped():
     assert {entry.reason for entry in plan.excluded if "experts" in entry.name} == {"skipped on request"}
 
 
+def test_fused_parameters_are_left_dense_where_no_layouts_are_to_be_had():
+    plan = make_plan(decoder("mixtral"), PATTERN, None)
+    reasons = {entry.reason for entry in plan.excluded if "experts" in entry.name}
+    assert reasons == {"experts in one parameter, which the model's own code multiplies"}
+    assert {place_of(matrix.name)[1] for matrix in plan.matrices} == {f"self_attn.{name}_proj" for name in "qkvo"}
+
+
+def test_a_matrix_is_left_dense_for_the_reason_given():
+    model = decoder("mixtral")
+
+    def why(matrix):
+        return f"{matrix.d_out} outputs" if matrix.d_out in (16, 64) else ""  # of k, v and up, gate together: 128
+
+    plan = make_plan(model, PATTERN, fused_layouts(model), ["*v_proj*"], why)
+    reasons = {entry.name.split(".", 3)[-1]: entry.reason for entry in plan.excluded}
+    assert reasons["self_attn.k_proj.weight"] == "16 outputs"
+    assert reasons["self_attn.v_proj.weight"] == "skipped on request"
+    assert {matrix.d_out for matrix in plan.matrices} == {32, 128}
+    with pytest.raises(InputError, match=r"nothing to prune: .*slow"):
+        make_plan(model, PATTERN, fused_layouts(model), (), lambda matrix: "slow")
+
+
 def test_conv1d_is_seen_as_out_by_in():
     model = decoder("gpt2")
     matrix = next(m for m in make_plan(model, PATTERN, {}).matrices if m.name.endswith("mlp.c_fc.weight"))

@@ -94,7 +94,9 @@ class LoadedModel:
         return DiskLayout(self.model, [DiskTensor(entry.name, entry.dtype, entry.shape) for entry in entries])
 
 
-def resolve(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+def resolve(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> Source:
     """Find and validate the files of a model, without loading it.
 
     Args:
@@ -102,6 +104,7 @@ def resolve(source: str | Path, *, revision: str | None = None, trust_remote_cod
             (from the local cache when ``HF_HUB_OFFLINE`` is set).
         revision: branch, tag or commit; only for a model on the hub.
         trust_remote_code: whether to accept a model that comes with Python code of its own, and to run it.
+        weights: False looks at the settings alone, and downloads no more: enough for `skeleton`.
 
     Raises:
         InputError: nothing usable under that name.
@@ -113,13 +116,13 @@ def resolve(source: str | Path, *, revision: str | None = None, trust_remote_cod
         if revision is not None:
             raise InputError(f"revision {revision!r} was given, but {name} is on this disk: leave the revision out")
         if path.is_dir():
-            shards = _validate_directory(path, code=trust_remote_code)
+            shards = _validate_directory(path, code=trust_remote_code, weights=weights)
             return Source("directory", path, name, None, shards, trust_remote_code)
         return _resolve_gguf(path, name)
     if isinstance(source, Path) or not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
         raise InputError(f"{name} does not exist: give a directory, a .gguf file, or a model name such as org/model")
-    path = _download(name, revision, code=trust_remote_code)
-    shards = _validate_directory(path, code=trust_remote_code)
+    path = _download(name, revision, code=trust_remote_code, weights=weights)
+    shards = _validate_directory(path, code=trust_remote_code, weights=weights)
     return Source("hub", path, name, path.name, shards, trust_remote_code)
 
 
@@ -154,6 +157,34 @@ def load_model(
     return loaded
 
 
+def skeleton(source: Source) -> "PreTrainedModel":
+    """Build a model without its weights, on the meta device, in its own dtype (float32 where it names none).
+
+    Args:
+        source: what ``resolve`` returned, with or without its weights.
+
+    Raises:
+        UnsupportedModelError: an architecture that transformers does not have, or settings that it cannot use.
+    """
+    with _validated_files(source) as directory:
+        gguf = {"gguf_file": source.path.name} if source.kind == "gguf" else {}
+        model_class = _model_class(source, directory, gguf)
+        options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
+        from transformers import AutoConfig, PreTrainedModel
+
+        try:
+            config = AutoConfig.from_pretrained(directory, **gguf, **options)
+            model: PreTrainedModel
+            with torch.device("meta"):
+                if issubclass(model_class, PreTrainedModel):
+                    model = model_class._from_config(config)  # noqa: SLF001 - the classes have no public way
+                else:
+                    model = model_class.from_config(config, trust_remote_code=source.trust_remote_code)
+        except Exception as error:  # a foreign config can provoke any error in there
+            raise UnsupportedModelError(f"transformers could not build {source.name}: {_one_line(error)}") from error
+    return model.eval()
+
+
 def source_files(source: Source) -> list[Path]:
     """Return every file that a model is read from.
 
@@ -162,7 +193,7 @@ def source_files(source: Source) -> list[Path]:
     """
     if source.kind == "gguf":
         return [source.path]
-    index = [source.path / INDEX] if source.shards[0].name != WEIGHTS else []
+    index = [source.path / INDEX] if source.shards and source.shards[0].name != WEIGHTS else []
     others = companions(source.path, code=source.trust_remote_code)
     return [source.path / CONFIG, *source.shards, *others, *index]
 
@@ -172,11 +203,11 @@ def has_tokenizer(source: Source) -> bool:
     return source.kind == "gguf" or any(path.name.startswith(_TOKENIZER_FILES) for path in source_files(source))
 
 
-def _validate_directory(directory: Path, *, code: bool) -> tuple[Path, ...]:
+def _validate_directory(directory: Path, *, code: bool, weights: bool) -> tuple[Path, ...]:
     refuse_packed(directory)
     check_config(directory, code=code)
     companions(directory, code=code)
-    return tuple(shard.path for shard in read_shards(directory))
+    return tuple(shard.path for shard in read_shards(directory)) if weights else ()
 
 
 def _resolve_gguf(path: Path, name: str) -> Source:
@@ -193,7 +224,7 @@ def _resolve_gguf(path: Path, name: str) -> Source:
     return Source("gguf", path, name)
 
 
-def _download(name: str, revision: str | None, *, code: bool) -> Path:
+def _download(name: str, revision: str | None, *, code: bool, weights: bool) -> Path:
     """Fetch settings first, and the weights they name only once nothing in them is refused."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -205,9 +236,11 @@ def _download(name: str, revision: str | None, *, code: bool) -> Path:
     try:
         path = fetch([*COMPANIONS, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision)
         check_config(path, code=code)
+        if not weights:
+            return path
         index = path / INDEX
-        weights = sorted(set(weight_map_of(contained(path, index)).values())) if index.exists() else [WEIGHTS]
-        return fetch(weights, path.name)
+        names = sorted(set(weight_map_of(contained(path, index)).values())) if index.exists() else [WEIGHTS]
+        return fetch(names, path.name)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise InputError(
             f"{name} is no file or directory here, and the hub did not give it: {_one_line(error)}"

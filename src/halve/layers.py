@@ -7,7 +7,7 @@ up either as a matrix or as an exclusion with a reason.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -35,6 +35,8 @@ def matrix_view(parameter: Tensor, expert: int | None, layout: Layout) -> Tensor
     return stored if layout == "out_in" else stored.T
 
 
+EXPERTS_IN_ONE = "experts in one parameter, which the model's own code multiplies"
+"""Why fused experts cannot run sparse."""
 _WEIGHT = re.compile(r"\.weight(?=\[\d+\]$|$)")
 _IN_BLOCK = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+?)(?:\[\d+\])?")
 _EXPERT = re.compile(r"\.\d+(?=\.)")
@@ -183,15 +185,23 @@ def is_fused(owner: nn.Module, parameter: Tensor) -> bool:
     return parameter.ndim == 3 and not isinstance(owner, _ConvNd)
 
 
-def make_plan(model: nn.Module, pattern: Pattern, fused_layouts: dict[str, Layout], skip: Sequence[str] = ()) -> Plan:
+def make_plan(
+    model: nn.Module,
+    pattern: Pattern,
+    fused_layouts: dict[str, Layout] | None,
+    skip: Sequence[str] = (),
+    why_dense: Callable[[Matrix], str] | None = None,
+) -> Plan:
     """Decide for every parameter with two or more dimensions whether it is pruned.
 
     Args:
         model: any module with a stack of blocks (`find_stack`).
         pattern: the sparsity pattern that has to fit each matrix.
         fused_layouts: for each fused 3-D parameter (full name) how the model multiplies with it, as observed by
-            `halve.collect.observe`; a fused parameter without an entry is refused.
+            `halve.collect.observe`; a fused parameter without an entry is refused. None leaves all of them dense.
         skip: shell-style patterns; a parameter whose name matches one stays dense.
+        why_dense: says of a matrix that could be pruned why it stays dense, an empty text if it does not; all experts
+            of a fused parameter go by the first. None leaves nothing dense.
 
     Raises:
         UnsupportedModelError: a fused parameter was not seen in use, or a linear weight is not floating point.
@@ -213,8 +223,8 @@ def make_plan(model: nn.Module, pattern: Pattern, fused_layouts: dict[str, Layou
         found: list[Matrix] | str = "skipped on request"
         if not any(fnmatchcase(name, glob) for glob in skip):
             found = _classify(name, parameter, owners, names, uses[id(parameter)], fused_layouts)
-        if not isinstance(found, str) and not pattern.fits(found[0].d_in):
-            found = f"d_in = {found[0].d_in} is not divisible by {pattern.group}"
+        if not isinstance(found, str):
+            found = _unfit(found[0], pattern, why_dense) or found
         if isinstance(found, str):
             excluded.append(Excluded(name, tuple(parameter.shape), found))
         else:
@@ -226,13 +236,20 @@ def make_plan(model: nn.Module, pattern: Pattern, fused_layouts: dict[str, Layou
     return Plan(stack, names, tuple(matrices), tuple(excluded))
 
 
+def _unfit(matrix: Matrix, pattern: Pattern, why_dense: Callable[[Matrix], str] | None) -> str:
+    """Return why a matrix that could be pruned is not, empty if it is."""
+    if not pattern.fits(matrix.d_in):
+        return f"d_in = {matrix.d_in} is not divisible by {pattern.group}"
+    return "" if why_dense is None else why_dense(matrix)
+
+
 def _classify(
     name: str,
     parameter: Tensor,
     owners: dict[str, nn.Module],
     blocks: Iterable[str],
     uses: int,
-    fused_layouts: dict[str, Layout],
+    fused_layouts: dict[str, Layout] | None,
 ) -> list[Matrix] | str:
     """Return the matrices that ``parameter`` holds, or the reason why it holds none."""
     block = next((i for i, prefix in enumerate(blocks) if name.startswith(f"{prefix}.")), None)
@@ -245,7 +262,7 @@ def _classify(
     if isinstance(owner, _ConvNd):
         return "convolution"
     if is_fused(owner, parameter):
-        return _fused_matrices(name, parameter, block, fused_layouts)
+        return EXPERTS_IN_ONE if fused_layouts is None else _fused_matrices(name, parameter, block, fused_layouts)
     if not is_linear(owner) or leaf != "weight":
         return f"not the weight of a linear layer ({type(owner).__name__}.{leaf})"
     if not parameter.is_floating_point():
