@@ -182,7 +182,7 @@ def skeleton(source: Source) -> "PreTrainedModel":
                     model = model_class.from_config(config, trust_remote_code=source.trust_remote_code)
         except Exception as error:  # a foreign config can provoke any error in there
             raise UnsupportedModelError(f"transformers could not build {source.name}: {_one_line(error)}") from error
-    return model.eval()
+    return model.eval()  # type: ignore[no-any-return, no-untyped-call]
 
 
 def source_files(source: Source) -> list[Path]:
