@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halve.reconstruct import Reconstruction
     from halve.report import write_comparison, write_report
     from halve.runtime.accelerate import Acceleration, accelerate
+    from halve.runtime.plan import SpeedPlan, plan
     from halve.verification import CheckResult, check
 
 _HOMES = {
@@ -34,11 +35,13 @@ _HOMES = {
     "Perplexity": "perplexity",
     "Pruned": "whole_model",
     "Reconstruction": "reconstruct",
+    "SpeedPlan": "runtime.plan",
     "Statistics": "gram",
     "Status": "outcome",
     "accelerate": "runtime.accelerate",
     "check": "verification",
     "evaluate": "perplexity",
+    "plan": "runtime.plan",
     "prox": "proximal",
     "prune": "pruning",
     "prune_weight": "matrix",
@@ -59,11 +62,13 @@ __all__ = [
     "Perplexity",
     "Pruned",
     "Reconstruction",
+    "SpeedPlan",
     "Statistics",
     "Status",
     "accelerate",
     "check",
     "evaluate",
+    "plan",
     "prox",
     "prune",
     "prune_weight",

@@ -30,6 +30,7 @@ from halve.cli_options import (
     StrictOption,
     TrustOption,
 )
+from halve.cli_plan import plan_command
 from halve.cli_prune import prune, resume
 from halve.cli_report import report
 from halve.cli_values import allowed_fallback, parse_dtype, parse_options_by_method, parse_shrinkage
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.command()(prune)
 app.command()(resume)
 app.command()(report)
+app.command(name="plan")(plan_command)
 app.command(name="eval")(evaluate_command)
 
 
