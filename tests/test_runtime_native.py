@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from halve.errors import InputError
 from halve.runtime import native
-from halve.runtime.native import BATCH, REFERENCE, dense_linear, expand, sparse_linear
+from halve.runtime.native import REFERENCE, dense_linear, expand, register_rows, sparse_linear
 from halve.runtime.packed import DTYPES, pack, unpack
 from test_packed import PATTERNS, every_dtype, pruned, same_bits
 
@@ -23,6 +23,7 @@ every_set = pytest.mark.parametrize(
         for name in ALL
     ],
 )
+BATCH = 16
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 SMALLEST = {torch.bfloat16: 1e-38, torch.float16: 2**-25, torch.float32: 1e-38}
 
@@ -31,6 +32,11 @@ def inputs(packed, batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, packed.d_in, generator=generator).to(packed.dtype)
     return x, torch.randn(packed.d_out, generator=generator).to(packed.dtype)
+
+
+def most_rows(instruction_set, dtype):
+    """Return the largest batch whose products are summed by our kernels, not by torch."""
+    return register_rows(instruction_set, dtype, native._amx(dtype))
 
 
 def assert_close(got, x, weight, bias=None):
@@ -129,10 +135,11 @@ def test_rounding_is_to_nearest_even_and_overflow_infinite(instruction_set):
         x, w = (mantissas * 2.0 ** torch.randint(-12, 6, (2, 500), generator=generator)).to(dtype)
         weight = torch.zeros(500, 4, dtype=dtype)
         weight[:, 1] = w
-        inputs_of_four = x[:BATCH].unsqueeze(-1).expand(-1, 4)
+        x = x[: min(BATCH, most_rows(instruction_set, dtype))]
+        inputs_of_four = x.unsqueeze(-1).expand(-1, 4)
         got = sparse_linear(inputs_of_four, pack(weight, "2:4"), None, instruction_set)
         # One product for each number: exact in float32, rounded once, some to subnormal halves.
-        assert torch.equal(got, torch.outer(x[:BATCH].float(), w.float()).to(dtype))
+        assert torch.equal(got, torch.outer(x.float(), w.float()).to(dtype))
     big = pack(torch.tensor([[60000.0, 60000.0, 0.0, 0.0]], dtype=torch.float16), "2:4")
     assert sparse_linear(torch.ones(4, dtype=torch.float16), big, None, instruction_set).isinf().all()
 
@@ -144,9 +151,10 @@ def test_rounding_is_to_nearest_even_and_overflow_infinite(instruction_set):
 def test_bits_depend_on_neither_the_place_nor_the_neighbours(instruction_set, dtype, pattern):
     weight = pruned(29, 320, pattern, dtype)
     packed = pack(weight, pattern)
-    x, bias = inputs(packed, BATCH)
+    rows = min(BATCH, most_rows(instruction_set, dtype))
+    x, bias = inputs(packed, rows)
     expected = sparse_linear(x, packed, bias, instruction_set)
-    for batch in range(1, BATCH):
+    for batch in range(1, rows):
         assert torch.equal(sparse_linear(x[-batch:], packed, bias, instruction_set), expected[-batch:])
     for first in range(1, 9):
         rows = pack(weight[first:], pattern)
@@ -155,7 +163,7 @@ def test_bits_depend_on_neither_the_place_nor_the_neighbours(instruction_set, dt
 
 @needs_kernel
 @every_set
-@pytest.mark.parametrize("batch", [1, 3, BATCH, BATCH + 1])
+@pytest.mark.parametrize("batch", [1, 3, BATCH, 129])
 @pytest.mark.parametrize("pattern", ["2:4", "1:4"])
 def test_threads_give_the_same_bits(instruction_set, batch, pattern):
     packed = pack(pruned(1037, 512, pattern), pattern)
@@ -168,7 +176,7 @@ def test_threads_give_the_same_bits(instruction_set, batch, pattern):
             results += [sparse_linear(x, packed, bias, instruction_set) for _ in range(20)]
     finally:
         torch.set_num_threads(before)
-    if batch <= BATCH:  # more is multiplied by torch
+    if batch <= most_rows(instruction_set, packed.dtype):
         assert all(torch.equal(result, results[0]) for result in results)
     assert_close(results[-1], x, unpack(packed), bias)
 
@@ -268,12 +276,48 @@ def test_shapes_and_strides_of_x(dtype):
 
 @needs_kernel
 @every_set
-def test_larger_batches_are_multiplied_tile_by_tile(instruction_set, monkeypatch):
+@every_dtype
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_larger_batches_are_multiplied_tile_by_tile(instruction_set, dtype, multiplies, monkeypatch):
+    seen = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, w, b: seen.append((len(w), w.dtype)) or linear(x, w, b)
+    )
+    monkeypatch.setattr(native, "_multiplies", lambda dtype: multiplies or dtype == torch.float32)
     monkeypatch.setattr(native, "_TILE", 5 * 44)
-    weight = pruned(23, 44, "2:4", torch.float32)
+    weight = pruned(23, 44, "2:4", dtype)
     packed = pack(weight, "2:4")
-    x, bias = inputs(packed, 40)
-    assert_close(sparse_linear(x, packed, bias, instruction_set), x, weight, bias)
+    most = most_rows(instruction_set, dtype)
+    x, bias = inputs(packed, most + 1)
+    got = sparse_linear(x, packed, bias, instruction_set)
+    assert seen == [(rows, dtype if multiplies else torch.float32) for rows in (5, 5, 5, 5, 3)]
+    if multiplies and dtype == torch.float16:  # torch's own rounds sums of it as it pleases
+        torch.testing.assert_close(got, linear(x.float(), weight.float(), bias.float()).half(), rtol=1e-2, atol=1e-2)
+    else:
+        assert_close(got, x, weight, bias)
+    sparse_linear(x[:most], packed, bias, instruction_set)
+    assert len(seen) == 5
+
+
+def test_who_multiplies_how_many_rows():
+    rows = {
+        (name, dtype, amx): register_rows(name, dtype, amx) for name in ALL for dtype in DTYPES for amx in (False, True)
+    }
+    half, single = (torch.bfloat16, torch.float16), torch.float32
+    assert {rows["avx512", dtype, True] for dtype in half} == {4}
+    assert {rows["avx512", dtype, False] for dtype in DTYPES} == {rows["avx512", single, True]} == {16}
+    assert {rows["avx2", dtype, False] for dtype in half} == {128}
+    assert rows["avx2", single, False] == 32
+    assert {rows["portable", dtype, False] for dtype in DTYPES} == {8}
+
+
+def test_what_the_processor_has_decides(monkeypatch):
+    for name, dtype in (("amx_bf16", torch.bfloat16), ("amx_fp16", torch.float16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        assert [native._amx(other) for other in DTYPES] == [other == dtype for other in DTYPES]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert not any(native._amx(dtype) for dtype in DTYPES)
 
 
 @needs_kernel

@@ -63,6 +63,18 @@ struct Number<Values::fp16> {
     }
 };
 
+template <Values V>
+struct Lanes;
+
+// What a step of a word multiplies where half of every byte is kept and registers are left over, as for one row of x.
+// `values` and `mask` are those of the word.
+template <Values V>
+typename Lanes<V>::Weights expand_half(const typename Lanes<V>::Stored* values, const std::uint8_t* mask, int step) {
+    typename Lanes<V>::Bits bits;
+    std::memcpy(&bits, mask + step * sizeof(bits), sizeof(bits));
+    return Lanes<V>::expand(values + step * Lanes<V>::COLUMNS / 2, bits);
+}
+
 }  // namespace
 }  // namespace halve::HALVE_ISA
 

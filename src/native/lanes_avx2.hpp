@@ -13,9 +13,11 @@ namespace {
 constexpr int ROWS_FOR_ONE = 4, ROWS_FOR_MORE = 3;  // rows of W at a time, for one row of x and for several
 constexpr int UNROLLED = 8;                         // steps of a word
 constexpr int ABSENT = 0x80;                        // makes a byte shuffle write zero
+constexpr int HALF = COLUMNS_OF_BYTE / 2;
 
 struct Shuffles {
-    alignas(64) std::uint8_t widening[256][4 * COLUMNS_OF_BYTE];  // 16 bits to the upper half of 32
+    // 16 bits to the upper half of 32; also for values that begin after those of another half-kept byte.
+    alignas(64) std::uint8_t widening[256][2][4 * COLUMNS_OF_BYTE];
     alignas(64) std::uint8_t halves[256][2 * COLUMNS_OF_BYTE];
     alignas(64) std::uint32_t floats[256][COLUMNS_OF_BYTE];
 };
@@ -25,11 +27,12 @@ constexpr Shuffles make_shuffles() {
     for (int byte = 0; byte < 256; ++byte)
         for (int column = 0; column < COLUMNS_OF_BYTE; ++column) {
             const int place = place_of(byte, column);
-            s.widening[byte][4 * column] = s.widening[byte][4 * column + 1] = ABSENT;
-            for (int i = 0; i < 2; ++i) {
-                const auto from = std::uint8_t(place < 0 ? ABSENT : 2 * place + i);
-                s.widening[byte][4 * column + 2 + i] = s.halves[byte][2 * column + i] = from;
-            }
+            for (int second = 0; second < 2; ++second)
+                for (int i = 0; i < 4; ++i)
+                    s.widening[byte][second][4 * column + i] =
+                        std::uint8_t(place < 0 || i < 2 ? ABSENT : 2 * (place + second * HALF) + i - 2);
+            for (int i = 0; i < 2; ++i)
+                s.halves[byte][2 * column + i] = std::uint8_t(place < 0 ? ABSENT : 2 * place + i);
             s.floats[byte][column] = place < 0 ? 0x80000000u : std::uint32_t(place);
         }
     return s;
@@ -62,16 +65,13 @@ struct EightFloats {
     }
 };
 
-template <Values V>
-struct Lanes;
-
 template <>
 struct Lanes<Values::bf16> : EightFloats {
     using Stored = std::uint16_t;
 
-    static Weights expand(const Stored* values, Bits bits) {
+    static Weights expand(const Stored* values, Bits bits, int second = 0) {
         const __m256i twice = _mm256_broadcastsi128_si256(load_128(values));
-        return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, load_256(SHUFFLES.widening[bits])));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, load_256(SHUFFLES.widening[bits][second])));
     }
 
     static void place(const Stored* values, Bits bits, Stored* out) {
@@ -84,6 +84,14 @@ struct Lanes<Values::bf16> : EightFloats {
 
     static Input input(Stored x) { return Number<Values::bf16>::widen(x); }
 };
+
+// Two bytes of mask share one load of their values, and a word one of its mask: loads are what this loop waits for.
+template <>
+inline __m256 expand_half<Values::bf16>(const std::uint16_t* values, const std::uint8_t* mask, int step) {
+    std::uint64_t word;
+    std::memcpy(&word, mask, sizeof(word));
+    return Lanes<Values::bf16>::expand(values + step / 2 * 2 * HALF, std::uint8_t(word >> 8 * step), step % 2);
+}
 
 template <>
 struct Lanes<Values::fp16> : EightFloats {

@@ -40,9 +40,6 @@ struct Half {
     static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 };
 
-template <Values V>
-struct Lanes;
-
 template <>
 struct Lanes<Values::bf16> : Half {
     using Input = std::uint16_t;

@@ -61,8 +61,10 @@ class Reader {
         if constexpr (FORM != Form::dense) prefetch(mask_, ahead);
     }
 
+    template <int BATCH>
     typename L::Weights step(int step) {
         if constexpr (FORM == Form::dense) return L::load(take(step, 0));
+        if constexpr (FORM == Form::half && BATCH == 1) return expand_half<V>(values_, mask_, step);
         const auto kept = bits(step);
         return L::expand(take(step, kept), kept);
     }
@@ -120,7 +122,7 @@ void block(const Job<V>& job, std::size_t row, std::size_t start) {
         for (int step = 0; step < STEPS; ++step) {
             typename L::Weights weights[ROWS];
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) weights[r] = readers[r].step(step);
+            for (int r = 0; r < ROWS; ++r) weights[r] = readers[r].template step<BATCH>(step);
 #pragma GCC unroll 8
             for (int n = 0; n < BATCH; ++n)
 #pragma GCC unroll 8
@@ -137,24 +139,22 @@ void block(const Job<V>& job, std::size_t row, std::size_t start) {
     }
 }
 
-// ROWS rows of W times all of x. Only the first block of x finds the weights in memory, the others in a cache.
-template <Values V, Form FORM, int ROWS>
-void rows(const Job<V>& job, std::size_t row) {
-    for (std::size_t start = 0; start < job.batch; start += BLOCK) switch (job.batch - start) {
-            case 1: block<V, FORM, ROWS, 1>(job, row, start); break;
-            case 2: block<V, FORM, ROWS, 2>(job, row, start); break;
-            case 3: block<V, FORM, ROWS, 3>(job, row, start); break;
-            default: block<V, FORM, ROWS, BLOCK>(job, row, start);
-        }
+template <Values V, Form FORM, int BATCH>
+void rows(const Job<V>& job, std::size_t row, std::size_t last, std::size_t start) {
+    constexpr int ROWS = BATCH == 1 ? ROWS_FOR_ONE : ROWS_FOR_MORE;
+    for (; row + ROWS <= last; row += ROWS) block<V, FORM, ROWS, BATCH>(job, row, start);
+    for (; row < last; ++row) block<V, FORM, 1, BATCH>(job, row, start);
 }
 
+// Only the first block of x finds the weights in memory, the others in a cache; a block of x stays there all the while.
 template <Values V, Form FORM>
 void multiply_form(const Job<V>& job, std::size_t row, std::size_t last) {
-    if (job.batch == 1)
-        for (; row + ROWS_FOR_ONE <= last; row += ROWS_FOR_ONE) rows<V, FORM, ROWS_FOR_ONE>(job, row);
-    else
-        for (; row + ROWS_FOR_MORE <= last; row += ROWS_FOR_MORE) rows<V, FORM, ROWS_FOR_MORE>(job, row);
-    for (; row < last; ++row) rows<V, FORM, 1>(job, row);
+    for (std::size_t start = 0; start < job.batch; start += BLOCK) switch (job.batch - start) {
+            case 1: rows<V, FORM, 1>(job, row, last, start); break;
+            case 2: rows<V, FORM, 2>(job, row, last, start); break;
+            case 3: rows<V, FORM, 3>(job, row, last, start); break;
+            default: rows<V, FORM, BLOCK>(job, row, last, start);
+        }
 }
 
 template <Values V>

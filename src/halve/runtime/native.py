@@ -1,8 +1,9 @@
-"""Products of a few vectors with packed matrices, on the CPU: the compiled kernels, and the reference they are held to.
+"""Products of vectors with packed matrices, on the CPU: the compiled kernels, and the reference they are held to.
 
-The kernels, built from ``src/native``, read packed weights once for up to `BATCH` rows of x and expand them in
-registers; larger batches are for PyTorch's dense product, to which the weights are handed unpacked, a tile of rows at a
-time. Without the compiled module everything is computed by `reference`, slowly, and `describe` says so.
+The kernels, built from ``src/native``, read packed weights once for a few rows of x and expand them in registers. More
+rows than `register_rows` says are for PyTorch's dense product, to which the weights are handed unpacked, a tile of rows
+at a time; in float32 where the processor has no product of the 16 bits. Without the compiled module everything is
+computed by `reference`, slowly, and `describe` says so.
 """
 
 from collections.abc import Iterator
@@ -18,12 +19,27 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
-BATCH = 16
-"""Rows of x up to which weights are expanded in registers."""
 REFERENCE = "reference"
 """In place of an instruction set: compute with PyTorch what the kernels are held to."""
-_TILE = 1 << 22
-"""Weights unpacked at a time for larger batches."""
+_TILE = 1 << 20
+"""Weights unpacked at a time for larger batches: few enough to stay in a cache until they are multiplied."""
+
+
+def register_rows(instruction_set: str, dtype: torch.dtype, amx: bool) -> int:
+    """Return up to how many rows of x the kernels multiply; with more, unpacking for a dense product is faster.
+
+    Found by measurement on two cores of each kind, and never while running: the same call always takes the same way.
+
+    Args:
+        instruction_set: one of `instruction_sets`.
+        dtype: of the matrix, one of `DTYPES`.
+        amx: whether the processor multiplies tiles of this dtype.
+    """
+    if amx and dtype != torch.float32:
+        return 4
+    if instruction_set == "avx2":
+        return 32 if dtype == torch.float32 else 128
+    return 8 if instruction_set == "portable" else 16
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -64,8 +80,10 @@ def sparse_linear(
         return reference(x, packed, bias)
     flat = x.reshape(-1, packed.d_in).contiguous()
     y = flat.new_empty(len(flat), packed.d_out)
-    if len(flat) > BATCH:
-        for start, tile in _tiles(packed, name):
+    if len(flat) > register_rows(name, packed.dtype, _amx(packed.dtype)):
+        dtype = packed.dtype if _multiplies(packed.dtype) else torch.float32
+        flat, bias = flat.to(dtype), None if bias is None else bias.to(dtype)
+        for start, tile in _tiles(packed, name, dtype):
             stop = start + len(tile)
             part = None if bias is None else bias[start:stop]
             y[:, start:stop] = torch.nn.functional.linear(flat, tile, part)
@@ -109,7 +127,7 @@ def dense_linear(x: Tensor, weight: Tensor, instruction_set: str | None = None) 
     """Return ``x Wᵀ`` for a dense W by the loops of `sparse_linear`: shows in benchmarks what sparsity itself gains.
 
     Args:
-        x: (batch, d_in), contiguous, 1 to `BATCH` rows, d_in a multiple of 64.
+        x: (batch, d_in), contiguous, at least one row, d_in a multiple of 64.
         weight: W, (d_out, d_in), contiguous, of the same dtype, one of `DTYPES`.
         instruction_set: one of `instruction_sets`; None takes the best.
 
@@ -124,7 +142,7 @@ def dense_linear(x: Tensor, weight: Tensor, instruction_set: str | None = None) 
         and x.device.type == weight.device.type == "cpu"
         and x.shape[1] == weight.shape[1]
         and x.shape[1] % 64 == 0
-        and 1 <= len(x) <= BATCH
+        and len(x) >= 1
         and x.is_contiguous()
         and weight.is_contiguous()
     )
@@ -185,14 +203,30 @@ def _check(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> None:
             raise InputError(f"packed products have no gradient: multiply under torch.no_grad() or detach {name}")
 
 
-def _tiles(packed: PackedMatrix, name: str) -> Iterator[tuple[int, Tensor]]:
-    """Yield tiles of rows unpacked, each with the number of its first row; the next tile overwrites it."""
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Return whether PyTorch's product of this dtype is faster here than that of float32."""
+    if dtype == torch.float32:
+        return True
+    onednn = torch.ops.mkldnn
+    supported = onednn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else onednn._is_mkldnn_fp16_supported  # noqa: SLF001
+    return bool(supported())
+
+
+def _amx(dtype: torch.dtype) -> bool:
+    """Return whether the processor multiplies tiles of this dtype."""
+    names = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+    return bool(dtype in names and torch.cpu.get_capabilities().get(names[dtype]))
+
+
+def _tiles(packed: PackedMatrix, name: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Yield tiles of rows unpacked to ``dtype``, each with the number of its first row; the next overwrites it."""
     step = min(packed.d_out, max(1, _TILE // packed.d_in))
     buffer = torch.empty(step, packed.d_in, dtype=packed.dtype)
+    wide = buffer if dtype == packed.dtype else torch.empty_like(buffer, dtype=dtype)
     for start in range(0, packed.d_out, step):
         tile = buffer[: packed.d_out - start]
         _expand_into(tile, packed, start, name)
-        yield start, tile
+        yield start, tile if wide is buffer else wide[: len(tile)].copy_(tile)
 
 
 def _expand_into(out: Tensor, packed: PackedMatrix, start: int, name: str) -> None:
