@@ -1,6 +1,6 @@
 """How fast products with packed 2:4 matrices are on the CPU, beside dense ones: ours, PyTorch's and oneDNN's prepacked.
 
-    python bench/runtime.py [--shapes 4096x4096 ...] [--batches 1 4 16] [--threads N] [--repeats N] [--json PATH]
+    python bench/runtime.py [--shapes 4096x4096 ...] [--batches 1 4 16 ...] [--dtypes bfloat16 ...] [--threads 1 2 ...]
 
 The shapes are those of an 8B Llama, (d_out)x(d_in). In a model a matrix is read once a token and long gone from the
 caches when its turn comes again, so every contender goes round copies that together are four times the last-level
@@ -13,12 +13,11 @@ threads: what the memory gives.
 import argparse
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -29,162 +28,208 @@ from halve.pattern import Pattern
 from halve.runtime import native
 from halve.runtime.native import REFERENCE, dense_linear, sparse_linear
 from halve.runtime.packed import PackedMatrix, pack
+from halve.runtime.timing import copies_beyond_cache, last_level_cache, take_turns
 
 SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")
+BATCHES = (1, 2, 3, 4, 8, 12, 16, 17, 24, 32, 48, 64, 128, 256, 512)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PATTERN = "2:4"
-CACHES = 4
-"""How many last-level caches the copies of a matrix fill."""
+DENSE_ROWS = 16
+"""Rows of x up to which our dense kernel takes part."""
+TORCH = "torch"
 READ_BYTES = 1 << 28
+LEAST = 3
+"""Turns that even the slowest contenders get."""
+
+Calls = list[Callable[[], Tensor]]
 
 
-def last_level_cache() -> int:
-    """Return its bytes; 64 MiB where the system does not say."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 1 << 10, "M": 1 << 20}
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 << 20)
+@dataclass(frozen=True)
+class Row:
+    """One contender at one shape, batch, dtype and number of threads."""
+
+    threads: int
+    dtype: str
+    shape: str
+    batch: int
+    contender: str
+    milliseconds: float
+    best_milliseconds: float
+    nbytes: int
+    """Of the matrix, as it is read."""
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.nbytes / self.milliseconds / 1e6
 
 
-def copies(nbytes: int, cache: int) -> int:
-    return max(2, -(-CACHES * cache // nbytes))
-
-
-class Contender:
-    """Calls one kernel on one copy of its matrix after the other.
-
-    Args:
-        matrices: the copies.
-        multiply: from a copy to the product.
-        nbytes: of one copy, as it is read.
-    """
-
-    def __init__(self, matrices: list[Any], multiply: Callable[[Any], Tensor], nbytes: int) -> None:
-        self._matrices = cycle(matrices)
-        self._multiply = multiply
-        self.nbytes = nbytes
-        self.seconds: list[float] = []
-
-    def turn(self) -> None:
-        matrix = next(self._matrices)
-        begin = time.perf_counter()
-        self._multiply(matrix)
-        self.seconds.append(time.perf_counter() - begin)
-
-
-def prepacked(weight: Tensor, x: Tensor, count: int) -> Contender | str:
+def prepacked(weight: Tensor, x: Tensor, count: int) -> Calls | str:
     """Return oneDNN's product with copies of the weight in the layout that it likes best, or why there is none."""
     onednn = torch.ops.mkldnn
     try:
         matrices = [onednn._reorder_linear_weight(weight, len(x)) for _ in range(count)]  # noqa: SLF001
-        multiply = partial(onednn._linear_pointwise, x)  # noqa: SLF001
-        multiply(matrices[0], None, "none", [], "")
+        multiply = onednn._linear_pointwise  # noqa: SLF001
+        multiply(x, matrices[0], None, "none", [], "")
     except (RuntimeError, AttributeError) as error:
         return str(error).splitlines()[0]
-    return Contender(matrices, lambda w: multiply(w, None, "none", [], ""), weight.nbytes)
+    return [partial(multiply, x, matrix, None, "none", [], "") for matrix in matrices]
 
 
-def contenders(weight: Tensor, x: Tensor, cache: int) -> dict[str, Contender]:
-    """Return what takes turns on one shape and batch: ``weight`` (d_out, d_in) bfloat16, ``x`` (batch, d_in)."""
-    packed = pack(weight, PATTERN)
-    dense = [weight.clone() for _ in range(copies(weight.nbytes, cache))]
-    wide = [weight.float() for _ in range(copies(2 * weight.nbytes, cache))]
-    packs = [
-        PackedMatrix(packed.mask.clone(), packed.values.clone(), packed.shape, packed.pattern)
-        for _ in range(copies(packed.nbytes, cache))
-    ]
-    wide_x = x.float()
-    found = {
-        "torch float32": Contender(wide, lambda w: linear(wide_x, w), 2 * weight.nbytes),
-        "torch bfloat16": Contender(dense, lambda w: linear(x, w), weight.nbytes),
-    }
-    others = prepacked(weight, x, len(dense))
-    if isinstance(others, str):
-        print(f"no prepacked oneDNN: {others}")
-    else:
-        found["oneDNN prepacked"] = others
-    for name in native.instruction_sets():
-        if name != "portable":
-            multiply_dense = partial(dense_linear, x, instruction_set=name)
-            multiply_packed = partial(sparse_linear, x, bias=None, instruction_set=name)
-            found[f"dense, {name}"] = Contender(dense, multiply_dense, weight.nbytes)
-            found[f"packed, {name}"] = Contender(packs, multiply_packed, packed.nbytes)
-    if not native.instruction_sets():
-        found["packed, reference"] = Contender(packs, lambda p: sparse_linear(x, p, None, REFERENCE), packed.nbytes)
-    memory = torch.zeros(2, READ_BYTES // 8, dtype=torch.int64)
-    found["read"] = Contender(list(memory), lambda part: part.sum(), READ_BYTES)
-    return found
+class Matrix:
+    """Copies of one matrix, dense, in float32 and packed, that contenders go round.
+
+    Args:
+        shape: (d_out, d_in), as written in the options.
+        dtype: name of what it holds.
+        cache: bytes of the last-level cache.
+    """
+
+    def __init__(self, shape: str, dtype: str, cache: int) -> None:
+        d_out, self.d_in = (int(size) for size in shape.split("x"))
+        self.dtype = DTYPES[dtype]
+        dense = torch.randn(d_out, self.d_in, generator=torch.Generator().manual_seed(0))
+        weight = Pattern(PATTERN).project(dense).to(self.dtype)
+        packed = pack(weight, PATTERN)
+        self.dense = [weight.clone() for _ in range(copies_beyond_cache(weight.nbytes, cache))]
+        self.wide = [weight.float() for _ in range(copies_beyond_cache(4 * weight.numel(), cache))]
+        self.packed = [
+            PackedMatrix(packed.mask.clone(), packed.values.clone(), packed.shape, packed.pattern)
+            for _ in range(copies_beyond_cache(packed.nbytes, cache))
+        ]
+        self.memory = torch.zeros(2, READ_BYTES // 8, dtype=torch.int64)
+
+    def contenders(self, batch: int) -> dict[str, tuple[int, Calls]]:
+        """Return, by name, the bytes that one call reads and the calls."""
+        x = torch.randn(batch, self.d_in, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        nbytes, packed_bytes = self.dense[0].nbytes, self.packed[0].nbytes
+        found: dict[str, tuple[int, Calls]] = {}
+        found[TORCH] = nbytes, [partial(linear, x, weight) for weight in self.dense]
+        if self.dtype != torch.float32:
+            found["torch float32"] = self.wide[0].nbytes, [partial(linear, x.float(), weight) for weight in self.wide]
+        others = prepacked(self.dense[0], x, len(self.dense))
+        if not isinstance(others, str):
+            found["oneDNN prepacked"] = nbytes, others
+        elif batch == 1:
+            print(f"no prepacked oneDNN: {others}")
+        names = native.instruction_sets() or (REFERENCE,)
+        for name in names[:-1] or names:  # the last is for processors that have no other
+            if batch <= DENSE_ROWS and name != REFERENCE:
+                dense: Calls = [partial(dense_linear, x, weight, instruction_set=name) for weight in self.dense]
+                found[f"dense, {name}"] = nbytes, dense
+            packs: Calls = [partial(sparse_linear, x, packed, None, name) for packed in self.packed]
+            found[f"packed, {name}"] = packed_bytes, packs
+        found["read"] = READ_BYTES, [part.sum for part in self.memory]
+        return found
 
 
-def measure(shape: str, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    d_out, d_in = (int(size) for size in shape.split("x"))
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(d_out, d_in, generator=generator)
-    weight = Pattern(PATTERN).project(dense).bfloat16()
-    x = torch.randn(batch, d_in, generator=generator).bfloat16()
-    found = contenders(weight, x, options.cache)
-    for _ in range(options.repeats + 1):
-        for contender in found.values():
-            contender.turn()
-    rows: list[dict[str, Any]] = []
-    for name, contender in found.items():
-        times = contender.seconds[1:]  # the first turn warms threads
-        median, best = statistics.median(times), min(times)
-        rows.append(
-            {
-                "shape": shape,
-                "batch": batch,
-                "contender": name,
-                "milliseconds": 1e3 * median,
-                "best_milliseconds": 1e3 * best,
-                "gigabytes_per_second": contender.nbytes / median / 1e9,
-                "best_gigabytes_per_second": contender.nbytes / best / 1e9,
-            }
+def measure(matrix: Matrix, batch: int, labels: dict[str, Any], options: argparse.Namespace) -> list[Row]:
+    found = matrix.contenders(batch)
+    calls = {name: turns for name, (_, turns) in found.items()}
+    cpu = torch.device("cpu")
+    turns = take_turns(calls, device=cpu, least=LEAST, most=options.repeats, seconds=options.seconds)
+    return [
+        Row(
+            **labels,
+            batch=batch,
+            contender=name,
+            milliseconds=1e3 * turns[name].seconds,
+            best_milliseconds=1e3 * min(turns[name].device),
+            nbytes=nbytes,
         )
-    peer = next(row for row in rows if row["contender"] == "torch bfloat16")
+        for name, (nbytes, _) in found.items()
+    ]
+
+
+def show(rows: list[Row]) -> None:
+    """Print what was measured in the same turns."""
+    peer = next(row for row in rows if row.contender == TORCH)
     for row in rows:
-        row["times_torch"] = peer["milliseconds"] / row["milliseconds"]
-        row["best_times_torch"] = peer["best_milliseconds"] / row["best_milliseconds"]
-    return rows
+        print(
+            f"{row.shape:>10} {row.batch:>5} {row.contender:>17} {row.milliseconds:>9.3f} "
+            f"{row.gigabytes_per_second:>7.1f} {peer.milliseconds / row.milliseconds:>8.2f} "
+            f"{row.best_milliseconds:>9.3f} {peer.best_milliseconds / row.best_milliseconds:>8.2f}",
+            flush=True,
+        )
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """Return what the rows of one dtype and number of threads come to, by medians."""
+    cases: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault((row.shape, row.batch), {})[row.contender] = row
+    over_torch, over_dense, over_read = {}, [], []
+    for case, by_name in cases.items():
+        packed = min(
+            (row for name, row in by_name.items() if name.startswith("packed")), key=lambda row: row.milliseconds
+        )
+        dense = [row for name, row in by_name.items() if not name.startswith(("packed", "read"))]
+        over_torch[case] = by_name[TORCH].milliseconds / packed.milliseconds
+        over_dense.append(min(row.milliseconds for row in dense) / packed.milliseconds)
+        if packed.batch == 1:
+            over_read.append(packed.gigabytes_per_second / by_name["read"].gigabytes_per_second)
+    worst = min(over_torch, key=over_torch.__getitem__)
+    return {
+        "threads": rows[0].threads,
+        "dtype": rows[0].dtype,
+        "over_torch": geometric_mean(over_torch.values()),
+        "over_best_dense": geometric_mean(over_dense),
+        "share_of_read_at_batch_1": geometric_mean(over_read) if over_read else None,
+        "least_over_torch": over_torch[worst],
+        "least_at": f"{worst[0]}, batch {worst[1]}",
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--repeats", type=int, default=21, help="turns at most")
+    parser.add_argument("--seconds", type=float, default=5, help=f"after which, and {LEAST} turns, none is begun")
     parser.add_argument("--cache", type=int, default=last_level_cache(), help="bytes of the last-level cache")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     facts: dict[str, Any] = {
         "kernel": native.describe(),
-        "threads": options.threads,
         "repeats": options.repeats,
+        "seconds": options.seconds,
         "cache": options.cache,
         "torch": torch.__version__,
         "load_before": os.getloadavg()[0],
     }
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(
-        f"{'':40} {'median':^27} {'best':^27}\n{'shape':>10} {'batch':>5} {'':23}"
-        + f" {'ms':>8} {'GB/s':>7} {'x torch':>9} " * 2
-    )
-    rows = []
+    rows, summaries = [], []
     with torch.inference_mode():
-        for shape in options.shapes:
-            for batch in options.batches:
-                for row in measure(shape, batch, options):
-                    rows.append(row)
-                    print(
-                        f"{shape:>10} {batch:>5} {row['contender']:>23} "
-                        f"{row['milliseconds']:>8.3f} {row['gigabytes_per_second']:>7.1f} {row['times_torch']:>9.2f}  "
-                        f"{row['best_milliseconds']:>8.3f} {row['best_gigabytes_per_second']:>7.1f} "
-                        f"{row['best_times_torch']:>9.2f}",
-                        flush=True,
-                    )
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for dtype in options.dtypes:
+                print(f"\n{dtype}, threads: {threads}\n{'':34} {'median':^26} {'best':^18}")
+                print(
+                    f"{'shape':>10} {'batch':>5} {'':17} {'ms':>9} {'GB/s':>7} {'x torch':>8} {'ms':>9} {'x torch':>8}"
+                )
+                labels = {"threads": threads, "dtype": dtype}
+                these: list[Row] = []
+                for shape in options.shapes:
+                    matrix = Matrix(shape, dtype, options.cache)
+                    for batch in options.batches:
+                        measured = measure(matrix, batch, {**labels, "shape": shape}, options)
+                        show(measured)
+                        these += measured
+                rows += these
+                summaries.append(summary(these))
     facts["load_after"] = os.getloadavg()[0]
+    print("\nhow many times as fast as others packed products are: geometric means of medians")
+    for found in summaries:
+        read = found["share_of_read_at_batch_1"]
+        print(
+            f"{found['dtype']}, threads {found['threads']}: torch {found['over_torch']:.2f}, "
+            f"the best dense {found['over_best_dense']:.2f}, least over torch {found['least_over_torch']:.2f} "
+            f"({found['least_at']})" + (f", at batch 1 {read:.0%} of what memory gives" if read else "")
+        )
     if options.json:
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+        written = [{**asdict(row), "gigabytes_per_second": row.gigabytes_per_second} for row in rows]
+        options.json.write_text(json.dumps({**facts, "summaries": summaries, "rows": written}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

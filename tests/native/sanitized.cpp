@@ -3,6 +3,10 @@
 //     make sanitize
 //
 // Results are held to a plain loop in double; the Python tests hold the same kernels to PyTorch.
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -135,10 +139,33 @@ bool callers() {  // several at once, some of which find the waiting threads tak
     return right;
 }
 
+// Callers that are done before their helpers, and so wait for them at the same time: each has to be woken. Were the waiting
+// threads to serve them all at once, some would sleep for ever.
+bool waiting_callers() {
+    for (int round = 0; round < 100; ++round) {
+        std::atomic<int> calls{0};
+        std::vector<std::thread> threads;
+        for (int caller = 0; caller < 4; ++caller)
+            threads.emplace_back([&calls] {
+                const auto self = std::this_thread::get_id();
+                share_work(3, 1, 3, [&](std::size_t, std::size_t) {
+                    ++calls;
+                    if (std::this_thread::get_id() != self) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                });
+            });
+        for (std::thread& thread : threads) thread.join();
+        if (calls != 4 * 3) return false;
+    }
+    std::puts("callers that wait: right");
+    return true;
+}
+
 }  // namespace
 
 int main() {
-    bool right = callers();
+    alarm(120);  // ends what is never woken
+    bool right = callers() && waiting_callers();
+    alarm(0);
     right &= all("portable", halve::portable::sparse_linear_kernels);
 #ifdef HALVE_X86
     __builtin_cpu_init();
