@@ -187,9 +187,12 @@ void arrange(const void* from, std::size_t batch, std::size_t d_in, void* to) {
         const std::size_t count = batch - start < BLOCK ? batch - start : BLOCK;
         for (std::size_t column = 0; column < words(d_in) * WORD; column += L::COLUMNS)
             for (std::size_t n = start; n < start + count; ++n, out += L::COLUMNS) {
-                const auto* row = x + n * d_in;
-                for (std::size_t i = 0; i < L::COLUMNS; ++i)
-                    out[i] = column + i < d_in ? L::input(row[column + i]) : typename L::Input(0);
+                const auto* from_column = x + n * d_in + column;
+                if (column + L::COLUMNS <= d_in)
+                    for (std::size_t i = 0; i < L::COLUMNS; ++i) out[i] = L::input(from_column[i]);
+                else
+                    for (std::size_t i = 0; i < L::COLUMNS; ++i)
+                        out[i] = column + i < d_in ? L::input(from_column[i]) : typename L::Input(0);
             }
     }
 }
