@@ -11,6 +11,7 @@ from halve.checkpoint import load_model
 from halve.cli import app
 from halve.cli_errors import EXIT_FAILED, EXIT_REFUSED
 from halve.errors import HalveError
+from halve.runtime.load import load
 from models import decoder
 from tiny_tokenizers import SENTENCES, byte_bpe
 
@@ -53,8 +54,9 @@ def test_the_checkpoint_without_an_attack_is_fine(dense):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("text-")])
 def test_a_crafted_checkpoint_is_refused(name, dense):
+    load_it = load if name.startswith("packed-") else load_model
     with pytest.raises(HalveError) as caught:
-        load_model(attack(name, dense))
+        load_it(attack(name, dense))
     message = str(caught.value)
     assert EXPECTED[name] in message
     assert "\n" not in message
@@ -67,8 +69,9 @@ def test_the_command_line_refuses_it_and_leaves_nothing(name, dense, tmp_path):
     if text.parent == tmp_path:
         text.write_text(" ".join(SENTENCES * 40), encoding="utf-8")
         attack(name, dense)
-    asked = ["--calibration", str(text), "--samples", "4", "--seq-len", "16"]
-    result = CliRunner().invoke(app, ["prune", str(dense), "--out", str(tmp_path / "out"), "--method", "wanda", *asked])
+    asked = ["--method", "wanda", "--calibration", str(text), "--samples", "4", "--seq-len", "16"]
+    command = ["unpack"] if name.startswith("packed-") else ["prune", *asked]
+    result = CliRunner().invoke(app, [*command, str(dense), "--out", str(tmp_path / "out")])
     assert result.exit_code in {EXIT_REFUSED, EXIT_FAILED}
     assert isinstance(result.exception, SystemExit)
     assert EXPECTED[name] in result.stderr

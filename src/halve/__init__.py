@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from halve.reconstruct import Reconstruction
     from halve.report import write_comparison, write_report
     from halve.runtime.accelerate import Acceleration, accelerate
+    from halve.runtime.load import load
+    from halve.runtime.packed_checkpoint import unpack_checkpoint as unpack
+    from halve.runtime.packing import PackResult
+    from halve.runtime.packing import pack_checkpoint as pack
     from halve.runtime.plan import SpeedPlan, plan
     from halve.verification import CheckResult, check
 
@@ -31,6 +35,7 @@ _HOMES = {
     "GramAccumulator": "gram",
     "Objective": "objective",
     "Outcome": "outcome",
+    "PackResult": "runtime.packing",
     "Pattern": "pattern",
     "Perplexity": "perplexity",
     "Pruned": "whole_model",
@@ -41,11 +46,14 @@ _HOMES = {
     "accelerate": "runtime.accelerate",
     "check": "verification",
     "evaluate": "perplexity",
+    "load": "runtime.load",
+    "pack": "runtime.packing:pack_checkpoint",
     "plan": "runtime.plan",
     "prox": "proximal",
     "prune": "pruning",
     "prune_weight": "matrix",
     "resume": "pruning",
+    "unpack": "runtime.packed_checkpoint:unpack_checkpoint",
     "write_comparison": "report",
     "write_report": "report",
 }
@@ -58,6 +66,7 @@ __all__ = [
     "HalveError",
     "Objective",
     "Outcome",
+    "PackResult",
     "Pattern",
     "Perplexity",
     "Pruned",
@@ -68,11 +77,14 @@ __all__ = [
     "accelerate",
     "check",
     "evaluate",
+    "load",
+    "pack",
     "plan",
     "prox",
     "prune",
     "prune_weight",
     "resume",
+    "unpack",
     "write_comparison",
     "write_report",
 ]
@@ -81,7 +93,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'halve' has no attribute {name!r}")
-    return getattr(import_module(f"halve.{_HOMES[name]}"), name)
+    module, _, inner = _HOMES[name].partition(":")  # the inner name, where that module means more than one matrix
+    return getattr(import_module(f"halve.{module}"), inner or name)
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from halve.checkpoint_files import (
     CODE,
@@ -46,7 +47,7 @@ class Source:
     """Where a model comes from, its files found and validated.
 
     Attributes:
-        kind: what the user named.
+        kind: what the user named; ``packed`` is only what `halve.load` opens.
         path: the directory, or the GGUF file, on disk.
         name: what the user wrote.
         revision: the commit that was downloaded; None unless from the hub.
@@ -54,7 +55,7 @@ class Source:
         trust_remote_code: whether the user trusts the Python code in the directory.
     """
 
-    kind: Literal["directory", "hub", "gguf"]
+    kind: Literal["directory", "hub", "gguf", "packed"]
     path: Path
     name: str
     revision: str | None = None
@@ -75,11 +76,13 @@ class LoadedModel:
         model: on the CPU, in evaluation mode, no parameter requiring a gradient.
         tokenizer: the model's tokenizer, None when it has none.
         source: where it came from; None for a model built in memory.
+        notes: what the user should know of how it was loaded, a sentence each.
     """
 
     model: "PreTrainedModel"
     tokenizer: Any | None
     source: Source | None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def layout(self) -> DiskLayout:
@@ -88,6 +91,8 @@ class LoadedModel:
         Raises:
             UnsupportedModelError: a parameter cannot be traced to its tensors.
         """
+        if self.source is not None and self.source.kind == "packed":
+            raise UnsupportedModelError(f"{self.source.name} is packed: restore the plain one with `halve unpack`")
         if self.source is None or not self.source.shards:
             return DiskLayout(self.model)
         entries = [entry for path in self.source.shards for entry in read_shard(path).tensors]
@@ -148,13 +153,39 @@ def load_model(
         gguf = {"gguf_file": found.path.name} if found.kind == "gguf" else {}
         model = _load_weights(found, directory, dtype, gguf)
         tokenizer = _load_tokenizer(found, directory, gguf)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise InputError(f"parameter {parameter_name!r} of {found.name} holds NaN or infinity: mend the checkpoint")
+    freeze(model, found.name)
     loaded = LoadedModel(model, tokenizer, found)
     _ = loaded.layout  # a checkpoint that could not be written back is refused now, not after the work
     return loaded
+
+
+def assemble(source: Source, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load a model whose tensors are in memory already, exactly as if they were read from its files.
+
+    Args:
+        source: where everything else of it is.
+        tensors: by their names on disk; where dtypes agree, parameters share their memory, whatever their strides.
+        dtype: as for `load_model`.
+
+    Raises:
+        InputError, UnsupportedModelError: as `load_model`, but NaN and infinity are not looked for.
+    """
+    with _validated_files(source) as directory:
+        model = _load_weights(source, directory, dtype, {}, tensors)
+        return LoadedModel(model, _load_tokenizer(source, directory, {}), source)
+
+
+def freeze(model: "PreTrainedModel", name: str) -> None:
+    """Let no parameter require a gradient, and refuse one that is not finite.
+
+    Raises:
+        InputError: a parameter is NaN or infinite; ``name`` is that of the checkpoint.
+    """
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        parts = torch.split(parameter.flatten(), 1 << 22) if parameter.is_floating_point() else ()  # bounds the memory
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
+            raise InputError(f"parameter {parameter_name!r} of {name} holds NaN or infinity: mend the checkpoint")
 
 
 def skeleton(source: Source) -> "PreTrainedModel":
@@ -186,13 +217,15 @@ def skeleton(source: Source) -> "PreTrainedModel":
 
 
 def source_files(source: Source) -> list[Path]:
-    """Return every file that a model is read from.
+    """Return every file that a model is read from; of a packed checkpoint, those that transformers reads.
 
     Raises:
         CorruptFileError: one of them is a link that leaves the checkpoint.
     """
     if source.kind == "gguf":
         return [source.path]
+    if source.kind == "packed":
+        return [source.path / CONFIG, *companions(source.path, code=source.trust_remote_code)]
     index = [source.path / INDEX] if source.shards and source.shards[0].name != WEIGHTS else []
     others = companions(source.path, code=source.trust_remote_code)
     return [source.path / CONFIG, *source.shards, *others, *index]
@@ -259,18 +292,21 @@ def _validated_files(source: Source) -> Iterator[Path]:
 
 
 def _load_weights(
-    source: Source, directory: Path, dtype: torch.dtype | None, gguf: dict[str, str]
+    source: Source, directory: Path, dtype: torch.dtype | None, gguf: Any, tensors: Mapping[str, Tensor] | None = None
 ) -> "PreTrainedModel":
     options: dict[str, Any] = {**gguf, "local_files_only": True, "trust_remote_code": source.trust_remote_code}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf:
-        options["dtype"] = dtype or torch.float32
-        options |= _dequantising()
+        options |= {"dtype": dtype or torch.float32, **_dequantising()}
     else:
         options |= {"dtype": dtype or "auto", "use_safetensors": True}
     model_class = _model_class(source, directory, gguf)
     try:
-        model, info = model_class.from_pretrained(directory, **options)
+        if tensors is None:
+            model, info = model_class.from_pretrained(directory, **options)
+        else:
+            model_class, settings = _without_files(directory, model_class)
+            model, info = model_class.from_pretrained(None, state_dict=dict(tensors), **settings, **options)
     except Exception as error:  # a foreign config can provoke any error in there
         raise UnsupportedModelError(f"transformers could not load {source.name}: {_one_line(error)}") from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
@@ -285,6 +321,24 @@ def _load_weights(
         _forget_quantisation(model)
     model.config._name_or_path = source.name  # noqa: SLF001 - else the name of a temporary directory
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _without_files(directory: Path, model_class: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the class itself, and the settings that it would have read from files had it been given a directory."""
+    from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    if issubclass(model_class, PreTrainedModel):
+        config = model_class.config_class.from_pretrained(directory, local_files_only=True)
+    else:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=True)
+        model_class = get_class_from_dynamic_module(config.auto_map[model_class.__name__], directory)
+    generation = None
+    if model_class.can_generate():
+        absent = not (directory / "generation_config.json").exists()
+        named: dict[str, Any] = {"config_file_name": CONFIG, "_from_model_config": True} if absent else {}
+        generation = GenerationConfig.from_pretrained(directory, local_files_only=True, **named)
+    return model_class, {"config": config, "generation_config": generation}
 
 
 def _model_class(source: Source, directory: Path, gguf: dict[str, str]) -> Any:

@@ -30,6 +30,7 @@ from halve.cli_options import (
     StrictOption,
     TrustOption,
 )
+from halve.cli_pack import pack, unpack
 from halve.cli_plan import plan_command
 from halve.cli_prune import prune, resume
 from halve.cli_report import report
@@ -52,6 +53,8 @@ app.command()(resume)
 app.command()(report)
 app.command(name="plan")(plan_command)
 app.command(name="eval")(evaluate_command)
+app.command()(pack)
+app.command()(unpack)
 
 
 @app.command()
@@ -67,13 +70,14 @@ def check(
     """Re-read the bytes on disk: the pattern holds, all values are finite, nothing is missing or touched."""
     from dataclasses import asdict
 
-    from halve.checkpoint_files import REPORT
+    from halve.checkpoint_files import PACKED, REPORT
     from halve.run_directory import is_unfinished
     from halve.verification import check as check_checkpoint
 
     with reporting():
         finished = directory.is_dir() and not is_unfinished(directory)
-        if pattern is None and finished and not (directory / REPORT).exists():
+        recorded = any((directory / name).exists() for name in (REPORT, PACKED))
+        if pattern is None and finished and not recorded:
             raise InputError(f"{directory} has no {REPORT}: give --pattern")
         result = check_checkpoint(directory, against=against, pattern=pattern, trust_remote_code=trust_remote_code)
     if as_json:

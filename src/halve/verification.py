@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint import Source, load_model, resolve
-from halve.checkpoint_files import CONFIG, REPORT, forbidden_fields, read_shards
+from halve.checkpoint_files import CONFIG, PACKED, REPORT, forbidden_fields, read_shards
 from halve.durable import sha256_of
 from halve.errors import CorruptFileError, HalveError, InputError, PatternError
 from halve.pattern import Pattern
@@ -28,7 +28,7 @@ class CheckResult:
         ok: whether there are no problems.
         problems: what is wrong, a sentence each.
         notes: what could not be checked, and why.
-        pattern: the pattern checked for; None when nothing names one.
+        pattern: the pattern checked for, several with commas between them; None when nothing names one.
         matrices: number of tensors on disk that are in the pattern and are meant to be.
         sparsity: share of zeros in those, 0 to 1; 0.0 when there are none.
         tensors: number of tensors on disk.
@@ -67,10 +67,12 @@ def check(
 
     Checked: the files' sha256 and the matrices' pattern as ``halve.json`` records them, that every floating-point
     tensor is finite, that shards and index agree, that ``config.json`` is a plain one; with ``against`` also that
-    every tensor of the original is there, and unchanged unless it was pruned or tuned.
+    every tensor of the original is there, and unchanged unless it was pruned or tuned. Of a packed checkpoint: the
+    sha256 of its files, that every mask keeps what the pattern keeps, that all values are finite, and that the plain
+    checkpoint would be restored byte for byte.
 
     Args:
-        path: a directory of safetensors.
+        path: a directory of safetensors, or a packed one.
         against: the original: anything ``halve.checkpoint.resolve`` takes.
         pattern: what to check for instead of the pattern recorded; needed where there is no ``halve.json``, and then
             the tensors that have it are counted, along either of their last two dimensions.
@@ -81,14 +83,12 @@ def check(
         CheckResult: a damaged checkpoint is a result, not an exception.
 
     Raises:
-        InputError: ``path`` is not a directory; ``against`` or ``pattern`` is not usable.
+        InputError: ``path`` is not a directory; ``against`` or ``pattern`` is not usable, as with a packed checkpoint.
         HalveError: as ``halve.checkpoint.resolve``, about ``against``.
     """
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        raise InputError(f"{path} is not a directory: give the directory of a checkpoint")
-    if is_unfinished(directory):
-        raise InputError(f"{path} holds an unfinished run: complete it with `halve resume {path}`")
+    directory = _finished_directory(path)
+    if (directory / PACKED).exists():
+        return _check_packed(directory, alone=against is None and pattern is None, code=trust_remote_code)
     wanted = None if pattern is None else Pattern.parse(pattern)
     original = (
         against
@@ -123,6 +123,41 @@ def check(
         sparsity=found.zeros / found.weights if found.weights else 0.0,
         tensors=found.tensors,
         compared=found.compared,
+    )
+
+
+def _finished_directory(path: str | Path) -> Path:
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        raise InputError(f"{path} is not a directory: give the directory of a checkpoint")
+    if is_unfinished(directory):
+        raise InputError(f"{path} holds an unfinished run: complete it with `halve resume {path}`")
+    return directory
+
+
+def _check_packed(directory: Path, *, alone: bool, code: bool) -> CheckResult:
+    from halve.runtime.packed_checkpoint import open_packed, verify
+
+    if not alone:
+        raise InputError(
+            f"{directory} is packed, and can be checked only by itself: restore the plain checkpoint with "
+            f"`halve unpack {directory} --out DIR`, and check that"
+        )
+    try:
+        checkpoint = open_packed(directory, trust_remote_code=code)
+    except HalveError as error:
+        return CheckResult(False, (str(error),), (), None, 0, 0.0, 0, 0)
+    found = verify(checkpoint)
+    matrices = checkpoint.manifest.matrices
+    return CheckResult(
+        ok=not found.problems,
+        problems=tuple(found.problems),
+        notes=(),
+        pattern=", ".join(sorted({matrix.pattern for matrix in matrices.values()})) or None,
+        matrices=len(matrices),
+        sparsity=found.zeros / found.weights if found.weights else 0.0,
+        tensors=sum(len(shard.tensors) for shard in checkpoint.plain),
+        compared=0,
     )
 
 
