@@ -1,5 +1,5 @@
-// Threads that wait for work, so that a product of a millisecond need not start any: PyTorch's own where it computes with
-// OpenMP, since its threads keep looking for work for milliseconds after each operation and would leave others no
+// Threads that wait for work, so that a product of a millisecond need not start any: PyTorch's own where it computes
+// with OpenMP, since its threads keep looking for work for milliseconds after each operation and would leave others no
 // processor. Elsewhere, and in a forked child, for which OpenMP has no threads, they are ours.
 #pragma once
 

@@ -139,7 +139,7 @@ bool callers() {  // several at once, some of which find the waiting threads tak
     return right;
 }
 
-// Callers that are done before their helpers, and so wait for them at the same time: each has to be woken. Were the waiting
+// Callers that are done before their helpers, and so wait for them at the same time: each has to be woken. Were the
 // threads to serve them all at once, some would sleep for ever.
 bool waiting_callers() {
     for (int round = 0; round < 100; ++round) {
