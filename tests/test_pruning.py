@@ -260,7 +260,8 @@ def test_a_model_on_the_hub_is_continued_at_the_commit_it_began_with(tmp_path, c
     (second / "config.json").write_text((second / "config.json").read_text() + " ")
     newest = [first]
 
-    def download(_name, revision, *, code):
+    def download(_name, revision, *, code, weights):
+        assert weights
         assert not code
         return newest[0] if revision is None else tmp_path / revision
 
