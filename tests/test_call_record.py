@@ -11,6 +11,7 @@ from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.pruning import prune
 from halve.reconstruct import Reconstruction
+from halve.where_faster import WhereFaster
 
 
 def arguments(**given):
@@ -28,6 +29,7 @@ def test_what_was_asked_comes_back_from_json():
         skip=("*q_proj*",),
         reconstruct=Reconstruction(epochs=2),
         objective=Objective(0.1, None, 0.5),
+        only_where_faster=WhereFaster(1.1, 8),
         dtype=torch.bfloat16,
         offload=Path("/spill"),
         options={"effort": "fast", "refit_tolerance": 0.1},
@@ -42,6 +44,7 @@ def test_what_was_asked_comes_back_from_json():
         "text.txt",
         "/spill",
     )
+    assert back["only_where_faster"] == WhereFaster(1.1, 8)
     assert (back["objective"], back["reconstruct"], back["dtype"]) == (
         asked["objective"],
         asked["reconstruct"],
@@ -59,6 +62,7 @@ def test_defaults_come_back_as_defaults():
         None,
     )
     inspect.signature(prune).bind(**back)
+    assert read_back(written_down(arguments(only_where_faster=1.5)))["only_where_faster"] == WhereFaster(1.5)
 
 
 def test_objects_in_memory_cannot_be_written_down():

@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from halve.cli import app
 from halve.cli_errors import EXIT_FALLBACKS, EXIT_REFUSED, EXIT_STOPPED
+from halve.runtime import speed
+from halve.runtime.speed import Speed
 from models import OF_ONE_RUN, decoder
 from tiny_tokenizers import byte_bpe
 
@@ -87,6 +89,31 @@ def test_the_best_effort_tunes_the_blocks_unless_told_not_to(model, text, tmp_pa
     assert plain["blocks"] == []
 
 
+def test_matrices_that_are_not_faster_stay_dense_and_are_named(model, text, tmp_path, monkeypatch):
+    def measure(d_out, d_in, batches, **_):
+        return [Speed(d_out, d_in, batches[0], 1.0 if d_out == 16 else 1.3, 1.0, 0.0, 0.0)]
+
+    monkeypatch.setattr(speed, "measure", measure)
+    arguments = ["prune", model, "--out", str(tmp_path / "out"), "--calibration", text, *FAST]
+    result = run(app, [*arguments, "--only-where-faster", "1.1", "--faster-at-batch", "8"])
+    assert result.exit_code == 0, result.output
+    reason = "2:4 is 1.00 times as fast as dense at batch 8 on this machine, less than the 1.1 asked for"
+    assert f"left dense: 3 x self_attn.k_proj: {reason}\n" in result.stdout
+    assert f"left dense: 3 x self_attn.v_proj: {reason}\n" in result.stdout
+    assert "15 matrices at 2:4 by wanda" in result.stdout
+    assert "measuring which matrices are faster sparse" in result.stderr
+    record = json.loads((tmp_path / "out" / "halve.json").read_text())
+    assert [entry["reason"] for entry in record["excluded"]].count(reason) == 6
+    result = run(app, ["check", str(tmp_path / "out"), "--against", model])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "only_where_faster.factor" in page
+    result = run(app, ["prune", model, "--out", str(tmp_path / "no"), *arguments[4:], "--only-where-faster", "1.4"])
+    assert result.exit_code == EXIT_REFUSED, result.output
+    assert "error: no matrix is 1.4 times as fast at 2:4 as dense at batch 1 on this machine" in result.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_too_little_text_is_refused(model, tmp_path):
     (tmp_path / "short.txt").write_text("two words")
     arguments = ["--calibration", str(tmp_path / "short.txt"), "--samples", "2", "--seq-len", "8"]
@@ -117,6 +144,10 @@ def test_too_little_text_is_refused(model, tmp_path):
         (["--match-ridge", "0"], "match_ridge must be a finite number above 0, got 0.0"),
         (["--reconstruct-epochs", "2"], "'epochs' is an option of the reconstruction"),
         (["--effort", "best", "--reconstruct", "none", "--reconstruct-lr", "1"], "'learning_rate' is an option of the"),
+        (["--only-where-faster", "0"], "only_where_faster must be a finite number above 0, got 0.0"),
+        (["--only-where-faster", "nan"], "only_where_faster must be a finite number above 0, got nan"),
+        (["--only-where-faster", "1.1", "--faster-at-batch", "0"], "faster_at_batch must be a whole number of at"),
+        (["--faster-at-batch", "8"], "--faster-at-batch goes with --only-where-faster, which is not given"),
         (["--reconstruct", "blocks"], "reconstruct 'blocks' is not understood"),
         (["-o", "seed=3"], "has no option 'seed'"),
         (["-o", "shrinkage=0.1"], "shrinkage is not an option of auto+cg: write --shrinkage"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from halve.runtime.packing import pack_checkpoint as pack
     from halve.runtime.plan import SpeedPlan, plan
     from halve.verification import CheckResult, check
+    from halve.where_faster import WhereFaster
 
 _HOMES = {
     "Acceleration": "runtime.accelerate",
@@ -43,6 +44,7 @@ _HOMES = {
     "SpeedPlan": "runtime.plan",
     "Statistics": "gram",
     "Status": "outcome",
+    "WhereFaster": "where_faster",
     "accelerate": "runtime.accelerate",
     "check": "verification",
     "evaluate": "perplexity",
@@ -74,6 +76,7 @@ __all__ = [
     "SpeedPlan",
     "Statistics",
     "Status",
+    "WhereFaster",
     "accelerate",
     "check",
     "evaluate",

@@ -13,6 +13,7 @@ from halve.errors import InputError
 from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction
+from halve.where_faster import WhereFaster
 
 _NOT_KEPT = {"out", "tokenizer", "listen", "work"}
 """Arguments that a run that goes on is given anew, finds in its directory, or cannot do with."""
@@ -39,7 +40,7 @@ def written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     ):
         return None
     objective, tuning, dtype = (arguments[name] for name in ("objective", "reconstruct", "dtype"))
-    evaluation = arguments["evaluation"]
+    evaluation, faster = arguments["evaluation"], WhereFaster.of(arguments["only_where_faster"])
     texts = [] if evaluation is None else [str(text) for text in evaluation.data]
     call = {
         **{name: value for name, value in arguments.items() if name not in _NOT_KEPT},
@@ -49,6 +50,7 @@ def written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         "objective": asdict(objective or Objective()),
         "reconstruct": asdict(tuning) if isinstance(tuning, Reconstruction) else tuning,
         "evaluation": None if evaluation is None else asdict(evaluation) | {"data": texts},
+        "only_where_faster": None if faster is None else asdict(faster),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         _DIRECTORY: str(Path.cwd()) if any(_is_relative(value) for value in (*places.values(), *texts)) else None,
     }
@@ -71,13 +73,14 @@ def read_back(call: Mapping[str, Any]) -> dict[str, Any]:
     if directory is not None and directory != str(Path.cwd()):
         raise InputError(f"the run was begun in {directory}, with paths relative to it: resume it from there")
     objective, tuning, dtype = (arguments.pop(name) for name in ("objective", "reconstruct", "dtype"))
-    evaluation, options = arguments.pop("evaluation"), arguments.pop("options")
+    evaluation, faster, options = (arguments.pop(name) for name in ("evaluation", "only_where_faster", "options"))
     return {
         **arguments,
         **options,
         "objective": Objective(**objective),
         "reconstruct": Reconstruction(**tuning) if isinstance(tuning, dict) else tuning,
         "evaluation": None if evaluation is None else Evaluation(**evaluation),
+        "only_where_faster": None if faster is None else WhereFaster(**faster),
         "dtype": None if dtype is None else getattr(torch, dtype),
     }
 

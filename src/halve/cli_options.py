@@ -48,6 +48,13 @@ MatchOption = Annotated[
     ),
 ]
 RidgeOption = Annotated[float, typer.Option(help="Holds the weights of such targets near the dense ones.")]
+FasterOption = Annotated[
+    float | None,
+    typer.Option(help="Leave matrices dense that are not this many times as fast sparse on this machine."),
+]
+FasterBatchOption = Annotated[
+    int | None, typer.Option(help="Of --only-where-faster: rows of the products measured.", show_default="1")
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")

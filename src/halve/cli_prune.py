@@ -1,8 +1,9 @@
 """The commands that prune: ``halve prune`` and ``halve resume``."""
 
 import math
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,8 @@ from halve.cli_options import (
     DtypeOption,
     ExpertOption,
     FallbackOption,
+    FasterBatchOption,
+    FasterOption,
     FieldOption,
     ForwardOption,
     MatchOption,
@@ -31,9 +34,11 @@ from halve.cli_options import (
 )
 from halve.cli_report import EvalDataOption, EvalSeqLenOption, EvalWindowsOption, evaluation_of, say_scores
 from halve.cli_values import allowed_fallback, merge_options, parse_dtype, parse_options, parse_shrinkage
+from halve.errors import InputError
 from halve.terminal import err, out, progress, say, summary_table
 
 if TYPE_CHECKING:
+    from halve.where_faster import WhereFaster
     from halve.whole_model import Pruned
 
 
@@ -78,6 +83,8 @@ def prune(
     fallback: FallbackOption = None,
     strict: StrictOption = True,
     min_expert_tokens: ExpertOption = 32,
+    only_where_faster: FasterOption = None,
+    faster_at_batch: FasterBatchOption = None,
     device: DeviceOption = "auto",
     forward_dtype: ForwardOption = "auto",
     dtype: DtypeOption = None,
@@ -114,6 +121,7 @@ def prune(
             default_reconstruction(method, options) if reconstruct is None else reconstruct,
             **{name: value for name, value in given.items() if value is not None},
         )
+        faster = faster_of(only_where_faster, faster_at_batch)
         evaluation = evaluation_of(eval_data, eval_seq_len, max_windows, field, forward_dtype)
         with progress() as listen:
             pruned = prune_model(
@@ -132,6 +140,7 @@ def prune(
                 min_expert_tokens=min_expert_tokens,
                 reconstruct="none" if tuning is None else tuning,
                 objective=objective,
+                only_where_faster=faster,
                 device=device,
                 forward_dtype=forward_dtype,
                 dtype=parse_dtype(dtype),
@@ -162,6 +171,36 @@ def resume(
     _finish(pruned, directory)
 
 
+def faster_of(factor: float | None, batch: int | None) -> "WhereFaster | None":
+    """Return what ``--only-where-faster`` and ``--faster-at-batch`` ask for.
+
+    Raises:
+        InputError: a number is out of range, or the second was given alone.
+    """
+    from halve.where_faster import WhereFaster
+
+    if factor is None:
+        if batch is not None:
+            raise InputError("--faster-at-batch goes with --only-where-faster, which is not given: give it, or neither")
+        return None
+    return WhereFaster(factor, 1 if batch is None else batch)
+
+
+def left_dense(record: dict[str, Any]) -> list[str]:
+    """Return a sentence for every kind of matrix that a run (``halve.json``) left dense for its speed."""
+    from halve.layers import place_of
+    from halve.pattern import Pattern
+    from halve.where_faster import WhereFaster
+
+    if record["only_where_faster"] is None:
+        return []
+    reasons = WhereFaster(**record["only_where_faster"]).reasons(Pattern(record["pattern"]))
+    counts = Counter(
+        (place_of(entry["name"])[1], entry["reason"]) for entry in record["excluded"] if entry["reason"] in reasons
+    )
+    return [f"{count} x {kind}: {reason}" for (kind, reason), count in counts.items()]
+
+
 def _finish(pruned: "Pruned", out_dir: Path) -> None:
     """Print what a finished run did, and leave with the code that says whether all of it was as asked."""
     from halve.checkpoint_files import PAGE
@@ -180,6 +219,8 @@ def _finish(pruned: "Pruned", out_dir: Path) -> None:
         f"{measured}",
     )
     out.print(summary_table(report))
+    for sentence in left_dense(record):
+        say(out, sentence, label="left dense")
     say(out, ", ".join(f"{phase} {value:.0f} s" for phase, value in report.seconds.items()))
     if report.reconstructions:
         gained = [block.tuned for block in report.reconstructions if block.tuned.epoch]

@@ -14,7 +14,7 @@ from halve.before_after import Evaluation
 from halve.calibration import DEFAULT_SAMPLES, Calibration, calibration_data, check_source
 from halve.call_record import read_back, written_down
 from halve.checkpoint import LoadedModel, Source
-from halve.device import forward_precision, resolve_device
+from halve.device import forward_precision, resolve_device, weight_dtype
 from halve.documents import is_on_hub
 from halve.errors import HalveError, InputError
 from halve.fingerprint import code_fields
@@ -23,10 +23,11 @@ from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.phases import Phases
 from halve.reconstruct import Reconstruction, parse_reconstruction
-from halve.run_directory import open_run, recorded_call
+from halve.run_directory import RunDirectory, open_run, recorded_call
 from halve.run_report import Listener, Progress
 from halve.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
 from halve.tokens import TokenSet
+from halve.where_faster import WhereFaster
 from halve.whole_model import Pruned, Request, prune_loaded, report_notes
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def prune(
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
     reconstruct: Reconstruction | str | None = None,
     objective: Objective | None = None,
+    only_where_faster: WhereFaster | float | None = None,
     device: str = "auto",
     forward_dtype: str = "auto",
     dtype: torch.dtype | None = None,
@@ -89,6 +91,9 @@ def prune(
             survived, norms and biases included, against the dense model's output of that block; ``none`` leaves it.
             None is ``block`` for method ``auto`` with ``effort="best"``, else ``none``.
         objective: shrinkage of the statistics and targets from the dense model, see `halve.objective.Objective`.
+        only_where_faster: leave matrices dense that are not this many times as fast sparse on this machine, measured
+            before anything is pruned, at batch 1 or as `halve.where_faster.WhereFaster` says; they are listed with the
+            reason. A run that goes on does not measure again.
         device: ``auto``, ``cpu``, ``cuda``, …
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``: products of the calibration's forward passes.
             Statistics and solves are float32.
@@ -124,6 +129,7 @@ def prune(
             min_expert_tokens,
             parse_reconstruction(default_reconstruction(method, options) if reconstruct is None else reconstruct),
             Objective.of(objective),
+            WhereFaster.of(only_where_faster),
         ),
         resolve_device(device),
         forward_precision(forward_dtype, resolve_device(device)),
@@ -153,6 +159,7 @@ def prune(
             loaded = _load(found, tokenizer)
         if run is not None:
             store.check_room(loaded, run, dtype)
+        request = _measured(request, loaded, run, phases, listen)
         judged = None
         hear = listen
         if evaluation is not None:
@@ -197,6 +204,27 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
     if fallback is not None:
         arguments["fallback"] = fallback
     return prune(out=out, listen=listen, **arguments)
+
+
+def _measured(
+    request: Request, loaded: LoadedModel, run: RunDirectory | None, phases: Phases, listen: Listener | None
+) -> Request:
+    """Return the request with what was measured of the model's matrices, now or when the run began."""
+    asked, begun = request.settings.only_where_faster, None if run is None else run.fingerprint
+    if asked is None:
+        return request
+    if listen is not None and begun is None:
+        listen(Progress(0, 0, "measure", 0, 0))
+    with phases.timing("measure"):
+        found = asked.measured(
+            loaded.model,
+            request.settings.pattern,
+            request.settings.skip,
+            dtype=request.dtype or weight_dtype(loaded.model),
+            device=request.device,
+            begun=begun,
+        )
+    return replace(request, settings=replace(request.settings, only_where_faster=found))
 
 
 class _Judged:

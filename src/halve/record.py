@@ -166,6 +166,7 @@ def settings_json(settings: Settings) -> dict[str, Any]:
             "match_dense": objective.blend(settings.defaults),
             "match_ridge": objective.match_ridge,
         },
+        "only_where_faster": None if settings.only_where_faster is None else asdict(settings.only_where_faster),
     }
 
 

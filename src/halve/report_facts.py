@@ -250,6 +250,8 @@ def _facts(directory: Path, record: Mapping[str, Any], measured: Mapping[str, An
     tuning = record["reconstruction"]
     settings = {name: record[name] for name in names} | dict(record["options"]) | objective
     settings |= {} if tuning is None else {f"reconstruction.{name}": value for name, value in tuning.items()}
+    faster = record.get("only_where_faster") or {}
+    settings |= {f"only_where_faster.{name}": faster[name] for name in ("factor", "batch") if name in faster}
     seconds = measured.get("matrix_seconds", {})
     matrices = tuple(_matrix(entry, seconds) for entry in record["matrices"])
     if len({len(matrix.kept) for matrix in matrices if matrix.kept}) > 1:

@@ -5,7 +5,7 @@ one block at a time, as a float32 copy; the model keeps its own dtype and place.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,7 +32,13 @@ from halve.settings import Settings
 from halve.stacks import prune_stack, share_of_time, stacks
 
 
-def plan_model(model: nn.Module, batch: Batch, pattern: Pattern, skip: Sequence[str] = ()) -> tuple[Plan, list[Any]]:
+def plan_model(
+    model: nn.Module,
+    batch: Batch,
+    pattern: Pattern,
+    skip: Sequence[str] = (),
+    why_dense: Callable[[Matrix], str] | None = None,
+) -> tuple[Plan, list[Any]]:
     """Decide what will be pruned, and prove on a short sample that the model can be run block by block.
 
     Args:
@@ -40,6 +46,7 @@ def plan_model(model: nn.Module, batch: Batch, pattern: Pattern, skip: Sequence[
         batch: a calibration batch; a short part of it is run.
         pattern: the sparsity pattern.
         skip: shell-style patterns of parameters that stay dense.
+        why_dense: as for `halve.layers.make_plan`.
 
     Returns:
         tuple[Plan, list[Any]]: the plan, and what each block returns (for `halve.blocks.capture`).
@@ -54,7 +61,7 @@ def plan_model(model: nn.Module, batch: Batch, pattern: Pattern, skip: Sequence[
     with stream_of.eager_experts(model):
         returns = stream_of.verify_replay(model, members, short)
         observed = observe(model, members, lambda: stream_of.run_model(model, short))
-    plan = make_plan(model, pattern, observed.layouts, skip)
+    plan = make_plan(model, pattern, observed.layouts, skip, why_dense)
     for matrix in plan.matrices:
         if not matrix.routed and matrix.parameter not in observed.called:
             raise UnsupportedModelError(
@@ -102,7 +109,7 @@ def prune_blocks(
         HalveError: a block could not be kept, the volume being full or broken.
     """
     stream_of.check_batches(batches)
-    plan, returns = plan_model(model, batches[0], settings.pattern, settings.skip)
+    plan, returns = plan_model(model, batches[0], settings.pattern, settings.skip, settings.why_dense)
     routed = next((matrix for matrix in plan.matrices if matrix.routed), None)
     if settings.objective.insists_on_dense and routed is not None:
         raise InputError(

@@ -68,6 +68,11 @@ class RunDirectory:
         return 0 if self._manifest is None else len(self._manifest.blocks)
 
     @property
+    def fingerprint(self) -> Fingerprint | None:
+        """What the run began with; None if there is none to continue."""
+        return None if self._manifest is None else self._manifest.fingerprint
+
+    @property
     def worth_keeping(self) -> bool:
         """Whether it would cost anything to begin again: blocks are finished, or the model wrote its own text."""
         wrote = self._manifest is not None and (self._manifest.tokens or {}).get("facts", {}).get("source") == SELF

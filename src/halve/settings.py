@@ -7,11 +7,13 @@ from typing import Any
 from halve import methods
 from halve.defaults import Defaults
 from halve.errors import InputError
+from halve.layers import Matrix
 from halve.objective import Objective
 from halve.options import check_count
 from halve.pattern import Pattern
 from halve.reconstruct import BLOCK, Reconstruction
 from halve.solver_settings import effective_options, method_defaults, validate_settings
+from halve.where_faster import WhereFaster
 
 MIN_EXPERT_TOKENS = 32
 """Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, if any
@@ -43,6 +45,7 @@ class Settings:
         min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back, if there
             is a fallback.
         objective: shrinkage of the statistics, and targets from the dense model.
+        only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
     """
 
     pattern: Pattern
@@ -54,6 +57,11 @@ class Settings:
     min_expert_tokens: int = MIN_EXPERT_TOKENS
     reconstruction: Reconstruction | None = None
     objective: Objective = field(default_factory=Objective)
+    only_where_faster: WhereFaster | None = None
+
+    def why_dense(self, matrix: Matrix) -> str:
+        """Return why a matrix that could be pruned stays dense, as half a sentence; empty if it is pruned."""
+        return "" if self.only_where_faster is None else self.only_where_faster.why_dense(matrix, self.pattern)
 
     @property
     def matches_dense(self) -> bool:

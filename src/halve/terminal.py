@@ -88,7 +88,11 @@ def say_row(row: Any) -> None:
 
 def announce(phase: str) -> None:
     """Say what is about to take a while outside the blocks."""
-    sentences = {"generate": "the model writes its calibration text …", "evaluate": "measuring perplexity …"}
+    sentences = {
+        "generate": "the model writes its calibration text …",
+        "evaluate": "measuring perplexity …",
+        "measure": "measuring which matrices are faster sparse …",
+    }
     say(err, sentences[phase])
 
 
