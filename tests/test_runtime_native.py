@@ -382,3 +382,20 @@ def test_without_the_compiled_module_everything_works_and_says_so():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "every product unpacks its weights" in result.stdout
+
+
+def test_without_the_kernels_it_says_so_once(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    native.instruction_sets.cache_clear()
+    native._best.cache_clear()
+    packed = pack(pruned(4, 16, "2:4"), "2:4")
+    x, _ = inputs(packed, 2)
+    try:
+        assert native.describe().startswith("the packed kernels are not built")
+        with pytest.warns(RuntimeWarning, match=r"not built .*every product unpacks its weights"):
+            got = sparse_linear(x, packed)
+        assert torch.equal(got, native.reference(x, packed))
+        sparse_linear(x, packed)  # and not again: a warning is an error here
+    finally:
+        native.instruction_sets.cache_clear()
+        native._best.cache_clear()

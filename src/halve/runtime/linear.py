@@ -113,9 +113,10 @@ class SparseLinear(nn.Module):
         Raises:
             InputError: the layer has been moved or converted to where there are no packed matrices.
         """
-        if self._packed.mask is not self.mask or self._packed.values is not self.values:
-            self._packed = PackedMatrix(self.mask, self.values, (self.out_features, self.in_features), self.pattern)
-        return self._packed
+        known, mask, values = self._packed, self.mask, self.values
+        if known.mask is not mask or known.values is not values:
+            known = self._packed = PackedMatrix(mask, values, (self.out_features, self.in_features), self.pattern)
+        return known
 
     @property
     def weight(self) -> Tensor:
@@ -138,10 +139,11 @@ class SparseLinear(nn.Module):
         return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        wanted = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        bias = self.bias
+        wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if wanted or torch.compiler.is_compiling():
-            return cast("Tensor", _operator(x, self.mask, self.values, self.bias, self.in_features, self.pattern))
-        return sparse_linear(x, self.packed, self.bias)  # beside a small product, the operator would cost as much again
+            return cast("Tensor", _operator(x, self.mask, self.values, bias, self.in_features, self.pattern))
+        return sparse_linear(x, self.packed, bias)  # beside a small product, the operator would cost as much again
 
     def extra_repr(self) -> str:
         """Return what is printed between the brackets."""

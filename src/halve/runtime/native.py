@@ -6,7 +6,9 @@ at a time; in float32 where the processor has no product of the 16 bits. Without
 computed by `reference`, slowly, and `describe` says so.
 """
 
+import warnings
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ def register_rows(instruction_set: str, dtype: torch.dtype, amx: bool) -> int:
     return 8 if instruction_set == "portable" else 16
 
 
+@cache
 def instruction_sets() -> tuple[str, ...]:
     """Return the instruction sets that this processor can run, best first; empty if nothing was compiled."""
     return _native.instruction_sets() if _native is not None else ()
@@ -80,16 +83,17 @@ def sparse_linear(
     if name == REFERENCE:
         return reference(x, packed, bias)
     flat = x.reshape(-1, packed.d_in).contiguous()
-    if len(flat) > register_rows(name, packed.dtype, _amx(packed.dtype)):
+    rows = flat.shape[0]
+    if rows > _register_rows_here(name, packed.dtype):
         return _tile_by_tile(flat, packed, bias, name).view(*x.shape[:-1], packed.d_out)
-    y = flat.new_empty(len(flat), packed.d_out)
-    if len(flat):
+    y = flat.new_empty(rows, packed.d_out)
+    if rows:
         bias = None if bias is None else bias.contiguous()
         _native.multiply(
             name,
             *_operand(packed),
             flat.data_ptr(),
-            len(flat),
+            rows,
             0 if bias is None else bias.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
@@ -177,26 +181,37 @@ def _operand(packed: PackedMatrix) -> tuple[int, int, int, int, int, int, bool]:
 
 
 def _choose(instruction_set: str | None) -> str:
-    names = (*instruction_sets(), REFERENCE)
     if instruction_set is None:
-        return names[0]
+        return _best()
+    names = (*instruction_sets(), REFERENCE)
     if instruction_set not in names:
         raise InputError(f"this processor has no instruction set called {instruction_set!r}, only {', '.join(names)}")
     return instruction_set
 
 
+@cache
+def _best() -> str:
+    """Return what multiplies unless something else is asked for; where that is slow, say so, once."""
+    if instruction_sets():
+        return instruction_sets()[0]
+    warnings.warn(describe(), RuntimeWarning, stacklevel=2)
+    return REFERENCE
+
+
 def _check(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> None:
-    expected = {"x": (x, (*x.shape[:-1], packed.d_in))}
+    _check_one("x", x, packed, fits=x.ndim > 0 and x.shape[-1] == packed.d_in)
     if bias is not None:
-        expected["bias"] = (bias, (packed.d_out,))
-    for name, (given, shape) in expected.items():
-        if not given.ndim or given.shape != shape or given.dtype != packed.dtype or given.device.type != "cpu":
-            raise InputError(
-                f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}, which does not go with "
-                f"a packed matrix of shape {packed.shape} in {packed.dtype} on the CPU"
-            )
-        if given.requires_grad and torch.is_grad_enabled():
-            raise InputError(f"packed products have no gradient: multiply under torch.no_grad() or detach {name}")
+        _check_one("bias", bias, packed, fits=bias.shape == (packed.d_out,))
+
+
+def _check_one(name: str, given: Tensor, packed: PackedMatrix, *, fits: bool) -> None:
+    if not fits or given.dtype != packed.dtype or not given.is_cpu:
+        raise InputError(
+            f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}, which does not go with "
+            f"a packed matrix of shape {packed.shape} in {packed.dtype} on the CPU"
+        )
+    if given.requires_grad and torch.is_grad_enabled():
+        raise InputError(f"packed products have no gradient: multiply under torch.no_grad() or detach {name}")
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -212,6 +227,11 @@ def _amx(dtype: torch.dtype) -> bool:
     """Return whether the processor multiplies tiles of this dtype."""
     names = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
     return bool(dtype in names and torch.cpu.get_capabilities().get(names[dtype]))
+
+
+@cache
+def _register_rows_here(name: str, dtype: torch.dtype) -> int:
+    return register_rows(name, dtype, _amx(dtype))
 
 
 def _tile_by_tile(x: Tensor, packed: PackedMatrix, bias: Tensor | None, name: str) -> Tensor:
