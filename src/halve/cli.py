@@ -9,6 +9,7 @@ from rich.table import Table
 
 from halve.cli_errors import EXIT_FAILED, EXIT_FALLBACKS, reporting
 from halve.cli_eval import evaluate_command
+from halve.cli_generate import generate
 from halve.cli_options import (
     CalibrationOption,
     DeviceOption,
@@ -55,6 +56,7 @@ app.command(name="plan")(plan_command)
 app.command(name="eval")(evaluate_command)
 app.command()(pack)
 app.command()(unpack)
+app.command()(generate)
 
 
 @app.command()
