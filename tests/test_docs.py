@@ -1,3 +1,4 @@
+import inspect
 import json
 import re
 from dataclasses import MISSING, fields
@@ -14,6 +15,9 @@ from halve.objective import Objective
 from halve.perplexity import Perplexity
 from halve.pruning import prune
 from halve.reconstruct import Reconstruction
+from halve.runtime import plan as planner
+from halve.runtime.plan import plan
+from halve.where_faster import WhereFaster
 from models import decoder, tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -34,6 +38,33 @@ def test_every_option_is_documented_with_its_default(owner):
         rows = [row for row in table if f"`{prefix}{field.name}`" in row]
         default = "required" if field.default is MISSING else field.default
         assert any(f"`{default}`" in row for row in rows), field.name
+
+
+def test_every_argument_of_a_plan_is_documented_with_its_default():
+    table = [[cell.strip() for cell in line.split("|")] for line in (DOCS / "options.md").read_text().splitlines()]
+    for name, parameter in inspect.signature(plan).parameters.items():
+        rows = [
+            row for row in table if f"`{name}`" in row and f"`--{name.replace('_', '-').removesuffix('es')}`" in row
+        ]
+        if name not in {"model", "listen"}:
+            assert any(f"`{parameter.default}`" in row for row in rows), name
+    for field in fields(WhereFaster):
+        default = "required" if field.default is MISSING else field.default
+        if field.name != "ratios":
+            assert any(f"`{field.name}`" in row and f"`{default}`" in row for row in table), field.name
+
+
+def test_every_key_of_a_plan_is_documented(monkeypatch):
+    monkeypatch.setattr(planner.speed, "copies_beyond_cache", lambda _nbytes: 2)
+    needed = planner.speed.needed_bytes
+    monkeypatch.setattr(planner.speed, "needed_bytes", lambda *a, **k: 1 << 60 if a[2] == 2 else needed(*a, **k))
+    text = (DOCS / "plan.md").read_text()
+    record = plan(decoder("llama"), batches=[1, 2]).as_json()
+    assert record["left_out"]
+    nested = [entry for value in record.values() if isinstance(value, list) for entry in value]
+    keys = {key for entry in (record, record["machine"], *nested) if isinstance(entry, dict) for key in entry}
+    for key in keys:
+        assert f"`{key}`" in text, key
 
 
 def test_every_key_and_fact_of_a_record_is_documented(tmp_path):

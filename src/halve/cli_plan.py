@@ -109,7 +109,8 @@ def _show(found: "SpeedPlan") -> None:
             label="warning",
             style="yellow",
         )
-    where = machine["gpu"] or f"{machine['cpu'] or 'CPU'}, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    where = machine["gpu"] or f"{machine['cpu'] or 'CPU'}, {threads}"
     dtype = str(found.dtype).removeprefix("torch.")
     say(out, f"{found.model} at {found.pattern} in {dtype}, on {where}; sparse products: {machine['sparse_products']}")
     out.print(_matrix_table(found))
