@@ -37,8 +37,11 @@ def sparse_layers(model):
 
 @pytest.mark.parametrize("family", models.DECODERS)
 def test_is_the_plain_model_in_every_respect_but_memory(family, tmp_path):
-    directory = packed(tmp_path, family, dtype=torch.float32)
-    ours, plain = load(directory), load_model(tmp_path / "plain")
+    made = pruned(tmp_path, family, dtype=torch.float32)
+    models.edit_json(made / "generation_config.json", repetition_penalty=1.5)
+    directory = pack_checkpoint(made, tmp_path / "packed").out
+    ours, plain = load(directory), load_model(made)
+    assert ours.model.generation_config.repetition_penalty == 1.5
     listed = open_packed(directory).manifest.matrices
     experts = {name for name in listed if ".experts." in name}
     assert len(sparse_layers(ours.model)) == len(listed) - len(experts) > 0
