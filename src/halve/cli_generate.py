@@ -65,10 +65,11 @@ def generate(
         )
         sys.stdout.write("\n")
         speed = done.tokens_per_second
+        count = f"{done.new_tokens} token{'' if done.new_tokens == 1 else 's'}"
         rate = "" if speed is None else f" at {speed:.1f} a second"
         say(
             err,
-            f"{done.new_tokens} tokens{rate}, the first after {done.first_seconds:.2f} s "
+            f"{count}{rate}, the first after {done.first_seconds:.2f} s "
             f"({done.prompt_tokens} tokens of prompt); {torch.get_num_threads()} threads; {how}",
         )
 
