@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 
 from halve.pattern import Pattern
 from halve.runtime import native
+from halve.runtime.compiled import instruction_sets
 from halve.runtime.native import REFERENCE, dense_linear, sparse_linear
 from halve.runtime.packed import PackedMatrix, pack
 from halve.runtime.timing import copies_beyond_cache, last_level_cache, take_turns
@@ -111,7 +112,7 @@ class Matrix:
             found["oneDNN prepacked"] = nbytes, others
         elif batch == 1:
             print(f"no prepacked oneDNN: {others}")
-        names = native.instruction_sets() or (REFERENCE,)
+        names = instruction_sets() or (REFERENCE,)
         for name in names[:-1] or names:  # the last is for processors that have no other
             if batch <= DENSE_ROWS and name != REFERENCE:
                 dense: Calls = [partial(dense_linear, x, weight, instruction_set=name) for weight in self.dense]

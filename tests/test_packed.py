@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from halve.errors import InputError, PatternError
 from halve.pattern import Pattern, apply_mask
+from halve.runtime import packed as packed_module
 from halve.runtime.packed import DTYPES, OVERREAD, PackedMatrix, kept_per_row, mask_bytes, pack, unpack
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,7 +86,10 @@ def test_what_is_not_finite_is_kept():
     assert same_bits(unpack(pack(weight, "2:4")), weight)
 
 
-def test_a_matrix_outside_the_pattern_is_refused_and_nothing_selected():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_matrix_outside_the_pattern_is_refused_and_nothing_selected(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(packed_module, "library", None)
     weight = pruned(6, 64, "2:4")
     weight[4, :4] = 1.0
     with pytest.raises(InputError, match=r"not in pattern 2:4: 1 of its 96 groups .* in row 4"):
@@ -171,3 +175,15 @@ def test_as_many_bits_a_row_are_not_enough():
 def test_sizes():
     assert [mask_bytes(d_in) for d_in in (1, 64, 65, 4096)] == [8, 8, 16, 512]
     assert [kept_per_row(Pattern(text), 12) for text in ("2:4", "1:3", "50%", "99%")] == [6, 4, 6, 1]
+
+
+@given(matrices())
+def test_without_the_compiled_function_it_is_packed_to_the_same_bits(case):
+    weight, pattern = case
+    weight.view(-1)[::7] *= -1.0  # zeros become -0.0
+    fast = pack(weight, pattern)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_module, "library", None)
+        slow = pack(weight, pattern)
+    assert torch.equal(fast.mask, slow.mask)
+    assert same_bits(fast.values, slow.values)

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.errors import InputError
-from halve.runtime import native
+from halve.runtime import compiled, native
 from halve.runtime.native import REFERENCE, dense_linear, expand, register_rows, sparse_linear
 from halve.runtime.packed import DTYPES, pack, unpack
 from test_packed import PATTERNS, every_dtype, pruned, same_bits
 
 ALL = ("avx512", "avx2", "portable")
-needs_kernel = pytest.mark.skipif(not native.instruction_sets(), reason=native.describe())
+needs_kernel = pytest.mark.skipif(not compiled.instruction_sets(), reason=native.describe())
 every_set = pytest.mark.parametrize(
     "instruction_set",
     [
-        pytest.param(name, marks=pytest.mark.skipif(name not in native.instruction_sets(), reason=f"no {name} here"))
+        pytest.param(name, marks=pytest.mark.skipif(name not in compiled.instruction_sets(), reason=f"no {name} here"))
         for name in ALL
     ],
 )
@@ -375,9 +375,9 @@ def test_what_does_not_go_together_is_refused():
 def test_without_the_compiled_module_everything_works_and_says_so():
     code = (
         "import sys; sys.modules['halve.runtime._native'] = None\n"
-        "import torch; from halve.runtime import native; from halve.runtime.packed import pack\n"
+        "import torch; from halve.runtime import compiled, native; from halve.runtime.packed import pack\n"
         "packed = pack(torch.tensor([[3.0, 0.0, 0.0, 2.0]]), '2:4')\n"
-        "assert not native.instruction_sets(); print(native.describe())\n"
+        "assert not compiled.instruction_sets(); print(native.describe())\n"
         "assert native.sparse_linear(torch.ones(40, 4), packed).eq(5.0).all()\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -385,8 +385,8 @@ def test_without_the_compiled_module_everything_works_and_says_so():
 
 
 def test_without_the_kernels_it_says_so_once(monkeypatch):
-    monkeypatch.setattr(native, "_native", None)
-    native.instruction_sets.cache_clear()
+    monkeypatch.setattr(compiled, "library", None)
+    compiled.instruction_sets.cache_clear()
     native._best.cache_clear()
     packed = pack(pruned(4, 16, "2:4"), "2:4")
     x, _ = inputs(packed, 2)
@@ -397,5 +397,5 @@ def test_without_the_kernels_it_says_so_once(monkeypatch):
         assert torch.equal(got, native.reference(x, packed))
         sparse_linear(x, packed)  # and not again: a warning is an error here
     finally:
-        native.instruction_sets.cache_clear()
+        compiled.instruction_sets.cache_clear()
         native._best.cache_clear()

@@ -115,6 +115,7 @@ def test_the_weights_are_finite_and_tied_as_the_models_are():
     for family in ("llama_tied", "gemma3", "mixtral"):
         built = rest._build(outline(decoder(family)).skeletons[0], 3, torch.float16, CPU)
         assert all(bool(parameter.isfinite().all()) for parameter in built.parameters())
+        assert all(bool((parameter == 1).all()) for parameter in built.parameters() if parameter.ndim < 2)
         assert bool(built(torch.arange(6).view(2, 3)).logits.isfinite().all())
     tied = rest._build(decoder("llama_tied"), 3, torch.float16, CPU)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight

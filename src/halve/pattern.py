@@ -133,7 +133,8 @@ class Pattern:
             PatternError: the last dimension does not fit.
         """
         keep, _ = self.budget(weight.shape[-1])
-        return self.groups(weight != 0).sum(-1) > keep
+        counts = torch.uint8 if self.structured else torch.int64  # a group of N:M has 32 weights at most
+        return self.groups(weight != 0).view(torch.uint8).sum(-1, dtype=counts) > keep
 
     def kept_per_group(self, weight: Tensor) -> Tensor | None:
         """Count the groups of ``weight`` (..., d_in) that have 0, 1, … M non-zeros.

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <new>
 #include <stdexcept>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "crew.hpp"
+#include "packing.hpp"
 #include "sparse_linear.hpp"
 
 namespace {
@@ -117,6 +119,20 @@ void expand(const std::string& name, int held, std::uintptr_t mask, std::uintptr
     });
 }
 
+// Returns whether every group has room for its non-zeros.
+bool pack(int held, std::uintptr_t weight, std::size_t d_out, std::size_t d_in, std::size_t keep, std::size_t group,
+          std::uintptr_t mask, std::uintptr_t values, std::size_t threads) {
+    const halve::Packing job{reinterpret_cast<const void*>(weight), d_out, d_in, keep, group,
+                             reinterpret_cast<std::uint8_t*>(mask), reinterpret_cast<void*>(values)};
+    const std::size_t width = bytes_of(held), part = std::max<std::size_t>(1, PART_BYTES / (d_in * width));
+    nanobind::gil_scoped_release unlocked;
+    std::atomic<bool> fits{true};
+    halve::share_work(d_out, part, threads, [&](std::size_t first, std::size_t last) {
+        if (!halve::pack_rows(job, width == 4, first, last)) fits = false;
+    });
+    return fits;
+}
+
 nanobind::tuple names() {
     nanobind::list found;
     for (const InstructionSet& row : instruction_sets()) found.append(row.name);
@@ -129,4 +145,5 @@ NB_MODULE(_native, module) {
     module.def("instruction_sets", &names);
     module.def("multiply", &multiply);
     module.def("expand", &expand);
+    module.def("pack", &pack);
 }

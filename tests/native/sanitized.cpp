@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../../src/native/crew.hpp"
+#include "../../src/native/packing.hpp"
 #include "../../src/native/sparse_linear.hpp"
 
 namespace {
@@ -160,11 +161,34 @@ bool waiting_callers() {
     return true;
 }
 
+// Packing keeps two of every four, the zeros of a group with fewer non-zeros among them, and refuses a third.
+template <typename Bits>
+bool packs() {
+    constexpr std::size_t D_OUT = 5, D_IN = 68, ROW = words(D_IN) * 8;
+    Exact weight(D_OUT * D_IN * sizeof(Bits), sizeof(Bits)), mask(D_OUT * ROW, 1);
+    Exact values(D_OUT * D_IN / 2 * sizeof(Bits), sizeof(Bits));
+    std::vector<Bits> dense(D_OUT * D_IN, 0);
+    for (std::size_t group = 0; group < dense.size(); group += 4)
+        for (std::size_t i = group + random_bits() % 3; i < group + 4; i += 2) dense[i] = Bits(random_bits());
+    std::memcpy(weight.data, dense.data(), dense.size() * sizeof(Bits));
+    const Packing job{weight.data, D_OUT, D_IN, 2, 4, reinterpret_cast<std::uint8_t*>(mask.data), values.data};
+    if (!pack_rows(job, sizeof(Bits) == 4, 0, 3) || !pack_rows(job, sizeof(Bits) == 4, 3, D_OUT)) return false;
+    std::size_t used = 0;
+    for (std::size_t i = 0; i < dense.size(); ++i) {
+        Bits value = 0;
+        if (mask.data[i / D_IN * ROW + i % D_IN / 8] >> i % D_IN % 8 & 1)
+            std::memcpy(&value, values.data + used++ * sizeof(Bits), sizeof(Bits));
+        if (value != dense[i]) return false;
+    }
+    std::memset(weight.data, 1, 4 * sizeof(Bits));
+    return used == dense.size() / 2 && !pack_rows(job, sizeof(Bits) == 4, 0, 1);
+}
+
 }  // namespace
 
 int main() {
     alarm(120);  // ends what is never woken
-    bool right = callers() && waiting_callers();
+    bool right = callers() && waiting_callers() && packs<std::uint16_t>() && packs<std::uint32_t>();
     alarm(0);
     right &= all("portable", halve::portable::sparse_linear_kernels);
 #ifdef HALVE_X86

@@ -30,3 +30,15 @@ def expand(
     threads: int,
     /,
 ) -> None: ...
+def pack(
+    values_kind: int,
+    weight: int,
+    d_out: int,
+    d_in: int,
+    keep: int,
+    group: int,
+    mask: int,
+    values: int,
+    threads: int,
+    /,
+) -> bool: ...

@@ -14,7 +14,7 @@ from halve.errors import InputError
 from halve.layers import Layout, is_conv1d, layer_matrix, matrix_view, plain_layer
 from halve.pattern import Pattern
 from halve.runtime.native import expand, sparse_linear
-from halve.runtime.packed import PackedMatrix, pack, unpack
+from halve.runtime.packed import PackedMatrix, pack
 
 
 @torch.library.custom_op("halve::sparse_linear", mutates_args=(), device_types="cpu")
@@ -104,7 +104,7 @@ class SparseLinear(nn.Module):
 
     def plain(self) -> nn.Module:
         """Return the plain layer, with a weight of the same bits; the bias is shared."""
-        return plain_layer(unpack(self.packed), self.bias, self.layout)
+        return plain_layer(expand(self.packed, 0, self.out_features), self.bias, self.layout)
 
     @property
     def packed(self) -> PackedMatrix:
@@ -121,7 +121,7 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The plain layer's weight, unpacked anew: for code that looks at it, not for products."""
-        return matrix_view(unpack(self.packed), None, self.layout).contiguous()
+        return matrix_view(expand(self.packed, 0, self.out_features), None, self.layout).contiguous()
 
     @property
     def nbytes(self) -> int:

@@ -18,8 +18,9 @@ from halve.checkpoint import LoadedModel, assemble, freeze, load_model
 from halve.checkpoint_files import CONFIG, PACKED
 from halve.errors import InputError
 from halve.layers import is_conv1d
+from halve.runtime.compiled import instruction_sets
 from halve.runtime.linear import SparseLinear
-from halve.runtime.native import describe, instruction_sets
+from halve.runtime.native import describe
 from halve.runtime.packed import DTYPES, OVERREAD, PackedMatrix
 from halve.runtime.packed_checkpoint import PackedCheckpoint, open_packed
 from halve.shards import TensorEntry, read_json

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError
+from halve.runtime.compiled import instruction_sets, library
 from halve.runtime.packed import DTYPES, PackedMatrix, unpack
-
-try:
-    from halve.runtime import _native
-except ImportError:
-    _native = None  # type: ignore[assignment]
 
 REFERENCE = "reference"
 """In place of an instruction set: compute with PyTorch what the kernels are held to."""
@@ -43,12 +39,6 @@ def register_rows(instruction_set: str, dtype: torch.dtype, amx: bool) -> int:
     if instruction_set == "avx2":
         return 48 if dtype == torch.float32 else 256
     return 8 if instruction_set == "portable" else 16
-
-
-@cache
-def instruction_sets() -> tuple[str, ...]:
-    """Return the instruction sets that this processor can run, best first; empty if nothing was compiled."""
-    return _native.instruction_sets() if _native is not None else ()
 
 
 def describe() -> str:
@@ -89,7 +79,7 @@ def sparse_linear(
     y = flat.new_empty(rows, packed.d_out)
     if rows:
         bias = None if bias is None else bias.contiguous()
-        _native.multiply(
+        library.multiply(
             name,
             *_operand(packed),
             flat.data_ptr(),
@@ -149,7 +139,7 @@ def dense_linear(x: Tensor, weight: Tensor, instruction_set: str | None = None) 
     if not fits:
         raise InputError(f"no dense kernel for x {tuple(x.shape)} and W {tuple(weight.shape)} in {weight.dtype}")
     y = x.new_empty(len(x), len(weight))
-    _native.multiply(
+    library.multiply(
         name,
         DTYPES.index(weight.dtype),
         0,
@@ -262,7 +252,7 @@ def _tiles(packed: PackedMatrix, name: str, dtype: torch.dtype) -> Iterator[tupl
 
 
 def _expand_into(out: Tensor, packed: PackedMatrix, start: int, name: str) -> None:
-    _native.expand(
+    library.expand(
         name,
         *_operand(packed),
         start,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from halve.errors import InputError
 from halve.pattern import Pattern
+from halve.runtime.compiled import library
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OVERREAD = 64
@@ -140,7 +141,30 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedMatrix:
             f"only matrices in {_names(DTYPES)} on the CPU are packed, "
             f"not {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
         )
-    weight = weight.detach()
+    weight = weight.detach().contiguous()
+    d_out, d_in = weight.shape
+    keep, group = pattern.budget(d_in)
+    mask = torch.empty(d_out, mask_bytes(d_in), dtype=torch.uint8)
+    values = torch.zeros(d_out * kept_per_row(pattern, d_in) + OVERREAD, dtype=weight.dtype)
+    if library is None:
+        _check_pattern(weight, pattern)
+        _pack_slowly(weight, pattern, mask, values)
+    elif not library.pack(
+        DTYPES.index(weight.dtype),
+        weight.data_ptr(),
+        d_out,
+        d_in,
+        keep,
+        group,
+        mask.data_ptr(),
+        values.data_ptr(),
+        torch.get_num_threads(),
+    ):
+        _check_pattern(weight, pattern)
+    return PackedMatrix(mask, values, (d_out, d_in), pattern.text)
+
+
+def _check_pattern(weight: Tensor, pattern: Pattern) -> None:
     denser = pattern.violating_groups(weight)
     if denser.any():
         row = int(denser.any(-1).nonzero()[0])
@@ -148,18 +172,18 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedMatrix:
             f"the matrix is not in pattern {pattern}: {int(denser.sum())} of its {denser.numel()} groups have more "
             f"non-zeros, the first of them in row {row}"
         )
-    d_out, d_in = weight.shape
-    mask = torch.empty(d_out, mask_bytes(d_in), dtype=torch.uint8)
-    values = torch.zeros(d_out * kept_per_row(pattern, d_in) + OVERREAD, dtype=weight.dtype)
+
+
+def _pack_slowly(weight: Tensor, pattern: Pattern, mask: Tensor, values: Tensor) -> None:
+    """Fill mask and values with PyTorch: what the compiled function is held to."""
     used = 0
-    for start, stop in _chunks((d_out, d_in)):
+    for start, stop in _chunks((weight.shape[0], weight.shape[1])):
         rows = weight[start:stop]
         keep = pattern.keep_mask((rows != 0).to(torch.uint8) * 2 + torch.signbit(rows).to(torch.uint8))
         mask[start:stop] = _gather_bits(keep, mask.shape[1])
         kept = rows[keep]
         values[used : used + len(kept)] = kept
         used += len(kept)
-    return PackedMatrix(mask, values, (d_out, d_in), pattern.text)
 
 
 def unpack(packed: PackedMatrix) -> Tensor:

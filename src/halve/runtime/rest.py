@@ -188,10 +188,7 @@ def _build(skeleton: Any, count: int, dtype: torch.dtype, device: torch.device) 
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(skeleton.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = count
-    if isinstance(getattr(text, "layer_types", None), list):
-        text.layer_types = text.layer_types[:count]
+    config.get_text_config().num_hidden_layers = count
     try:
         with torch.device(device), no_init_weights():
             model = type(skeleton)._from_config(config, dtype=dtype)  # noqa: SLF001 - no public way
