@@ -241,6 +241,15 @@ def test_settings_that_no_model_can_be_built_from_are_refused(llama):
 def test_of_the_hub_a_skeleton_asks_for_settings_alone(tmp_path, llama, monkeypatch):
     (llama / "model.safetensors").unlink()
     cache(tmp_path / "cache", llama, monkeypatch)
+    asked, download = [], huggingface_hub.snapshot_download
+
+    def spy(name, *, allow_patterns, **keywords):
+        asked.extend(allow_patterns)
+        return download(name, allow_patterns=allow_patterns, **keywords)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", spy)
     source = resolve("org/tiny", weights=False)
     assert (source.kind, source.revision, source.shards) == ("hub", COMMIT, ())
+    assert asked
+    assert not any("safetensors" in pattern for pattern in asked)
     assert len(list(skeleton(source).parameters())) == len(list(models.decoder("llama").parameters()))
