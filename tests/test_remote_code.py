@@ -8,7 +8,7 @@ import transformers as tf
 from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
-from halve import check, evaluate, prune
+from halve import check, evaluate, plan, prune
 from halve.checkpoint import load_model, resolve, source_files
 from halve.checkpoint_files import companions
 from halve.cli import app
@@ -152,3 +152,14 @@ def test_the_command_line_asks_for_the_flag(own, tmp_path):
     assert done.exit_code == 0, done.output
     against = ["check", str(tmp_path / "out"), "--against", str(path), "--trust-remote-code"]
     assert CliRunner().invoke(app, against).exit_code == 0
+
+
+def test_a_plan_runs_the_code_only_when_it_is_trusted(own):
+    path, marker = own
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModelError, match="auto_map"):
+        plan(path, batches=[1])
+    assert not marker.exists()
+    found = plan(path, batches=[1], trust_remote_code=True)
+    assert marker.exists()
+    assert found.gain(1).everywhere > 0
