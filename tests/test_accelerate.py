@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 import halve
 import models
 from halve.errors import HalveError, InputError
-from halve.layers import is_linear, layer_matrix
+from halve.layers import EXPERTS_IN_ONE, is_linear, layer_matrix
 from halve.pattern import Pattern
 from halve.runtime import accelerate as module
 from halve.runtime import semi_structured, speed
@@ -178,7 +178,7 @@ def test_layers_that_only_their_own_code_can_run_stay_dense():
         "layers.tied_too": "its weight is shared with another module",
         "layers.odd": "d_in = 18 is not divisible by 4",
         "layers.wide": "packed products are bfloat16, float16 or float32, not torch.float64",
-        "experts": "experts in one parameter, which the model's own code multiplies",
+        "experts": EXPERTS_IN_ONE,
     }
 
 

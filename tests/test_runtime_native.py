@@ -309,7 +309,7 @@ def test_who_multiplies_how_many_rows():
     assert {rows["avx512", dtype, True] for dtype in half} == {4}
     assert {rows["avx512", dtype, False] for dtype in DTYPES} == {rows["avx512", single, True]} == {16}
     assert {rows["avx2", dtype, False] for dtype in half} == {256}
-    assert rows["avx2", single, False] == 48
+    assert rows["avx2", single, False] == 64
     assert {rows["portable", dtype, False] for dtype in DTYPES} == {8}
 
 

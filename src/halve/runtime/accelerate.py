@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from halve.device import evaluation_mode, model_device
 from halve.errors import HalveError, InputError
 from halve.generation import text_config
-from halve.layers import is_fused, is_linear, layer_matrix
+from halve.layers import EXPERTS_IN_ONE, is_fused, is_linear, layer_matrix
 from halve.pattern import Pattern
 from halve.runtime import speed
 from halve.runtime.linear import SparseLinear
@@ -130,7 +130,7 @@ def _candidates(model: nn.Module, pattern: Pattern) -> tuple[dict[str, nn.Module
     left: dict[str, str] = {}
     for name, module in model.named_modules():
         left |= {
-            f"{name}.{leaf}".lstrip("."): "experts in one parameter, which the model's own code multiplies"
+            f"{name}.{leaf}".lstrip("."): EXPERTS_IN_ONE
             for leaf, parameter in module.named_parameters(recurse=False)
             if is_fused(module, parameter)
         }

@@ -37,7 +37,7 @@ def register_rows(instruction_set: str, dtype: torch.dtype, amx: bool) -> int:
     if amx and dtype != torch.float32:
         return 4
     if instruction_set == "avx2":
-        return 48 if dtype == torch.float32 else 256
+        return 64 if dtype == torch.float32 else 256
     return 8 if instruction_set == "portable" else 16
 
 
