@@ -4,9 +4,9 @@
 
 MODEL is a checkpoint pruned to 2:4; without one a Llama of random weights, projected to 2:4, takes its place, in one of
 `SHAPES`. Both models are in one process and take turns, the dense one in the same dtype, and medians are reported. The
-packed one is `halve.accelerate`d; it writes the same text, or says how much of it. Resident memory needs processes of
-their own: each loads its checkpoint from the disk, the packed one by `halve.load`, generates once, and says what it
-takes, beside what a process takes that has only imported the libraries.
+packed one is `halve.accelerate`d; how long both write the same text says little where tokens are nearly tied. Resident
+memory needs processes of their own: each loads its checkpoint from the disk, the packed one by `halve.load`, generates
+once, and says what it takes, beside what a process takes that has only imported the libraries.
 """
 
 import argparse
@@ -191,6 +191,7 @@ def main() -> None:
     name = options.model or options.shape
     print(f"{name}: {sum(p.numel() for p in dense.parameters()) / 1e6:.0f}M parameters in {dense.dtype}")
     print(f"{done.kernel}; {len(done.swapped)} layers packed, {done.bytes_after / done.bytes_before:.3f} of their size")
+    print(f"logits on a probe differ by {done.difference:.2g} of their norm")
     rows = []
     for threads in options.threads:
         torch.set_num_threads(threads)
