@@ -184,13 +184,22 @@ def test_layers_that_only_their_own_code_can_run_stay_dense():
 
 @pytest.mark.usefixtures("ratios")
 def test_a_dense_model_and_bad_arguments_are_refused():
-    with pytest.raises(InputError, match=r"no linear layer of this LlamaForCausalLM can run sparse at 2:4: not at 2:4"):
+    with pytest.raises(
+        InputError, match=r"no linear layer of this LlamaForCausalLM can run sparse at 2:4 \(not at 2:4\)"
+    ):
         accelerate(models.decoder("llama"))
     with pytest.raises(InputError, match=r"it has no linear layers"):
         accelerate(nn.ReLU())
-    for arguments in ({"batch": 0}, {"only_where_faster": -1}, {"only_where_faster": float("nan")}):
-        with pytest.raises(InputError, match=r"batch is .* and only_where_faster"):
-            accelerate(pruned(), **arguments)
+    for batch in (0, 1.5, "1", True):
+        with pytest.raises(InputError, match=r"batch must be a whole number of at least 1"):
+            accelerate(pruned(), batch=batch)
+    for factor in (-1, float("nan"), "2"):
+        with pytest.raises(InputError, match=r"only_where_faster is .*: give a number of at least 0"):
+            accelerate(pruned(), only_where_faster=factor)
+    model = pruned()
+    accelerate(model)
+    with pytest.raises(InputError, match=r"21 layers of this LlamaForCausalLM are sparse already"):
+        accelerate(model)
     with pytest.raises(InputError, match=r"says of no vocabulary: give a probe"):
         accelerate(prune_layers(nn.Sequential(nn.Linear(8, 8))))
     model = pruned()
@@ -200,13 +209,19 @@ def test_a_dense_model_and_bad_arguments_are_refused():
 
 
 @pytest.mark.usefixtures("ratios")
-def test_a_wrong_product_is_noticed_and_everything_is_put_back(monkeypatch):
-    model = pruned()
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_wrong_product_is_noticed_and_everything_is_put_back(monkeypatch, rows, dtype):
+    model = pruned(dtype=dtype)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     before, made = state_of(model), []
 
     class Wrong(SparseLinear):
         def forward(self, x):
-            return super().forward(x) * (1.0 if len(made) < 9 else 1.01)
+            y = super().forward(x)
+            if len(made) == 9 and len(x) == rows:
+                y[:, -1] = 0.0  # one wrong row of the weight
+            return y
 
         @classmethod
         def of(cls, layer, pattern):
@@ -214,8 +229,10 @@ def test_a_wrong_product_is_noticed_and_everything_is_put_back(monkeypatch):
             return super().of(layer, pattern)
 
     monkeypatch.setattr(module, "SparseLinear", Wrong)
-    with pytest.raises(HalveError, match=r"the sparse product of model.layers.1.self_attn.k_proj is off by 0.01"):
-        accelerate(model)
+    with pytest.raises(HalveError, match=r"layers.1.self_attn.k_proj with \d rows is wrong in \d of \d+ elements"):
+        accelerate(model, batch=7)
+    assert model.model.layers[0].self_attn.q_proj.weight.requires_grad
+    assert not model.model.layers[0].self_attn.k_proj.weight.requires_grad
     assert {type(layer) for layer in model.modules() if "Linear" in type(layer).__name__} == {nn.Linear}
     assert same_state(model.state_dict(), before)
 
@@ -224,8 +241,8 @@ def test_a_wrong_product_is_noticed_and_everything_is_put_back(monkeypatch):
 def test_a_wrong_output_is_noticed_and_everything_is_put_back(monkeypatch):
     model = pruned("gpt2")
     before = state_of(model)
-    outputs = iter([torch.ones(4), torch.ones(4) * 1.01])
-    monkeypatch.setattr(module, "_output", lambda *_: next(outputs))
+    outputs = iter([torch.ones(4), torch.ones(4), torch.ones(4) * 1.01])
+    monkeypatch.setattr(module, "_first_tensor", lambda *_: next(outputs))
     with pytest.raises(HalveError, match=r"output differs from the dense one's by 0.01 of its norm"):
         accelerate(model)
     assert sum(type(layer) is Conv1D for layer in model.modules()) == 12
@@ -291,3 +308,74 @@ def test_on_a_gpu_the_measured_shapes_are_chosen(ratios, monkeypatch):
     done = accelerate(pruned(), batch=8)
     assert len(done.swapped) == 18
     assert {name for name in done.left_dense if "down" in name} == {f"model.layers.{i}.mlp.down_proj" for i in range(3)}
+
+
+class Returns(nn.Module):
+    """A model of one pruned layer, which returns what it is told to."""
+
+    def __init__(self, make, use="call"):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.unused = nn.Linear(8, 8)
+        self._make = make
+        self._use = use
+        prune_layers(self)
+
+    def forward(self, x):
+        return self._make(self.layer(x) if self._use == "call" else nn.functional.linear(x, self.layer.weight))
+
+
+@pytest.mark.usefixtures("ratios")
+@pytest.mark.parametrize(
+    "make", [lambda y: {"first": None, "y": y}, lambda y: (None, y), lambda y: y.double(), lambda y: [y.long(), y]]
+)
+def test_whatever_a_model_returns_its_first_numbers_are_compared(make):
+    done = accelerate(Returns(make), probe=torch.randn(2, 8))
+    assert done.swapped == ("layer",)
+    assert done.left_dense == {"unused": "the model does not call it on the probe"}
+
+
+@pytest.mark.usefixtures("ratios")
+def test_a_model_that_returns_no_numbers_or_calls_no_layer_is_refused():
+    for model, says in (
+        (Returns(lambda y: y.long()), r"Returns returns no tensor of numbers on the probe"),
+        (Returns(lambda _y: None), r"Returns returns no tensor of numbers on the probe"),
+        (Returns(lambda y: y, use="weight"), r"Returns calls none of its pruned layers on the probe"),
+    ):
+        with pytest.raises(InputError, match=says):
+            accelerate(model, probe=torch.randn(2, 8))
+        assert type(model.layer) is nn.Linear
+
+
+@pytest.mark.usefixtures("ratios")
+def test_a_weight_that_was_masked_keeps_its_values():
+    model = pruned()
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight.mul_(torch.where(layer.weight == 0, -1.0, 1.0))  # zeros become -0.0
+    before = state_of(model)
+    accelerate(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])  # -0.0 equals +0.0
+
+
+def test_too_little_memory_to_measure_in_is_refused(monkeypatch):
+    monkeypatch.setattr(speed, "free_memory", lambda _device: 1000)
+    with pytest.raises(InputError, match=r"measuring matrices of \d+ x \d+ at batch 1 needs"):
+        accelerate(pruned())
+
+
+@pytest.mark.usefixtures("ratios")
+def test_a_model_that_is_random_or_no_model_is_refused():
+    model = Returns(lambda y: y + torch.rand(()))
+    with pytest.raises(InputError, match=r"does not return the same twice on the probe"):
+        accelerate(model, probe=torch.randn(2, 8))
+    assert type(model.layer) is nn.Linear
+    with pytest.raises(InputError, match=r"takes a model in memory, not 'somewhere': load it first, with halve.load"):
+        accelerate("somewhere")
+
+
+@pytest.mark.usefixtures("ratios")
+def test_a_weight_that_is_not_finite_stays_dense():
+    model = prune_layers(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}))
+    model.b.weight.data[0, 0] = float("nan")
+    assert module._candidates(model, Pattern("2:4")) == ({"a": model.a}, {"b": "its weight holds NaN or infinity"})

@@ -8,7 +8,7 @@ from halve.cli_errors import EXIT_REFUSED
 from halve.pattern import Pattern
 from halve.runtime import speed
 from halve.runtime.speed import Speed
-from halve.runtime.streaming import stream
+from halve.runtime.streaming import Streamed, stream
 from models import decoder
 from test_accelerate import prune_layers
 from tiny_tokenizers import byte_bpe
@@ -57,13 +57,19 @@ def test_pruned_layers_run_sparse_and_the_text_is_the_same(pruned):
     assert "dense, as asked" in dense.stderr
 
 
-def test_a_packed_checkpoint_is_generated_from_too(pruned, tmp_path):
+def test_a_packed_checkpoint_is_generated_from_too(pruned, tmp_path, monkeypatch):
     expected = text_of(pruned)
     assert run(app, ["pack", str(pruned), "--out", str(tmp_path / "packed"), "--pattern", "2:4"]).exit_code == 0
     result = run(app, ["generate", str(tmp_path / "packed"), *ASKED])
     assert result.exit_code == 0, result.output
     assert result.stdout == expected + "\n"
     assert "21 packed layers" in result.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # auto is the CPU all the same
+    assert run(app, ["generate", str(tmp_path / "packed"), *ASKED]).stdout == expected + "\n"
+    for elsewhere in (["--dense"], ["--device", "cuda"]):
+        result = run(app, ["generate", str(tmp_path / "packed"), *ASKED, *elsewhere])
+        assert result.exit_code == EXIT_REFUSED
+        assert "is packed, and runs sparse on the CPU" in " ".join(result.stderr.split())
 
 
 def test_what_runs_dense_says_why(pruned, faster, tmp_path):
@@ -88,11 +94,16 @@ def test_the_pattern_is_the_records(pruned):
 
 
 def test_threads_and_dtype(pruned, monkeypatch):
-    threads = []
+    threads, dtypes = [], set()
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(
+        "halve.runtime.streaming.stream",
+        lambda loaded, *_args, **_options: dtypes.add(loaded.model.dtype) or Streamed(1, 1, 1.0, 0.0),
+    )
     result = run(app, ["generate", str(pruned), *ASKED, "--threads", "3", "--dtype", "bfloat16"])
     assert result.exit_code == 0, result.output
     assert threads == [3]
+    assert dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +113,7 @@ def test_threads_and_dtype(pruned, monkeypatch):
         (["--threads", "0"], "threads must be a whole number of at least 1"),
         (["--dtype", "int8"], "--dtype 'int8' is not known"),
         (["--device", "tpu"], "device 'tpu' is not understood"),
-        (["--temperature", "-1"], "the temperature -1.0"),
+        (["--temperature", "-1"], "temperature is -1.0: give"),
     ],
 )
 def test_bad_arguments_are_refused(pruned, arguments, says):

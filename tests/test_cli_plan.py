@@ -82,7 +82,7 @@ def test_what_has_no_end_to_end_says_why(quick):
 
 @pytest.mark.usefixtures("quick")
 def test_what_does_not_fit_and_a_busy_machine_are_named(llama, monkeypatch):
-    monkeypatch.setattr(planner, "available_memory", lambda: 1)
+    monkeypatch.setattr(planner, "free_memory", lambda _device: 1)
     monkeypatch.setattr(planner.os, "getloadavg", lambda: (90.0, 0.0, 0.0))
     result = run(app, ["plan", str(llama), "--batch", "1"])
     assert "not measured: 32 x 32 at batch 1 needs" in result.stdout

@@ -107,7 +107,9 @@ def test_what_packing_would_not_keep_is_left_dense_and_named(plain, tmp_path):
 
     edit_weights(plain, with_negative_zeros)
     result = pack_checkpoint(plain, tmp_path / "packed")
-    assert result.left_dense == {UP: "it has a -0.0 beyond the places of its group, which packing would not keep"}
+    assert result.left_dense == {
+        UP: "it has a -0.0 beyond the places of its group, which packing would not keep: make zeros +0.0, weight += 0.0"
+    }
     assert UP not in result.matrices
     assert (
         unpack_checkpoint(tmp_path / "packed", tmp_path / "back")["model.safetensors"]

@@ -4,6 +4,8 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
@@ -86,6 +88,27 @@ def test_compiles_without_a_graph_break_and_for_any_batch():
     x = torch.randn(4, 96, requires_grad=True)
     compiled(x).sum().backward()
     assert x.grad is not None
+
+
+def test_whatever_records_it_records_the_product():
+    dense, sparse = layers()
+    first, second = torch.randn(3, 96), torch.randn(3, 96)
+    with pytest.warns(DeprecationWarning, match=r"torch.jit.trace"):
+        traced = torch.jit.trace(sparse, first)
+    for recorded in (traced, make_fx(sparse)(first), torch.export.export(sparse, (first,)).module()):
+        torch.testing.assert_close(recorded(second), dense(second))
+    torch.testing.assert_close(sparse(nn.Parameter(first, requires_grad=False)), dense(first))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_what_it_has_no_rule_for_is_refused():
+    _, sparse = layers()
+    x = torch.randn(3, 96)
+    with forward_ad.dual_level(), pytest.raises(InputError, match=r"no forward-mode derivative"):
+        sparse(forward_ad.make_dual(x, x))
+    with pytest.raises(InputError, match=r"no forward-mode derivative"):
+        torch.func.jvp(sparse, (x,), (x,))
+    torch.testing.assert_close(torch.vmap(sparse)(x), sparse(x))
 
 
 @every_dtype

@@ -119,7 +119,7 @@ def test_bytes_are_those_of_packed_matrices():
 
 
 def test_what_does_not_fit_is_left_out_with_what_it_needs(made_up, monkeypatch):
-    monkeypatch.setattr(planner, "available_memory", lambda: 5000)
+    monkeypatch.setattr(planner, "free_memory", lambda _device: 5000)
     monkeypatch.setattr(planner.speed, "needed_bytes", lambda d_out, _d_in, batch, **_: d_out * batch)
     found = halve.plan(decoder("llama"), batches=[1, 100])
     assert [(row.d_out, row.d_in, row.batch, row.needed_bytes, row.free_bytes) for row in found.left_out] == [
@@ -128,11 +128,11 @@ def test_what_does_not_fit_is_left_out_with_what_it_needs(made_up, monkeypatch):
     assert found.gain(100) == "mlp.gate_proj does not fit into the memory"
     assert found.gain(1).everywhere > 0
     assert (64, 32, (1,), "2:4", torch.float32, "cpu") in made_up
-    monkeypatch.setattr(planner, "available_memory", lambda: 0)
+    monkeypatch.setattr(planner, "free_memory", lambda _device: 0)
     found = halve.plan(decoder("llama"), batches=[1])
     assert found.speeds == ()
     assert "no product was measured" in found.sentence
-    monkeypatch.setattr(planner, "available_memory", lambda: None)
+    monkeypatch.setattr(planner, "free_memory", lambda _device: None)
     assert halve.plan(decoder("llama"), batches=[1]).left_out == ()
 
 
@@ -180,7 +180,8 @@ def test_a_tiny_model_measured_for_real(family, monkeypatch):
     [
         ({"batches": [0]}, "batch must be a whole number of at least 1, got 0"),
         ({"batches": [1.5]}, r"batch must be a whole number of at least 1, got 1\.5"),
-        ({"batches": []}, "there is no batch to measure at"),
+        ({"batches": []}, r"batches is \[\]: give a list of numbers"),
+        ({"batches": 1}, "batches is 1: give a list of numbers"),
         ({"dtype": torch.float64}, r"bfloat16, float16 or float32, not torch\.float64"),
         ({"pattern": "5:4"}, "pattern '5:4' is not understood"),
         ({"device": "tpu"}, "device 'tpu' is not understood"),

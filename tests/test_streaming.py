@@ -70,9 +70,9 @@ def test_one_token_has_no_rate():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"prompt": ""}, r"the prompt is '' and the temperature 0.0"),
-        ({"temperature": -1.0}, r"the temperature -1.0"),
-        ({"temperature": float("nan")}, r"the temperature nan"),
+        ({"prompt": ""}, r"the prompt is empty: give some text"),
+        ({"temperature": -1.0}, r"temperature is -1.0: give"),
+        ({"temperature": float("nan")}, r"temperature is nan: give"),
         ({"max_new_tokens": 0}, r"max_new_tokens must be a whole number of at least 1"),
         ({"max_new_tokens": 127}, r"with 127 new ones it exceeds the model's 128"),
     ],
@@ -83,7 +83,22 @@ def test_bad_arguments_are_refused(loaded, options, says):
 
 
 def test_models_without_text_are_refused(loaded):
-    with pytest.raises(InputError, match=r"LlamaForCausalLM has no tokenizer or generates no text"):
+    with pytest.raises(InputError, match=r"this LlamaForCausalLM comes without a tokenizer"):
         run(LoadedModel(loaded.model, None, None))
-    with pytest.raises(InputError, match=r"BertForMaskedLM has no tokenizer or generates no text"):
+    with pytest.raises(InputError, match=r"BertForMaskedLM generates no text"):
         run(LoadedModel(models.bert(), loaded.tokenizer, None))
+
+
+def test_the_models_own_settings_change_nothing(loaded, monkeypatch):
+    expected = run(loaded, max_new_tokens=9)
+    for name, value in {"num_beams": 3, "repetition_penalty": 9.0, "do_sample": True, "max_length": 3}.items():
+        monkeypatch.setattr(loaded.model.generation_config, name, value)
+    assert run(loaded, max_new_tokens=9)[1] == expected[1]
+
+
+def test_a_template_that_fails_can_be_left_out(loaded):
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(InputError, match=r"chat template fails \(no system role\): leave it out with raw"):
+        run(LoadedModel(loaded.model, tokenizer, None))
+    run(LoadedModel(loaded.model, tokenizer, None), raw=True, max_new_tokens=1)

@@ -11,7 +11,6 @@ from halve.errors import InputError, ResumeMismatchError
 from halve.layers import Matrix
 from halve.pattern import Pattern
 from halve.run_directory import is_unfinished
-from halve.runtime import plan as planner
 from halve.runtime import speed
 from halve.runtime.speed import Speed
 from halve.settings import Settings
@@ -108,7 +107,7 @@ def test_numbers_that_make_no_sense_are_refused_before_the_model_is_looked_at():
 
 @pytest.mark.usefixtures("measured")
 def test_too_little_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(planner, "available_memory", lambda: 1)
+    monkeypatch.setattr(speed, "free_memory", lambda _device: 1)
     with pytest.raises(InputError, match=r"measuring matrices of 32 x 32 at batch 1 needs .* leave only_where_faster"):
         prune(decoder("llama"), only_where_faster=1.1)
 

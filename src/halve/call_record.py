@@ -73,7 +73,8 @@ def read_back(call: Mapping[str, Any]) -> dict[str, Any]:
     if directory is not None and directory != str(Path.cwd()):
         raise InputError(f"the run was begun in {directory}, with paths relative to it: resume it from there")
     objective, tuning, dtype = (arguments.pop(name) for name in ("objective", "reconstruct", "dtype"))
-    evaluation, faster, options = (arguments.pop(name) for name in ("evaluation", "only_where_faster", "options"))
+    evaluation, options = arguments.pop("evaluation"), arguments.pop("options")
+    faster = arguments.pop("only_where_faster", None)  # runs begun before there was such an argument have none
     return {
         **arguments,
         **options,

@@ -305,7 +305,7 @@ def _load_weights(
         if tensors is None:
             model, info = model_class.from_pretrained(directory, **options)
         else:
-            model_class, settings = _without_files(directory, model_class)
+            model_class, settings = _without_files(directory, model_class, code=source.trust_remote_code)
             model, info = model_class.from_pretrained(None, state_dict=dict(tensors), **settings, **options)
     except Exception as error:  # a foreign config can provoke any error in there
         raise UnsupportedModelError(f"transformers could not load {source.name}: {_one_line(error)}") from error
@@ -323,7 +323,7 @@ def _load_weights(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _without_files(directory: Path, model_class: Any) -> tuple[Any, dict[str, Any]]:
+def _without_files(directory: Path, model_class: Any, *, code: bool) -> tuple[Any, dict[str, Any]]:
     """Return the class itself, and the settings that it would have read from files had it been given a directory."""
     from transformers import AutoConfig, GenerationConfig, PreTrainedModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -331,7 +331,7 @@ def _without_files(directory: Path, model_class: Any) -> tuple[Any, dict[str, An
     if issubclass(model_class, PreTrainedModel):
         config = model_class.config_class.from_pretrained(directory, local_files_only=True)
     else:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=code)
         model_class = get_class_from_dynamic_module(config.auto_map[model_class.__name__], directory)
     generation = None
     if model_class.can_generate():

@@ -90,13 +90,11 @@ def check(
         for problem in result.problems:
             say(out, problem, label="problem", style="red")
         count = len(result.problems)
+        what = f"{result.matrices} matrices at {result.pattern}, {result.sparsity:.1%} zeros in them; "
+        looked_at = f": {what}{result.tensors} tensors in all" if result.tensors else ""
         verdict = "ok" if result.ok else f"{count} problem{'s' if count > 1 else ''}"
         compared = "" if against is None else f", {result.compared} of them the same as in {against}"
-        say(
-            out,
-            f"{verdict}: {result.matrices} matrices at {result.pattern}, {result.sparsity:.1%} zeros in them; "
-            f"{result.tensors} tensors in all{compared}",
-        )
+        say(out, f"{verdict}{looked_at}{compared}")
     if not result.ok:
         raise typer.Exit(EXIT_FAILED)
 

@@ -1,6 +1,7 @@
 """The command for a first taste of a model: ``halve generate``."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,12 +39,14 @@ def generate(
         from halve.device import resolve_device
         from halve.options import check_count
         from halve.runtime.load import load
-        from halve.runtime.streaming import stream
+        from halve.runtime.streaming import check_asked, stream
 
-        place = resolve_device(device)
+        place = resolve_device(_device_of(model, device, dense=dense))
         if threads is not None:
             check_count("threads", threads)
             torch.set_num_threads(threads)
+        check_asked(prompt, max_new_tokens, temperature)
+        say(err, "loading …")
         loaded = load(model, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
         loaded.model.to(place)  # type: ignore[arg-type]
         for note in loaded.notes:
@@ -54,24 +57,50 @@ def generate(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-        done = stream(
-            loaded,
-            prompt,
-            write,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            raw=raw,
-        )
-        sys.stdout.write("\n")
+        try:
+            done = stream(
+                loaded,
+                prompt,
+                write,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                raw=raw,
+            )
+        finally:
+            write("\n")
         speed = done.tokens_per_second
-        count = f"{done.new_tokens} token{'' if done.new_tokens == 1 else 's'}"
+        if done.new_tokens == 1 < max_new_tokens:
+            say(err, "the model ended its answer at once: try another prompt, or --raw", label="note", style="yellow")
+        count = _counted(done.new_tokens, "token")
         rate = "" if speed is None else f" at {speed:.1f} a second"
         say(
             err,
             f"{count}{rate}, the first after {done.first_seconds:.2f} s "
-            f"({done.prompt_tokens} tokens of prompt); {torch.get_num_threads()} threads; {how}",
+            f"({done.prompt_tokens} tokens of prompt); {_counted(torch.get_num_threads(), 'thread')}; {how}",
         )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _device_of(model: str, device: str, *, dense: bool) -> str:
+    """Return where to run, which for a packed checkpoint is the CPU.
+
+    Raises:
+        InputError: a packed checkpoint is asked to run elsewhere, or dense.
+    """
+    from halve.checkpoint_files import PACKED
+
+    if not (Path(model).expanduser() / PACKED).exists():
+        return device
+    if dense or device not in {"auto", "cpu"}:
+        raise InputError(
+            f"{model} is packed, and runs sparse on the CPU: restore the plain checkpoint with "
+            f"`halve unpack {model} --out DIR`, and generate from that"
+        )
+    return "cpu"
 
 
 def _accelerate(loaded: "LoadedModel") -> str:
@@ -88,7 +117,9 @@ def _accelerate(loaded: "LoadedModel") -> str:
     except InputError as error:
         return f"dense: {error}"
     saved = 1 - done.bytes_after / done.bytes_before
-    return f"{len(done.swapped)} layers run sparse, {saved:.0%} smaller; {done.kernel}"
+    slower = sum("times as fast" in reason for reason in done.left_dense.values())
+    dense = f", {slower} left dense that would be no faster" if slower else ""
+    return f"{len(done.swapped)} layers run sparse, their weights {saved:.0%} smaller{dense}; {done.kernel}"
 
 
 def _pattern(loaded: "LoadedModel") -> str:

@@ -119,6 +119,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``Linear`` or ``Conv1D`` itself, not a class derived from one with code of its own."""
+    return type(module) is nn.Linear or (is_conv1d(module) and type(module).__mro__[1] is nn.Module)
+
+
 def layer_matrix(layer: nn.Module) -> Tensor:
     """Return the weight of a ``Linear`` or ``Conv1D`` as a (d_out, d_in) view."""
     weight = layer.weight

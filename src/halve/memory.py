@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from halve.errors import InputError
 
 _MEMINFO = Path("/proc/meminfo")
@@ -15,6 +17,11 @@ def available_memory() -> int | None:
         return None
     kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
     return None if kilobytes is None else int(kilobytes) * 1024
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device; None where the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def check_memory(what: str, bytes_needed: int, remedy: str) -> None:

@@ -303,10 +303,17 @@ def _find(
     if isinstance(model, nn.Module):
         from transformers import PreTrainedModel
 
+        from halve.runtime.linear import SparseLinear
+        from halve.runtime.semi_structured import SemiStructuredLinear
+
         if out is not None and not isinstance(model, PreTrainedModel):
             raise InputError(
                 f"{type(model).__name__} is not a transformers model, so it cannot be written as a checkpoint: "
                 "leave out out, and save the model yourself"
+            )
+        if any(isinstance(module, SparseLinear | SemiStructuredLinear) for module in model.modules()):
+            raise InputError(
+                "the model is accelerated, its pruned weights are packed: save it, and prune what was saved"
             )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise InputError("the model has parameters on the meta device, without values: load it completely")

@@ -89,7 +89,7 @@ class WhereFaster:
         """Return why a matrix stays dense, as half a sentence; empty if it is fast enough."""
         if matrix.expert is not None:
             return EXPERTS_IN_ONE
-        return self._reason(self.ratios.get(_name(matrix.d_out, matrix.d_in), self.factor), pattern)
+        return self._reason(self.ratios[_name(matrix.d_out, matrix.d_in)], pattern)
 
     def reasons(self, pattern: Pattern) -> set[str]:
         """Return everything that `why_dense` may say."""
@@ -111,16 +111,7 @@ def _name(d_out: int, d_in: int) -> str:
 def _ratio(d_out: int, d_in: int, batch: int, pattern: Pattern, dtype: torch.dtype, device: torch.device) -> float:
     """Measure one shape; to two decimals, which are what is decided by and what is told."""
     from halve.runtime import speed
-    from halve.runtime.plan import free_memory
 
     speed.check_measurable(pattern, dtype, device)
-    needed, free = (
-        speed.needed_bytes(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device),
-        free_memory(device),
-    )
-    if free is not None and needed > free:
-        raise InputError(
-            f"measuring matrices of {d_out} x {d_in} at batch {batch} needs {needed / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free: free some, or leave only_where_faster out"
-        )
+    speed.check_memory(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device)
     return round(speed.measure(d_out, d_in, [batch], pattern=pattern, dtype=dtype, device=device)[0].ratio, 2)

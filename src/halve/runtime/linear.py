@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from halve.errors import InputError
 from halve.layers import Layout, is_conv1d, layer_matrix, matrix_view, plain_layer
@@ -59,6 +60,17 @@ def _fake_unpack(mask: Tensor, values: Tensor, d_in: int, pattern: str) -> Tenso
     return values.new_empty(mask.shape[0], d_in)
 
 
+def _watched(x: Tensor) -> bool:
+    """Whether something records or transforms what is computed, and so has to see the operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # noqa: SLF001 - no public way to ask
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001
+        or torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
+    )
+
+
 class SparseLinear(nn.Module):
     """``y = x Wᵀ + b`` with a packed W on the CPU.
 
@@ -88,7 +100,7 @@ class SparseLinear(nn.Module):
         self.pattern = packed.pattern
         self.register_buffer("mask", packed.mask, persistent=False)
         self.register_buffer("values", packed.values, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         self.layout: Layout = layout
         self._packed = packed
 
@@ -139,9 +151,11 @@ class SparseLinear(nn.Module):
         return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]  # noqa: SLF001
+            raise InputError("a SparseLinear has no forward-mode derivative: restore the plain layer for that")
         bias = self.bias
         wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if wanted or torch.compiler.is_compiling():
+        if wanted or _watched(x):
             return cast("Tensor", _operator(x, self.mask, self.values, bias, self.in_features, self.pattern))
         return sparse_linear(x, self.packed, bias)  # beside a small product, the operator would cost as much again
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from halve.checkpoint import LoadedModel, assemble, freeze, load_model
 from halve.checkpoint_files import CONFIG, PACKED
-from halve.errors import InputError
-from halve.layers import is_conv1d
+from halve.errors import InputError, UnsupportedModelError
+from halve.layers import is_conv1d, is_plain_linear
 from halve.runtime.compiled import instruction_sets
 from halve.runtime.linear import SparseLinear
 from halve.runtime.native import describe
@@ -61,6 +61,11 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remot
         stand_ins = {name: stand_in for name, stand_in in stand_ins.items() if name in places}
         loaded = assemble(checkpoint.source, tensors, dtype=dtype)
         places = _places(loaded.model, stand_ins)
+        if places.keys() != stand_ins.keys():
+            raise UnsupportedModelError(
+                f"{checkpoint.source.name} is put together differently at each loading: use the plain checkpoint, "
+                "which `halve unpack` restores"
+            )
     for name, place in places.items():
         _swap(loaded.model, place, _finite(checkpoint.matrix(name), stand_ins[name].tensor.dtype, name))
     freeze(loaded.model, checkpoint.source.name)
@@ -127,7 +132,7 @@ def _places(model: nn.Module, stand_ins: Mapping[str, _StandIn]) -> dict[str, st
 
 def _is_plain(module: nn.Module, stand_in: _StandIn) -> bool:
     """Whether this is a linear layer as it is, not one derived from it, with the stand-in for its weight."""
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    if not is_plain_linear(module):
         return False
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)  # noqa: S101 - of these two it always is

@@ -161,6 +161,7 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedMatrix:
         torch.get_num_threads(),
     ):
         _check_pattern(weight, pattern)
+        raise InputError(f"the matrix is not in pattern {pattern} if numbers that are nearly zero count as numbers")
     return PackedMatrix(mask, values, (d_out, d_in), pattern.text)
 
 

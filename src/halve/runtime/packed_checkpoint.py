@@ -178,7 +178,9 @@ def _check_files(place: Path, manifest: Manifest) -> None:
     if extra := sorted(carried.keys() - listed):
         raise CorruptFileError(f"{place / extra[0]} is not among the files in {PACKED}: remove it")
     if missing := sorted(listed - carried.keys()):
-        raise CorruptFileError(f"{PACKED} in {place} lists {missing[0]!r}, which is no file of a checkpoint there")
+        raise CorruptFileError(
+            f"{place / missing[0]} is listed in {PACKED} and missing, or no file of a checkpoint: fetch it again"
+        )
     for name, file in manifest.files.items():
         size = contained(place, place / name).stat().st_size
         if size != file.size:
@@ -242,7 +244,8 @@ def verify(checkpoint: PackedCheckpoint) -> Verified:
     for name, entry in checkpoint.entries.items():
         if entry.dtype.is_floating_point and name.removesuffix(VALUES) not in manifest.matrices:
             tensor = read_tensor(entry)
-            if not bool(torch.isfinite(tensor.float()).all()):
+            wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+            if not bool(torch.isfinite(wide).all()):
                 found.problems.append(f"tensor {name!r} holds NaN or infinity")
     if not found.problems:  # else it does not, and the reason has been told
         found.problems += _restoring_problems(checkpoint)

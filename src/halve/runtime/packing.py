@@ -225,7 +225,9 @@ def _reason(entry: TensorEntry, pattern: Pattern, layout: Layout, entries: Mappi
     if pattern.satisfied_by(weight.view(_BITS[entry.dtype.itemsize])):  # what has a bit set is what packing keeps
         return ""
     if pattern.satisfied_by(weight):
-        return "it has a -0.0 beyond the places of its group, which packing would not keep"
+        return (
+            "it has a -0.0 beyond the places of its group, which packing would not keep: make zeros +0.0, weight += 0.0"
+        )
     return _DENSER
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from halve.device import resolve_device
 from halve.errors import InputError
-from halve.memory import available_memory
+from halve.memory import free_memory
 from halve.options import check_count
 from halve.pattern import Pattern
 from halve.runtime import packed, rest, speed
@@ -247,14 +247,9 @@ def plan(
         left_dense,
         tuple(speeds),
         tuple(left_out),
-        _rests(found, rows, parsed, dtype, place, steps),
+        _rests(found, _measured_batches(rows, speeds), rows, parsed, dtype, place, steps),
         machine,
     )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free where products are computed; None where the system does not say."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -287,8 +282,8 @@ class _Steps:
 def _checked(batches: Sequence[int] | None, model: nn.Module | str | Path) -> tuple[int, ...]:
     if batches is None:
         return PAPER_BATCHES if model == PAPER else BATCHES
-    if not batches:
-        raise InputError("there is no batch to measure at: give at least one, such as 1")
+    if isinstance(batches, int) or not batches:
+        raise InputError(f"batches is {batches!r}: give a list of numbers, such as [1, 8]")
     for batch in batches:
         check_count("batch", batch)
     return tuple(dict.fromkeys(batches))
@@ -310,8 +305,13 @@ def _fitting(
     )
 
 
+def _measured_batches(batches: Sequence[int], speeds: Sequence[Speed]) -> list[int]:
+    return [batch for batch in batches if any(row.batch == batch for row in speeds)]
+
+
 def _rests(
     found: Outline,
+    measured: Sequence[int],
     batches: Sequence[int],
     pattern: Pattern,
     dtype: torch.dtype,
@@ -320,9 +320,9 @@ def _rests(
 ) -> dict[int, Rest | str]:
     if len(found.skeletons) > 1:
         return dict.fromkeys(batches, f"{found.name} is the matrices of more than one model")
-    return rest.measure_rest(
+    return dict.fromkeys(batches, "no product fits into the memory") | rest.measure_rest(
         found.skeletons[0],
-        batches,
+        measured,
         pattern=pattern,
         dtype=dtype,
         device=device,

@@ -88,7 +88,7 @@ class SemiStructuredLinear(nn.Module):
         self._compressed = compress(matrix, rows)
         self._searched = getattr(self._compressed, "alg_id_cusparselt", None)
         self._default = getattr(type(self._compressed), "_DEFAULT_ALG_ID", None)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
     def of(cls, layer: nn.Module, rows: int) -> "SemiStructuredLinear":

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from halve.errors import InputError
+from halve.memory import free_memory
 from halve.pattern import Pattern
 from halve.runtime import native, packed, semi_structured
 from halve.runtime.timing import copies_beyond_cache, take_turns
@@ -82,7 +83,24 @@ def needed_bytes(
     packed_weight = int(weight * (1.0 - Pattern.parse(pattern).sparsity)) + d_out * packed.mask_bytes(d_in)
     dense_bytes, packed_bytes = (copies_beyond_cache(size) * size for size in (weight, packed_weight))
     wide = 4 * batch * (d_in + d_out)  # where 16 bits are multiplied in 32
-    return rows + wide + dense_bytes + packed_bytes
+    return rows + wide + weight + dense_bytes + packed_bytes  # the copies, and what they are copies of
+
+
+def check_memory(
+    d_out: int, d_in: int, batch: int, *, pattern: str | Pattern, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Check that `measure` has room for one shape and batch.
+
+    Raises:
+        InputError: it has not.
+    """
+    needed = needed_bytes(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device)
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise InputError(
+            f"measuring matrices of {d_out} x {d_in} at batch {batch} needs {needed / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free: free some, or leave only_where_faster out"
+        )
 
 
 def measure(

@@ -1,13 +1,13 @@
 """A first taste of a model: text streamed as it is generated, and how fast it came."""
 
 import time
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from halve.checkpoint import LoadedModel
 from halve.device import model_device
@@ -85,14 +85,13 @@ def stream(
     """
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
-    if tokenizer is None or not model.can_generate():
-        raise InputError(f"{type(model).__name__} has no tokenizer or generates no text: give a causal language model")
-    check_count("max_new_tokens", max_new_tokens)
-    if not prompt or not 0.0 <= temperature < float("inf"):
-        raise InputError(f"the prompt is {prompt!r} and the temperature {temperature}: give some text, and at least 0")
+    if not model.can_generate():
+        raise InputError(f"{type(model).__name__} generates no text: give a causal language model")
+    if tokenizer is None:
+        raise InputError(f"this {type(model).__name__} comes without a tokenizer: put its files beside the model")
+    check_asked(prompt, max_new_tokens, temperature)
     if tokenizer.chat_template and not raw:
-        chat = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompt = _in_template(tokenizer, prompt)
     given = tokenizer(prompt, return_tensors="pt", add_special_tokens=raw or not tokenizer.chat_template)
     length, most = given["input_ids"].shape[1], getattr(text_config(model), "max_position_embeddings", None)
     if most is not None and length + max_new_tokens > most:
@@ -100,16 +99,54 @@ def stream(
             f"the prompt has {length} tokens, and with {max_new_tokens} new ones it exceeds the model's {most}: "
             "shorten it, or ask for fewer"
         )
-    settings = deepcopy(model.generation_config)
-    sampling = temperature > 0.0
-    settings.update(max_new_tokens=max_new_tokens, do_sample=sampling, temperature=temperature if sampling else None)
-    if not sampling:
-        settings.update(top_k=None, top_p=None)
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.eos_token_id
+    settings = _settings(model, tokenizer, max_new_tokens, temperature)
     timed = _Timed(tokenizer, write)
-    with torch.random.fork_rng(), torch.inference_mode():
+    with torch.random.fork_rng(), torch.inference_mode(), _instead_of_its_own(model, settings):
         torch.manual_seed(seed)
-        model.generate(**given.to(model_device(model)), generation_config=settings, streamer=timed)
+        model.generate(**given.to(model_device(model)), streamer=timed)
     moments = timed.moments
     return Streamed(length, len(moments), moments[0] - timed.begun, moments[-1] - moments[0])
+
+
+def check_asked(prompt: str, max_new_tokens: int, temperature: float) -> None:
+    """Check arguments of `stream` without a model.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    check_count("max_new_tokens", max_new_tokens)
+    if not prompt:
+        raise InputError("the prompt is empty: give some text")
+    if not 0.0 <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}: give a number of at least 0")
+
+
+def _in_template(tokenizer: Any, prompt: str) -> str:
+    chat = [{"role": "user", "content": prompt}]
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates are programs of their own
+        raise InputError(f"the tokenizer's chat template fails ({error}): leave it out with raw (--raw)") from error
+
+
+@contextmanager
+def _instead_of_its_own(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """What is left unset in settings that ``generate`` is given, it takes from the model's own."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> GenerationConfig:
+    """Return only what was asked for, and the tokens that end a text: no beams or penalties of the model's own."""
+    own = model.generation_config
+    end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    pad = own.pad_token_id
+    if pad is None:
+        pad = end[0] if isinstance(end, list) else end
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": own.eos_token_id, "pad_token_id": pad}
+    if temperature > 0.0:
+        asked |= {"do_sample": True, "temperature": temperature, "top_k": 0}
+    return GenerationConfig(**asked)  # type: ignore[no-untyped-call]
