@@ -44,3 +44,9 @@ def llama(tmp_path):
 def sharded(tmp_path):
     """The same in several shards."""
     return save(decoder("llama"), tmp_path / "sharded", max_shard_size="40KB")
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory):
+    """Where transformers copies code that is trusted: one place for all, as a process imports that package once."""
+    return str(tmp_path_factory.mktemp("modules"))

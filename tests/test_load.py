@@ -165,9 +165,9 @@ def test_is_measured_like_any_model_and_not_pruned_again(tmp_path):
         _ = ours.layout
 
 
-def test_code_beside_the_weights_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
-    modules, marker = tmp_path / "modules", tmp_path / "the code was run"
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+def test_code_beside_the_weights_runs_only_where_it_is_trusted(tmp_path, modules, monkeypatch):
+    marker = tmp_path / "the code was run"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)
     plain = pruned(tmp_path)
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     models.edit_json(plain / "config.json", model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)

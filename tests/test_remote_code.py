@@ -38,12 +38,6 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory):
-    """Where transformers copies such code to; one place for all, since Python imports the package above it once."""
-    return str(tmp_path_factory.mktemp("modules"))
-
-
 @pytest.fixture
 def own(tmp_path, modules, monkeypatch):
     """A checkpoint whose class is defined beside it, and a file that appears once that code has run."""
