@@ -25,6 +25,7 @@ from halve.phases import Phases
 from halve.reconstruct import Reconstruction, parse_reconstruction
 from halve.run_directory import RunDirectory, open_run, recorded_call
 from halve.run_report import Listener, Progress
+from halve.runtime.speed import check_measurable
 from halve.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
 from halve.tokens import TokenSet
 from halve.where_faster import WhereFaster
@@ -140,8 +141,7 @@ def prune(
         raise InputError("work is a place for the blocks of a run that writes a checkpoint: give out too")
     request.settings.check_objective()
     check_source(calibration, samples=samples, seq_len=seq_len, text_field=text_field)
-    if evaluation is not None:
-        evaluation.check(request.device)
+    _check_machine(request, evaluation)
     call = None if out is None else written_down(arguments)
     destination = None if out is None else Path(out)
     asked = {"source": str(calibration), "samples": samples, "seq_len": seq_len, "seed": seed}
@@ -225,6 +225,14 @@ def _measured(
             begun=begun,
         )
     return replace(request, settings=replace(request.settings, only_where_faster=found))
+
+
+def _check_machine(request: Request, evaluation: Evaluation | None) -> None:
+    """Refuse what cannot be measured here, before the model is looked for."""
+    if evaluation is not None:
+        evaluation.check(request.device)
+    if request.settings.only_where_faster is not None:  # the model's dtype is known later
+        check_measurable(request.settings.pattern, torch.bfloat16, request.device)
 
 
 class _Judged:
