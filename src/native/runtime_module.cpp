@@ -21,7 +21,7 @@ using halve::Matrix;
 using halve::Values;
 
 constexpr std::size_t PART_BYTES = 1 << 17;  // of weights: what a thread takes at a time
-constexpr std::size_t PART_ROWS = 12;        // parts are multiples of this, so that kernels of 3 or 4 rows leave none over
+constexpr std::size_t PART_ROWS = 12;        // parts are multiples of this, so that kernels of 2 to 4 rows leave none over
 
 struct InstructionSet {
     const char* name;

@@ -20,7 +20,7 @@ from halve.layers import Layout
 from halve.pattern import Pattern
 from halve.runtime.native import expand
 from halve.runtime.packed import OVERREAD, PackedMatrix, kept_per_row, mask_bytes
-from halve.runtime.packed_manifest import Manifest, read_manifest
+from halve.runtime.packed_manifest import Manifest, PackedTensor, read_manifest
 from halve.shards import Shard, TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
 from halve.store import check_destination
 
@@ -187,6 +187,16 @@ def _check_files(place: Path, manifest: Manifest) -> None:
             raise CorruptFileError(f"{place / name} has {size} bytes, not {file.size}: fetch it again")
 
 
+def parts_of(name: str, packed: PackedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of the tensors that take a packed one's place, by name, in their order in a file."""
+    d_out, d_in = packed.shape
+    kept = d_out * kept_per_row(Pattern(packed.pattern), d_in)
+    return {
+        name + MASK: (torch.uint8, (d_out, mask_bytes(d_in))),
+        name + VALUES: (packed.dtype, (kept + OVERREAD,)),
+    }
+
+
 def _expected(place: Path, shard: Shard, manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of every tensor that the packed file of a plain one holds."""
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -195,17 +205,12 @@ def _expected(place: Path, shard: Shard, manifest: Manifest) -> dict[str, tuple[
         if packed is None:
             parts = {entry.name: (entry.dtype, entry.shape)}
         else:
-            d_out, d_in = packed.shape
             if packed.dtype != entry.dtype or matrix_shape(entry.shape, packed.layout) != packed.shape:
                 raise CorruptFileError(
                     f"{place / PACKED} packs {entry.name!r} as {packed.dtype} of shape {packed.shape}, and its header "
                     f"has {entry.dtype} of shape {entry.shape}: fetch it again"
                 )
-            kept = d_out * kept_per_row(Pattern(packed.pattern), d_in)
-            parts = {
-                entry.name + MASK: (torch.uint8, (d_out, mask_bytes(d_in))),
-                entry.name + VALUES: (entry.dtype, (kept + OVERREAD,)),
-            }
+            parts = parts_of(entry.name, packed)
         if again := found.keys() & parts.keys():
             raise CorruptFileError(f"{place / PACKED} has tensor {min(again)!r} twice: fetch it again")
         found |= parts

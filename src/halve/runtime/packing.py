@@ -20,7 +20,7 @@ from halve.layers import Layout, find_stack, is_conv1d, is_fused, is_linear
 from halve.pattern import Pattern
 from halve.run_directory import is_unfinished
 from halve.runtime.native import expand
-from halve.runtime.packed import DTYPES, OVERREAD, PackedMatrix, kept_per_row, mask_bytes, pack
+from halve.runtime.packed import DTYPES, PackedMatrix, pack
 from halve.runtime.packed_checkpoint import (
     MASK,
     VALUES,
@@ -30,6 +30,7 @@ from halve.runtime.packed_checkpoint import (
     check_new,
     hashed,
     matrix_shape,
+    parts_of,
 )
 from halve.runtime.packed_manifest import File, Manifest, PackedTensor, PlainShard
 from halve.shards import Shard, TensorEntry, build_header, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
@@ -236,12 +237,7 @@ def _parts_of(entry: TensorEntry, chosen: Mapping[str, PackedTensor]) -> list[tu
     packed = chosen.get(entry.name)
     if packed is None:
         return [(entry.name, entry.dtype, entry.shape)]
-    d_out, d_in = packed.shape
-    kept = d_out * kept_per_row(Pattern(packed.pattern), d_in) + OVERREAD
-    return [
-        (entry.name + MASK, torch.uint8, (d_out, mask_bytes(d_in))),
-        (entry.name + VALUES, entry.dtype, (kept,)),
-    ]
+    return [(name, dtype, shape) for name, (dtype, shape) in parts_of(entry.name, packed).items()]
 
 
 def _parts(shard: Shard, chosen: Mapping[str, PackedTensor]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
