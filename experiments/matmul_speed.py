@@ -83,7 +83,7 @@ def sparse_weights(weight: Tensor, rows: int) -> dict[str, Tensor]:
         weight: (d_out, d_in), 2:4, half precision, on the GPU.
         rows: of the inputs, a multiple of 8: the algorithm is searched for them.
     """
-    found = {DEFAULT: compress(weight)}
+    found: dict[str, Tensor] = {DEFAULT: compress(weight)}
     if torch.backends.cusparselt.is_available():
         found[SEARCHED] = compress(weight, rows)
     return found

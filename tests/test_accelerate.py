@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 import halve
 import models
+from halve import memory
 from halve.errors import HalveError, InputError
 from halve.layers import EXPERTS_IN_ONE, is_linear, layer_matrix
 from halve.pattern import Pattern
@@ -294,6 +295,18 @@ def test_on_a_gpu():
     model.generate(IDS.cuda(), max_new_tokens=3)
 
 
+@needs_sparse_cores
+def test_on_a_gpu_odd_shapes_stay_dense():
+    model = pruned(hidden_size=128, intermediate_size=200, dtype=torch.bfloat16).cuda()
+    done = accelerate(model, only_where_faster=0, probe=IDS.cuda())
+    assert len(done.swapped) == 12
+    assert {name.rpartition(".")[2] for name in done.left_dense if "mlp" in name} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+
+
 def test_on_a_gpu_the_measured_shapes_are_chosen(ratios, monkeypatch):
     # Everything but the products themselves, which need the hardware.
     class Stand(SparseLinear):
@@ -308,6 +321,16 @@ def test_on_a_gpu_the_measured_shapes_are_chosen(ratios, monkeypatch):
     done = accelerate(pruned(), batch=8)
     assert len(done.swapped) == 18
     assert {name for name in done.left_dense if "down" in name} == {f"model.layers.{i}.mlp.down_proj" for i in range(3)}
+
+
+@pytest.mark.usefixtures("ratios")
+def test_shapes_that_have_no_sparse_product_stay_dense(monkeypatch):
+    monkeypatch.setattr(speed, "unfit", lambda d_out, d_in, *_: "odd" if (d_out, d_in) == (32, 64) else "")
+    done = accelerate(pruned())
+    assert len(done.swapped) == 18
+    assert {name: reason for name, reason in done.left_dense.items() if "down" in name} == {
+        f"model.layers.{i}.mlp.down_proj": "odd" for i in range(3)
+    }
 
 
 class Returns(nn.Module):
@@ -359,8 +382,10 @@ def test_a_weight_that_was_masked_keeps_its_values():
 
 
 def test_too_little_memory_to_measure_in_is_refused(monkeypatch):
-    monkeypatch.setattr(speed, "free_memory", lambda _device: 1000)
-    with pytest.raises(InputError, match=r"measuring matrices of \d+ x \d+ at batch 1 needs"):
+    monkeypatch.setattr(memory, "free_memory", lambda _device: 1000)
+    with pytest.raises(
+        InputError, match=r"the matrices of \d+ x \d+ to measure at batch 1 need .* give only_where_faster=0"
+    ):
         accelerate(pruned())
 
 

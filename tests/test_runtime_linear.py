@@ -125,22 +125,10 @@ def test_its_state_is_that_of_the_plain_layer(dtype):
     assert_close(other(torch.ones(1, 96, dtype=dtype)), torch.ones(1, 96, dtype=dtype), weight, dense.bias + 1)
 
 
-@pytest.mark.parametrize(
-    ("state", "says"),
-    [
-        ({"weight": torch.ones(24, 96), "bias": torch.zeros(24)}, r"weight cannot be packed: .*not in pattern 2:4"),
-        (
-            {"weight": torch.zeros(24, 92), "bias": torch.zeros(24)},
-            r"weight is a matrix of shape \(24, 92\), not \(24, 96\)",
-        ),
-        ({"bias": torch.zeros(24)}, r"Missing key.*weight"),
-        ({"weight": torch.zeros(24, 96), "bias": torch.zeros(24), "mask": torch.zeros(1)}, r"Unexpected key.*mask"),
-    ],
-)
-def test_state_that_does_not_fit_is_refused(state, says):
+def test_a_state_that_is_denser_is_refused():
     _, sparse = layers()
-    with pytest.raises(RuntimeError, match=says):
-        sparse.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"weight cannot be packed: .*not in pattern 2:4"):
+        sparse.load_state_dict({"weight": torch.ones(24, 96), "bias": torch.zeros(24)})
 
 
 def test_copies_conversions_and_pickles_keep_the_product():

@@ -8,9 +8,9 @@ from torch import nn
 
 from halve.layers import find_stack
 from halve.pattern import Pattern
-from halve.runtime import rest
+from halve.runtime import rest, speed
 from halve.runtime.outline import outline
-from halve.runtime.rest import Rest, as_json, as_sequences, measure_rest
+from halve.runtime.rest import Rest, _Watched, as_json, as_sequences, measure_rest
 from models import bert, decoder, vit
 
 CPU = torch.device("cpu")
@@ -82,6 +82,13 @@ def test_time_is_told_apart(monkeypatch):
     monkeypatch.setattr(rest, "_build", slow)
     monkeypatch.setattr(rest, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     assert measured(decoder("llama"))[1] == Rest(1, 1, 1, 3, 3, 4.0, 3.0, 48.0)
+
+
+def test_what_cannot_run_sparse_belongs_to_the_rest(monkeypatch):
+    whole = _Watched.of(decoder("llama"), PATTERN, torch.float32, CPU).linears
+    monkeypatch.setattr(speed, "unfit", lambda d_out, d_in, *_: "odd" if (d_out, d_in) == (32, 64) else "")
+    fewer = _Watched.of(decoder("llama"), PATTERN, torch.float32, CPU).linears
+    assert (len(whole), len(fewer)) == (21, 18)
 
 
 def test_fewer_blocks_stand_for_all_where_memory_is_short(monkeypatch):

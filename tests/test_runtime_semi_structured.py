@@ -1,11 +1,14 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import linear
 
 from halve.errors import InputError
 from halve.pattern import Pattern
 from halve.runtime import semi_structured
-from halve.runtime.semi_structured import DTYPES, compress, padded_rows, unusable
+from halve.runtime.semi_structured import DTYPES, SemiStructuredLinear, compress, padded_rows, unusable
 
 needs_sparse_cores = pytest.mark.skipif(bool(unusable()), reason=f"needs sparse tensor cores: {unusable()}")
 
@@ -29,6 +32,89 @@ def test_rows_are_padded_to_eights():
 def test_other_tensors_are_refused(weight):
     with pytest.raises(InputError, match=r"sparse tensor cores multiply float16 and bfloat16 matrices on a CUDA"):
         compress(weight, 1)
+
+
+@pytest.mark.parametrize(("searchable", "rows", "columns"), [(True, 16, 16), (False, 32, 64)])
+def test_says_which_shapes_the_hardware_takes(monkeypatch, searchable, rows, columns):
+    monkeypatch.setattr(semi_structured, "_searchable", lambda: searchable)
+    assert not semi_structured.unfit(rows, columns, torch.bfloat16)
+    assert not semi_structured.unfit(32 * rows, 7 * columns, torch.float16)
+    reason = f"sparse tensor cores take multiples of {rows} x {columns} in bfloat16"
+    assert semi_structured.unfit(rows + 8, columns, torch.bfloat16) == reason
+    assert semi_structured.unfit(rows, columns + 8, torch.bfloat16) == reason
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Compress without a GPU: PyTorch has the layout on the CPU too, only no products."""
+    kind = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    monkeypatch.setattr(kind, "_validate_device_dim_dtype_shape", lambda _tensor: None)
+    monkeypatch.setattr(semi_structured, "_searchable", lambda: False)
+    monkeypatch.setattr(semi_structured, "_multiplied", lambda matrix: matrix.dtype in DTYPES)
+
+
+def pruned_layer(seed=0, dtype=torch.bfloat16):
+    layer = nn.Linear(128, 64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    weight = Pattern("2:4").project(torch.randn(64, 128, generator=generator)).to(dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_its_state_is_that_of_the_plain_layer():
+    layer, other = pruned_layer(), pruned_layer(seed=1)
+    sparse = SemiStructuredLinear.of(layer, 8)
+    assert sparse.nbytes == 64 * 128 * 2 * 9 // 16
+    assert sparse.state_dict().keys() == {"weight", "bias"}
+    assert torch.equal(sparse.state_dict()["weight"], layer.weight)
+    sparse.load_state_dict(other.float().state_dict())
+    assert torch.equal(sparse.weight.float(), other.weight)
+    assert torch.equal(sparse.plain().weight.float(), other.weight)
+    assert torch.equal(copy.deepcopy(sparse).bias.float(), other.bias)
+    with pytest.raises(RuntimeError, match=r"weight cannot be packed: the matrix is not in pattern 2:4"):
+        sparse.load_state_dict({"weight": torch.ones(64, 128), "bias": torch.zeros(64)})
+    assert torch.equal(sparse.weight.float(), other.weight)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_converted_to_what_has_no_products_it_keeps_the_weight_and_refuses_to_multiply():
+    layer = pruned_layer()
+    sparse = SemiStructuredLinear.of(layer, 8).float()
+    assert torch.equal(sparse.weight, layer.weight.float())
+    assert sparse.nbytes == 64 * 128 * 4
+    with pytest.raises(InputError, match=r"is torch.float32 on cpu, where they do not multiply: move it back"):
+        sparse(torch.ones(1, 128))
+    with pytest.raises(RuntimeError, match=r"not in pattern 2:4"):
+        sparse.load_state_dict({"weight": torch.ones(64, 128), "bias": torch.zeros(64)})
+    sparse.to(torch.bfloat16)
+    assert sparse.nbytes == 64 * 128 * 2 * 9 // 16
+    assert torch.equal(sparse.weight, layer.weight)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_denser_matrix_is_refused_before_weights_are_dropped():
+    with pytest.raises(InputError, match=r"not in pattern 2:4"):
+        SemiStructuredLinear.of(nn.Linear(128, 64, dtype=torch.bfloat16), 8)
+
+
+@needs_sparse_cores
+@pytest.mark.parametrize("rows", [1, 8, 33])
+def test_a_layer_moves_to_the_cpu_and_back(rows):
+    layer = pruned_layer().cuda()
+    x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16)
+    sparse = SemiStructuredLinear.of(layer, 8)
+    torch.testing.assert_close(sparse(x), layer(x), rtol=2e-2, atol=5e-2)
+    sparse.cpu()
+    assert torch.equal(sparse.weight, layer.weight.cpu())
+    with pytest.raises(InputError, match=r"on cpu, where they do not multiply"):
+        sparse(x.cpu())
+    sparse.cuda()
+    torch.testing.assert_close(sparse(x), layer(x), rtol=2e-2, atol=5e-2)
+    sparse.load_state_dict(pruned_layer(seed=1).state_dict())
+    torch.testing.assert_close(
+        sparse(x), pruned_layer(seed=1).cuda()(x) - pruned_layer(seed=1).bias.cuda() + sparse.bias
+    )
 
 
 @needs_sparse_cores

@@ -70,6 +70,19 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
             check_measurable(pattern, dtype, torch.device("cuda"))
 
 
+def test_bytes_of_a_matrix_are_those_it_is_multiplied_from():
+    one = pack(Pattern("1:4").project(torch.randn(32, 68)).bfloat16(), "1:4")
+    assert speed.sparse_bytes(32, 68, Pattern("1:4"), torch.bfloat16, CPU) == one.nbytes
+    assert (
+        speed.sparse_bytes(32, 64, Pattern("2:4"), torch.bfloat16, torch.device("cuda")) == 32 * 32 * 2 + 32 * 32 // 4
+    )
+
+
+def test_the_cpu_multiplies_every_shape():
+    assert speed.unfit(7, 12, torch.bfloat16, CPU) == ""
+    assert speed.unfit(7, 12, torch.bfloat16, torch.device("cuda")).startswith("sparse tensor cores take multiples of")
+
+
 def test_memory_is_foreseen(monkeypatch):
     monkeypatch.setattr(speed, "copies_beyond_cache", lambda nbytes: max(2, (1 << 25) // nbytes))
     arguments = {"pattern": "2:4", "dtype": torch.bfloat16}

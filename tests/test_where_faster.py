@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import halve
-from halve import pruning
+from halve import memory, pruning
 from halve.errors import InputError, ResumeMismatchError
 from halve.layers import Matrix
 from halve.pattern import Pattern
@@ -107,8 +107,8 @@ def test_numbers_that_make_no_sense_are_refused_before_the_model_is_looked_at():
 
 @pytest.mark.usefixtures("measured")
 def test_too_little_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(speed, "free_memory", lambda _device: 1)
-    with pytest.raises(InputError, match=r"measuring matrices of 32 x 32 at batch 1 needs .* leave only_where_faster"):
+    monkeypatch.setattr(memory, "free_memory", lambda _device: 1)
+    with pytest.raises(InputError, match=r"of 32 x 32 to measure at batch 1 need .* or leave only_where_faster out"):
         prune(decoder("llama"), only_where_faster=1.1)
 
 
@@ -188,6 +188,17 @@ def test_the_reason_of_a_matrix():
     assert reason in found.reasons(PATTERN)
     assert len(found.reasons(PATTERN)) == 2
     assert Settings(PATTERN, "wanda", "none").why_dense(Matrix("a", "a", 0, 8, 4)) == ""
+
+
+def test_a_shape_without_a_product_stays_dense_and_is_not_measured(measured, monkeypatch):
+    monkeypatch.setattr(speed, "unfit", lambda d_out, d_in, *_: "odd" if (d_out, d_in) == (32, 64) else "")
+    run = prune(decoder("llama"), only_where_faster=0.1)
+    assert (32, 64) not in [row[:2] for row in measured]
+    reasons = {entry["name"]: entry["reason"] for entry in run.record["excluded"]}
+    said = "there is no sparse product of its shape at 2:4 on this machine"
+    assert [name for name in reasons if reasons[name] == said] == [
+        f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)
+    ]
 
 
 def test_a_factor_is_enough():

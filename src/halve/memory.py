@@ -7,6 +7,7 @@ import torch
 from halve.errors import InputError
 
 _MEMINFO = Path("/proc/meminfo")
+_CPU = torch.device("cpu")
 
 
 def available_memory() -> int | None:
@@ -24,18 +25,19 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
-def check_memory(what: str, bytes_needed: int, remedy: str) -> None:
+def check_memory(what: str, bytes_needed: int, remedy: str, device: torch.device = _CPU) -> None:
     """Refuse what cannot fit.
 
     Args:
         what: is going to be held, in the plural.
         bytes_needed: at least.
         remedy: what the user can do.
+        device: where.
 
     Raises:
         InputError: less is available.
     """
-    free = available_memory()
+    free = free_memory(device)
     if free is not None and bytes_needed > free:
         raise InputError(
             f"{what} need {bytes_needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are available: {remedy}"

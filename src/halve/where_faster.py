@@ -25,8 +25,8 @@ class WhereFaster:
     Attributes:
         factor: how many times as fast as dense they have to be.
         batch: rows of the product that is measured: sequences decoded at once, or tokens of a prompt.
-        ratios: how many times as fast they are, to two decimals, by shape (``"576x1536"``: d_out, d_in). What is given
-            is measured anew.
+        ratios: how many times as fast they are, to two decimals, by shape (``"576x1536"``: d_out, d_in); 0 where
+            there is no sparse product of that shape. What is given is measured anew.
 
     Raises:
         InputError: a number is out of range.
@@ -98,6 +98,8 @@ class WhereFaster:
     def _reason(self, ratio: float, pattern: Pattern) -> str:
         if ratio >= self.factor:
             return ""
+        if not ratio:
+            return f"there is no sparse product of its shape at {pattern} on this machine"
         return (
             f"{pattern} is {ratio:.2f} times as fast as dense at batch {self.batch} on this machine, less than the "
             f"{self.factor:g} asked for"
@@ -109,9 +111,12 @@ def _name(d_out: int, d_in: int) -> str:
 
 
 def _ratio(d_out: int, d_in: int, batch: int, pattern: Pattern, dtype: torch.dtype, device: torch.device) -> float:
-    """Measure one shape; to two decimals, which are what is decided by and what is told."""
+    """Measure one shape; to two decimals, which are what is decided by and what is told; 0 if it has no product."""
     from halve.runtime import speed
 
     speed.check_measurable(pattern, dtype, device)
-    speed.check_memory(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device)
+    if speed.unfit(d_out, d_in, dtype, device):
+        return 0.0
+    remedy = "free some, or leave only_where_faster out"
+    speed.check_room(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device, remedy=remedy)
     return round(speed.measure(d_out, d_in, [batch], pattern=pattern, dtype=dtype, device=device)[0].ratio, 2)

@@ -179,6 +179,8 @@ def _why_dense(layer: nn.Module, pattern: Pattern, *, shared: bool) -> str:
         speed.check_measurable(pattern, weight.dtype, weight.device)
     except InputError as error:
         return str(error)
+    if reason := speed.unfit(matrix.shape[0], matrix.shape[1], weight.dtype, weight.device):
+        return reason
     if not bool(torch.isfinite(matrix).all()):
         return "its weight holds NaN or infinity"
     return "" if pattern.satisfied_by(matrix) else f"not at {pattern}"
@@ -208,7 +210,8 @@ def _keep_faster(
     speeds: dict[_Key, Speed] = {}
     for key in dict.fromkeys(_key(layer) for layer in chosen.values()):
         (d_out, d_in), dtype, device = key
-        speed.check_memory(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device)
+        remedy = "free some, or give only_where_faster=0, which measures nothing"
+        speed.check_room(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device, remedy=remedy)
         speeds[key] = speed.measure(d_out, d_in, [batch], pattern=pattern, dtype=dtype, device=device)[0]
     for name, layer in list(chosen.items()):
         ratio = speeds[_key(layer)].ratio

@@ -4,7 +4,6 @@ It is a custom operator, ``halve::sparse_linear``, so that ``torch.compile`` tra
 inputs and the bias, never to the weights, which are frozen.
 """
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from halve.errors import InputError
-from halve.layers import Layout, is_conv1d, layer_matrix, matrix_view, plain_layer
+from halve.layers import Layout, is_conv1d, layer_matrix
 from halve.pattern import Pattern
+from halve.runtime.compressed_linear import CompressedLinear
 from halve.runtime.native import expand, sparse_linear
 from halve.runtime.packed import PackedMatrix, pack
 
@@ -71,16 +71,13 @@ def _watched(x: Tensor) -> bool:
     )
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(CompressedLinear):
     """``y = x Wᵀ + b`` with a packed W on the CPU.
-
-    Its ``state_dict`` is that of the plain layer, the weight unpacked to the same bits: whatever saves a model that has
-    such layers writes an ordinary checkpoint. Loading one packs its weight, and refuses a weight that is denser.
 
     Args:
         packed: W, (d_out, d_in).
         bias: (d_out,), of the matrix's dtype.
-        layout: how the weight lies in the ``state_dict``, and in the plain layer: ``Conv1D`` has it transposed.
+        layout: of the weight in the plain layer.
 
     Raises:
         InputError: the bias does not go with the matrix.
@@ -90,18 +87,15 @@ class SparseLinear(nn.Module):
     values: Tensor
 
     def __init__(self, packed: PackedMatrix, bias: Tensor | None = None, layout: Layout = "out_in") -> None:
-        super().__init__()
+        super().__init__(packed.shape, bias, layout)
         if bias is not None and (bias.shape != (packed.d_out,) or bias.dtype != packed.dtype):
             raise InputError(
                 f"a bias of {bias.dtype} and shape {tuple(bias.shape)} does not go with a packed matrix of shape "
                 f"{packed.shape} in {packed.dtype}"
             )
-        self.out_features, self.in_features = packed.shape
         self.pattern = packed.pattern
         self.register_buffer("mask", packed.mask, persistent=False)
         self.register_buffer("values", packed.values, persistent=False)
-        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-        self.layout: Layout = layout
         self._packed = packed
 
     @classmethod
@@ -114,10 +108,6 @@ class SparseLinear(nn.Module):
         packed = pack(layer_matrix(layer), pattern)
         return cls(packed, cast("Tensor | None", layer.bias), "in_out" if is_conv1d(layer) else "out_in")
 
-    def plain(self) -> nn.Module:
-        """Return the plain layer, with a weight of the same bits; the bias is shared."""
-        return plain_layer(expand(self.packed, 0, self.out_features), self.bias, self.layout)
-
     @property
     def packed(self) -> PackedMatrix:
         """The packed weight.
@@ -129,11 +119,6 @@ class SparseLinear(nn.Module):
         if known.mask is not mask or known.values is not values:
             known = self._packed = PackedMatrix(mask, values, (self.out_features, self.in_features), self.pattern)
         return known
-
-    @property
-    def weight(self) -> Tensor:
-        """The plain layer's weight, unpacked anew: for code that looks at it, not for products."""
-        return matrix_view(expand(self.packed, 0, self.out_features), None, self.layout).contiguous()
 
     @property
     def nbytes(self) -> int:
@@ -166,36 +151,9 @@ class SparseLinear(nn.Module):
             f"pattern={self.pattern}, dtype={self.values.dtype}"
         )
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _dense(self) -> Tensor:
+        return expand(self.packed, 0, self.out_features)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}weight"
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if key not in state_dict:
-            missing_keys.append(key)
-            return
-        if key in unexpected_keys:
-            unexpected_keys.remove(key)
-        weight, shape = matrix_view(state_dict[key], None, self.layout), (self.out_features, self.in_features)
-        if weight.shape != shape:
-            error_msgs.append(f"{key} is a matrix of shape {tuple(weight.shape)}, not {shape}")
-            return
-        try:
-            packed = pack(weight.to("cpu", self.values.dtype), self.pattern)
-        except InputError as error:
-            error_msgs.append(f"{key} cannot be packed: {error}")
-        else:
-            self.mask, self.values = packed.mask, packed.values
+    def _take(self, matrix: Tensor) -> None:
+        packed = pack(matrix.to("cpu", self.values.dtype), self.pattern)
+        self.mask, self.values = packed.mask, packed.values

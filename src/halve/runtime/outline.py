@@ -12,8 +12,9 @@ from torch import nn
 from halve import checkpoint
 from halve.device import weight_dtype
 from halve.errors import InputError
-from halve.layers import make_plan, place_of
+from halve.layers import Matrix, make_plan, place_of
 from halve.pattern import Pattern
+from halve.runtime import speed
 
 LLAMA: dict[str, dict[str, Any]] = {
     "llama-8b": {
@@ -91,8 +92,10 @@ class Outline:
     skeletons: tuple[nn.Module, ...]
     dtype: torch.dtype
 
-    def kinds(self, pattern: Pattern) -> tuple[tuple[Kind, ...], tuple[LeftDense, ...]]:
-        """Return what could run sparse at a pattern, and what could not.
+    def kinds(
+        self, pattern: Pattern, dtype: torch.dtype, device: torch.device
+    ) -> tuple[tuple[Kind, ...], tuple[LeftDense, ...]]:
+        """Return what could run sparse at a pattern, in a dtype on a device, and what could not.
 
         Raises:
             InputError: nothing could.
@@ -104,16 +107,25 @@ class Outline:
             prefix = "" if len(self.skeletons) == 1 else f"{_preset_of(skeleton)} "
             plan = make_plan(skeleton, pattern, None)
             for matrix in plan.matrices:
-                if matrix.routed:
-                    dense[prefix + _kind(matrix.name, plan.blocks), (matrix.d_out, matrix.d_in), ROUTED] += 1
+                name = prefix + _kind(matrix.name, plan.blocks)
+                if reason := why_dense(matrix, dtype, device):
+                    dense[name, (matrix.d_out, matrix.d_in), reason] += 1
                 else:
-                    kinds[prefix + _kind(matrix.name, plan.blocks), matrix.d_out, matrix.d_in] += 1
+                    kinds[name, matrix.d_out, matrix.d_in] += 1
             for entry in plan.excluded:
                 dense[prefix + _kind(entry.name, plan.blocks), entry.shape, entry.reason] += 1
+        if not kinds:
+            reasons = ", ".join(sorted({reason for _, _, reason in dense}))
+            raise InputError(f"nothing of {self.name} could run sparse on {device}: {reasons}")
         return (
             tuple(Kind(name, count, d_out, d_in) for (name, d_out, d_in), count in kinds.items()),
             tuple(LeftDense(name, count, shape, reason) for (name, shape, reason), count in dense.items()),
         )
+
+
+def why_dense(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> str:
+    """Return why a prunable matrix could not run sparse, as half a sentence; empty if it could."""
+    return ROUTED if matrix.routed else speed.unfit(matrix.d_out, matrix.d_in, dtype, device)
 
 
 def outline(model: nn.Module | str | Path, *, trust_remote_code: bool = False) -> Outline:

@@ -124,6 +124,15 @@ def kept_per_row(pattern: Pattern, d_in: int) -> int:
     return d_in // group * keep
 
 
+def packed_bytes(d_out: int, d_in: int, pattern: Pattern, dtype: torch.dtype) -> int:
+    """Return the bytes of mask and values of a matrix, packed.
+
+    Raises:
+        PatternError: such a matrix does not fit the pattern.
+    """
+    return d_out * mask_bytes(d_in) + (d_out * kept_per_row(pattern, d_in) + OVERREAD) * dtype.itemsize
+
+
 def pack(weight: Tensor, pattern: str | Pattern) -> PackedMatrix:
     """Pack a matrix that has the pattern already; what is kept is what is not zero, nothing is selected here.
 

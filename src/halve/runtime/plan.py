@@ -18,7 +18,7 @@ from halve.errors import InputError
 from halve.memory import free_memory
 from halve.options import check_count
 from halve.pattern import Pattern
-from halve.runtime import packed, rest, speed
+from halve.runtime import rest, speed
 from halve.runtime.conclusion import conclusion
 from halve.runtime.outline import PAPER, PAPER_BATCHES, Kind, LeftDense, Outline, outline
 from halve.runtime.rest import Rest
@@ -139,11 +139,7 @@ class SpeedPlan:
 
     def packed_bytes(self, kind: Kind) -> int:
         """Return the bytes of all matrices of a kind, packed as this device multiplies them."""
-        if self.device.type == "cuda":  # at 2:4 in 16 bits: half of the values, and two bits for each
-            return self.dense_bytes(kind) * 9 // 16
-        row = packed.mask_bytes(kind.d_in)
-        row += packed.kept_per_row(Pattern(self.pattern), kind.d_in) * self.dtype.itemsize
-        return kind.count * kind.d_out * row
+        return kind.count * speed.sparse_bytes(*kind.shape, Pattern(self.pattern), self.dtype, self.device)
 
     @property
     def sentence(self) -> str:
@@ -226,7 +222,7 @@ def plan(
     dtype = found.dtype if dtype is None else dtype
     speed.check_measurable(parsed, dtype, place)
     machine = describe_machine(place)  # before our own work is load
-    kinds, left_dense = found.kinds(parsed)
+    kinds, left_dense = found.kinds(parsed, dtype, place)
     shapes = list(dict.fromkeys(kind.shape for kind in kinds))
     steps = _Steps(listen, len(shapes) + len(rows))
     speeds: list[Speed] = []

@@ -20,6 +20,7 @@ from halve.errors import HalveError
 from halve.generation import text_config
 from halve.layers import block_weight_count, find_stack, make_plan
 from halve.pattern import Pattern
+from halve.runtime.outline import why_dense
 from halve.runtime.timing import CACHES, last_level_cache
 from halve.tokens import longest
 
@@ -113,7 +114,7 @@ def measure_rest(
     """
     try:
         model, total = _runnable(skeleton, dtype, device, free)
-        watched = _Watched.of(model, pattern)
+        watched = _Watched.of(model, pattern, dtype, device)
     except HalveError as error:
         return dict.fromkeys(batches, str(error))
     found: dict[int, Rest | str] = {}
@@ -139,9 +140,11 @@ class _Watched:
     linears: tuple[nn.Module, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, pattern: Pattern) -> "_Watched":
+    def of(cls, model: nn.Module, pattern: Pattern, dtype: torch.dtype, device: torch.device) -> "_Watched":
         plan = make_plan(model, pattern, None)
-        names = [matrix.parameter.removesuffix(".weight") for matrix in plan.matrices if not matrix.routed]
+        names = [
+            matrix.parameter.removesuffix(".weight") for matrix in plan.matrices if not why_dense(matrix, dtype, device)
+        ]
         return cls(
             tuple(model.get_submodule(name) for name in plan.blocks), tuple(model.get_submodule(name) for name in names)
         )

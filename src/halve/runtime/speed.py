@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from halve.errors import InputError
-from halve.memory import free_memory
+from halve.memory import check_memory
 from halve.pattern import Pattern
 from halve.runtime import native, packed, semi_structured
 from halve.runtime.timing import copies_beyond_cache, take_turns
@@ -65,6 +65,18 @@ def check_measurable(pattern: str | Pattern, dtype: torch.dtype, device: torch.d
         raise InputError(f"sparse tensor cores multiply 2:4 in bfloat16 or float16, not {pattern} in {dtype}")
 
 
+def unfit(d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Return why there is no sparse product with matrices of one shape, as half a sentence; empty if there is."""
+    return "" if device.type == "cpu" else semi_structured.unfit(d_out, d_in, dtype)
+
+
+def sparse_bytes(d_out: int, d_in: int, pattern: Pattern, dtype: torch.dtype, device: torch.device) -> int:
+    """Return the bytes of a matrix as it is multiplied sparse there."""
+    if device.type == "cuda":
+        return semi_structured.compressed_bytes(d_out, d_in, dtype)
+    return packed.packed_bytes(d_out, d_in, pattern, dtype)
+
+
 def describe(device: torch.device) -> str:
     """Return what multiplies sparse matrices there."""
     if device.type == "cpu":
@@ -80,27 +92,29 @@ def needed_bytes(
     weight, rows = d_out * d_in * dtype.itemsize, batch * (d_in + 2 * d_out) * dtype.itemsize
     if device.type == "cuda":
         return rows + 2 * weight + _GPU_WORK * d_out * d_in
-    packed_weight = int(weight * (1.0 - Pattern.parse(pattern).sparsity)) + d_out * packed.mask_bytes(d_in)
-    dense_bytes, packed_bytes = (copies_beyond_cache(size) * size for size in (weight, packed_weight))
+    both = (weight, packed.packed_bytes(d_out, d_in, Pattern.parse(pattern), dtype))
+    copies = sum(copies_beyond_cache(size) * size for size in both)
     wide = 4 * batch * (d_in + d_out)  # where 16 bits are multiplied in 32
-    return rows + wide + weight + dense_bytes + packed_bytes  # the copies, and what they are copies of
+    return rows + wide + weight + copies  # and what they are copies of
 
 
-def check_memory(
-    d_out: int, d_in: int, batch: int, *, pattern: str | Pattern, dtype: torch.dtype, device: torch.device
+def check_room(
+    d_out: int,
+    d_in: int,
+    batch: int,
+    *,
+    pattern: str | Pattern,
+    dtype: torch.dtype,
+    device: torch.device,
+    remedy: str,
 ) -> None:
-    """Check that `measure` has room for one shape and batch.
+    """Check that `measure` has the memory for one shape and batch.
 
     Raises:
-        InputError: it has not.
+        InputError: it has not; the message ends with the remedy.
     """
     needed = needed_bytes(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device)
-    free = free_memory(device)
-    if free is not None and needed > free:
-        raise InputError(
-            f"measuring matrices of {d_out} x {d_in} at batch {batch} needs {needed / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free: free some, or leave only_where_faster out"
-        )
+    check_memory(f"the matrices of {d_out} x {d_in} to measure at batch {batch}", needed, remedy, device)
 
 
 def measure(
