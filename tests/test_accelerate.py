@@ -101,6 +101,7 @@ def test_says_what_it_did():
     assert done.bytes_before == 3 * 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
     assert 0 <= done.difference < 1e-5
     assert done.kernel == speed.describe(torch.device("cpu"))
+    assert str(done).startswith(f"{len(done.swapped)} layers run sparse, {len(done.left_dense)} stay dense; 0.1 MB of ")
     assert all(isinstance(model.get_submodule(name), SparseLinear) for name in done.swapped)
 
 

@@ -1,15 +1,30 @@
+import contextlib
+
 import pytest
 import torch
 
 from halve.cli_values import (
     allowed_fallback,
     merge_options,
+    on_threads,
     parse_dtype,
     parse_options,
     parse_options_by_method,
     parse_shrinkage,
 )
 from halve.errors import InputError
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with on_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    with contextlib.suppress(RuntimeError), on_threads(before + 2):
+        raise RuntimeError
+    with on_threads(None):
+        assert torch.get_num_threads() == before
+    with pytest.raises(InputError, match=r"threads must be a whole number of at least 1, got 0"), on_threads(0):
+        pytest.fail("ran on no threads")
 
 
 def test_values_read_as_what_they_are():

@@ -32,7 +32,7 @@ from halve.checkpoint_files import (
     weight_map_of,
 )
 from halve.disk_layout import DiskLayout, DiskTensor
-from halve.errors import CorruptFileError, InputError, UnsupportedModelError
+from halve.errors import CorruptFileError, InputError, UnsupportedModelError, first_few
 from halve.shards import read_json, read_shard
 
 if TYPE_CHECKING:
@@ -312,10 +312,9 @@ def _load_weights(
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched})
     if random:
-        shown = ", ".join(random[:5]) + (f" and {len(random) - 5} more" if len(random) > 5 else "")
         raise UnsupportedModelError(
             f"{source.name} does not hold {len(random)} of the model's tensors in the right shape, and they would be "
-            f"random: {shown}"
+            f"random: {first_few(random)}"
         )
     if gguf:
         _forget_quantisation(model)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halve.cli_errors import reporting
-from halve.cli_options import DeviceOption, ModelArgument, TrustOption
-from halve.cli_values import parse_dtype
+from halve.cli_options import DeviceOption, ModelArgument, ThreadsOption, TrustOption
+from halve.cli_values import on_threads, parse_dtype
 from halve.errors import InputError
 from halve.terminal import err, say
 
@@ -24,7 +24,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Do not run pruned layers sparse, for comparison.")] = False,
-    threads: Annotated[int | None, typer.Option(help="On the CPU.", show_default="as many as torch takes")] = None,
+    threads: ThreadsOption = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Of the weights: float32, bfloat16, float16.", show_default="the checkpoint's own"),
@@ -33,18 +33,14 @@ def generate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Generate text, pruned layers run sparse where that is faster, and say at the end how fast it came."""
-    with reporting():
+    with reporting(), on_threads(threads):
         import torch
 
         from halve.device import resolve_device
-        from halve.options import check_count
         from halve.runtime.load import load
         from halve.runtime.streaming import check_asked, stream
 
         place = resolve_device(_device_of(model, device, dense=dense))
-        if threads is not None:
-            check_count("threads", threads)
-            torch.set_num_threads(threads)
         check_asked(prompt, max_new_tokens, temperature)
         say(err, "loading …")
         loaded = load(model, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)

@@ -56,6 +56,7 @@ FasterBatchOption = Annotated[
     int | None, typer.Option(help="Of --only-where-faster: rows of the products measured.", show_default="1")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="as torch chooses")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
 ]

@@ -9,13 +9,11 @@ from rich.text import Text
 
 from halve.cli_errors import reporting
 from halve.cli_options import TrustOption
+from halve.errors import first_few
 from halve.terminal import out, say
 
 if TYPE_CHECKING:
     from halve.runtime.packing import PackResult
-
-_FEW = 3
-"""Tensors left dense for one reason that are named rather than counted only."""
 
 
 def pack(
@@ -34,8 +32,7 @@ def pack(
     for name, reason in result.left_dense.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        shown = ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
-        say(out, f"left dense, {reason}: {shown}", label="note")
+        say(out, f"left dense, {reason}: {first_few(names)}", label="note")
     if result.left_out:
         say(out, f"not taken along, no files of a model: {', '.join(result.left_out)}", label="note")
     say(

@@ -10,8 +10,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from halve.cli_errors import reporting
-from halve.cli_options import DeviceOption, JsonOption, PatternOption, TrustOption
-from halve.cli_values import parse_dtype
+from halve.cli_options import DeviceOption, JsonOption, PatternOption, ThreadsOption, TrustOption
+from halve.cli_values import on_threads, parse_dtype
 from halve.errors import InputError
 from halve.terminal import err, out, progress_bar, say
 
@@ -39,36 +39,26 @@ def plan_command(
         typer.Option(help="float32, bfloat16 or float16.", show_default="the model's own, bfloat16 for presets"),
     ] = None,
     pattern: PatternOption = "2:4",
-    threads: Annotated[int | None, typer.Option(help="Of the CPU.", show_default="as torch chooses")] = None,
+    threads: ThreadsOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure, before pruning, where sparsity makes a model faster on this machine; it needs no weights."""
     with reporting():
-        import torch
-
-        from halve.options import check_count
         from halve.runtime.plan import plan
 
         batches = None if batch is None else _parse_batches(batch)
         parsed = parse_dtype(dtype)
-        before = torch.get_num_threads()
-        if threads is not None:
-            check_count("threads", threads)
-            torch.set_num_threads(threads)
-        try:
-            with _progress() as listen:
-                found = plan(
-                    model,
-                    batches=batches,
-                    pattern=pattern,
-                    device=device,
-                    dtype=parsed,
-                    trust_remote_code=trust_remote_code,
-                    listen=listen,
-                )
-        finally:
-            torch.set_num_threads(before)
+        with on_threads(threads), _progress() as listen:
+            found = plan(
+                model,
+                batches=batches,
+                pattern=pattern,
+                device=device,
+                dtype=parsed,
+                trust_remote_code=trust_remote_code,
+                listen=listen,
+            )
     if as_json:
         out.print_json(json.dumps(found.as_json()))
     else:

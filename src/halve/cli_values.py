@@ -1,6 +1,8 @@
 """What users write on the command line, turned into values."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from halve.errors import InputError
@@ -23,6 +25,27 @@ def parse_dtype(name: str | None) -> "torch.dtype | None":
     if name not in choices:
         raise InputError(f"--dtype {name!r} is not known: choose one of {', '.join(choices)}")
     return choices[name]
+
+
+@contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """Run on as many threads as ``--threads`` says, None for as many as torch takes.
+
+    Raises:
+        InputError: no number of threads.
+    """
+    import torch
+
+    from halve.options import check_count
+
+    before = torch.get_num_threads()
+    if count is not None:
+        check_count("threads", count)
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def parse_shrinkage(text: str | None) -> float | str | None:

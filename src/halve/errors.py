@@ -1,6 +1,13 @@
 """What can go wrong, named by what the user can do about it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+
+def first_few(names: Sequence[str], few: int = 3) -> str:
+    """Return what a message says of many names: the first of them, and how many there are besides."""
+    rest = len(names) - few
+    return ", ".join(names[:few]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class HalveError(Exception):

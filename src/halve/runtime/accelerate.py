@@ -50,13 +50,21 @@ class Acceleration:
         kernel: what multiplies now.
     """
 
-    swapped: tuple[str, ...]
+    swapped: tuple[str, ...] = field(repr=False)
     left_dense: Mapping[str, str] = field(repr=False)
     speeds: tuple[Speed, ...] = field(repr=False)
     bytes_before: int
     bytes_after: int
     difference: float
     kernel: str
+
+    def __str__(self) -> str:
+        """Return what a user wants to know of it, as one sentence."""
+        before, after = (size / 1e6 for size in (self.bytes_before, self.bytes_after))
+        return (
+            f"{len(self.swapped)} layers run sparse, {len(self.left_dense)} stay dense; {before:.1f} MB of weights "
+            f"take {after:.1f} MB; the output differs by {self.difference:.2g} of its norm; {self.kernel}"
+        )
 
 
 def accelerate(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from halve.checkpoint import LoadedModel, assemble, freeze, load_model
 from halve.checkpoint_files import CONFIG, PACKED
-from halve.errors import InputError, UnsupportedModelError
+from halve.errors import InputError, UnsupportedModelError, first_few
 from halve.layers import is_conv1d, is_plain_linear
 from halve.runtime.compiled import instruction_sets
 from halve.runtime.linear import SparseLinear
@@ -24,9 +24,6 @@ from halve.runtime.native import describe
 from halve.runtime.packed import DTYPES, OVERREAD, PackedMatrix
 from halve.runtime.packed_checkpoint import PackedCheckpoint, open_packed
 from halve.shards import TensorEntry, read_json
-
-_FEW = 3
-"""Tensors that are named in a note rather than counted only."""
 
 
 def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -162,10 +159,9 @@ def _swap(model: nn.Module, place: str, matrix: PackedMatrix) -> None:
 def _notes(checkpoint: PackedCheckpoint, dense: list[str]) -> list[str]:
     found = []
     if dense:
-        shown = ", ".join(dense[:_FEW]) + (f" and {len(dense) - _FEW} more" if len(dense) > _FEW else "")
         found.append(
             f"{len(dense)} of {len(checkpoint.manifest.matrices)} packed matrices are dense in memory, because the "
-            f"model has no plain linear layer for each of them alone: {shown}"
+            f"model has no plain linear layer for each of them alone: {first_few(dense)}"
         )
     if not instruction_sets():
         found.append(describe())
