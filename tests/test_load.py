@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,10 @@ print(json.dumps([peak() - before, psutil.Process().memory_info().rss - before])
 """
 
 
+GIVES_BACK = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Makes glibc return freed memory at once: otherwise a third of what is measured is chance."""
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured as Linux does")
 def test_memory_stays_well_below_the_dense_size(tmp_path):
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 320}
@@ -216,8 +221,8 @@ def test_memory_stays_well_below_the_dense_size(tmp_path):
     found = {}
     for name, path in (("dense", dense), ("packed", directory)):
         command = [sys.executable, "-c", MEASURE, str(small), str(path)]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, env=GIVES_BACK).stdout
         found[name] = json.loads(printed)
     assert found["dense"][0] > 0.95 * size  # the measurement sees what it should
-    assert max(found["packed"]) < size, found
-    assert max(found["packed"]) < found["dense"][0] - 0.35 * size, found  # of the 0.44 that are saved
+    assert max(found["packed"]) < 0.8 * size, found
+    assert max(found["packed"]) < found["dense"][0] - 0.4 * size, found  # of the 0.44 that are saved
