@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#include "choosing.hpp"
 #include "two_of_four.hpp"
 
 namespace {
@@ -43,12 +43,6 @@ const std::vector<InstructionSet>& instruction_sets() {
     return rows;
 }
 
-const InstructionSet& find(const std::string& name) {
-    for (const InstructionSet& row : instruction_sets())
-        if (name == row.name) return row;
-    throw std::invalid_argument("this processor has no instruction set called " + name);
-}
-
 template <typename T>
 bool run(halve::TwoOfFour<T> solve, const T* z, T* out, std::size_t groups, double lam, std::size_t threads) {
     threads = std::max<std::size_t>(1, std::min(threads, groups / GROUPS_A_THREAD));
@@ -74,18 +68,14 @@ bool run(halve::TwoOfFour<T> solve, const T* z, T* out, std::size_t groups, doub
 
 bool two_of_four(std::uintptr_t z, std::uintptr_t out, std::size_t groups, double lam, bool wide,
                  std::size_t threads, const std::string& name) {
-    const InstructionSet& set = find(name);
+    const InstructionSet& set = halve::find_row(instruction_sets(), name);
     nanobind::gil_scoped_release unlocked;
     if (wide)
         return run(set.f64, reinterpret_cast<const double*>(z), reinterpret_cast<double*>(out), groups, lam, threads);
     return run(set.f32, reinterpret_cast<const float*>(z), reinterpret_cast<float*>(out), groups, lam, threads);
 }
 
-nanobind::tuple names() {
-    nanobind::list found;
-    for (const InstructionSet& row : instruction_sets()) found.append(row.name);
-    return nanobind::tuple(found);
-}
+nanobind::tuple names() { return halve::names_of(instruction_sets()); }
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "choosing.hpp"
 #include "crew.hpp"
 #include "packing.hpp"
 #include "sparse_linear.hpp"
@@ -54,9 +55,7 @@ const std::vector<InstructionSet>& instruction_sets() {
 
 Kernels find(const std::string& name, int held) {
     if (held < 0 || held > int(Values::fp32)) throw std::invalid_argument("no such kind of values");
-    for (const InstructionSet& row : instruction_sets())
-        if (name == row.name) return row.kernels(Values(held));
-    throw std::invalid_argument("this processor has no instruction set called " + name);
+    return halve::find_row(instruction_sets(), name).kernels(Values(held));
 }
 
 // Memory that a thread keeps from call to call, for what its calls need while they run.
@@ -133,11 +132,7 @@ bool pack(int held, std::uintptr_t weight, std::size_t d_out, std::size_t d_in, 
     return fits;
 }
 
-nanobind::tuple names() {
-    nanobind::list found;
-    for (const InstructionSet& row : instruction_sets()) found.append(row.name);
-    return nanobind::tuple(found);
-}
+nanobind::tuple names() { return halve::names_of(instruction_sets()); }
 
 }  // namespace
 
