@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import dynamic_module_utils
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, dynamic_module_utils
 
 import models
 from halve.checkpoint import has_tokenizer, load_model
 from halve.errors import InputError, UnsupportedModelError
 from halve.pattern import Pattern
 from halve.perplexity import perplexity
+from halve.pruning import prune
 from halve.runtime import load as loading
 from halve.runtime.linear import SparseLinear
 from halve.runtime.load import load
-from halve.runtime.packed_checkpoint import open_packed
+from halve.runtime.packed_checkpoint import PackedCheckpoint, open_packed
 from halve.runtime.packing import pack_checkpoint
 from packed_models import packed, pruned, sums
 from test_remote_code import CONFIGURATION, MODELLING, some_tokens
@@ -81,6 +82,55 @@ def test_several_shards(tmp_path):
     directory = packed(tmp_path, max_shard_size="40KB")
     assert len(list(directory.glob("packed-*.safetensors"))) > 2
     same_state(load(directory).model, load_model(tmp_path / "plain").model)
+
+
+def load_counting(monkeypatch, directory, **options):
+    """Load, and return the model, how often it was put together, and the names of the matrices unpacked."""
+    times, unpacked = [], []
+    assemble, tensor = loading.assemble, PackedCheckpoint.tensor
+
+    def noted(checkpoint, entry):
+        unpacked.extend([entry.name] if entry.name in checkpoint.manifest.matrices else [])
+        return tensor(checkpoint, entry)
+
+    monkeypatch.setattr(loading, "assemble", lambda *args, **named: times.append(1) or assemble(*args, **named))
+    monkeypatch.setattr(PackedCheckpoint, "tensor", noted)
+    return load(directory, **options), len(times), sorted(unpacked)
+
+
+def test_a_dtype_that_is_not_packed_is_unpacked_once_and_named(tmp_path, monkeypatch):
+    directory = packed(tmp_path)
+    ours, times, unpacked = load_counting(monkeypatch, directory, dtype=torch.float64)
+    (note,) = ours.notes
+    assert note.startswith("21 of 21 packed matrices are dense in memory, because float64 is not packed: model.layers.")
+    assert (times, unpacked) == (1, sorted(open_packed(directory).manifest.matrices))
+
+
+def test_a_tensor_of_several_matrices_is_unpacked_once_and_named(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    settings = {**models.DECODERS["mixtral"][1], "num_local_experts": 3}
+    dense = models.save(GraniteMoeForCausalLM(GraniteMoeConfig(**settings)).bfloat16(), tmp_path / "dense")
+    prune(dense, tmp_path / "plain", method="magnitude", refit="none")
+    directory = pack_checkpoint(tmp_path / "plain", tmp_path / "packed").out
+    ours, times, unpacked = load_counting(monkeypatch, directory)
+    (note,) = ours.notes
+    assert note.startswith(
+        "6 of 18 packed matrices are dense in memory, because each is several matrices in one tensor: "
+        "model.layers.0.block_sparse_moe.input_linear.weight, "
+    )
+    experts = [name for name in open_packed(directory).manifest.matrices if "block_sparse_moe" in name]
+    assert (times, unpacked) == (1, sorted(experts))
+    assert len(sparse_layers(ours.model)) == 12
+    same_state(ours.model, load_model(tmp_path / "plain").model)
+
+
+def test_only_what_has_no_place_is_unpacked_and_the_model_loaded_again(tmp_path, monkeypatch):
+    directory = packed(tmp_path, "mixtral")
+    ours, times, unpacked = load_counting(monkeypatch, directory)
+    (note,) = ours.notes
+    assert note.startswith("36 of 48 packed matrices are dense in memory, because the model has no plain linear layer")
+    experts = [name for name in open_packed(directory).manifest.matrices if ".experts." in name]
+    assert (times, unpacked) == (2, sorted(experts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

@@ -3,7 +3,8 @@
 transformers loads the model, as it would a plain checkpoint; for every packed matrix it is given a stand-in of the
 right shape and dtype, some kilobytes of zeros. Where a stand-in has become the weight of a linear layer untouched, its
 matrix belongs, and a `SparseLinear` takes that layer's place. A stand-in that was merged with others, permuted, cast or
-shared is not found again; then the matrices concerned are unpacked, and the model is loaded once more with them.
+shared is not found again; then the matrices concerned are unpacked, and the model is loaded once more with them. What
+can have no stand-in, in a dtype that is not packed or as a tensor of several matrices, is unpacked from the beginning.
 """
 
 from collections import defaultdict
@@ -24,6 +25,8 @@ from halve.runtime.native import describe
 from halve.runtime.packed import DTYPES, OVERREAD, PackedMatrix
 from halve.runtime.packed_checkpoint import PackedCheckpoint, open_packed
 from halve.shards import TensorEntry, read_json
+
+_NO_PLACE = "the model has no plain linear layer for each of them alone"
 
 
 def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> LoadedModel:
@@ -49,12 +52,13 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remot
         return load_model(directory, dtype=dtype, trust_remote_code=trust_remote_code)
     checkpoint = open_packed(directory, trust_remote_code=trust_remote_code)
     entries = {entry.name: entry for shard in checkpoint.plain for entry in shard.tensors}
-    tensors, stand_ins = _read(checkpoint, entries, dtype)
+    tensors, stand_ins, dense = _read(checkpoint, entries, dtype)
     loaded = assemble(checkpoint.source, tensors, dtype=dtype)
     places = _places(loaded.model, stand_ins)
-    if dense := [name for name in checkpoint.manifest.matrices if name not in places]:
+    if lost := [name for name in stand_ins if name not in places]:
         del loaded
-        tensors |= {name: checkpoint.tensor(entries[name]) for name in dense}
+        dense |= dict.fromkeys(lost, _NO_PLACE)
+        tensors |= {name: checkpoint.tensor(entries[name]) for name in lost}
         stand_ins = {name: stand_in for name, stand_in in stand_ins.items() if name in places}
         loaded = assemble(checkpoint.source, tensors, dtype=dtype)
         places = _places(loaded.model, stand_ins)
@@ -79,20 +83,34 @@ class _StandIn:
 
 def _read(
     checkpoint: PackedCheckpoint, entries: Mapping[str, TensorEntry], dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[str, _StandIn]]:
-    """Return every tensor on disk by name, the packed ones as stand-ins where they can be; and the stand-ins."""
+) -> tuple[dict[str, Tensor], dict[str, _StandIn], dict[str, str]]:
+    """Return every tensor on disk by name, the packed ones as stand-ins where they can be.
+
+    Returns:
+        tuple: the tensors; the stand-ins among them; why each of the other packed ones is none.
+    """
     own = _own_dtype(checkpoint.directory) if dtype is None else dtype
     tensors: dict[str, Tensor] = {}
     stand_ins: dict[str, _StandIn] = {}
+    dense: dict[str, str] = {}
     for name, entry in entries.items():
         packed = checkpoint.manifest.matrices.get(name)
         wanted = entry.dtype if own is None else own
-        if packed is None or len(entry.shape) != 2 or wanted not in DTYPES:
+        if packed is None:
             tensors[name] = checkpoint.tensor(entry)
+        elif reason := _why_dense(entry, wanted):
+            tensors[name], dense[name] = checkpoint.tensor(entry), reason
         else:
             stand_ins[name] = _StandIn(_stand_in(entry.shape, wanted), packed.layout == "in_out")
             tensors[name] = stand_ins[name].tensor
-    return tensors, stand_ins
+    return tensors, stand_ins, dense
+
+
+def _why_dense(entry: TensorEntry, dtype: torch.dtype) -> str:
+    """Return why a packed tensor can have no stand-in in a dtype; empty if it can."""
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is not packed"
+    return "" if len(entry.shape) == 2 else "each is several matrices in one tensor"
 
 
 def _own_dtype(directory: Path) -> torch.dtype | None:
@@ -156,13 +174,15 @@ def _swap(model: nn.Module, place: str, matrix: PackedMatrix) -> None:
     model.set_submodule(place, sparse.eval())
 
 
-def _notes(checkpoint: PackedCheckpoint, dense: list[str]) -> list[str]:
-    found = []
-    if dense:
-        found.append(
-            f"{len(dense)} of {len(checkpoint.manifest.matrices)} packed matrices are dense in memory, because the "
-            f"model has no plain linear layer for each of them alone: {first_few(dense)}"
-        )
+def _notes(checkpoint: PackedCheckpoint, dense: Mapping[str, str]) -> list[str]:
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reason in dense.items():
+        by_reason[reason].append(name)
+    found = [
+        f"{len(names)} of {len(checkpoint.manifest.matrices)} packed matrices are dense in memory, because {reason}: "
+        f"{first_few(names)}"
+        for reason, names in by_reason.items()
+    ]
     if not instruction_sets():
         found.append(describe())
     return found
