@@ -119,14 +119,22 @@ def test_views_and_parameters_are_packed():
     assert same_bits(unpack(pack(torch.nn.Parameter(apart), "2:4")), weight)
 
 
-def test_a_large_matrix_is_worked_on_in_parts(monkeypatch):
-    weight = pruned(50, 64, "2:4")
-    whole = pack(weight, "2:4")
-    monkeypatch.setattr("halve.runtime.packed._CHUNK", 7 * 64)
-    parts = pack(weight, "2:4")
+@pytest.mark.parametrize("pattern", ["2:4", "5:16", "60%"])
+def test_a_large_matrix_is_worked_on_in_parts(pattern, monkeypatch):
+    """By PyTorch: the compiled function needs no parts."""
+    weight = pruned(50, 64, pattern)
+    monkeypatch.setattr(packed_module, "library", None)
+    whole = pack(weight, pattern)
+    monkeypatch.setattr(packed_module, "_CHUNK", 7 * 64)
+    parts = pack(weight, pattern)
     assert torch.equal(whole.mask, parts.mask)
-    assert torch.equal(whole.values, parts.values)
-    assert torch.equal(unpack(whole), weight)
+    assert same_bits(whole.values, parts.values)
+    assert same_bits(unpack(whole), weight)
+    whole.check_mask()
+    wrong = whole.mask.clone()
+    wrong[48, 0] ^= 1  # in the last part alone
+    with pytest.raises(InputError, match=r"does not keep"):
+        replace(whole, mask=wrong).check_mask()
 
 
 @pytest.mark.parametrize(
