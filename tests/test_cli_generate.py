@@ -9,7 +9,7 @@ from halve.pattern import Pattern
 from halve.runtime import speed
 from halve.runtime.speed import Speed
 from halve.runtime.streaming import Streamed, stream
-from models import decoder
+from models import bert, decoder
 from test_accelerate import prune_layers
 from tiny_tokenizers import byte_bpe
 
@@ -32,7 +32,9 @@ def faster(monkeypatch):
     monkeypatch.setattr(
         speed,
         "measure",
-        lambda d_out, d_in, batches, **_: [Speed(d_out, d_in, b, found["ratio"], 1.0, 1.0, 1.0) for b in batches],
+        lambda d_out, d_in, batches, **_: [
+            Speed(d_out, d_in, b, found["ratio"], 1.0, found["ratio"], 1.0) for b in batches
+        ],
     )
     return found
 
@@ -121,3 +123,33 @@ def test_bad_arguments_are_refused(pruned, arguments, says):
     assert result.exit_code == EXIT_REFUSED
     assert says in " ".join(result.stderr.split())
     assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "says"),
+    [
+        (
+            lambda directory: [path.unlink() for path in directory.glob("tokenizer*")],
+            [],
+            "this LlamaForCausalLM comes without a tokenizer",
+        ),
+        (lambda directory: None, ["--prompt", "Words " * 200], "it exceeds the model's 128: shorten it, or ask for"),
+        (
+            lambda directory: prune_layers(bert()).save_pretrained(directory),
+            [],
+            "BertForMaskedLM generates no text: give a causal language model",
+        ),
+        (
+            lambda directory: (directory / "chat_template.jinja").write_text("{{ raise_exception('no') }}"),
+            [],
+            "chat template fails (no): leave it out with raw",
+        ),
+    ],
+    ids=["no tokenizer", "too long", "no text", "chat template"],
+)
+def test_what_cannot_be_generated_is_refused_before_anything_is_measured(pruned, monkeypatch, change, arguments, says):
+    change(pruned)
+    monkeypatch.setattr(speed, "measure", lambda *_args, **_options: pytest.fail("it was measured"))
+    result = run(app, ["generate", str(pruned), *ASKED, *arguments])
+    assert result.exit_code == EXIT_REFUSED
+    assert says in " ".join(result.stderr.split())

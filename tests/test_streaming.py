@@ -63,6 +63,18 @@ def test_sampling_goes_by_its_seed_and_leaves_torchs_alone(loaded):
     assert torch.rand(1) == expected
 
 
+def test_a_model_without_an_end_stops_at_its_tokenizers(loaded):
+    ids = loaded.tokenizer("Some words", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    length = ids.shape[1]
+    ids = loaded.model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0, length:].tolist()
+    last = next(token for token in ids if token != ids[0])
+    tokenizer = byte_bpe()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
+    assert tokenizer.eos_token_id == last
+    done, _ = run(LoadedModel(loaded.model, tokenizer, None), max_new_tokens=9)
+    assert done.new_tokens == ids.index(last) + 1 < 9
+
+
 def test_one_token_has_no_rate():
     assert Streamed(3, 1, 0.1, 0.0).tokens_per_second is None
 

@@ -38,7 +38,7 @@ def generate(
 
         from halve.device import resolve_device
         from halve.runtime.load import load
-        from halve.runtime.streaming import check_asked, stream
+        from halve.runtime.streaming import check_asked, check_prompt, stream
 
         place = resolve_device(_device_of(model, device, dense=dense))
         check_asked(prompt, max_new_tokens, temperature)
@@ -47,6 +47,7 @@ def generate(
         loaded.model.to(place)  # type: ignore[arg-type]
         for note in loaded.notes:
             say(err, note, label="note", style="yellow")
+        check_prompt(loaded, prompt, max_new_tokens=max_new_tokens, raw=raw)
         how = "dense, as asked" if dense else _accelerate(loaded)
 
         def write(text: str) -> None:

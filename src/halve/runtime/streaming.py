@@ -83,29 +83,16 @@ def stream(
     Raises:
         InputError: there is no tokenizer, the model generates no text, or an argument cannot be used.
     """
-    model: Any = loaded.model
-    tokenizer = loaded.tokenizer
-    if not model.can_generate():
-        raise InputError(f"{type(model).__name__} generates no text: give a causal language model")
-    if tokenizer is None:
-        raise InputError(f"this {type(model).__name__} comes without a tokenizer: put its files beside the model")
     check_asked(prompt, max_new_tokens, temperature)
-    if tokenizer.chat_template and not raw:
-        prompt = _in_template(tokenizer, prompt)
-    given = tokenizer(prompt, return_tensors="pt", add_special_tokens=raw or not tokenizer.chat_template)
-    length, most = given["input_ids"].shape[1], getattr(text_config(model), "max_position_embeddings", None)
-    if most is not None and length + max_new_tokens > most:
-        raise InputError(
-            f"the prompt has {length} tokens, and with {max_new_tokens} new ones it exceeds the model's {most}: "
-            "shorten it, or ask for fewer"
-        )
-    settings = _settings(model, tokenizer, max_new_tokens, temperature)
-    timed = _Timed(tokenizer, write)
+    given = _tokenized(loaded, prompt, max_new_tokens, raw=raw)
+    model: Any = loaded.model
+    settings = _settings(model, loaded.tokenizer, max_new_tokens, temperature)
+    timed = _Timed(loaded.tokenizer, write)
     with torch.random.fork_rng(), torch.inference_mode(), _instead_of_its_own(model, settings):
         torch.manual_seed(seed)
         model.generate(**given.to(model_device(model)), streamer=timed)
     moments = timed.moments
-    return Streamed(length, len(moments), moments[0] - timed.begun, moments[-1] - moments[0])
+    return Streamed(given["input_ids"].shape[1], len(moments), moments[0] - timed.begun, moments[-1] - moments[0])
 
 
 def check_asked(prompt: str, max_new_tokens: int, temperature: float) -> None:
@@ -119,6 +106,35 @@ def check_asked(prompt: str, max_new_tokens: int, temperature: float) -> None:
         raise InputError("the prompt is empty: give some text")
     if not 0.0 <= temperature < float("inf"):
         raise InputError(f"temperature is {temperature}: give a number of at least 0")
+
+
+def check_prompt(loaded: LoadedModel, prompt: str, *, max_new_tokens: int = 128, raw: bool = False) -> None:
+    """Check that `stream` can generate from a prompt, before anything is spent on making the model faster.
+
+    Raises:
+        InputError: there is no tokenizer, its chat template fails, the model generates no text, or not that much.
+    """
+    _tokenized(loaded, prompt, max_new_tokens, raw=raw)
+
+
+def _tokenized(loaded: LoadedModel, prompt: str, max_new_tokens: int, *, raw: bool) -> Any:
+    """Return what ``generate`` takes of a prompt."""
+    model: Any = loaded.model
+    tokenizer = loaded.tokenizer
+    if not model.can_generate():
+        raise InputError(f"{type(model).__name__} generates no text: give a causal language model")
+    if tokenizer is None:
+        raise InputError(f"this {type(model).__name__} comes without a tokenizer: put its files beside the model")
+    if tokenizer.chat_template and not raw:
+        prompt = _in_template(tokenizer, prompt)
+    given = tokenizer(prompt, return_tensors="pt", add_special_tokens=raw or not tokenizer.chat_template)
+    length, most = given["input_ids"].shape[1], getattr(text_config(model), "max_position_embeddings", None)
+    if most is not None and length + max_new_tokens > most:
+        raise InputError(
+            f"the prompt has {length} tokens, and with {max_new_tokens} new ones it exceeds the model's {most}: "
+            "shorten it, or ask for fewer"
+        )
+    return given
 
 
 def _in_template(tokenizer: Any, prompt: str) -> str:
@@ -140,13 +156,16 @@ def _instead_of_its_own(model: Any, settings: GenerationConfig) -> Iterator[None
 
 
 def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    """Return only what was asked for, and the tokens that end a text: no beams or penalties of the model's own."""
+    """Return only what was asked for, and the tokens that end a text: no beams or penalties of the model's own.
+
+    What ends a text is the model's to say; where it does not, the tokenizer's end does.
+    """
     own = model.generation_config
     end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     pad = own.pad_token_id
     if pad is None:
         pad = end[0] if isinstance(end, list) else end
-    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": own.eos_token_id, "pad_token_id": pad}
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
     if temperature > 0.0:
         asked |= {"do_sample": True, "temperature": temperature, "top_k": 0}
     return GenerationConfig(**asked)  # type: ignore[no-untyped-call]
