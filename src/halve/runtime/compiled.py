@@ -1,13 +1,19 @@
 """The compiled part of the runtime, if it was built: what every other module asks."""
 
 from functools import cache
+from importlib.util import find_spec
 
-__all__ = ["instruction_sets", "library"]
+__all__ = ["broken", "instruction_sets", "library"]
+
+broken = ""
+"""Why the compiled module, which is there, cannot be loaded; empty if it can be, or was not built."""
 
 try:
     from halve.runtime import _native as library
-except ImportError:
+except ImportError as error:
     library = None  # type: ignore[assignment]
+    if find_spec("halve.runtime._native") is not None:
+        broken = " ".join(str(error).split())
 
 
 @cache
