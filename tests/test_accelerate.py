@@ -14,7 +14,7 @@ from halve.errors import HalveError, InputError
 from halve.layers import EXPERTS_IN_ONE, is_linear, layer_matrix
 from halve.pattern import Pattern
 from halve.runtime import accelerate as module
-from halve.runtime import semi_structured, speed
+from halve.runtime import probe, semi_structured, speed
 from halve.runtime.accelerate import Acceleration, accelerate, restore
 from halve.runtime.linear import SparseLinear
 from halve.runtime.speed import Speed
@@ -54,7 +54,8 @@ def ratios(monkeypatch):
     found = {}
 
     def measure(d_out, d_in, batches, **_):
-        return [Speed(d_out, d_in, batch, found.get((d_out, d_in), 2.0), 1.0, 1.0, 1.0) for batch in batches]
+        ratio = found.get((d_out, d_in), 2.0)
+        return [Speed(d_out, d_in, batch, ratio, 1.0, found.get("call", ratio), 1.0) for batch in batches]
 
     monkeypatch.setattr(speed, "measure", measure)
     return found
@@ -244,7 +245,7 @@ def test_a_wrong_output_is_noticed_and_everything_is_put_back(monkeypatch):
     model = pruned("gpt2")
     before = state_of(model)
     outputs = iter([torch.ones(4), torch.ones(4), torch.ones(4) * 1.01])
-    monkeypatch.setattr(module, "_first_tensor", lambda *_: next(outputs))
+    monkeypatch.setattr(probe, "_first_tensor", lambda _: next(outputs))
     with pytest.raises(HalveError, match=r"output differs from the dense one's by 0.01 of its norm"):
         accelerate(model)
     assert sum(type(layer) is Conv1D for layer in model.modules()) == 12
@@ -380,6 +381,60 @@ def test_a_weight_that_was_masked_keeps_its_values():
     accelerate(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])  # -0.0 equals +0.0
+
+
+@pytest.mark.usefixtures("ratios")
+def test_layers_whose_weight_the_model_reads_stay_dense():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+            prune_layers(self)
+
+        def forward(self, x):
+            return self.called(self.read(x.to(self.read.weight.dtype)))
+
+    model = Reads()
+    model.read.weight.requires_grad_(True)
+    done = accelerate(model, probe=torch.randn(2, 8))
+    assert done.swapped == ("called",)
+    assert done.left_dense == {"read": "the model reads its weight, which would be expanded each time"}
+    assert type(model.read) is nn.Linear
+    assert model.read.weight.requires_grad
+    assert done.bytes_before == 8 * 8 * 4
+    model.called = prune_layers(nn.Sequential(nn.Linear(8, 8)))[0]
+    del model.called
+    model.called = nn.Identity()
+    with pytest.raises(InputError, match=r"Reads reads the weights of all its pruned layers itself"):
+        accelerate(model, probe=torch.randn(2, 8))
+    assert type(model.read) is nn.Linear
+
+
+def test_a_sparse_layer_that_fails_is_not_blamed_on_the_probe(ratios, monkeypatch):
+    del ratios
+    model = pruned()
+    before = state_of(model)
+    monkeypatch.setattr(module, "_check_product", lambda *_: None)
+    monkeypatch.setattr(SparseLinear, "_multiply", lambda *_: (_ for _ in ()).throw(RuntimeError("kernel failed")))
+    with pytest.raises(HalveError, match=r"fails with sparse layers where it ran with dense ones: kernel failed"):
+        accelerate(model)
+    assert same_state(model.state_dict(), before)
+    assert not any(isinstance(layer, SparseLinear) for layer in model.modules())
+
+
+def test_what_is_decided_by_is_what_is_said(ratios):
+    ratios[(32, 64)] = 0.996  # 1.00 in messages
+    assert len(accelerate(pruned()).swapped) == 21
+    ratios[(32, 64)] = 0.994
+    done = accelerate(pruned())
+    assert set(done.slower) == {f"model.layers.{i}.mlp.down_proj" for i in range(3)}
+    assert {done.left_dense[name] for name in done.slower} == {"0.99 times as fast as dense at batch 1, less than 1"}
+
+
+def test_what_launches_cost_counts_too(ratios):
+    ratios["call"] = 0.5
+    with pytest.raises(InputError, match=r"no layer is 1 times as fast at batch 1 here, the best 0\.50 times"):
+        accelerate(pruned())
 
 
 def test_too_little_memory_to_measure_in_is_refused(monkeypatch):

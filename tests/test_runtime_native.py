@@ -301,6 +301,16 @@ def test_larger_batches_are_multiplied_tile_by_tile(instruction_set, dtype, mult
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize("instruction_set", [REFERENCE, None])
+@pytest.mark.parametrize("lowered", [torch.bfloat16, torch.float16])
+def test_autocast_lowers_nothing(instruction_set, lowered):
+    weight = pruned(8, 64, "2:4", torch.float32)
+    packed, x = pack(weight, "2:4"), 100 * torch.ones(300, 64)  # more rows than the kernels take
+    with torch.autocast("cpu", lowered):
+        got = sparse_linear(x, packed, None, instruction_set)
+    assert torch.equal(got, sparse_linear(x, packed, None, instruction_set))
+
+
 def test_who_multiplies_how_many_rows():
     rows = {
         (name, dtype, amx): register_rows(name, dtype, amx) for name in ALL for dtype in DTYPES for amx in (False, True)

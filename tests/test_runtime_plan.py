@@ -196,11 +196,11 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_measured(made_up, 
 
 def test_a_pattern_that_a_gpu_cannot_run_is_refused_before_the_model_is_looked_at(monkeypatch):
     monkeypatch.setattr(planner, "resolve_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(planner.speed.semi_structured, "unusable", lambda: "")
+    monkeypatch.setattr(planner.speed.semi_structured, "unusable", lambda _device: "")
     monkeypatch.setattr(planner, "outline", None)
     with pytest.raises(InputError, match=r"sparse tensor cores multiply 2:4 .* not 1:4"):
         halve.plan("org/model", pattern="1:4", dtype=torch.bfloat16)
-    monkeypatch.setattr(planner.speed.semi_structured, "unusable", lambda: "it is too old")
+    monkeypatch.setattr(planner.speed.semi_structured, "unusable", lambda _device: "it is too old")
     with pytest.raises(InputError, match="no sparse products on cuda: it is too old"):
         halve.plan("org/model")
 

@@ -46,7 +46,8 @@ def test_both_contenders_multiply_the_same_matrix(monkeypatch):
 
 
 def test_ratio_is_dense_over_sparse():
-    assert Speed(1, 1, 1, 3.0, 2.0, 1.0, 1.0).ratio == 1.5
+    assert Speed(1, 1, 1, 3.0, 2.0, 1.0, 4.0).ratio == 1.5
+    assert Speed(1, 1, 1, 3.0, 2.0, 1.0, 4.0).call_ratio == 0.25
 
 
 def test_a_repeated_matrix_is_packed_as_if_it_were_whole():
@@ -64,7 +65,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"no sparse products on cuda: torch sees no CUDA GPU; use --device cpu"):
         check_measurable("2:4", torch.bfloat16, torch.device("cuda"))
-    monkeypatch.setattr(speed.semi_structured, "unusable", lambda: "")
+    monkeypatch.setattr(speed.semi_structured, "unusable", lambda _device: "")
     for pattern, dtype in (("1:4", torch.bfloat16), ("2:4", torch.float32)):
         with pytest.raises(InputError, match=rf"not {pattern} in {dtype}"):
             check_measurable(pattern, dtype, torch.device("cuda"))

@@ -3,7 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,11 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             "choose another, or auto"
         )
     return resolved
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one for a while: events, synchronisation and some kernels go by that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -21,8 +21,11 @@ def available_memory() -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device; None where the system does not say."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    """Return the bytes that are free on a device, or kept by PyTorch for reuse; None where the system does not say."""
+    if device.type != "cuda":
+        return available_memory()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def check_memory(what: str, bytes_needed: int, remedy: str, device: torch.device = _CPU) -> None:

@@ -7,7 +7,6 @@ back.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from halve.device import evaluation_mode, model_device
+from halve.device import on_device
 from halve.errors import HalveError, InputError
-from halve.generation import text_config
 from halve.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
 from halve.options import check_count, is_number
 from halve.pattern import Pattern
 from halve.runtime import speed
+from halve.runtime.compressed_linear import noting_reads
 from halve.runtime.linear import SparseLinear
+from halve.runtime.probe import Probe, difference, noting_calls
 from halve.runtime.semi_structured import SemiStructuredLinear
 from halve.runtime.speed import Speed
 
-_PROBE_TOKENS = 16
 _PRODUCT = {torch.float32: 2.0**-14, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 """Error that rounding explains: this share of an element, and a 16th of it of the magnitudes that were summed up."""
 _OUTPUT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
@@ -43,6 +42,7 @@ class Acceleration:
     Attributes:
         swapped: names of the layers that are sparse now.
         left_dense: names of the other layers, and why each is dense.
+        slower: of these, the ones that are not as much faster as was asked for.
         speeds: what was measured, one a shape; empty if nothing was to be.
         bytes_before: of the weights of the swapped layers.
         bytes_after: of the same, packed.
@@ -52,6 +52,7 @@ class Acceleration:
 
     swapped: tuple[str, ...] = field(repr=False)
     left_dense: Mapping[str, str] = field(repr=False)
+    slower: tuple[str, ...] = field(repr=False)
     speeds: tuple[Speed, ...] = field(repr=False)
     bytes_before: int
     bytes_after: int
@@ -78,15 +79,15 @@ def accelerate(
     """Swap, in place, the linear layers of a model that are in a pattern and whose products are measured to be faster.
 
     For inference: the weights get no gradient any more. The model's ``state_dict`` stays that of the dense model, but
-    that a -0.0 for which a group has no room comes back as +0.0.
+    that a -0.0 for which a group has no room, and on a GPU any -0.0, comes back as +0.0.
 
     Args:
         model: in memory, on the CPU or a GPU.
         pattern: what its pruned layers have; on a GPU only 2:4.
         batch: rows of a product that speed is measured at, and that a GPU's algorithm is searched for: sequences
             decoded at once.
-        only_where_faster: layers stay dense whose shape is not this many times as fast on this machine; 0 swaps all of
-            them, and measures nothing.
+        only_where_faster: layers stay dense whose shape is not this many times as fast on this machine, two decimals
+            counted; on a GPU with and without what launching costs. 0 swaps all of them, and measures nothing.
         probe: keyword arguments of the model's call, or its ``input_ids``, to compare outputs on; None takes 16 tokens.
 
     Returns:
@@ -108,26 +109,26 @@ def accelerate(
             f"no linear layer of this {type(model).__name__} can run sparse at {pattern} ({_most_common(left)}): prune "
             "it first, or give its pattern"
         )
-    before = _output(model, probe, chosen, left)
-    speeds = _keep_faster(chosen, left, pattern, batch, only_where_faster) if only_where_faster > 0 else ()
+    asked = Probe.of(model, probe)
+    before = _dense_output(asked, chosen, left)
+    measured = _keep_faster(chosen, left, pattern, batch, only_where_faster) if only_where_faster > 0 else ((), ())
     kernel = speed.describe(layer_matrix(next(iter(chosen.values()))).device)
-    bytes_before = sum(layer_matrix(layer).nbytes for layer in chosen.values())
-    allowed = max(_OUTPUT[layer_matrix(layer).dtype] for layer in chosen.values())
-    if _difference(before, _output(model, probe)) > allowed:
-        raise InputError("the dense model does not return the same twice on the probe: nothing can be compared with it")
+    sizes = {name: layer_matrix(layer).nbytes for name, layer in chosen.items()}
+    allowed = _allowed(chosen)
     trained = {name: bool(layer.weight.requires_grad) for name, layer in chosen.items()}
     swapped: dict[str, Sparse] = {}
     try:
         swapped.update(_swap(model, chosen, pattern, batch))
-        difference = _difference(before, _output(model, probe))
-        _check_output(difference, allowed)
+        off = _check_output(asked, before, allowed, swapped, trained)
     except BaseException:
-        for name in swapped:
-            restore(model, name)
-            model.get_parameter(f"{name}.weight").requires_grad_(trained[name])
+        _put_back(model, swapped, trained)
         raise
+    readers = [name for name in trained if name not in swapped]
+    left |= dict.fromkeys(readers, "the model reads its weight, which would be expanded each time")
+    bytes_before = sum(sizes[name] for name in swapped)
     bytes_after = sum(sparse.nbytes for sparse in swapped.values())
-    return Acceleration(tuple(swapped), left, speeds, bytes_before, bytes_after, difference, kernel)
+    speeds, slower = measured
+    return Acceleration(tuple(swapped), left, slower, speeds, bytes_before, bytes_after, off, kernel)
 
 
 def restore(model: nn.Module, name: str) -> None:
@@ -140,6 +141,12 @@ def restore(model: nn.Module, name: str) -> None:
     if not isinstance(sparse, Sparse):
         raise InputError(f"{name} is no sparse layer of this model")
     _replace(model, sparse, sparse.plain())
+
+
+def _put_back(model: nn.Module, names: Iterable[str], trained: Mapping[str, bool]) -> None:
+    for name in names:
+        restore(model, name)
+        model.get_parameter(f"{name}.weight").requires_grad_(trained[name])
 
 
 def _check_model(model: nn.Module) -> None:
@@ -207,10 +214,37 @@ def _key(layer: nn.Module) -> _Key:
     return matrix.shape, matrix.dtype, matrix.device
 
 
+def _dense_output(probe: Probe, chosen: dict[str, nn.Module], left: dict[str, str]) -> Tensor:
+    """Return the model's output; layers that are not called go from ``chosen`` to ``left``.
+
+    Raises:
+        InputError: as `Probe.dense_output`; no layer is called, or the output is another each time.
+    """
+    name = type(probe.model).__name__
+    with noting_calls(chosen) as called:
+        output = probe.dense_output()
+    # Whoever multiplies with the weights of a layer that is not called would expand them each time.
+    for idle in [layer for layer in chosen if layer not in called]:
+        del chosen[idle]
+        left[idle] = "the model does not call it on the probe"
+    if not chosen:
+        raise InputError(f"{name} calls none of its pruned layers on the probe: give another")
+    if not difference(output, probe.dense_output()) <= _allowed(chosen):
+        raise InputError(f"{name} does not return the same twice on the probe: nothing can be compared with it")
+    return output
+
+
+def _allowed(layers: Mapping[str, nn.Module]) -> float:
+    return max(_OUTPUT[layer_matrix(layer).dtype] for layer in layers.values())
+
+
 def _keep_faster(
     chosen: dict[str, nn.Module], left: dict[str, str], pattern: Pattern, batch: int, factor: float
-) -> tuple[Speed, ...]:
+) -> tuple[tuple[Speed, ...], tuple[str, ...]]:
     """Measure every shape, and move the layers that are not fast enough from ``chosen`` to ``left``, with the reason.
+
+    Returns:
+        tuple[tuple[Speed, ...], tuple[str, ...]]: what was measured, and the names of the layers moved.
 
     Raises:
         InputError: none is left.
@@ -221,18 +255,18 @@ def _keep_faster(
         remedy = "free some, or give only_where_faster=0, which measures nothing"
         speed.check_room(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device, remedy=remedy)
         speeds[key] = speed.measure(d_out, d_in, [batch], pattern=pattern, dtype=dtype, device=device)[0]
-    for name, layer in list(chosen.items()):
-        ratio = speeds[_key(layer)].ratio
-        if ratio < factor:
-            left[name] = f"{ratio:.2f} times as fast as dense at batch {batch}, less than {factor:g}"
-            del chosen[name]
+    ratios = {key: round(min(row.ratio, row.call_ratio), 2) for key, row in speeds.items()}
+    slower = tuple(name for name, layer in chosen.items() if ratios[_key(layer)] < factor)
+    for name in slower:
+        ratio = ratios[_key(chosen.pop(name))]
+        left[name] = f"{ratio:.2f} times as fast as dense at batch {batch}, less than {factor:g}"
     if not chosen:
-        best = max(row.ratio for row in speeds.values())
+        best = max(ratios.values())
         raise InputError(
             f"no layer is {factor:g} times as fast at batch {batch} here, the best {best:.2f} times: the model stays "
             "dense; see halve plan for other batches, or give only_where_faster=0 to save memory alone"
         )
-    return tuple(speeds.values())
+    return tuple(speeds.values()), slower
 
 
 def _swap(model: nn.Module, chosen: dict[str, nn.Module], pattern: Pattern, batch: int) -> Iterator[tuple[str, Sparse]]:
@@ -240,9 +274,10 @@ def _swap(model: nn.Module, chosen: dict[str, nn.Module], pattern: Pattern, batc
     while chosen:
         name = next(iter(chosen))
         layer = chosen.pop(name)
-        sparse = _sparse(layer, pattern, batch)
-        for rows in sorted({1, 3, batch}):  # each may take another way through the kernels
-            _check_product(name, layer, sparse, rows)
+        with on_device(layer_matrix(layer).device):
+            sparse = _sparse(layer, pattern, batch)
+            for rows in sorted({1, 3, batch}):  # each may take another way through the kernels
+                _check_product(name, layer, sparse, rows)
         _replace(model, layer, sparse)
         del layer
         yield name, sparse
@@ -277,65 +312,33 @@ def _check_product(name: str, layer: nn.Module, sparse: Sparse, rows: int) -> No
         )
 
 
-def _check_output(difference: float, allowed: float) -> None:
-    if not difference <= allowed:
-        raise HalveError(f"the sparse model's output differs from the dense one's by {difference:.2g} of its norm")
+def _check_output(
+    probe: Probe, before: Tensor, allowed: float, swapped: dict[str, Sparse], trained: Mapping[str, bool]
+) -> float:
+    """Hold the model's output to the dense one's; layers whose weights its code reads are put back, out of ``swapped``.
 
-
-def _difference(expected: Tensor, got: Tensor) -> float:
-    """Return ``|got - expected| / |expected|``."""
-    return float((got.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
-
-
-def _output(
-    model: nn.Module,
-    probe: Tensor | Mapping[str, Any] | None,
-    chosen: dict[str, nn.Module] | None = None,
-    left: dict[str, str] | None = None,
-) -> Tensor:
-    """Call the model and return its logits, or whatever tensor it returns first.
-
-    Layers of ``chosen`` that are not called go to ``left``: code that multiplies with their weights would unpack them.
+    Returns:
+        float: the relative difference.
 
     Raises:
-        InputError: the model cannot be called with the probe, returns no numbers, or calls no layer of ``chosen``.
+        InputError: no layer is left.
+        HalveError: the model fails, or the output is off by more than ``allowed``.
     """
-    if probe is None:
-        vocabulary = getattr(text_config(model), "vocab_size", None)
-        if vocabulary is None:
-            raise InputError(f"{type(model).__name__} says of no vocabulary: give a probe, the arguments of its call")
-        probe = (torch.arange(_PROBE_TOKENS, device=model_device(model)) % vocabulary).unsqueeze(0)
-    called: set[str] = set()
-    chosen = chosen or {}
-    with ExitStack() as stack:
-        for name, layer in chosen.items():
-            hook = layer.register_forward_pre_hook(lambda _layer, _given, name=name: called.add(name))
-            stack.callback(hook.remove)
-        stack.enter_context(evaluation_mode(model))
-        try:
-            output = model(**probe) if isinstance(probe, Mapping) else model(probe)
-        except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"{type(model).__name__} cannot be called with the probe ({error}): give another"
-            ) from error
-    for name in chosen.keys() - called:
-        del chosen[name]
-        if left is not None:
-            left[name] = "the model does not call it on the probe"
-    if left is not None and not chosen:
-        raise InputError(f"{type(model).__name__} calls none of its pruned layers on the probe: give another")
-    return _first_tensor(model, output)
-
-
-def _first_tensor(model: nn.Module, output: Any) -> Tensor:
-    found = getattr(output, "logits", None)
-    if found is None:
-        parts = output.values() if isinstance(output, Mapping) else output
-        parts = parts if isinstance(parts, Iterable) and not isinstance(output, Tensor) else [output]
-        found = next((part for part in parts if isinstance(part, Tensor) and part.is_floating_point()), None)
-    if not isinstance(found, Tensor):
-        raise InputError(f"{type(model).__name__} returns no tensor of numbers on the probe: give another")
-    return found
+    with noting_reads() as read:
+        output = probe.sparse_output()
+    readers = [name for name, sparse in swapped.items() if sparse in read]
+    if len(readers) == len(swapped):
+        raise InputError(
+            f"{type(probe.model).__name__} reads the weights of all its pruned layers itself, which would expand them "
+            "each time: it stays dense"
+        )
+    _put_back(probe.model, readers, trained)
+    for name in readers:
+        del swapped[name]
+    off = difference(before, probe.sparse_output() if readers else output)
+    if not off <= allowed:
+        raise HalveError(f"the sparse model's output differs from the dense one's by {off:.2g} of its norm")
+    return off
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

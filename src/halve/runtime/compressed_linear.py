@@ -1,13 +1,27 @@
 """What linear layers with a compressed weight have in common: to whatever saves or loads them they are plain ones."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from halve.errors import InputError
 from halve.layers import Layout, matrix_view, plain_layer
+
+_noted: "set[nn.Module] | None" = None
+
+
+@contextmanager
+def noting_reads() -> Iterator["set[nn.Module]"]:
+    """Yield a set that fills with the compressed layers whose ``weight`` is read."""
+    global _noted  # noqa: PLW0603 - on the layers themselves, compiled code would depend on it
+    before, _noted = _noted, set()
+    try:
+        yield _noted
+    finally:
+        _noted = before
 
 
 class CompressedLinear(nn.Module):
@@ -52,6 +66,8 @@ class CompressedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The plain layer's weight, expanded anew: for code that looks at it, not for products."""
+        if _noted is not None:
+            _noted.add(self)
         return matrix_view(self._dense(), None, self.layout).contiguous()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

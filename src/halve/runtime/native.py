@@ -70,6 +70,9 @@ def sparse_linear(
     """
     _check(x, packed, bias)
     name = _choose(instruction_set)
+    if torch.is_autocast_enabled("cpu"):  # which would lower the products of what is unpacked
+        with torch.autocast("cpu", enabled=False):
+            return sparse_linear(x, packed, bias, name)
     if name == REFERENCE:
         return reference(x, packed, bias)
     flat = x.reshape(-1, packed.d_in).contiguous()

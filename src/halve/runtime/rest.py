@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from halve.device import on_device
 from halve.errors import HalveError
 from halve.generation import text_config
 from halve.layers import block_weight_count, find_stack, make_plan
@@ -123,9 +124,9 @@ def measure_rest(
             listen(batch)
         sequences, length = as_sequences(batch, longest(model))
         try:
-            found[batch] = Rest(
-                batch, sequences, length, len(watched.blocks), total, *_time(model, watched, sequences, length, seconds)
-            )
+            with on_device(device):
+                times = _time(model, watched, sequences, length, seconds)
+            found[batch] = Rest(batch, sequences, length, len(watched.blocks), total, *times)
         except (RuntimeError, MemoryError, TypeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             found[batch] = f"{type(model).__name__} could not be run on {sequences} x {length} tokens: {reason}"

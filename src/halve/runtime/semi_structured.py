@@ -17,22 +17,28 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from halve.errors import InputError
+from halve.errors import HalveError, InputError
 from halve.layers import Layout, is_conv1d, layer_matrix
 from halve.pattern import Pattern
 from halve.runtime.compressed_linear import CompressedLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
 _CAPABILITY = (8, 0)
+"""From which on there are sparse tensor cores, and whose generation alone CUTLASS's kernels are built for."""
+_algorithms: dict[tuple[torch.Size, torch.dtype, torch.device, int], int] = {}
+"""The fastest, by shape and dtype of the weight, device, and rows: a layer gets what was measured for its like."""
 _ROWS_MULTIPLE = 8
 
 
-def unusable() -> str:
-    """Return why this machine has no sparse tensor cores to use, empty if it has."""
+def unusable(device: torch.device | None = None) -> str:
+    """Return why a GPU, None for the current one, has no sparse tensor cores to use; empty if it has."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    if torch.cuda.get_device_capability() < _CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has no sparse tensor cores"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has no sparse tensor cores"
+    if capability[0] != _CAPABILITY[0] and not _searchable():
+        return f"{torch.cuda.get_device_name(device)} needs cuSPARSELt, which this build of torch lacks"
     return ""
 
 
@@ -63,25 +69,32 @@ def compress(weight: Tensor, rows: int | None = None) -> SparseSemiStructuredTen
         rows: of the inputs that the algorithm is searched for; None takes the default algorithm.
 
     Raises:
-        InputError: ``weight`` is no such tensor, or of a shape the hardware does not take.
+        InputError: ``weight`` is no such tensor, or of a shape that the hardware does not take.
     """
     if weight.ndim != 2 or not _multiplied(weight):
         raise InputError(
             f"sparse tensor cores multiply float16 and bfloat16 matrices on a CUDA device, not {weight.dtype} of shape "
             f"{tuple(weight.shape)} on {weight.device}"
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* is in prototype stage", UserWarning)  # nothing the user could do
-            found = _layout_type().from_dense(weight.contiguous())
-    except RuntimeError as error:
-        raise InputError(f"sparse tensor cores do not take a weight of shape {tuple(weight.shape)}: {error}") from error
+    if reason := unfit(weight.shape[0], weight.shape[1], weight.dtype):
+        raise InputError(f"a weight of shape {tuple(weight.shape)} cannot be compressed: {reason}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is in prototype stage", UserWarning)  # nothing the user could do
+        found = _layout_type().from_dense(weight.contiguous())
     if _searchable() and rows is not None:
-        inputs = pad(weight.new_zeros(rows, weight.shape[1]), (0, 0, 0, padded_rows(rows) - rows))
-        packed = found.packed
-        assert packed is not None  # noqa: S101 - from_dense has just made it
-        found.alg_id_cusparselt = torch._cslt_sparse_mm_search(packed, inputs.t(), transpose_result=True)  # noqa: SLF001
+        key = (weight.shape, weight.dtype, weight.device, padded_rows(rows))
+        if key not in _algorithms:
+            _algorithms[key] = _fastest(found, padded_rows(rows))
+        found.alg_id_cusparselt = _algorithms[key]
     return found
+
+
+def _fastest(compressed: SparseSemiStructuredTensor, rows: int) -> int:
+    """Try all algorithms of cuSPARSELt on a product of so many rows, and return the fastest."""
+    packed = compressed.packed
+    assert packed is not None  # noqa: S101 - of cuSPARSELt's layout it never is
+    inputs = torch.zeros(rows, compressed.shape[1], dtype=packed.dtype, device=packed.device)
+    return torch._cslt_sparse_mm_search(packed, inputs.t(), transpose_result=True)  # noqa: SLF001
 
 
 def _multiplied(matrix: Tensor) -> bool:
@@ -98,7 +111,7 @@ def _layout_type() -> type[SparseSemiStructuredTensor]:
 
 
 class SemiStructuredLinear(CompressedLinear):
-    """``y = x Wᵀ + b`` with a 2:4 W on sparse tensor cores.
+    """``y = x Wᵀ + b`` with a 2:4 W on sparse tensor cores, without gradients.
 
     It can be moved and converted like any layer; where there are no sparse tensor cores, or none for its dtype, the
     weight is dense, and products are refused rather than slow.
@@ -111,6 +124,7 @@ class SemiStructuredLinear(CompressedLinear):
 
     Raises:
         InputError: as `compress`; the matrix is not 2:4.
+        HalveError: the matrix does not come back from its compressed form.
     """
 
     def __init__(self, matrix: Tensor, bias: Tensor | None, rows: int, layout: Layout = "out_in") -> None:
@@ -136,11 +150,18 @@ class SemiStructuredLinear(CompressedLinear):
         return compressed_bytes(self.out_features, self.in_features, self._held.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out_features) for x of shape (..., in_features), of the weight's dtype.
+        """Return (..., out_features) for x of shape (..., in_features), of the weight's dtype unless under autocast.
 
         Raises:
-            InputError: the layer has been moved or converted to where there are no such products.
+            InputError: the layer has been moved or converted to where there are no such products, or a gradient is
+                asked for.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                product = self.forward(x.to(self._held.dtype))
+            return product.to(torch.get_autocast_dtype(x.device.type))
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError("products on sparse tensor cores have no gradient: restore the plain layer for that")
         held = self._held
         if not isinstance(held, SparseSemiStructuredTensor):
             raise InputError(
@@ -148,15 +169,15 @@ class SemiStructuredLinear(CompressedLinear):
                 "multiply: move it back, or put the plain layer in its place with halve.runtime.accelerate.restore"
             )
         rows = x.numel() // self.in_features
+        if not rows:
+            return x.new_empty(*x.shape[:-1], self.out_features)
         flat = pad(x.reshape(rows, self.in_features), (0, 0, 0, padded_rows(rows) - rows))
         held.alg_id_cusparselt = self._algorithm if len(flat) == self.rows else held._DEFAULT_ALG_ID  # noqa: SLF001
         return linear(flat, held, self.bias)[:rows].view(*x.shape[:-1], self.out_features)
 
     def _dense(self) -> Tensor:
         held = self._held
-        if isinstance(held, SparseSemiStructuredTensor):
-            return cast("Tensor", held.to_dense())  # type: ignore[no-untyped-call]
-        return held
+        return _expanded(held) if isinstance(held, SparseSemiStructuredTensor) else held
 
     def _take(self, matrix: Tensor) -> None:
         matrix = matrix.to(self._held.device, self._held.dtype)
@@ -165,6 +186,8 @@ class SemiStructuredLinear(CompressedLinear):
     def _compress(self, matrix: Tensor) -> Tensor:
         found = compress(_checked(matrix), self.rows)
         self._algorithm = found.alg_id_cusparselt
+        if not torch.equal(_expanded(found), matrix):
+            raise HalveError(f"a matrix of shape {tuple(matrix.shape)} does not come back from its compressed form")
         return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -175,6 +198,12 @@ class SemiStructuredLinear(CompressedLinear):
             matrix = fn(self._dense())
             self._held = self._compress(matrix) if _multiplied(matrix) else matrix
         return self
+
+
+def _expanded(compressed: SparseSemiStructuredTensor) -> Tensor:
+    """Return the dense matrix. cuSPARSELt's layout gives it as a product, of other rows than were searched for."""
+    compressed.alg_id_cusparselt = compressed._DEFAULT_ALG_ID  # noqa: SLF001 - nothing public tells
+    return cast("Tensor", compressed.to_dense())  # type: ignore[no-untyped-call]
 
 
 def _checked(matrix: Tensor) -> Tensor:

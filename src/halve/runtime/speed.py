@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from halve.device import on_device
 from halve.errors import InputError
 from halve.memory import check_memory
 from halve.pattern import Pattern
@@ -47,6 +48,11 @@ class Speed:
         """How many times as fast the sparse product is; below 1 it is slower."""
         return self.dense_seconds / self.sparse_seconds
 
+    @property
+    def call_ratio(self) -> float:
+        """The same with what launches cost, as a program has it that waits for each product or gives the GPU little."""
+        return self.dense_call_seconds / self.sparse_call_seconds
+
 
 def check_measurable(pattern: str | Pattern, dtype: torch.dtype, device: torch.device) -> None:
     """Check that there are sparse products of this kind on this machine.
@@ -59,7 +65,7 @@ def check_measurable(pattern: str | Pattern, dtype: torch.dtype, device: torch.d
         if dtype not in packed.DTYPES:
             raise InputError(f"packed products are bfloat16, float16 or float32, not {dtype}")
         return
-    if reason := semi_structured.unusable():
+    if reason := semi_structured.unusable(device):
         raise InputError(f"no sparse products on {device}: {reason}; use --device cpu")
     if pattern.text != "2:4" or dtype not in semi_structured.DTYPES:
         raise InputError(f"sparse tensor cores multiply 2:4 in bfloat16 or float16, not {pattern} in {dtype}")
@@ -152,7 +158,7 @@ def measure(
     prepare = _on_gpu if device.type == "cuda" else _on_cpu
     multiply = prepare(weight, slab, str(pattern))
     found = []
-    with torch.inference_mode():
+    with torch.inference_mode(), on_device(device):
         for batch in batches:
             x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(batch)).to(device, dtype)
             turns = take_turns(multiply(x), device=device, seconds=seconds)
