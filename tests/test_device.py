@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from halve.device import (
     evaluation_mode,
     forward_precision,
     model_device,
+    on_device,
     resolve_device,
     weight_dtype,
 )
@@ -142,3 +145,11 @@ def test_evaluation_mode_restores_after_an_error():
         model(torch.ones(1, 3))
     assert model.training
     assert torch.is_grad_enabled()
+
+
+def test_a_gpu_is_the_current_one_for_a_while(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(("on", device)))
+    with on_device(torch.device("cuda", 1)) as entered:
+        assert entered == ("on", torch.device("cuda", 1))
+    with on_device(torch.device("cpu")) as entered:
+        assert entered is None
