@@ -9,7 +9,7 @@ import pytest
 
 from halve import durable
 from halve.durable import file_chunks, filling, make_directory, move_file, sha256_of, write_file, writing
-from halve.errors import HalveError
+from halve.errors import CorruptFileError, HalveError
 
 
 def test_a_file_is_what_was_given_and_its_hash_is_returned(tmp_path):
@@ -118,6 +118,14 @@ def test_a_directory_that_cannot_be_filled_is_taken_back(tmp_path):
         "whole/below",
         "whole/below/0",
     ]
+
+
+def test_what_cannot_be_read_while_writing_is_named_and_not_what_is_written(tmp_path):
+    source = tmp_path / "source"
+    for read in (lambda: fill(tmp_path / "new", file_chunks(source)), lambda: sha256_of(source)):
+        with pytest.raises(CorruptFileError, match=r"source cannot be read \(No such file or directory\): fetch or"):
+            read()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_full_volume_is_one_sentence_and_nothing_is_left(tmp_path, monkeypatch):

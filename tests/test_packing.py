@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import models
 from halve import durable
-from halve.errors import HalveError, InputError, PatternError, UnsupportedModelError
+from halve.errors import CorruptFileError, HalveError, InputError, PatternError, UnsupportedModelError
+from halve.runtime import packing
 from halve.runtime.packed import PackedMatrix, pack, unpack
 from halve.runtime.packed_checkpoint import unpack_checkpoint
 from halve.runtime.packing import pack_checkpoint
@@ -237,6 +238,57 @@ def test_a_source_that_changes_meanwhile_is_refused(plain, tmp_path, monkeypatch
     with pytest.raises(HalveError, match="has been changed while it was packed"):
         pack_checkpoint(plain, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+def vanish(monkeypatch, path, when):
+    """Remove a file as a crash point is passed."""
+    monkeypatch.setattr(durable, "crash_point", lambda name: path.unlink(missing_ok=True) if name == when else None)
+
+
+@pytest.mark.parametrize(
+    ("when", "name"),
+    [
+        ("packed.start", "model.safetensors"),  # read tensor by tensor
+        ("packed.start", "config.json"),  # carried along
+        ("companion.start", "model.safetensors"),  # summed
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named_and_not_the_output(plain, tmp_path, monkeypatch, when, name):
+    vanish(monkeypatch, plain / name, when)
+    with pytest.raises(CorruptFileError, match=rf"plain/{name} cannot be read \(No such file or directory\)"):
+        pack_checkpoint(plain, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_an_index_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    plain = pruned(tmp_path, max_shard_size="40KB")
+    index = plain / "model.safetensors.index.json"
+    contained = packing.contained
+
+    def then_gone(directory, path):
+        found = contained(directory, path)
+        if path == index:
+            index.unlink()
+        return found
+
+    monkeypatch.setattr(packing, "contained", then_gone)
+    with pytest.raises(CorruptFileError, match=r"index\.json cannot be read \(No such file or directory\)"):
+        pack_checkpoint(plain, tmp_path / "packed")
+
+
+@pytest.mark.parametrize("name", ["packed.safetensors", "tokenizer.json"])
+def test_a_packed_checkpoint_that_cannot_be_read_is_named_and_not_the_output(plain, tmp_path, monkeypatch, name):
+    pack_checkpoint(plain, tmp_path / "packed")
+    vanish(monkeypatch, tmp_path / "packed" / name, "unpacked.start")
+    with pytest.raises(CorruptFileError, match=rf"packed/{name} cannot be read \(No such file or directory\)"):
+        unpack_checkpoint(tmp_path / "packed", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_record_with_no_pattern_that_can_be_is_named(plain, tmp_path):
+    models.edit_json(plain / "halve.json", pattern="4:2")
+    with pytest.raises(CorruptFileError, match=r"halve\.json is malformed: pattern '4:2' is not understood"):
+        pack_checkpoint(plain, tmp_path / "packed")
 
 
 class Alive(TorchDispatchMode):

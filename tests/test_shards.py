@@ -135,6 +135,12 @@ def test_missing_file_and_a_file_cut_after_its_header_was_read(tmp_path):
         read_tensor(entry)
     with pytest.raises(CorruptFileError, match="ends beyond"):
         list(read_chunks(entry))
+    path.unlink()
+    for read in (read_tensor, lambda entry: list(read_chunks(entry))):
+        with pytest.raises(
+            CorruptFileError, match=r"x\.safetensors cannot be read \(No such file or directory\): fetch"
+        ):
+            read(entry)
 
 
 def test_json_is_read_within_limits(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from halve.errors import HalveError
-from halve.shards import CHUNK
+from halve.shards import CHUNK, reading
 
 CRASH_POINT = "HALVE_CRASH_POINT"
 """Environment variable of the fault tests: ``name@k`` kills the process as it passes that crash point for the k-th
@@ -75,7 +75,7 @@ def filling(directory: Path) -> Iterator[Write]:
         directory: made if it does not exist.
 
     Raises:
-        HalveError: the volume is full or failed.
+        HalveError: the volume is full or failed; what cannot be read of the content is a `CorruptFileError` of its own.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     written: list[Path] = []
@@ -150,14 +150,22 @@ def sync_directory(directory: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
+    """Return the sha256 of a file in hexadecimal.
+
+    Raises:
+        CorruptFileError: it cannot be read.
+    """
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the content of a file, at most 16 MiB at a time."""
-    with path.open("rb") as file:
+    """Yield the content of a file, at most 16 MiB at a time.
+
+    Raises:
+        CorruptFileError: it cannot be read.
+    """
+    with reading(path), path.open("rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
 

@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,22 +68,33 @@ class Shard:
     tensors: tuple[TensorEntry, ...]
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say in one sentence which file could not be read.
+
+    Raises:
+        CorruptFileError: instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read ({error.strerror or error}): fetch or write it again") from error
+
+
 def read_shard(path: Path) -> Shard:
     """Read and validate the header of a safetensors file; the tensors themselves are not read.
 
     Raises:
-        CorruptFileError: the header is malformed, the tensors overlap, leave holes, or do not fill the file exactly.
+        CorruptFileError: the file cannot be read, the header is malformed, the tensors overlap, leave holes, or do not
+            fill the file exactly.
         UnsupportedModelError: a tensor has a dtype this package does not know.
     """
-    try:
+    with reading(path), path.open("rb") as file:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH), "little")
-            if not 2 <= length <= min(MAX_HEADER, size - _LENGTH):
-                raise _corrupt(path, f"its header claims {length} bytes and the file has {size}")
-            text = file.read(length)
-    except OSError as error:
-        raise CorruptFileError(f"{path} cannot be read: {error.strerror}; fetch or write it again") from error
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        if not 2 <= length <= min(MAX_HEADER, size - _LENGTH):
+            raise _corrupt(path, f"its header claims {length} bytes and the file has {size}")
+        text = file.read(length)
     return parse_header(text, path, size)
 
 
@@ -119,11 +131,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CorruptFileError: it cannot be read, is too large, or is not a JSON object.
     """
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON + 1)
-    except OSError as error:
-        raise CorruptFileError(f"{path} cannot be read ({error.strerror}): fetch or write it again") from error
+    with reading(path), path.open("rb") as file:
+        text = file.read(MAX_JSON + 1)
     if len(text) > MAX_JSON:
         raise CorruptFileError(f"{path} is larger than {MAX_JSON >> 20} MiB, which no JSON file of a model is")
     return parse_object(text, path)
@@ -158,12 +167,9 @@ def read_tensor(entry: TensorEntry) -> Tensor:
         CorruptFileError: the file has become shorter since its header was read, or cannot be read.
     """
     buffer = bytearray(entry.end - entry.start)
-    try:
-        with entry.path.open("rb") as file:
-            file.seek(entry.start)
-            got = file.readinto(buffer)
-    except OSError as error:
-        raise CorruptFileError(f"{entry.path} cannot be read: {error.strerror}; fetch or write it again") from error
+    with reading(entry.path), entry.path.open("rb") as file:
+        file.seek(entry.start)
+        got = file.readinto(buffer)
     if got != len(buffer):
         raise _corrupt(entry.path, f"tensor {entry.name!r} ends beyond the file")
     if not buffer:
@@ -175,10 +181,10 @@ def read_chunks(entry: TensorEntry) -> Iterator[bytes]:
     """Yield the raw bytes of one tensor, at most 16 MiB at a time.
 
     Raises:
-        CorruptFileError: the file has become shorter since its header was read.
+        CorruptFileError: as `read_tensor`.
     """
     left = entry.end - entry.start
-    with entry.path.open("rb") as file:
+    with reading(entry.path), entry.path.open("rb") as file:
         file.seek(entry.start)
         while left:
             chunk = file.read(min(CHUNK, left))

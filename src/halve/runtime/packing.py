@@ -15,7 +15,7 @@ from halve.checkpoint import Source, resolve, skeleton
 from halve.checkpoint_files import INDEX, PACKED, REPORT, WEIGHTS, contained, read_shards
 from halve.disk_layout import DiskLayout, DiskTensor
 from halve.durable import file_chunks, filling, sha256_of
-from halve.errors import CorruptFileError, InputError
+from halve.errors import CorruptFileError, InputError, PatternError
 from halve.layers import Layout, find_stack, is_conv1d, is_fused, is_linear
 from halve.pattern import Pattern
 from halve.run_directory import is_unfinished
@@ -33,7 +33,17 @@ from halve.runtime.packed_checkpoint import (
     parts_of,
 )
 from halve.runtime.packed_manifest import File, Manifest, PackedTensor, PlainShard
-from halve.shards import Shard, TensorEntry, build_header, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
+from halve.shards import (
+    Shard,
+    TensorEntry,
+    build_header,
+    read_chunks,
+    read_json,
+    read_shard,
+    read_tensor,
+    reading,
+    tensor_bytes,
+)
 from halve.store import check_space
 
 _DENSER = "it is not in the pattern"
@@ -154,9 +164,13 @@ def _recorded(directory: Path, entries: Mapping[str, TensorEntry], pattern: Patt
     path = contained(directory, directory / REPORT)
     match read_json(path):
         case {"pattern": str(text), "matrices": [*matrices]}:
-            recorded = Pattern(text)
+            pass
         case _:
             raise CorruptFileError(f"{path} does not say what was pruned, and to what: restore it, or remove it")
+    try:
+        recorded = Pattern(text)
+    except PatternError as error:
+        raise CorruptFileError(f"{path} is malformed: {error}; restore it, or remove it") from error
     if pattern is not None and pattern != recorded:
         raise InputError(f"{path} says that the matrices are {recorded}, not {pattern}: leave the pattern out")
     layouts: dict[str, tuple[Layout, ...]] = {}
@@ -269,7 +283,9 @@ def _write(
     count = len(shards)
     names = [f"packed-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["packed.safetensors"]
-    index = None if shards[0].path.name == WEIGHTS else contained(source.path, source.path / INDEX).read_bytes()
+    index = (
+        None if shards[0].path.name == WEIGHTS else b"".join(file_chunks(contained(source.path, source.path / INDEX)))
+    )
     with filling(out) as write:
         sums = {}
         for name, header, shard in zip(names, headers, shards, strict=True):
@@ -277,7 +293,7 @@ def _write(
         for name, path in carried.items():
             sums[name] = write(name, file_chunks(path), "companion")
         plain = tuple(
-            PlainShard(shard.path.name, name, shard.header[8:], File(shard.path.stat().st_size, sha256_of(shard.path)))
+            PlainShard(shard.path.name, name, shard.header[8:], _as_file(shard.path))
             for name, shard in zip(names, shards, strict=True)
         )
         files = {name: File((out / name).stat().st_size, sha256) for name, sha256 in sums.items()}
@@ -288,6 +304,11 @@ def _write(
             if hashed(written.plain_bytes(shard)) != expected.file.sha256:
                 raise CorruptFileError(f"{shard.path} has been changed while it was packed: pack it again")
         write(PACKED, [manifest.to_bytes()], "packed-manifest")
+
+
+def _as_file(path: Path) -> File:
+    with reading(path):
+        return File(path.stat().st_size, sha256_of(path))
 
 
 def _packed_bytes(header: bytes, shard: Shard, chosen: Mapping[str, PackedTensor]) -> Iterator[bytes | memoryview]:
