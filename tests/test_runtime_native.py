@@ -402,6 +402,9 @@ def test_without_the_kernels_it_says_so_once(monkeypatch):
     x, _ = inputs(packed, 2)
     try:
         assert native.describe().startswith("the packed kernels are not built")
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "broken", "undefined symbol: x")
+            assert native.describe().startswith("the packed kernels cannot be loaded (undefined symbol: x): every")
         with pytest.warns(RuntimeWarning, match=r"not built .*every product unpacks its weights"):
             got = sparse_linear(x, packed)
         assert torch.equal(got, native.reference(x, packed))

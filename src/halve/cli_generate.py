@@ -114,8 +114,7 @@ def _accelerate(loaded: "LoadedModel") -> str:
     except InputError as error:
         return f"dense: {error}"
     saved = 1 - done.bytes_after / done.bytes_before
-    slower = sum("times as fast" in reason for reason in done.left_dense.values())
-    dense = f", {slower} left dense that would be no faster" if slower else ""
+    dense = f", {len(done.slower)} left dense that would be no faster" if done.slower else ""
     return f"{len(done.swapped)} layers run sparse, their weights {saved:.0%} smaller{dense}; {done.kernel}"
 
 

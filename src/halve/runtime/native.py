@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError
-from halve.runtime.compiled import instruction_sets, library
+from halve.runtime.compiled import broken, instruction_sets, library
 from halve.runtime.packed import DTYPES, PackedMatrix, unpack
 
 REFERENCE = "reference"
@@ -43,9 +43,10 @@ def register_rows(instruction_set: str, dtype: torch.dtype, amx: bool) -> int:
 
 def describe() -> str:
     """Return what multiplies packed matrices on this machine, or why it is slow."""
-    if not instruction_sets():
-        return "the packed kernels are not built (no C++ compiler at installation?): every product unpacks its weights"
-    return f"native, {instruction_sets()[0]}"
+    if instruction_sets():
+        return f"native, {instruction_sets()[0]}"
+    why = f"cannot be loaded ({broken})" if broken else "are not built (no C++ compiler at installation?)"
+    return f"the packed kernels {why}: every product unpacks its weights"
 
 
 def sparse_linear(
