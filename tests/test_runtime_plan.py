@@ -156,6 +156,19 @@ def test_a_listener_hears_of_every_measurement(made_up):
     assert len(made_up) == 4
 
 
+@pytest.mark.usefixtures("made_up")
+def test_only_what_will_be_measured_is_announced(monkeypatch):
+    heard = []
+    halve.plan("paper", batches=[1, 16], listen=lambda *step: heard.append(step))
+    assert [step[1:] for step in heard] == [(done, 8) for done in range(8)]
+    monkeypatch.setattr(planner, "free_memory", lambda _device: 5000)
+    monkeypatch.setattr(planner.speed, "needed_bytes", lambda d_out, _d_in, batch, **_: d_out * batch)
+    heard.clear()
+    halve.plan(decoder("llama"), batches=[100, 1000], listen=lambda *step: heard.append(step))
+    assert [step[1:] for step in heard] == [(done, 4) for done in range(4)]  # 64 x 32 fits at neither
+    assert heard[-1][0] == "the rest of the model at batch 100"
+
+
 @pytest.mark.usefixtures("small_caches")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_tiny_model_measured_for_real(family, monkeypatch):

@@ -224,15 +224,14 @@ def plan(
     machine = describe_machine(place)  # before our own work is load
     kinds, left_dense = found.kinds(parsed, dtype, place)
     shapes = list(dict.fromkeys(kind.shape for kind in kinds))
-    steps = _Steps(listen, len(shapes) + len(rows))
+    fits = {shape: _fitting(*shape, rows, parsed, dtype, place) for shape in shapes}
+    products = {shape: fitting for shape, (fitting, _) in fits.items() if fitting}
+    whole = [batch for batch in rows if any(batch in fitting for fitting in products.values())]
+    steps = _Steps(listen, len(products) + (len(whole) if len(found.skeletons) == 1 else 0))
     speeds: list[Speed] = []
-    left_out: list[LeftOut] = []
-    for d_out, d_in in shapes:
+    for (d_out, d_in), fitting in products.items():
         steps.next(f"{d_out} x {d_in}")
-        fitting, others = _fitting(d_out, d_in, rows, parsed, dtype, place)
-        left_out += others
-        if fitting:
-            speeds += speed.measure(d_out, d_in, fitting, pattern=parsed, dtype=dtype, device=place)
+        speeds += speed.measure(d_out, d_in, fitting, pattern=parsed, dtype=dtype, device=place)
     return SpeedPlan(
         found.name,
         parsed.text,
@@ -242,8 +241,8 @@ def plan(
         kinds,
         left_dense,
         tuple(speeds),
-        tuple(left_out),
-        _rests(found, _measured_batches(rows, speeds), rows, parsed, dtype, place, steps),
+        tuple(row for _, others in fits.values() for row in others),
+        _rests(found, whole, rows, parsed, dtype, place, steps),
         machine,
     )
 
@@ -299,10 +298,6 @@ def _fitting(
         [batch for batch, needed in needs.items() if needed <= free],
         [LeftOut(d_out, d_in, batch, needed, free) for batch, needed in needs.items() if needed > free],
     )
-
-
-def _measured_batches(batches: Sequence[int], speeds: Sequence[Speed]) -> list[int]:
-    return [batch for batch in batches if any(row.batch == batch for row in speeds)]
 
 
 def _rests(
