@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ from halve.errors import (
 from halve.objective import Objective
 from halve.reconstruct import Reconstruction
 from halve.run_directory import RunDirectory, is_unfinished
+from halve.shards import reading
 from models import OF_ONE_RUN, decoder, tokens
 from tiny_tokenizers import byte_bpe
 
@@ -311,6 +314,21 @@ def test_an_error_says_whether_there_is_something_to_resume(tmp_path):
             halve.prune(model, tmp_path / str(block), calibration=data, **FAST)
         assert caught.value.unfinished == expected
         assert (tmp_path / str(block)).exists() is (expected is not None)
+
+
+def test_a_run_goes_on_once_a_file_can_be_read_again(tmp_path, monkeypatch, checkpoint, text):
+    def gone(entry):
+        with reading(entry.path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    halve.prune(checkpoint, tmp_path / "whole", calibration=text, **FAST)
+    monkeypatch.setattr("halve.store.read_chunks", gone)
+    with pytest.raises(CorruptFileError, match=r"model.safetensors cannot be read \(Input/output error\)") as caught:
+        halve.prune(checkpoint, tmp_path / "out", calibration=text, **FAST)
+    assert caught.value.unfinished == tmp_path / "out"
+    monkeypatch.undo()
+    halve.resume(tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_a_run_that_only_had_to_be_tidied_up_is_complete(tmp_path, monkeypatch, checkpoint, text):

@@ -48,6 +48,10 @@ class CorruptFileError(HalveError):
     """A file is truncated, malformed or contradicts another one: fetch or write it again."""
 
 
+class UnreadableFileError(CorruptFileError):
+    """The system does not give a file's bytes: a volume is gone or fails, or permissions; the file may be sound."""
+
+
 class AlreadyCompleteError(InputError):
     """There is nothing left to do: the run's checkpoint is complete, verified and in its place."""
 

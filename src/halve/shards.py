@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.errors import CorruptFileError, UnsupportedModelError
+from halve.errors import CorruptFileError, UnreadableFileError, UnsupportedModelError
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_JSON = 1 << 28
@@ -73,12 +73,14 @@ def reading(path: Path) -> Iterator[None]:
     """Say in one sentence which file could not be read.
 
     Raises:
-        CorruptFileError: instead of an OSError.
+        UnreadableFileError: instead of an OSError.
     """
     try:
         yield
     except OSError as error:
-        raise CorruptFileError(f"{path} cannot be read ({error.strerror or error}): fetch or write it again") from error
+        raise UnreadableFileError(
+            f"{path} cannot be read ({error.strerror or error}): make it readable, or fetch or write it again"
+        ) from error
 
 
 def read_shard(path: Path) -> Shard:

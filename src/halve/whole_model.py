@@ -17,7 +17,7 @@ from halve.checkpoint import LoadedModel, Source
 from halve.checkpoint_files import MEASURED, PAGE
 from halve.device import evaluation_mode
 from halve.durable import sha256_of
-from halve.errors import CorruptFileError, HalveError
+from halve.errors import CorruptFileError, HalveError, UnreadableFileError
 from halve.fingerprint import files_sha256, fingerprint
 from halve.measured import measured_json, write_measured
 from halve.perplexity import Perplexity
@@ -121,10 +121,10 @@ def prune_loaded(
         content = _record(loaded, data, request, done, seed, run.out)
         content["source"]["sha256"] = files_sha256(mark)
         done, notes = _publish(loaded, done, content, run, dtype, phases)
-    except CorruptFileError:  # to call again would not help
-        raise
     except HalveError as error:
-        error.unfinished = run.out if run.worth_keeping else None
+        # To call again would not help against damage.
+        helps = isinstance(error, UnreadableFileError) or not isinstance(error, CorruptFileError)
+        error.unfinished = run.out if helps and run.worth_keeping else None
         raise
     return Pruned(loaded.model, done, content, run.out, notes=notes)
 
