@@ -97,6 +97,30 @@ def test_converted_to_what_has_no_products_it_keeps_the_weight_and_refuses_to_mu
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("shape", [(1,), (8,), (2, 17), ()])
+def test_rows_are_padded_for_the_product_and_cut_from_it(monkeypatch, shape):
+    seen = []
+
+    def multiply(x, weight, bias):
+        seen.append((len(x), weight.alg_id_cusparselt))
+        return linear(x, weight.to_dense(), bias)
+
+    monkeypatch.setattr(semi_structured, "linear", multiply)
+    layer = pruned_layer()
+    sparse = SemiStructuredLinear.of(layer, 8)
+    sparse._algorithm = 5
+    x = torch.randn(*shape, 128, dtype=torch.bfloat16)
+    torch.testing.assert_close(sparse(x), layer(x))
+    rows = padded_rows(x.numel() // 128)
+    assert seen == [(rows, 5 if rows == 8 else 0)]
+    assert sparse._held.alg_id_cusparselt == seen[0][1]
+    with torch.autocast("cpu", torch.float16):
+        got = sparse(x.float())
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got, layer(x).half())
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 def test_no_rows_give_no_rows_and_gradients_are_refused():
     sparse = SemiStructuredLinear.of(pruned_layer(), 8)
     assert sparse(torch.empty(2, 0, 128, dtype=torch.bfloat16)).shape == (2, 0, 64)
