@@ -9,6 +9,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 namespace halve {
 namespace {
@@ -135,12 +136,20 @@ void share_work(std::size_t count, std::size_t part, std::size_t threads,
         if (count) work(0, count);
         return;
     }
-    std::atomic<std::size_t> next{0};
-    const std::function<void()> task = [&] {
-        for (std::size_t begin; (begin = part * next.fetch_add(1, std::memory_order_relaxed)) < count;)
-            work(begin, count - begin < part ? count : begin + part);
-    };
+    // Everyone goes through a stretch of their own, in which one part's end prefetches the next one's beginning, and then
+    // helps with the others'.
     const std::size_t callers = threads < parts ? threads : parts;
+    std::vector<std::atomic<std::size_t>> next(callers);
+    for (std::size_t stretch = 0; stretch < callers; ++stretch) next[stretch] = stretch * parts / callers;
+    std::atomic<std::size_t> joined{0};
+    const std::function<void()> task = [&] {
+        const std::size_t own = joined.fetch_add(1, std::memory_order_relaxed);
+        for (std::size_t turn = 0; turn < callers; ++turn) {
+            const std::size_t stretch = (own + turn) % callers, end = (stretch + 1) * parts / callers;
+            for (std::size_t i; (i = next[stretch].fetch_add(1, std::memory_order_relaxed)) < end;)
+                work(i * part, count - i * part < part ? count : (i + 1) * part);
+        }
+    };
     if (const Parallel torch_threads = parallel)
         torch_threads([](void* task) { (*static_cast<const std::function<void()>*>(task))(); },
                       const_cast<std::function<void()>*>(&task), unsigned(callers), 0);

@@ -11,6 +11,7 @@ namespace halve::HALVE_ISA {
 namespace {
 
 constexpr int ROWS_FOR_ONE = 2, ROWS_FOR_MORE = 3;  // rows of W at a time, for one row of x and for several
+constexpr int CHAINS_FOR_ONE = 2;                   // sums of an element, where x is one row
 constexpr int UNROLLED = 8;                         // steps of a word
 constexpr int ABSENT = 0x80;                        // makes a byte shuffle write zero
 constexpr int HALF = COLUMNS_OF_BYTE / 2;

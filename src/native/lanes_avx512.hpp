@@ -10,6 +10,7 @@ namespace halve::HALVE_ISA {
 namespace {
 
 constexpr int ROWS_FOR_ONE = 4, ROWS_FOR_MORE = 4;  // rows of W at a time, for one row of x and for several
+constexpr int CHAINS_FOR_ONE = 1;                   // sums of an element, where x is one row
 constexpr int UNROLLED = 4;                         // steps of a word
 
 // Loads that compilers must not make part of an expansion: one straight from memory has to look at the mask for what

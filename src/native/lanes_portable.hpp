@@ -8,6 +8,7 @@ namespace halve::HALVE_ISA {
 namespace {
 
 constexpr int ROWS_FOR_ONE = 2, ROWS_FOR_MORE = 1;  // rows of W at a time, for one row of x and for several
+constexpr int CHAINS_FOR_ONE = 1;                   // sums of an element, where x is one row
 constexpr int UNROLLED = 1;                         // steps of a word
 
 typedef float Eight __attribute__((vector_size(32)));

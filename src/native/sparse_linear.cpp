@@ -93,9 +93,10 @@ struct Job {
     Stored* y;
 };
 
-// ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`. Every element of y is summed in the
-// same order, whatever is computed beside it; that there are several hides the latency of an addition.
-template <Values V, Form FORM, int ROWS, int BATCH>
+// ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`. Every element of y is the total of
+// CHAINS sums, each in the same order whatever is computed beside it. That there are several sums in all hides the
+// latency of an addition; where x is a single row, registers are left for more than one an element.
+template <Values V, Form FORM, int ROWS, int BATCH, int CHAINS>
 void block(const Job<V>& job, std::size_t row, std::size_t start) {
     using L = Lanes<V>;
     constexpr int STEPS = int(WORD) / L::COLUMNS;
@@ -103,12 +104,14 @@ void block(const Job<V>& job, std::size_t row, std::size_t start) {
     // The same place in the next rows, whose beginning the processor itself would not have foreseen.
     const std::uintptr_t ahead = ROWS * job.w.kept * sizeof(typename L::Stored);
     Reader<V, FORM> readers[ROWS];
-    typename L::Sum sums[ROWS][BATCH];
+    typename L::Sum sums[ROWS][BATCH][CHAINS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
         readers[r].open(job.w, row + r);
 #pragma GCC unroll 8
-        for (int n = 0; n < BATCH; ++n) sums[r][n] = typename L::Sum{};
+        for (int n = 0; n < BATCH; ++n)
+#pragma GCC unroll 8
+            for (int chain = 0; chain < CHAINS; ++chain) sums[r][n][chain] = typename L::Sum{};
     }
     const typename L::Input* x = job.x + start * count * WORD;
     for (std::size_t word = 0; word < count; ++word) {
@@ -126,29 +129,37 @@ void block(const Job<V>& job, std::size_t row, std::size_t start) {
 #pragma GCC unroll 8
             for (int n = 0; n < BATCH; ++n)
 #pragma GCC unroll 8
-                for (int r = 0; r < ROWS; ++r) L::add(sums[r][n], weights[r], x + (step * BATCH + n) * L::COLUMNS);
+                for (int r = 0; r < ROWS; ++r)
+                    L::add(sums[r][n][step % CHAINS], weights[r], x + (step * BATCH + n) * L::COLUMNS);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) readers[r].end_word();
         x += BATCH * WORD;
     }
+#pragma GCC unroll 8  // else the sums would have to lie in memory, where the next rows' loads wait for them
     for (int r = 0; r < ROWS; ++r) {
         const float bias = job.bias ? Number<V>::widen(job.bias[row + r]) : 0.0f;
-        for (int n = 0; n < BATCH; ++n)
-            job.y[(start + n) * job.w.d_out + row + r] = Number<V>::narrow(L::total(sums[r][n]) + bias);
+#pragma GCC unroll 8
+        for (int n = 0; n < BATCH; ++n) {
+            float total = L::total(sums[r][n][0]);
+#pragma GCC unroll 8
+            for (int chain = 1; chain < CHAINS; ++chain) total += L::total(sums[r][n][chain]);
+            job.y[(start + n) * job.w.d_out + row + r] = Number<V>::narrow(total + bias);
+        }
     }
 }
 
-template <Values V, Form FORM, int BATCH>
+template <Values V, Form FORM, int BATCH, int CHAINS = 1>
 void rows(const Job<V>& job, std::size_t row, std::size_t last, std::size_t start) {
     constexpr int ROWS = BATCH == 1 ? ROWS_FOR_ONE : ROWS_FOR_MORE;
-    for (; row + ROWS <= last; row += ROWS) block<V, FORM, ROWS, BATCH>(job, row, start);
-    for (; row < last; ++row) block<V, FORM, 1, BATCH>(job, row, start);
+    for (; row + ROWS <= last; row += ROWS) block<V, FORM, ROWS, BATCH, CHAINS>(job, row, start);
+    for (; row < last; ++row) block<V, FORM, 1, BATCH, CHAINS>(job, row, start);
 }
 
 // Only the first block of x finds the weights in memory, the others in a cache; a block of x stays there all the while.
 template <Values V, Form FORM>
 void multiply_form(const Job<V>& job, std::size_t row, std::size_t last) {
+    if (job.batch == 1) return rows<V, FORM, 1, CHAINS_FOR_ONE>(job, row, last, 0);
     for (std::size_t start = 0; start < job.batch; start += BLOCK) switch (job.batch - start) {
             case 1: rows<V, FORM, 1>(job, row, last, start); break;
             case 2: rows<V, FORM, 2>(job, row, last, start); break;
