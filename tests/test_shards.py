@@ -138,7 +138,7 @@ def test_missing_file_and_a_file_cut_after_its_header_was_read(tmp_path):
     path.unlink()
     for read in (read_tensor, lambda entry: list(read_chunks(entry))):
         with pytest.raises(
-            CorruptFileError, match=r"x\.safetensors cannot be read \(No such file or directory\): fetch"
+            CorruptFileError, match=r"x\.safetensors cannot be read \(No such file or directory\): make it readable"
         ):
             read(entry)
 
