@@ -201,7 +201,7 @@ def test_a_dense_model_and_bad_arguments_are_refused():
             accelerate(pruned(), only_where_faster=factor)
     model = pruned()
     accelerate(model)
-    with pytest.raises(InputError, match=r"21 layers of this LlamaForCausalLM are sparse already"):
+    with pytest.raises(InputError, match=r"21 layers of this LlamaForCausalLM are sparse already: load it anew"):
         accelerate(model)
     with pytest.raises(InputError, match=r"says of no vocabulary: give a probe"):
         accelerate(prune_layers(nn.Sequential(nn.Linear(8, 8))))
@@ -420,6 +420,16 @@ def test_a_sparse_layer_that_fails_is_not_blamed_on_the_probe(ratios, monkeypatc
         accelerate(model)
     assert same_state(model.state_dict(), before)
     assert not any(isinstance(layer, SparseLinear) for layer in model.modules())
+
+
+@pytest.mark.usefixtures("ratios")
+def test_a_callers_autocast_is_not_taken_for_an_error():
+    model = pruned()
+    with torch.autocast("cpu", torch.bfloat16):
+        done = accelerate(model)
+        lowered = model(IDS).logits
+    assert done.difference < 1e-5
+    assert lowered.dtype == torch.bfloat16
 
 
 def test_what_is_decided_by_is_what_is_said(ratios):

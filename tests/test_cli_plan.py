@@ -87,7 +87,8 @@ def test_what_does_not_fit_and_a_busy_machine_are_named(llama, monkeypatch):
     result = run(app, ["plan", str(llama), "--batch", "1"])
     assert "not measured: 32 x 32 at batch 1 needs" in result.stdout
     assert "no product was measured" in result.stdout
-    assert "warning: other programs keep 90 of" in result.stderr
+    assert "warning: the load is 90.00 on" in result.stderr
+    assert "warning: the load is 90.00 on" in run(app, ["plan", str(llama), "--batch", "1", "--json"]).stderr
     monkeypatch.setattr(planner.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     assert "warning" not in run(app, ["plan", str(llama), "--batch", "1"]).stderr
 

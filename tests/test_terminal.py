@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from halve.terminal import comparison_table, progress, progress_bar, say, summary_table, warn_of_overlap
+from halve import terminal
+from halve.terminal import announce, comparison_table, progress, progress_bar, say, summary_table, warn_of_overlap
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -98,6 +99,15 @@ def test_what_takes_long_outside_the_blocks_is_announced(capsys, phase, words):
     with progress() as show:
         show(SimpleNamespace(plan=None, phase=phase, blocks=0, matrix=None))
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("load", [90.0, 0.0])
+def test_before_measuring_a_busy_machine_is_warned_of(capsys, monkeypatch, load):
+    monkeypatch.setattr(terminal.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    announce("measure")
+    said = capsys.readouterr().err
+    assert "measuring which matrices are faster" in said
+    assert ("warning: the load is 90.00 on" in said) is (load > 1)
 
 
 def test_a_pipe_gets_whole_tables():

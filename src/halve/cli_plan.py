@@ -13,13 +13,10 @@ from halve.cli_errors import reporting
 from halve.cli_options import DeviceOption, JsonOption, PatternOption, ThreadsOption, TrustOption
 from halve.cli_values import on_threads, parse_dtype
 from halve.errors import InputError
-from halve.terminal import err, out, progress_bar, say
+from halve.terminal import err, out, progress_bar, say, warn_if_busy
 
 if TYPE_CHECKING:
     from halve.runtime.plan import PlanListener, SpeedPlan
-
-_BUSY = 0.5
-"""Share of the processors that others may use before times are doubtful."""
 
 
 def plan_command(
@@ -59,6 +56,7 @@ def plan_command(
                 trust_remote_code=trust_remote_code,
                 listen=listen,
             )
+    warn_if_busy(found.machine["load"], found.machine["cpus"])
     if as_json:
         out.print_json(json.dumps(found.as_json()))
     else:
@@ -92,13 +90,6 @@ def _progress() -> Iterator["PlanListener"]:
 
 def _show(found: "SpeedPlan") -> None:
     machine = found.machine
-    if machine["load"] is not None and machine["load"] > _BUSY * (machine["cpus"] or 1):
-        say(
-            err,
-            f"other programs keep {machine['load']:g} of {machine['cpus']} processors busy: times will be doubtful",
-            label="warning",
-            style="yellow",
-        )
     threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
     where = machine["gpu"] or f"{machine['cpu'] or 'CPU'}, {threads}"
     dtype = str(found.dtype).removeprefix("torch.")

@@ -1,5 +1,6 @@
 """What the command line prints: sentences, tables, a live bar, and plain lines where there is no terminal."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _FEW = 3
 """Parameters that are named in a line rather than counted only."""
 
+_BUSY = 0.5
+"""Load a processor before times are doubtful."""
 _PIPE_WIDTH = 300
 """Columns where there is no terminal: nothing that a table says is to be cut there."""
 
@@ -93,7 +96,20 @@ def announce(phase: str) -> None:
         "evaluate": "measuring perplexity …",
         "measure": "measuring which matrices are faster sparse …",
     }
+    if phase == "measure" and hasattr(os, "getloadavg"):
+        warn_if_busy(os.getloadavg()[0], os.cpu_count())
     say(err, sentences[phase])
+
+
+def warn_if_busy(load: float | None, processors: int | None) -> None:
+    """Warn where the load of the last minute makes times doubtful that are going to be measured, or were."""
+    if load is not None and load > _BUSY * (processors or 1):
+        say(
+            err,
+            f"the load is {load:.2f} on {processors or 1} processors: while other programs run, times are doubtful",
+            label="warning",
+            style="yellow",
+        )
 
 
 def warn_of_overlap(calibration: Any, evaluation: Sequence[Any]) -> None:

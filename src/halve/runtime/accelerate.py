@@ -154,7 +154,9 @@ def _check_model(model: nn.Module) -> None:
         raise InputError(f"accelerate takes a model in memory, not {model!r}: load it first, with halve.load")
     already = sum(isinstance(layer, Sparse) for layer in model.modules())
     if already:
-        raise InputError(f"{already} layers of this {type(model).__name__} are sparse already: nothing is left to do")
+        raise InputError(
+            f"{already} layers of this {type(model).__name__} are sparse already: load it anew, or restore them with halve.runtime.accelerate.restore"
+        )
 
 
 def _candidates(model: nn.Module, pattern: Pattern) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -302,7 +304,7 @@ def _check_product(name: str, layer: nn.Module, sparse: Sparse, rows: int) -> No
     matrix, bias = layer_matrix(layer), cast("Tensor | None", layer.bias)
     x = torch.randn(rows, matrix.shape[1], generator=torch.Generator().manual_seed(rows)).to(matrix)
     share = _PRODUCT[matrix.dtype]
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
         expected, got = layer(x).float(), sparse(x).float()
         magnitude = linear(x.abs(), matrix.abs(), None if bias is None else bias.abs()).float()
     wrong = ~((got - expected).abs() <= share * expected.abs() + share / 16 * magnitude)

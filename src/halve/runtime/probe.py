@@ -41,7 +41,10 @@ class Probe:
         vocabulary = getattr(text_config(model), "vocab_size", None)
         if vocabulary is None:
             raise InputError(f"{type(model).__name__} says of no vocabulary: give a probe, the arguments of its call")
-        return cls(model, (torch.arange(_TOKENS, device=model_device(model)) % vocabulary).unsqueeze(0))
+        spread = (
+            torch.arange(_TOKENS, device=model_device(model)) * vocabulary // _TOKENS
+        )  # the first are often special
+        return cls(model, spread.unsqueeze(0))
 
     def dense_output(self) -> Tensor:
         """Return the model's logits, or whatever tensor of numbers it returns first.
@@ -78,7 +81,8 @@ class Probe:
         return found
 
     def _call(self) -> Any:
-        with evaluation_mode(self.model):
+        # A caller's autocast would lower the dense products, not the sparse ones.
+        with evaluation_mode(self.model), torch.autocast(model_device(self.model).type, enabled=False):
             return self.model(**self.given) if isinstance(self.given, Mapping) else self.model(self.given)
 
 

@@ -105,7 +105,7 @@ def check_asked(prompt: str, max_new_tokens: int, temperature: float) -> None:
     if not prompt:
         raise InputError("the prompt is empty: give some text")
     if not 0.0 <= temperature < float("inf"):
-        raise InputError(f"temperature is {temperature}: give a number of at least 0")
+        raise InputError(f"temperature is {temperature}: give a finite number of at least 0")
 
 
 def check_prompt(loaded: LoadedModel, prompt: str, *, max_new_tokens: int = 128, raw: bool = False) -> None:
