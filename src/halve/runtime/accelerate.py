@@ -88,7 +88,8 @@ def accelerate(
             decoded at once.
         only_where_faster: layers stay dense whose shape is not this many times as fast on this machine, two decimals
             counted; on a GPU with and without what launching costs. 0 swaps all of them, and measures nothing.
-        probe: keyword arguments of the model's call, or its ``input_ids``, to compare outputs on; None takes 16 tokens.
+        probe: keyword arguments of the model's call, or its ``input_ids``, to compare outputs on; None takes 16 tokens
+            from all over the vocabulary.
 
     Returns:
         Acceleration: what was swapped, what was not and why.
@@ -155,7 +156,8 @@ def _check_model(model: nn.Module) -> None:
     already = sum(isinstance(layer, Sparse) for layer in model.modules())
     if already:
         raise InputError(
-            f"{already} layers of this {type(model).__name__} are sparse already: load it anew, or restore them with halve.runtime.accelerate.restore"
+            f"{already} layers of this {type(model).__name__} are sparse already: load it anew, or restore them first, "
+            "with halve.runtime.accelerate.restore"
         )
 
 
