@@ -41,9 +41,8 @@ class Probe:
         vocabulary = getattr(text_config(model), "vocab_size", None)
         if vocabulary is None:
             raise InputError(f"{type(model).__name__} says of no vocabulary: give a probe, the arguments of its call")
-        spread = (
-            torch.arange(_TOKENS, device=model_device(model)) * vocabulary // _TOKENS
-        )  # the first are often special
+        # From all over the vocabulary: the first ones are often special tokens, of which a model makes little.
+        spread = torch.arange(_TOKENS, device=model_device(model)) * vocabulary // _TOKENS
         return cls(model, spread.unsqueeze(0))
 
     def dense_output(self) -> Tensor:
