@@ -56,8 +56,9 @@ class PackedMatrix:
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise InputError(f"a packed matrix has two dimensions of at least 1, not shape {tuple(self.shape)}")
-        _check_part("mask", self.mask, (torch.uint8,), (self.d_out, mask_bytes(self.d_in)))
-        _check_part("values", self.values, DTYPES, (self.d_out * self.kept + OVERREAD,))
+        mask, values = part_shapes(self.d_out, self.d_in, self.kept)
+        _check_part("mask", self.mask, (torch.uint8,), mask)
+        _check_part("values", self.values, DTYPES, values)
 
     def check_mask(self) -> None:
         """Check that the mask keeps exactly what the pattern allows of every group, and nothing beyond the row.
@@ -124,13 +125,19 @@ def kept_per_row(pattern: Pattern, d_in: int) -> int:
     return d_in // group * keep
 
 
+def part_shapes(d_out: int, d_in: int, kept: int) -> tuple[tuple[int, int], tuple[int]]:
+    """Return the shapes of mask and values of a packed matrix that keeps so many values of each row."""
+    return (d_out, mask_bytes(d_in)), (d_out * kept + OVERREAD,)
+
+
 def packed_bytes(d_out: int, d_in: int, pattern: Pattern, dtype: torch.dtype) -> int:
     """Return the bytes of mask and values of a matrix, packed.
 
     Raises:
         PatternError: such a matrix does not fit the pattern.
     """
-    return d_out * mask_bytes(d_in) + (d_out * kept_per_row(pattern, d_in) + OVERREAD) * dtype.itemsize
+    mask, values = part_shapes(d_out, d_in, kept_per_row(pattern, d_in))
+    return mask[0] * mask[1] + values[0] * dtype.itemsize
 
 
 def pack(weight: Tensor, pattern: str | Pattern) -> PackedMatrix:
@@ -153,8 +160,8 @@ def pack(weight: Tensor, pattern: str | Pattern) -> PackedMatrix:
     weight = weight.detach().contiguous()
     d_out, d_in = weight.shape
     keep, group = pattern.budget(d_in)
-    mask = torch.empty(d_out, mask_bytes(d_in), dtype=torch.uint8)
-    values = torch.zeros(d_out * kept_per_row(pattern, d_in) + OVERREAD, dtype=weight.dtype)
+    mask_shape, values_shape = part_shapes(d_out, d_in, kept_per_row(pattern, d_in))
+    mask, values = torch.empty(mask_shape, dtype=torch.uint8), torch.zeros(values_shape, dtype=weight.dtype)
     if library is None:
         _check_pattern(weight, pattern)
         _pack_slowly(weight, pattern, mask, values)

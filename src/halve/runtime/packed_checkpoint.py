@@ -19,7 +19,7 @@ from halve.errors import CorruptFileError, InputError
 from halve.layers import Layout
 from halve.pattern import Pattern
 from halve.runtime.native import expand
-from halve.runtime.packed import OVERREAD, PackedMatrix, kept_per_row, mask_bytes
+from halve.runtime.packed import OVERREAD, PackedMatrix, kept_per_row, part_shapes
 from halve.runtime.packed_manifest import Manifest, PackedTensor, read_manifest
 from halve.shards import Shard, TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
 from halve.store import check_destination
@@ -190,11 +190,8 @@ def _check_files(place: Path, manifest: Manifest) -> None:
 def parts_of(name: str, packed: PackedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of the tensors that take a packed one's place, by name, in their order in a file."""
     d_out, d_in = packed.shape
-    kept = d_out * kept_per_row(Pattern(packed.pattern), d_in)
-    return {
-        name + MASK: (torch.uint8, (d_out, mask_bytes(d_in))),
-        name + VALUES: (packed.dtype, (kept + OVERREAD,)),
-    }
+    mask, values = part_shapes(d_out, d_in, kept_per_row(Pattern(packed.pattern), d_in))
+    return {name + MASK: (torch.uint8, mask), name + VALUES: (packed.dtype, values)}
 
 
 def _expected(place: Path, shard: Shard, manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
