@@ -5,10 +5,11 @@ import torch
 
 import halve
 from halve import pruning
-from halve.before_after import Evaluation, measure
+from halve.before_after import measure
 from halve.checkpoint import load_model
 from halve.errors import CorruptFileError, HalveError, InputError
 from halve.perplexity import evaluation_texts, perplexity
+from halve.request import Evaluation
 from models import decoder, edit_json, tokens
 from reported import prune_and_measure, write_record
 

@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused(run, arguments, words):
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_measured(run, checkpoint, text, tmp_path, monkeypatch):
-    from halve.before_after import Evaluation
+    from halve.request import Evaluation
 
     monkeypatch.setattr(Evaluation, "measure", lambda *_: pytest.fail("measured"))
     outs = [tmp_path / "one", tmp_path / "two"]

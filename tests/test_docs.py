@@ -8,13 +8,13 @@ import pytest
 
 import layer_oracles as oracle
 from halve import check, methods, refit
-from halve.before_after import Evaluation
 from halve.matrix import prune_weight
 from halve.measured import add_perplexity
 from halve.objective import Objective
 from halve.perplexity import Perplexity
 from halve.pruning import prune
 from halve.reconstruct import Reconstruction
+from halve.request import Evaluation
 from halve.runtime import plan as planner
 from halve.runtime.plan import plan
 from halve.where_faster import WhereFaster

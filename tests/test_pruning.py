@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import halve
-from halve import documents, pruning, store
+from halve import documents, pruning, room
 from halve import report as report_module
 from halve.checkpoint import load_model
+from halve.checkpoint_files import is_unfinished
 from halve.cli import app
 from halve.errors import (
     AlreadyCompleteError,
@@ -26,7 +27,7 @@ from halve.errors import (
 )
 from halve.objective import Objective
 from halve.reconstruct import Reconstruction
-from halve.run_directory import RunDirectory, is_unfinished
+from halve.run_directory import RunDirectory
 from halve.shards import reading
 from models import OF_ONE_RUN, decoder, tokens
 from tiny_tokenizers import byte_bpe
@@ -184,9 +185,9 @@ def test_there_must_be_room_for_the_finished_blocks_too(tmp_path, monkeypatch, c
         free = next((free for place, free in full.items() if path.is_relative_to(place)), 10 * size)
         return SimpleNamespace(free=free)
 
-    monkeypatch.setattr(store.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(room.shutil, "disk_usage", disk_usage)
     depth = len(tmp_path.parts) + 1
-    monkeypatch.setattr(store, "same_volume", lambda one, other: one.parts[:depth] == other.parts[:depth])
+    monkeypatch.setattr(room, "same_volume", lambda one, other: one.parts[:depth] == other.parts[:depth])
     (tmp_path / "full").mkdir()
     out, elsewhere = tmp_path / "full" / "out", tmp_path / "roomy"
     message = rf"^{out} needs .* GB and its volume has .* GB free"

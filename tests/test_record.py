@@ -5,11 +5,12 @@ import math
 import torch
 from safetensors.torch import load_file
 
+from halve.environment import environment
 from halve.objective import Objective
 from halve.outcome import Status
 from halve.pattern import Pattern
 from halve.pruning import prune
-from halve.record import environment, finite, mask_sha256, settings_json, to_json
+from halve.record import finite, mask_sha256, settings_json, to_json
 from halve.run_report import MatrixReport, RunReport
 from halve.settings import Settings
 from models import decoder, tokens

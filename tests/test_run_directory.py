@@ -4,8 +4,9 @@ import os
 import pytest
 import torch
 
+from halve.checkpoint_files import HOME, is_unfinished
 from halve.errors import AlreadyCompleteError, CorruptFileError, HalveError, InputError, ResumeMismatchError
-from halve.run_directory import HOME, is_unfinished, open_run, recorded_call
+from halve.run_directory import open_run, recorded_call
 from halve.tokens import TokenSet, hash_ids
 
 MARK = {"pattern": "2:4", "environment.threads": "2"}

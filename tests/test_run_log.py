@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from halve.checkpoint_files import HOME
 from halve.outcome import Status
 from halve.pruning import prune
-from halve.run_directory import HOME
 from halve.run_log import LOG, RunLog
 from halve.run_report import MatrixReport, Progress
 from models import decoder, tokens

@@ -20,8 +20,9 @@ from halve import store
 from halve.checkpoint import LoadedModel, Source, load_model
 from halve.errors import HalveError, InputError, UnsupportedModelError
 from halve.pattern import Pattern
+from halve.room import check_destination
 from halve.shards import read_shard
-from halve.store import check_destination, output_bytes, write_checkpoint
+from halve.store import output_bytes, write_checkpoint
 
 PATTERN = Pattern("2:4")
 

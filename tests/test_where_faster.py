@@ -7,10 +7,10 @@ import torch
 
 import halve
 from halve import memory, pruning
+from halve.checkpoint_files import is_unfinished
 from halve.errors import InputError, ResumeMismatchError
 from halve.layers import Matrix
 from halve.pattern import Pattern
-from halve.run_directory import is_unfinished
 from halve.runtime import speed
 from halve.runtime.speed import Speed
 from halve.settings import Settings

@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halve.before_after import Evaluation
     from halve.errors import HalveError
     from halve.gram import GramAccumulator, Statistics
     from halve.matrix import prune_weight
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from halve.pruning import prune, resume
     from halve.reconstruct import Reconstruction
     from halve.report import write_comparison, write_report
+    from halve.request import Evaluation
     from halve.runtime.accelerate import Acceleration, accelerate
     from halve.runtime.load import load
     from halve.runtime.packed_checkpoint import unpack_checkpoint as unpack
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Acceleration": "runtime.accelerate",
     "CheckResult": "verification",
-    "Evaluation": "before_after",
+    "Evaluation": "request",
     "HalveError": "errors",
     "GramAccumulator": "gram",
     "Objective": "objective",

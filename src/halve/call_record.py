@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from halve.before_after import Evaluation
 from halve.errors import InputError
 from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.reconstruct import Reconstruction
+from halve.request import Evaluation
 from halve.where_faster import WhereFaster
 
 _NOT_KEPT = {"out", "tokenizer", "listen", "work"}

@@ -19,6 +19,10 @@ PAGE = "report.html"
 """Both for people."""
 PACKED = "halve-packed.json"
 """The manifest of a packed checkpoint, which only a packed one has."""
+HOME = ".halve"
+"""Name of the directory in an output directory that holds a run until it is complete."""
+LAST = (INDEX, CONFIG)
+"""The files that are written, or moved to their place, after all others: without them nothing can be loaded."""
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 TEMPLATES = "additional_chat_templates"
 CODE = "*.py"
@@ -57,6 +61,11 @@ def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
         and path.is_file()
     ]
     return tuple(contained(directory, path) for path in sorted(kept))
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory holds a run that was not completed."""
+    return (directory / HOME).is_dir()
 
 
 def forbidden_fields(config: Mapping[str, Any], *, code: bool = False) -> dict[str, str]:

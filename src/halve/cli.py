@@ -72,8 +72,7 @@ def check(
     """Re-read the bytes on disk: the pattern holds, all values are finite, nothing is missing or touched."""
     from dataclasses import asdict
 
-    from halve.checkpoint_files import PACKED, REPORT
-    from halve.run_directory import is_unfinished
+    from halve.checkpoint_files import PACKED, REPORT, is_unfinished
     from halve.verification import check as check_checkpoint
 
     with reporting():

@@ -33,7 +33,7 @@ def reporting(out: Path | None = None) -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    from halve.run_directory import is_unfinished
+    from halve.checkpoint_files import is_unfinished
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is the only one
     before = signal.signal(signal.SIGTERM, _interrupt)

@@ -11,8 +11,8 @@ from halve.errors import InputError
 from halve.terminal import err, out, say
 
 if TYPE_CHECKING:
-    from halve.before_after import Evaluation
     from halve.perplexity import Perplexity
+    from halve.request import Evaluation
 
 EvalDataOption = Annotated[
     list[str] | None,
@@ -51,8 +51,9 @@ def report(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write the report of a pruned checkpoint again, or a page that compares several."""
-    from halve.before_after import Evaluation, dense_source, measure
+    from halve.before_after import dense_source, measure
     from halve.report import COMPARISON, cautions, check_page, write_comparison, write_report
+    from halve.request import Evaluation
 
     with reporting():
         if not data and any(option is not None for option in (seq_len, max_windows, dense)):
@@ -86,7 +87,7 @@ def evaluation_of(
     Raises:
         InputError: options of a measurement without a text to measure on.
     """
-    from halve.before_after import Evaluation
+    from halve.request import Evaluation
 
     if data:
         return Evaluation(data, seq_len, max_windows, field, forward_dtype)

@@ -15,14 +15,16 @@ from torch import nn
 from halve import methods, refit, store, tokens
 from halve.checkpoint import LoadedModel, Source
 from halve.device import forward_precision, resolve_device
+from halve.environment import environment
 from halve.errors import HalveError, InputError
 from halve.measured import add_perplexity
 from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.perplexity import Perplexity, perplexity
 from halve.reconstruct import BLOCK, parse_reconstruction
-from halve.record import environment, finite, settings_json
+from halve.record import finite, settings_json
 from halve.report import COMPARISON, write_comparison
+from halve.room import check_destination
 from halve.run_directory import open_run
 from halve.run_report import Progress, RunReport
 from halve.settings import MIN_EXPERT_TOKENS, Settings
@@ -165,7 +167,7 @@ def check_destinations(out: Path, contenders: Iterable[Contender], source: Sourc
     """
     places = [checkpoint_directory(out, contender) for contender in contenders]
     for place in places:
-        store.check_destination(place, source, size * len(places))
+        check_destination(place, source, size * len(places))
     if (out / COMPARISON).is_dir():
         raise InputError(f"{out / COMPARISON} is a directory, where a file is going to be written: remove it")
 

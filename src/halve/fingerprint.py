@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halve.blocks import Batch
 from halve.checkpoint import LoadedModel, Source, source_files
 from halve.durable import file_chunks, sha256_of
-from halve.record import environment
+from halve.environment import environment
 from halve.settings import Settings
 from halve.shards import tensor_bytes
 from halve.tokens import TokenSet

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from halve import checkpoint, store, tokens
-from halve.before_after import Evaluation
 from halve.calibration import DEFAULT_SAMPLES, Calibration, calibration_data, check_source
 from halve.call_record import read_back, written_down
 from halve.checkpoint import LoadedModel, Source
@@ -23,6 +22,8 @@ from halve.objective import Objective
 from halve.pattern import Pattern
 from halve.phases import Phases
 from halve.reconstruct import Reconstruction, parse_reconstruction
+from halve.request import Evaluation
+from halve.room import check_destination, check_shared_space
 from halve.run_directory import RunDirectory, open_run, recorded_call
 from halve.run_report import Listener, Progress
 from halve.runtime.speed import check_measurable
@@ -158,7 +159,7 @@ def prune(
         with phases.timing("load"):
             loaded = _load(found, tokenizer)
         if run is not None:
-            store.check_room(loaded, run, dtype)
+            _check_room(loaded, run, dtype)
         request = _measured(request, loaded, run, phases, listen)
         judged = None
         hear = listen
@@ -204,6 +205,15 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
     if fallback is not None:
         arguments["fallback"] = fallback
     return prune(out=out, listen=listen, **arguments)
+
+
+def _check_room(loaded: LoadedModel, run: RunDirectory, dtype: torch.dtype | None) -> None:
+    """Check that the checkpoint and, until it is complete, all finished blocks have room, each on its volume."""
+    if run.verified:  # only names are left to be changed
+        return
+    run.prepare_staging()  # what a stopped attempt at the checkpoint has left there is removed
+    blocks = sum(parameter.nbytes for parameter in loaded.model.parameters()) - run.kept_bytes
+    check_shared_space([(run.out, store.output_bytes(loaded, dtype)), (run.state, blocks)])
 
 
 def _measured(
@@ -326,11 +336,11 @@ def _find(
         if any(parameter.is_meta for parameter in model.parameters()):
             raise InputError("the model has parameters on the meta device, without values: load it completely")
         if out is not None:
-            store.check_destination(out, None, 0)
+            check_destination(out, None, 0)
         return model
     source = checkpoint.resolve(model, revision=revision, trust_remote_code=trust_remote_code)
     if out is not None:
-        store.check_destination(out, source, source.size)
+        check_destination(out, source, source.size)
     if dtype is not None and source.shards:
         raise InputError("dtype is for GGUF input: a safetensors checkpoint keeps its own dtypes")
     return source

@@ -2,18 +2,15 @@
 
 import hashlib
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halve import kernels
 from halve.disk_layout import Location
+from halve.environment import environment
 from halve.errors import HalveError
 from halve.layers import matrix_view
 from halve.objective import AUTO
@@ -24,30 +21,6 @@ from halve.shards import tensor_bytes
 
 FORMAT = 1
 """Version of the layout of ``halve.json``."""
-
-
-def environment() -> dict[str, Any]:
-    """Return versions and machine facts that can change the result."""
-    return {
-        "halve": _version("halve"),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "safetensors": _version("safetensors"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "prox_kernel": kernels.describe(),
-        **({"prox_kernel_cuda": kernels.describe("cuda")} if torch.cuda.is_available() else {}),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def to_json(

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint_files import REPORT, refuse_packed
+from halve.checkpoint_files import REPORT, is_unfinished, refuse_packed
 from halve.errors import CorruptFileError, InputError
 from halve.layers import place_of
 from halve.measured import read_measured
 from halve.perplexity import measured_as
 from halve.record import FORMAT
-from halve.run_directory import is_unfinished
 from halve.run_report import AROUND
 from halve.shards import read_json
 

@@ -6,9 +6,7 @@ and verified in there, and its files then move to their final names, ``config.js
 loaded is complete.
 """
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,19 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from halve.checkpoint_files import CONFIG, INDEX
-from halve.durable import Content, crash_point, make_directory, move_file, sha256_of, write_file, writing
+from halve.checkpoint_files import CONFIG, HOME, is_unfinished
+from halve.durable import Content, crash_point, make_directory, write_file, writing
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
 from halve.fingerprint import Fingerprint, differences
+from halve.lock import locked
+from halve.publish import check_hash, move_into_place
 from halve.run_manifest import MANIFEST, Manifest, read_manifest
 from halve.shards import build_header, read_json, tensor_bytes
 from halve.tokens import SELF, TokenSet
 
-HOME = ".halve"
-"""Name of the directory in the output directory that holds a run until it is complete."""
 _TOKENS = "calibration.safetensors"
 _WORK = "work.json"
-_LAST = (INDEX, CONFIG)
 _RECORD = "record"
 
 
@@ -145,7 +142,7 @@ class RunDirectory:
         if kept is None or kept["asked"] != dict(asked):
             return None
         path = self.state / _TOKENS
-        _check_hash(path, kept["sha256"])
+        check_hash(path, kept["sha256"])
         return TokenSet(load_file(path)["ids"], **kept["facts"])
 
     def begin(
@@ -234,7 +231,7 @@ class RunDirectory:
         """
         name, sha256 = self._present().blocks[block]
         path = self.state / name
-        _check_hash(path, sha256)
+        check_hash(path, sha256)
         with safe_open(path, "pt") as file:
             record = json.loads(file.metadata()[_RECORD])
         return load_file(path), record
@@ -258,14 +255,8 @@ class RunDirectory:
             manifest.files = dict(files)
             manifest.write(self.state)
         names = manifest.files or {}
-        order = [*sorted(names.keys() - set(_LAST)), *(name for name in _LAST if name in names)]
-        for name in order:
-            staged = self.staging / name
-            _check_hash(staged if staged.exists() else self.out / name, names[name])
         with writing(self.out):
-            for name in order:
-                if (self.staging / name).exists():
-                    move_file(self.staging / name, self.out / name, name if name in _LAST else "file")
+            move_into_place(self.staging, self.out, names)
             self.remove()
 
     def remove(self) -> None:
@@ -305,7 +296,7 @@ def open_run(out: Path, work: Path | None = None) -> Iterator[RunDirectory]:
         raise InputError(f"{out} is not empty: give a new directory, or empty this one")
     new = [path for path in (home, *home.parents) if not path.exists()]
     make_directory(home)
-    with _locked(home / "lock", out):
+    with locked(home / "lock", out):
         run: RunDirectory | None = None
         fresh = home in new
         try:
@@ -322,11 +313,6 @@ def open_run(out: Path, work: Path | None = None) -> Iterator[RunDirectory]:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
             raise
-
-
-def is_unfinished(out: Path) -> bool:
-    """Whether a directory holds a run that was not completed."""
-    return (out / HOME).is_dir()
 
 
 def recorded_call(out: Path) -> dict[str, Any]:
@@ -370,31 +356,3 @@ def _state(home: Path, work: Path | None) -> Path:
     make_directory(work)
     write_file(pointer, [json.dumps({"work": str(work.resolve())}).encode()], "work")
     return work.resolve()
-
-
-@contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise InputError(
-                f"{out} is being written by another process ({holder}): wait for it, or write to another directory"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-        crash_point("unlock")
-    finally:
-        os.close(descriptor)
-
-
-def _check_hash(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise CorruptFileError(f"{path} is missing: put it back, or remove the unfinished run and begin again")
-    if sha256_of(path) != expected:
-        raise CorruptFileError(
-            f"{path} was changed since it was written: put it back, or remove the unfinished run and begin again"
-        )

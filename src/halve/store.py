@@ -6,8 +6,6 @@ without them cannot be loaded by accident.
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
@@ -18,15 +16,14 @@ from typing import Any
 import torch
 
 from halve.checkpoint import LoadedModel, Source
-from halve.checkpoint_files import CONFIG, INDEX, REPORT, WEIGHTS, companions
+from halve.checkpoint_files import CONFIG, INDEX, LAST, REPORT, WEIGHTS, companions
 from halve.disk_layout import DiskTensor
 from halve.durable import Content, file_chunks, filling
 from halve.errors import InputError
-from halve.run_directory import RunDirectory, is_unfinished
+from halve.room import check_destination
 from halve.shards import build_header, read_chunks, read_shard, tensor_bytes
 
 MAX_SHARD = 5_000_000_000
-_LAST = (INDEX, CONFIG)
 
 
 def output_bytes(loaded: LoadedModel, dtype: torch.dtype | None = None) -> int:
@@ -39,93 +36,6 @@ def output_bytes(loaded: LoadedModel, dtype: torch.dtype | None = None) -> int:
     if loaded.source is not None and loaded.source.shards:
         return loaded.source.size
     return sum(_size(tensor) for tensor in _retyped(loaded, dtype))
-
-
-def check_destination(out: Path, source: Source | None, bytes_needed: int) -> None:
-    """Check that a checkpoint can be written to ``out`` without harm, before any work is done.
-
-    Args:
-        out: the directory to write: absent, empty, or with an unfinished run in it.
-        source: what is going to be pruned; None for a model built in memory.
-        bytes_needed: size of the output in bytes.
-
-    Raises:
-        InputError: ``out`` is in use, is or lies in the input, cannot be written, or its volume is too full.
-    """
-    if source is not None:
-        for path in {source.path.resolve(), *(path.resolve().parent for path in source.shards)}:
-            _check_apart(out, path)
-    real = out.resolve()
-    if out.is_symlink() and not out.exists():
-        raise InputError(f"{out} is a link to nothing: remove it, or give the directory it should point to")
-    if out.exists():
-        if not out.is_dir():
-            raise InputError(f"{out} is a file: give the name of a directory to create")
-        if (out / CONFIG).exists() and not is_unfinished(out):
-            raise InputError(f"{out} holds a finished checkpoint: give a new directory")
-        if any(out.iterdir()) and not is_unfinished(out):
-            raise InputError(f"{out} is not empty: give a new directory, or empty this one")
-    volume = next(path for path in (real, *real.parents) if path.exists())
-    if not volume.is_dir() or not os.access(volume, os.W_OK | os.X_OK):
-        raise InputError(f"{out} cannot be created: {volume} is not a directory you can write to")
-    if not is_unfinished(out):  # what is still needed of an unfinished run is known later
-        _check_free(out, volume, bytes_needed)
-
-
-def check_space(directory: Path, bytes_needed: int) -> None:
-    """Check that the volume of a directory, which need not exist yet, has room.
-
-    Raises:
-        InputError: it is too full.
-    """
-    real = directory.resolve()
-    _check_free(directory, next(path for path in (real, *real.parents) if path.exists()), bytes_needed)
-
-
-def same_volume(one: Path, other: Path) -> bool:
-    """Whether two existing files or directories take their space from the same volume."""
-    return one.stat().st_dev == other.stat().st_dev
-
-
-def check_room(loaded: LoadedModel, run: RunDirectory, dtype: torch.dtype | None) -> None:
-    """Check that the checkpoint and, until it is complete, all finished blocks have room, each on its volume.
-
-    Args:
-        loaded: the dense model.
-        run: whose directories they go to; what a stopped attempt at the checkpoint has left there is removed.
-        dtype: as for ``write_checkpoint``.
-
-    Raises:
-        InputError: a volume is too full.
-    """
-    if run.verified:  # only names are left to be changed
-        return
-    run.prepare_staging()
-    checkpoint = output_bytes(loaded, dtype)
-    blocks = sum(parameter.nbytes for parameter in loaded.model.parameters()) - run.kept_bytes
-    if same_volume(run.state, run.out):
-        check_space(run.out, checkpoint + blocks)
-    else:
-        check_space(run.out, checkpoint)
-        check_space(run.state, blocks)
-
-
-def _check_free(directory: Path, volume: Path, bytes_needed: int) -> None:
-    free = shutil.disk_usage(volume).free
-    if free < bytes_needed:
-        raise InputError(
-            f"{directory} needs {bytes_needed / 1e9:.2f} GB and its volume has {free / 1e9:.2f} GB free: free some "
-            "space, or write elsewhere"
-        )
-
-
-def _check_apart(out: Path, taken: Path) -> None:
-    real = out.resolve()
-    ancestors = [path for path in (real, *real.parents) if path.exists()]
-    if any(path.samefile(taken) for path in ancestors):  # by inode, so that a bind mount is seen through
-        raise InputError(f"{out} is, or lies in, the input {taken}: write to a directory of its own")
-    if taken.is_relative_to(real):
-        raise InputError(f"{out} contains the input {taken}: write to a directory of its own")
 
 
 def write_checkpoint(
@@ -168,7 +78,7 @@ def write_checkpoint(
     facts = _plain_json(report)
     with filling(out) as write:
         plan = _written_whole(loaded, changed, dtype) if original is None else _rewritten(loaded, original, changed)
-        last = {name: b"".join(plan.pop(name)) for name in _LAST if name in plan}
+        last = {name: b"".join(plan.pop(name)) for name in LAST if name in plan}
         sums: dict[str, str] = {}
         for name, chunks in plan.items():
             sums[name] = write(name, chunks, "shard" if name.endswith(".safetensors") else "companion")

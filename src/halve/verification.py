@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint import Source, load_model, resolve
-from halve.checkpoint_files import CONFIG, PACKED, REPORT, forbidden_fields, read_shards
+from halve.checkpoint_files import CONFIG, PACKED, REPORT, forbidden_fields, is_unfinished, read_shards
 from halve.durable import sha256_of
 from halve.errors import CorruptFileError, HalveError, InputError, PatternError
 from halve.pattern import Pattern
-from halve.run_directory import is_unfinished
 from halve.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
 
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from halve import durable
-from halve.run_directory import HOME
+from halve.checkpoint_files import HOME
 from harness import REFUSED, forked, loadable, make_job, tell, tree
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from halve import durable, run_directory, run_manifest
+from halve import checkpoint_files, durable, publish, run_directory, run_manifest
 from halve.shards import build_header, tensor_bytes
 from harness import REFUSED, crash_at, crash_points, failures, forked, make_job, tree
 
@@ -77,13 +77,14 @@ def test_a_store_that_trusts_its_files_gives_wrong_bytes(tmp_path, monkeypatch, 
     assert forked(job.call) == 0
     trial = job.elsewhere("trial")
     crash_at("block.start@3", trial.call)
-    block = trial.out / run_directory.HOME / "block-00000.safetensors"
+    block = trial.out / checkpoint_files.HOME / "block-00000.safetensors"
     content = bytearray(block.read_bytes())
     kept = next(place for place in range(len(content) - 4, 0, -4) if any(content[place : place + 4]))
     content[kept + 2] ^= 4  # in the mantissa of the last weight that is not zero
     block.write_bytes(content)
     if not verifying:
-        monkeypatch.setattr(run_directory, "_check_hash", trusting)
+        monkeypatch.setattr(run_directory, "check_hash", trusting)
+        monkeypatch.setattr(publish, "check_hash", trusting)
     status = forked(trial.carry_on)
     assert (status == REFUSED) is verifying
     assert verifying or tree(trial.out) != tree(job.out)

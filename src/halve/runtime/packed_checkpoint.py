@@ -18,11 +18,11 @@ from halve.durable import Content, file_chunks, filling, sha256_of
 from halve.errors import CorruptFileError, InputError
 from halve.layers import Layout
 from halve.pattern import Pattern
+from halve.room import check_destination
 from halve.runtime.native import expand
 from halve.runtime.packed import OVERREAD, PackedMatrix, kept_per_row, part_shapes
 from halve.runtime.packed_manifest import Manifest, PackedTensor, read_manifest
 from halve.shards import Shard, TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
-from halve.store import check_destination
 
 MASK = ".mask"
 VALUES = ".values"
@@ -335,7 +335,7 @@ def check_new(out: Path, source: Source, bytes_needed: int) -> None:
     """Check that a directory made of ``source`` can be written, absent or empty now.
 
     Raises:
-        InputError: it cannot; see `halve.store.check_destination`.
+        InputError: it cannot; see `halve.room.check_destination`.
     """
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give a new directory, or empty this one")

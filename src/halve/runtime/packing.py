@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint import Source, resolve, skeleton
-from halve.checkpoint_files import INDEX, PACKED, REPORT, WEIGHTS, contained, read_shards
+from halve.checkpoint_files import INDEX, PACKED, REPORT, WEIGHTS, contained, is_unfinished, read_shards
 from halve.disk_layout import DiskLayout, DiskTensor
 from halve.durable import file_chunks, filling, sha256_of
 from halve.errors import CorruptFileError, InputError, PatternError
 from halve.layers import Layout, find_stack, is_conv1d, is_fused, is_linear
 from halve.pattern import Pattern
-from halve.run_directory import is_unfinished
+from halve.room import check_space
 from halve.runtime.native import expand
 from halve.runtime.packed import DTYPES, PackedMatrix, pack
 from halve.runtime.packed_checkpoint import (
@@ -44,7 +44,6 @@ from halve.shards import (
     reading,
     tensor_bytes,
 )
-from halve.store import check_space
 
 _DENSER = "it is not in the pattern"
 _BITS = {2: torch.int16, 4: torch.int32}
