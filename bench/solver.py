@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from halve import prune_weight
-from halve.gram import Statistics
+from halve.maths.gram import Statistics
 from real_matrices import add_arguments, real_matrices
 
 CONTENDERS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -18,10 +18,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from halve import check, checkpoint, compare
-from halve.calibration import text_tokens
-from halve.perplexity import evaluation_texts
-from halve.terminal import comparison_table
+from halve import check
+from halve import comparison as compare
+from halve.checkpoint import load as checkpoint
+from halve.cli.terminal import comparison_table
+from halve.evaluation.perplexity import evaluation_texts
+from halve.text.calibration import text_tokens
 
 SAMPLES, SEQ_LEN, WINDOWS = 32, 512, 32
 PROMPT = "What is the capital of France?"

@@ -20,10 +20,11 @@ from matplotlib.figure import Figure
 
 import halve
 import results
-from halve import checkpoint, compare
-from halve.calibration import text_tokens
-from halve.layers import find_stack
-from halve.perplexity import evaluation_texts, perplexity
+from halve import comparison as compare
+from halve.checkpoint import load as checkpoint
+from halve.evaluation.perplexity import evaluation_texts, perplexity
+from halve.model.layers import find_stack
+from halve.text.calibration import text_tokens
 
 NAME = "calibration_samples"
 METHODS = ("wanda", "wanda+cg", "sparsegpt", "sparsegpt+cg", "prox-gradient+cg", "auto+cg")

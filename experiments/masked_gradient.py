@@ -24,13 +24,13 @@ import halve
 import matrices_of_model
 import results
 from calibration_samples import dense_from
-from halve.checkpoint import LoadedModel
-from halve.durable import sha256_of
-from halve.gram import Statistics
-from halve.perplexity import evaluation_texts, perplexity
-from halve.quadratic import relative_loss
-from halve.refit import refit_cg, refit_gd
-from halve.tokens import hash_ids
+from halve.checkpoint.durable import sha256_of
+from halve.checkpoint.load import LoadedModel
+from halve.evaluation.perplexity import evaluation_texts, perplexity
+from halve.maths.gram import Statistics
+from halve.maths.quadratic import relative_loss
+from halve.solve.refit import refit_cg, refit_gd
+from halve.text.tokens import hash_ids
 
 NAME = "masked_gradient"
 METHODS = ("wanda", "sparsegpt", "prox-gradient")

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halve import blocks as streams
-from halve import checkpoint
-from halve.calibration import text_tokens, token_batches
+from halve.checkpoint import load as checkpoint
 from halve.device import evaluation_mode, resolve_device
-from halve.gram import GramAccumulator, Statistics
-from halve.layers import Matrix
-from halve.pattern import Pattern
-from halve.run import plan_model
+from halve.maths.gram import GramAccumulator, Statistics
+from halve.maths.pattern import Pattern
+from halve.model import blocks as streams
+from halve.model.layers import Matrix
+from halve.run.loop import plan_model
+from halve.text.calibration import text_tokens, token_batches
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from torch import Tensor
 import halve
 import matrices_of_model
 import results
-from halve.gram import Statistics
-from halve.layers import Matrix, find_stack
-from halve.quadratic import feature_scales, relative_loss
+from halve.maths.gram import Statistics
+from halve.maths.quadratic import feature_scales, relative_loss
+from halve.model.layers import Matrix, find_stack
 
 NAME = "which_layers"
 BASE = "wanda"

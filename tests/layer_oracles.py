@@ -92,7 +92,7 @@ def sparsegpt_unstructured(weight: Tensor, gram: Tensor, sparsity: float, block:
 
 def proximal_gradient(weight: Tensor, gram: Tensor, lambda0: float, beta: float, check_every: int) -> Tensor:
     """Algorithm 2 on one row at a time in float64 for 2:4, with the exact prox of halve in float64."""
-    from halve.proximal import prox
+    from halve.maths.proximal import prox
 
     features = gram.double().diagonal().sqrt()
     target = weight.double() * features
@@ -161,7 +161,7 @@ def alps(weight: Tensor, gram: Tensor, iterations: int = 300) -> Tensor:
 
 def prox_admm(weight: Tensor, gram: Tensor, check_every: int) -> Tensor:
     """prox-admm with its default schedule, one row at a time in float64, for 2:4."""
-    from halve.proximal import prox
+    from halve.maths.proximal import prox
 
     target, unit, features = _unit(weight, gram)
     scale = target.abs().mean(1, keepdim=True)

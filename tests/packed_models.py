@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from halve.packed.write import pack_checkpoint
 from halve.pruning import prune
-from halve.runtime.packing import pack_checkpoint
 from models import decoder, save
 from tiny_tokenizers import byte_bpe
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import halve
-from halve.request import Evaluation
+from halve.evaluation.request import Evaluation
 from models import decoder, tokens
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from halve.checkpoint import load_model
-from halve.cli import app
-from halve.cli_errors import EXIT_FAILED, EXIT_REFUSED
+from halve.checkpoint.load import load_model
+from halve.cli.app import app
+from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
 from halve.errors import HalveError
-from halve.runtime.load import load
+from halve.packed.load import load
 from models import decoder
 from tiny_tokenizers import SENTENCES, byte_bpe
 

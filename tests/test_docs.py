@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 
 import layer_oracles as oracle
-from halve import check, methods, refit
-from halve.matrix import prune_weight
-from halve.measured import add_perplexity
-from halve.objective import Objective
-from halve.perplexity import Perplexity
+from halve import check
+from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.request import Evaluation
+from halve.model.reconstruct import Reconstruction
+from halve.planner import speed_plan as planner
+from halve.planner.speed_plan import plan
+from halve.planner.where_faster import WhereFaster
 from halve.pruning import prune
-from halve.reconstruct import Reconstruction
-from halve.request import Evaluation
-from halve.runtime import plan as planner
-from halve.runtime.plan import plan
-from halve.where_faster import WhereFaster
+from halve.report.measured import add_perplexity
+from halve.solve import methods, refit
+from halve.solve.matrix import prune_weight
+from halve.solve.objective import Objective
 from models import decoder, tokens
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -18,8 +18,8 @@ import matrices_of_model
 import results
 import toy_problem
 import which_layers
-from halve.checkpoint import load_model
-from halve.pattern import Pattern
+from halve.checkpoint.load import load_model
+from halve.maths.pattern import Pattern
 
 TINY = ["--samples", "4", "--seq-len", "16", "--device", "cpu"]
 

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import halve
-from halve import documents, pruning, room
-from halve import report as report_module
-from halve.checkpoint import load_model
-from halve.checkpoint_files import is_unfinished
-from halve.cli import app
+from halve import pruning
+from halve.checkpoint import room
+from halve.checkpoint.directory import is_unfinished
+from halve.checkpoint.load import load_model
+from halve.checkpoint.shards import reading
+from halve.cli.app import app
 from halve.errors import (
     AlreadyCompleteError,
     CorruptFileError,
@@ -25,10 +26,11 @@ from halve.errors import (
     ResumeMismatchError,
     UnsupportedModelError,
 )
-from halve.objective import Objective
-from halve.reconstruct import Reconstruction
-from halve.run_directory import RunDirectory
-from halve.shards import reading
+from halve.model.reconstruct import Reconstruction
+from halve.report import page as report_module
+from halve.run.directory import RunDirectory
+from halve.solve.objective import Objective
+from halve.text import documents
 from models import OF_ONE_RUN, decoder, tokens
 from tiny_tokenizers import byte_bpe
 
@@ -252,7 +254,7 @@ def test_a_text_that_the_model_wrote_is_not_written_again(checkpoint, tmp_path, 
     def refuse(*_arguments, **_options):
         raise AssertionError("the model wrote again")
 
-    monkeypatch.setattr("halve.tokens.sample_text", refuse)
+    monkeypatch.setattr("halve.text.tokens.sample_text", refuse)
     halve.resume(tmp_path / "stopped")
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
@@ -269,7 +271,7 @@ def test_a_model_on_the_hub_is_continued_at_the_commit_it_began_with(tmp_path, c
         assert not code
         return newest[0] if revision is None else tmp_path / revision
 
-    monkeypatch.setattr("halve.checkpoint._download", download)
+    monkeypatch.setattr("halve.checkpoint.load._download", download)
     with pytest.raises(StoppedError):
         halve.prune("org/model", tmp_path / "out", calibration=text, listen=stop_in(1), **FAST)
     newest[0] = second
@@ -323,7 +325,7 @@ def test_a_run_goes_on_once_a_file_can_be_read_again(tmp_path, monkeypatch, chec
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     halve.prune(checkpoint, tmp_path / "whole", calibration=text, **FAST)
-    monkeypatch.setattr("halve.store.read_chunks", gone)
+    monkeypatch.setattr("halve.checkpoint.write.read_chunks", gone)
     with pytest.raises(CorruptFileError, match=r"model.safetensors cannot be read \(Input/output error\)") as caught:
         halve.prune(checkpoint, tmp_path / "out", calibration=text, **FAST)
     assert caught.value.unfinished == tmp_path / "out"
@@ -367,7 +369,9 @@ def test_a_run_that_only_had_to_be_tidied_up_is_complete(tmp_path, monkeypatch, 
     ],
 )
 def test_what_can_be_known_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, checkpoint, arguments, message):
-    monkeypatch.setattr("halve.checkpoint.load_model", lambda *_arguments, **_options: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "halve.checkpoint.load.load_model", lambda *_arguments, **_options: pytest.fail("it was loaded")
+    )
     with pytest.raises(InputError, match=message):
         halve.prune(checkpoint, **{"out": tmp_path / "out", **arguments})
     assert not (tmp_path / "out").exists()

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from halve.checkpoint import LoadedModel, load_model
+from halve.checkpoint.load import LoadedModel, load_model
+from halve.checkpoint.shards import read_shard
+from halve.checkpoint.write import write_checkpoint
 from halve.errors import CorruptFileError, InputError, PatternError
-from halve.pattern import Pattern
-from halve.shards import read_shard
-from halve.store import write_checkpoint
+from halve.maths.pattern import Pattern
 from halve.verification import check
 
 NAME = "model.layers.1.mlp.up_proj.weight"

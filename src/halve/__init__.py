@@ -8,56 +8,56 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halve.errors import HalveError
-    from halve.gram import GramAccumulator, Statistics
-    from halve.matrix import prune_weight
-    from halve.objective import Objective
-    from halve.outcome import Outcome, Status
-    from halve.pattern import Pattern
-    from halve.perplexity import Perplexity, evaluate
-    from halve.proximal import prox
+    from halve.evaluation.perplexity import Perplexity, evaluate
+    from halve.evaluation.request import Evaluation
+    from halve.maths.gram import GramAccumulator, Statistics
+    from halve.maths.pattern import Pattern
+    from halve.maths.proximal import prox
+    from halve.model.reconstruct import Reconstruction
+    from halve.packed.load import load
+    from halve.packed.read import unpack_checkpoint as unpack
+    from halve.packed.write import PackResult
+    from halve.packed.write import pack_checkpoint as pack
+    from halve.planner.speed_plan import SpeedPlan, plan
+    from halve.planner.where_faster import WhereFaster
     from halve.pruning import prune, resume
-    from halve.reconstruct import Reconstruction
-    from halve.report import write_comparison, write_report
-    from halve.request import Evaluation
+    from halve.report.page import write_comparison, write_report
     from halve.runtime.accelerate import Acceleration, accelerate
-    from halve.runtime.load import load
-    from halve.runtime.packed_checkpoint import unpack_checkpoint as unpack
-    from halve.runtime.packing import PackResult
-    from halve.runtime.packing import pack_checkpoint as pack
-    from halve.runtime.plan import SpeedPlan, plan
+    from halve.solve.matrix import prune_weight
+    from halve.solve.objective import Objective
+    from halve.solve.outcome import Outcome, Status
     from halve.verification import CheckResult, check
-    from halve.where_faster import WhereFaster
 
 _HOMES = {
     "Acceleration": "runtime.accelerate",
     "CheckResult": "verification",
-    "Evaluation": "request",
+    "Evaluation": "evaluation.request",
     "HalveError": "errors",
-    "GramAccumulator": "gram",
-    "Objective": "objective",
-    "Outcome": "outcome",
-    "PackResult": "runtime.packing",
-    "Pattern": "pattern",
-    "Perplexity": "perplexity",
+    "GramAccumulator": "maths.gram",
+    "Objective": "solve.objective",
+    "Outcome": "solve.outcome",
+    "PackResult": "packed.write",
+    "Pattern": "maths.pattern",
+    "Perplexity": "evaluation.perplexity",
     "Pruned": "whole_model",
-    "Reconstruction": "reconstruct",
-    "SpeedPlan": "runtime.plan",
-    "Statistics": "gram",
-    "Status": "outcome",
-    "WhereFaster": "where_faster",
+    "Reconstruction": "model.reconstruct",
+    "SpeedPlan": "planner.speed_plan",
+    "Statistics": "maths.gram",
+    "Status": "solve.outcome",
+    "WhereFaster": "planner.where_faster",
     "accelerate": "runtime.accelerate",
     "check": "verification",
-    "evaluate": "perplexity",
-    "load": "runtime.load",
-    "pack": "runtime.packing:pack_checkpoint",
-    "plan": "runtime.plan",
-    "prox": "proximal",
+    "evaluate": "evaluation.perplexity",
+    "load": "packed.load",
+    "pack": "packed.write:pack_checkpoint",
+    "plan": "planner.speed_plan",
+    "prox": "maths.proximal",
     "prune": "pruning",
-    "prune_weight": "matrix",
+    "prune_weight": "solve.matrix",
     "resume": "pruning",
-    "unpack": "runtime.packed_checkpoint:unpack_checkpoint",
-    "write_comparison": "report",
-    "write_report": "report",
+    "unpack": "packed.read:unpack_checkpoint",
+    "write_comparison": "report.page",
+    "write_report": "report.page",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """``python -m halve`` is the ``halve`` command."""
 
-from halve.cli import main
+from halve.cli.app import main
 
 main()

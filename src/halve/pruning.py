@@ -9,31 +9,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from halve import checkpoint, store, tokens
-from halve.calibration import DEFAULT_SAMPLES, Calibration, calibration_data, check_source
-from halve.call_record import read_back, written_down
-from halve.checkpoint import LoadedModel, Source
+from halve.checkpoint import load as checkpoint
+from halve.checkpoint import write as store
+from halve.checkpoint.load import LoadedModel, Source
+from halve.checkpoint.room import check_destination, check_shared_space
 from halve.device import forward_precision, resolve_device, weight_dtype
-from halve.documents import is_on_hub
 from halve.errors import HalveError, InputError
-from halve.fingerprint import code_fields
-from halve.measured import add_perplexity
-from halve.objective import Objective
-from halve.pattern import Pattern
-from halve.phases import Phases
-from halve.reconstruct import Reconstruction, parse_reconstruction
-from halve.request import Evaluation
-from halve.room import check_destination, check_shared_space
-from halve.run_directory import RunDirectory, open_run, recorded_call
-from halve.run_report import Listener, Progress
+from halve.evaluation.request import Evaluation
+from halve.maths.pattern import Pattern
+from halve.model.reconstruct import Reconstruction, parse_reconstruction
+from halve.planner.where_faster import WhereFaster
+from halve.report.measured import add_perplexity
+from halve.run.call_record import read_back, written_down
+from halve.run.directory import RunDirectory, open_run, recorded_call
+from halve.run.events import Listener, Progress
+from halve.run.fingerprint import code_fields
+from halve.run.phases import Phases
+from halve.run.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
 from halve.runtime.speed import check_measurable
-from halve.settings import MIN_EXPERT_TOKENS, Settings, default_reconstruction
-from halve.tokens import TokenSet
-from halve.where_faster import WhereFaster
+from halve.solve.objective import Objective
+from halve.text import tokens
+from halve.text.calibration import DEFAULT_SAMPLES, Calibration, calibration_data, check_source
+from halve.text.documents import is_on_hub
+from halve.text.tokens import TokenSet
 from halve.whole_model import Pruned, Request, prune_loaded, report_notes
 
 if TYPE_CHECKING:
-    from halve.perplexity import Perplexity
+    from halve.evaluation.perplexity import Perplexity
 
 
 def prune(
@@ -76,7 +78,7 @@ def prune(
         out: directory for the pruned Hugging Face checkpoint; it must not exist yet, be empty, or hold the same run,
             unfinished. None keeps the result in memory alone.
         pattern: ``N:M`` keeps N of every M consecutive weights; ``S%`` zeroes S percent of each row.
-        method: see `halve.methods`; ``auto`` takes ``effort="fast"``, ``"balanced"`` or ``"best"``, and a
+        method: see `halve.solve.methods`; ``auto`` takes ``effort="fast"``, ``"balanced"`` or ``"best"``, and a
             ``time_limit`` in seconds for solving all matrices.
         refit: re-adjustment of the kept weights: ``none``, ``cg``, ``gd``, ``swap``; see `halve.prune_weight`.
         calibration: text, tokens or batches; None lets the model write its own text, if method or refit need any.
@@ -89,13 +91,13 @@ def prune(
         fallback: method for matrices that the asked one fails on; None stops there, also at experts that see too few
             tokens.
         min_expert_tokens: with a fallback, experts that see fewer tokens are pruned by magnitude, and reported.
-        reconstruct: ``block``, or `halve.reconstruct.Reconstruction`: after a block's matrices are pruned, tune what
-            survived, norms and biases included, against the dense model's output of that block; ``none`` leaves it.
-            None is ``block`` for method ``auto`` with ``effort="best"``, else ``none``.
-        objective: shrinkage of the statistics and targets from the dense model, see `halve.objective.Objective`.
+        reconstruct: ``block``, or `halve.model.reconstruct.Reconstruction`: after a block's matrices are pruned, tune
+            what survived, norms and biases included, against the dense model's output of that block; ``none`` leaves
+            it. None is ``block`` for method ``auto`` with ``effort="best"``, else ``none``.
+        objective: shrinkage of the statistics and targets from the dense model, see `halve.solve.objective.Objective`.
         only_where_faster: leave matrices dense that are not this many times as fast sparse on this machine, measured
-            before anything is pruned, at batch 1 or as `halve.where_faster.WhereFaster` says; they are listed with the
-            reason. A run that goes on does not measure again.
+            before anything is pruned, at batch 1 or as `halve.planner.where_faster.WhereFaster` says; they are listed
+            with the reason. A run that goes on does not measure again.
         device: ``auto``, ``cpu``, ``cuda``, …
         forward_dtype: ``auto``, ``float32`` or ``bfloat16``: products of the calibration's forward passes.
             Statistics and solves are float32.
@@ -105,7 +107,7 @@ def prune(
         offload: a directory where hidden states are kept instead of in memory; a temporary folder is made in it.
         work: a directory for finished blocks while the run lasts, new or empty; None keeps them in ``out``.
         evaluation: texts to measure perplexity on, dense and pruned, for the report; None measures nothing.
-        listen: called with a `halve.run_report.Progress` at every step.
+        listen: called with a `halve.run.events.Progress` at every step.
         **options: of the method and the refit.
 
     Returns:
@@ -189,7 +191,7 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
     Args:
         out: the output directory that `prune` was given.
         fallback: method for matrices that the asked one fails on, for a run that was begun without one.
-        listen: called with a `halve.run_report.Progress` at every step.
+        listen: called with a `halve.run.events.Progress` at every step.
 
     Returns:
         Pruned: as `prune` would have.

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint import Source, load_model, resolve
-from halve.checkpoint_files import CONFIG, PACKED, REPORT, forbidden_fields, is_unfinished, read_shards
-from halve.durable import sha256_of
+from halve.checkpoint.directory import CONFIG, PACKED, REPORT, forbidden_fields, is_unfinished, read_shards
+from halve.checkpoint.durable import sha256_of
+from halve.checkpoint.load import Source, load_model, resolve
+from halve.checkpoint.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
 from halve.errors import CorruptFileError, HalveError, InputError, PatternError
-from halve.pattern import Pattern
-from halve.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
+from halve.maths.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def check(
 
     Args:
         path: a directory of safetensors, or a packed one.
-        against: the original: anything ``halve.checkpoint.resolve`` takes.
+        against: the original: anything ``halve.checkpoint.load.resolve`` takes.
         pattern: what to check for instead of the pattern recorded; needed where there is no ``halve.json``, and then
             the tensors that have it are counted, along either of their last two dimensions.
 
@@ -83,7 +83,7 @@ def check(
 
     Raises:
         InputError: ``path`` is not a directory; ``against`` or ``pattern`` is not usable, as with a packed checkpoint.
-        HalveError: as ``halve.checkpoint.resolve``, about ``against``.
+        HalveError: as ``halve.checkpoint.load.resolve``, about ``against``.
     """
     directory = _finished_directory(path)
     if (directory / PACKED).exists():
@@ -135,7 +135,7 @@ def _finished_directory(path: str | Path) -> Path:
 
 
 def _check_packed(directory: Path, *, alone: bool, code: bool) -> CheckResult:
-    from halve.runtime.packed_checkpoint import open_packed, verify
+    from halve.packed.read import open_packed, verify
 
     if not alone:
         raise InputError(

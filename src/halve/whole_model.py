@@ -10,25 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from halve import record, store
-from halve.blocks import Batch
-from halve.calibration import BATCH_TOKENS, STEP_TOKENS, calibration_record, token_batches
-from halve.checkpoint import LoadedModel, Source
-from halve.checkpoint_files import MEASURED, PAGE
+from halve.checkpoint import write as store
+from halve.checkpoint.directory import MEASURED, PAGE
+from halve.checkpoint.durable import sha256_of
+from halve.checkpoint.load import LoadedModel, Source
 from halve.device import evaluation_mode
-from halve.durable import sha256_of
 from halve.errors import CorruptFileError, HalveError, UnreadableFileError
-from halve.fingerprint import files_sha256, fingerprint
-from halve.measured import measured_json, write_measured
-from halve.perplexity import Perplexity
-from halve.phases import Phases
-from halve.report import write_report
-from halve.run import prune_blocks
-from halve.run_directory import RunDirectory
-from halve.run_log import RunLog
-from halve.run_report import Listener, Progress, RunReport
-from halve.settings import Settings
-from halve.tokens import TokenSet
+from halve.evaluation.perplexity import Perplexity
+from halve.model.blocks import Batch
+from halve.report import record
+from halve.report.measured import measured_json, write_measured
+from halve.report.page import write_report
+from halve.run.directory import RunDirectory
+from halve.run.events import Listener, Progress, RunReport
+from halve.run.fingerprint import files_sha256, fingerprint
+from halve.run.log import RunLog
+from halve.run.loop import prune_blocks
+from halve.run.phases import Phases
+from halve.run.settings import Settings
+from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, calibration_record, token_batches
+from halve.text.tokens import TokenSet
 from halve.verification import check
 
 

@@ -2,7 +2,8 @@
 
     python tests/faults/fuzz.py --inputs 1000000
 
-What `halve.shards.read_shard` accepts, the safetensors library must accept too: an independent reading of the format.
+What `halve.checkpoint.shards.read_shard` accepts, the safetensors library must accept too: an independent reading of
+the format.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from halve.checkpoint_files import read_shards
+from halve.checkpoint.directory import read_shards
+from halve.checkpoint.shards import read_json, read_shard
 from halve.errors import HalveError
-from halve.run_manifest import hash_of, read_manifest
-from halve.shards import read_json, read_shard
+from halve.run.manifest import hash_of, read_manifest
 
 TOKENS = (
     b"{",

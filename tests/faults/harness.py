@@ -11,9 +11,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 import halve
-from halve.durable import CRASH_LOG, CRASH_POINT
+from halve.checkpoint.durable import CRASH_LOG, CRASH_POINT
 from halve.errors import AlreadyCompleteError, HalveError
-from halve.reconstruct import Reconstruction
+from halve.model.reconstruct import Reconstruction
 from models import OF_ONE_RUN, decoder
 from tiny_tokenizers import SENTENCES, byte_bpe
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from halve.checkpoint_files import HOME
-from halve.durable import CRASH_POINT
+from halve.checkpoint.directory import HOME
+from halve.checkpoint.durable import CRASH_POINT
 from harness import REFUSED, crash_at, forked, loadable, make_job, tell, tree
 
 STOPS = ("block.start@3", "file.start@3")

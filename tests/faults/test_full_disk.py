@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from halve import durable
-from halve.checkpoint_files import HOME
+from halve.checkpoint import durable
+from halve.checkpoint.directory import HOME
 from harness import REFUSED, forked, loadable, make_job, tell, tree
 
 

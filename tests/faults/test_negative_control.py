@@ -2,8 +2,11 @@
 
 import pytest
 
-from halve import checkpoint_files, durable, publish, run_directory, run_manifest
-from halve.shards import build_header, tensor_bytes
+from halve.checkpoint import directory as checkpoint_files
+from halve.checkpoint import durable, publish
+from halve.checkpoint.shards import build_header, tensor_bytes
+from halve.run import directory as run_directory
+from halve.run import manifest as run_manifest
 from harness import REFUSED, crash_at, crash_points, failures, forked, make_job, tree
 
 

@@ -17,9 +17,9 @@
 #include <thread>
 #include <vector>
 
-#include "../../src/native/crew.hpp"
-#include "../../src/native/packing.hpp"
-#include "../../src/native/sparse_linear.hpp"
+#include "../../src/native/packed/crew.hpp"
+#include "../../src/native/packed/packing.hpp"
+#include "../../src/native/packed/sparse_linear.hpp"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""What runs a pruned model: packed weights, and products with them.
+"""What multiplies: packed and compressed weights, their layers, products timed against dense ones, streamed text.
 
-It knows patterns, and nothing of how a model was pruned.
+It may use ``model`` and what lies below. It must never know the packed format on disk, the planner or a run.
 """

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from halve.checks import check_count, is_number
 from halve.device import on_device
 from halve.errors import HalveError, InputError
-from halve.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
-from halve.options import check_count, is_number
-from halve.pattern import Pattern
+from halve.maths.pattern import Pattern
+from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
 from halve.runtime.linear import SparseLinear

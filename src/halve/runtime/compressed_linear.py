@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from halve.errors import InputError
-from halve.layers import Layout, matrix_view, plain_layer
+from halve.model.layers import Layout, matrix_view, plain_layer
 
 _noted: "set[nn.Module] | None" = None
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from halve.errors import InputError
-from halve.layers import Layout, is_conv1d, layer_matrix
-from halve.pattern import Pattern
+from halve.maths.pattern import Pattern
+from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
 from halve.runtime.native import expand, sparse_linear
-from halve.runtime.packed import PackedMatrix, pack
+from halve.runtime.packed_matrix import PackedMatrix, pack
 
 
 @torch.library.custom_op("halve::sparse_linear", mutates_args=(), device_types="cpu")
@@ -103,7 +103,7 @@ class SparseLinear(CompressedLinear):
         """Pack a ``Linear`` or ``Conv1D``; the bias is shared, not copied.
 
         Raises:
-            InputError: as `halve.runtime.packed.pack`.
+            InputError: as `halve.runtime.packed_matrix.pack`.
         """
         packed = pack(layer_matrix(layer), pattern)
         return cls(packed, cast("Tensor | None", layer.bias), "in_out" if is_conv1d(layer) else "out_in")

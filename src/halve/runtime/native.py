@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halve.errors import InputError
 from halve.runtime.compiled import broken, instruction_sets, library
-from halve.runtime.packed import DTYPES, PackedMatrix, unpack
+from halve.runtime.packed_matrix import DTYPES, PackedMatrix, unpack
 
 REFERENCE = "reference"
 """In place of an instruction set: compute with PyTorch what the kernels are held to."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halve.device import evaluation_mode, model_device
 from halve.errors import HalveError, InputError
-from halve.generation import text_config
+from halve.text.generation import text_config
 
 _TOKENS = 16
 _FOREIGN = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)

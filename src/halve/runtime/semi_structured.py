@@ -18,8 +18,8 @@ from torch.sparse import (
 )
 
 from halve.errors import HalveError, InputError
-from halve.layers import Layout, is_conv1d, layer_matrix
-from halve.pattern import Pattern
+from halve.maths.pattern import Pattern
+from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -10,9 +10,10 @@ from torch.nn.functional import linear
 
 from halve.device import on_device
 from halve.errors import InputError
+from halve.maths.pattern import Pattern
 from halve.memory import check_memory
-from halve.pattern import Pattern
-from halve.runtime import native, packed, semi_structured
+from halve.runtime import native, semi_structured
+from halve.runtime import packed_matrix as packed
 from halve.runtime.timing import copies_beyond_cache, take_turns
 
 _SLAB = 64

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from halve.checkpoint import LoadedModel
+from halve.checkpoint.load import LoadedModel
+from halve.checks import check_count
 from halve.device import model_device
 from halve.errors import InputError
-from halve.generation import text_config
-from halve.options import check_count
+from halve.text.generation import text_config
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,229 @@
+"""The files of a checkpoint directory that nobody here wrote: which belong to it, and which are refused."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from halve.checkpoint.shards import Shard, read_json, read_shard
+from halve.errors import CorruptFileError, InputError, UnsupportedModelError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+REPORT = "halve.json"
+"""What Halve says beside a checkpoint that it wrote."""
+MEASURED = "halve-measured.json"
+"""What it measured of the run."""
+PAGE = "report.html"
+"""Both for people."""
+PACKED = "halve-packed.json"
+"""The manifest of a packed checkpoint, which only a packed one has."""
+HOME = ".halve"
+"""Name of the directory in an output directory that holds a run until it is complete."""
+LAST = (INDEX, CONFIG)
+"""The files that are written, or moved to their place, after all others: without them nothing can be loaded."""
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+TEMPLATES = "additional_chat_templates"
+CODE = "*.py"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_FORBIDDEN = {
+    "auto_map": "it needs Python code from its own directory, which is not run: read it, and if you trust it give "
+    "trust_remote_code (--trust-remote-code)",
+    "quantization_config": "it is quantised; prune the unquantised checkpoint instead",
+    "compression_config": "it is compressed; prune the plain checkpoint instead",
+    "sparsity_config": "it is already stored in a sparse format; prune the plain checkpoint instead",
+    "transformers_weights": "it redirects the loading of weights to another file; remove that entry",
+    "_attn_implementation_internal": "it sets internals of transformers; remove that entry",
+    "_experts_implementation_internal": "it sets internals of transformers; remove that entry",
+}
+_ELSEWHERE = "--"
+"""What separates a repository from a class in ``auto_map``."""
+
+
+def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
+    """Return the files that belong to a model besides its weights, its index and its config, sorted.
+
+    Tokenizer, templates, generation and preprocessor settings, licence; no README, pickles or other formats, and Python
+    files only with ``code``.
+
+    Raises:
+        CorruptFileError: one of them is a link that leaves the checkpoint.
+    """
+    found = {path for pattern in COMPANIONS for path in directory.glob(pattern)}
+    found |= set(directory.glob(f"{TEMPLATES}/*.jinja"))
+    found |= set(directory.glob(CODE)) if code else set()
+    kept = [
+        path
+        for path in found
+        if path.name not in {CONFIG, REPORT, MEASURED, PACKED, "adapter_config.json", "requirements.txt"}
+        and not path.name.endswith(".index.json")
+        and path.is_file()
+    ]
+    return tuple(contained(directory, path) for path in sorted(kept))
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory holds a run that was not completed."""
+    return (directory / HOME).is_dir()
+
+
+def forbidden_fields(config: Mapping[str, Any], *, code: bool = False) -> dict[str, str]:
+    """Return the fields of a config, at any depth, that a plain checkpoint must not have, and why.
+
+    Args:
+        config: what was read.
+        code: whether code from the checkpoint's own directory is trusted; code from elsewhere never is.
+    """
+    found: dict[str, str] = {}
+    pending: list[Any] = [config]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            named = {key: inner for key, inner in value.items() if key in _FORBIDDEN and inner is not None}
+            if code and "auto_map" in named:
+                elsewhere = _ELSEWHERE in json.dumps(named.pop("auto_map"))
+                found |= {"auto_map": "its code lies in another repository: copy it here first"} if elsewhere else {}
+            found |= {key: _FORBIDDEN[key] for key in named}
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return found
+
+
+def read_shards(directory: Path) -> tuple[Shard, ...]:
+    """Read the headers of the safetensors files of a checkpoint directory, and check them against the index.
+
+    Raises:
+        InputError: there are none.
+        UnsupportedModelError: the weights are pickled, or of an unknown dtype.
+        CorruptFileError: a file is absent, malformed, outside the directory, or contradicts the index.
+    """
+    weight_map: dict[str, str] = {}
+    if (directory / WEIGHTS).exists():  # first, as transformers has it
+        names = {WEIGHTS}
+    elif (directory / INDEX).exists():
+        weight_map = weight_map_of(contained(directory, directory / INDEX))
+        names = set(weight_map.values())
+    else:
+        raise _no_weights(directory)
+    shards = tuple(read_shard(contained(directory, directory / name)) for name in sorted(names))
+    check_agreement(shards, weight_map, directory / INDEX)
+    return shards
+
+
+def check_agreement(shards: Sequence[Shard], weight_map: Mapping[str, str], index: Path) -> None:
+    """Check that no tensor is in two shards, and every one in the shard where the index says it is.
+
+    Args:
+        shards: all of them.
+        weight_map: the file of every tensor, empty where there is no index.
+        index: for messages.
+
+    Raises:
+        CorruptFileError: they contradict each other.
+    """
+    holder: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.tensors:
+            if entry.name in holder:
+                raise CorruptFileError(
+                    f"tensor {entry.name!r} is in both {holder[entry.name]} and {shard.path.name}: fetch them again"
+                )
+            holder[entry.name] = shard.path.name
+    for tensor, name in weight_map.items():
+        if holder.get(tensor) != name:
+            raise CorruptFileError(
+                f"{index} says that tensor {tensor!r} is in {name}, which does not hold it: fetch both files again"
+            )
+
+
+def check_config(directory: Path, *, code: bool = False) -> None:
+    """Refuse settings that a plain checkpoint does not have; ``code`` as for `forbidden_fields`.
+
+    Raises:
+        InputError: there is no config.
+        UnsupportedModelError: a field is forbidden, or the directory is an adapter.
+        CorruptFileError: a file is malformed, or a link that leaves the directory.
+    """
+    for name in (CONFIG, "tokenizer_config.json"):
+        path = directory / name
+        if path.exists():
+            for field, reason in forbidden_fields(read_json(contained(directory, path)), code=code).items():
+                raise UnsupportedModelError(f"{path} has {field!r}: {reason}")
+        elif name == CONFIG:
+            if any(directory.glob("*.gguf")):
+                raise InputError(f"{directory} holds GGUF files and no {CONFIG}: give one .gguf file by its own path")
+            if (directory / "adapter_config.json").exists():
+                raise UnsupportedModelError(f"{directory} is an adapter: merge it into its base model, then prune that")
+            raise InputError(f"{directory} has no {CONFIG}: give the directory of a model saved by transformers")
+
+
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Return the file of every tensor.
+
+    Raises:
+        CorruptFileError: the index is malformed, or names what is no plain file name.
+    """
+    return check_weight_map(read_json(index), index)
+
+
+def check_weight_map(content: Mapping[str, Any], index: Path) -> dict[str, str]:
+    """Return the file of every tensor, of an index that has been read from ``index``.
+
+    Raises:
+        CorruptFileError: as `weight_map_of`.
+    """
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{index} has no weight_map: fetch it again")
+    for name in weight_map.values():
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
+            raise CorruptFileError(f"{index} names the weight file {name!r}, which is not a plain *.safetensors name")
+    return weight_map
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this is the name of a file in the directory itself, fit to be shown."""
+    return isinstance(name, str) and name.isprintable() and name == Path(name).name
+
+
+def refuse_packed(directory: Path) -> None:
+    """Refuse a packed checkpoint where a plain one is needed.
+
+    Raises:
+        InputError: it is one.
+    """
+    if (directory / PACKED).exists():
+        raise InputError(
+            f"{directory} is a packed checkpoint: restore the plain one with `halve unpack {directory} --out DIR`, and "
+            "give that"
+        )
+
+
+def _no_weights(directory: Path) -> InputError | UnsupportedModelError:
+    pickles = [path.name for path in sorted(directory.iterdir()) if path.suffix in _PICKLES]
+    if pickles:
+        return UnsupportedModelError(
+            f"{directory} has only pickled weights ({pickles[0]}), which can run code when read: convert them where "
+            "you trust them, with transformers' from_pretrained(...).save_pretrained(...)"
+        )
+    return InputError(f"{directory} has neither {WEIGHTS} nor {INDEX}: give the directory of a safetensors model")
+
+
+def contained(directory: Path, path: Path) -> Path:
+    """Return ``path`` if it is a regular file that really lies in ``directory``, or in the same hub cache."""
+    try:
+        real, root = path.resolve(strict=True), directory.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CorruptFileError(f"{path} is missing: fetch the checkpoint again") from error
+    roots = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        repository = root.parent.parent
+        # A snapshot links to the blobs of its repository, which link to blobs shared by the whole cache.
+        roots += [repository / "blobs", repository.parent / "blobs"]
+    if not any(real.is_relative_to(allowed) for allowed in roots):
+        raise CorruptFileError(f"{path} is a link that leaves the checkpoint: replace it by the file itself")
+    if not real.is_file():
+        raise CorruptFileError(f"{path} is not a regular file: fetch it again")
+    return path

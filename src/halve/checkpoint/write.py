@@ -1,0 +1,215 @@
+"""Writing pruned checkpoints: the input's files, its bytes where nothing changed, and nothing half-written.
+
+Every file goes through `halve.checkpoint.durable.write_file`. The index and ``config.json`` come last, so that a
+directory without them cannot be loaded by accident.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halve.checkpoint.directory import CONFIG, INDEX, LAST, REPORT, WEIGHTS, companions
+from halve.checkpoint.disk_layout import DiskTensor
+from halve.checkpoint.durable import Content, file_chunks, filling
+from halve.checkpoint.load import LoadedModel, Source
+from halve.checkpoint.room import check_destination
+from halve.checkpoint.shards import build_header, read_chunks, read_shard, tensor_bytes
+from halve.errors import InputError
+
+MAX_SHARD = 5_000_000_000
+
+
+def output_bytes(loaded: LoadedModel, dtype: torch.dtype | None = None) -> int:
+    """Return how many bytes the written weights take, within the few kilobytes of their headers.
+
+    Args:
+        loaded: the model.
+        dtype: as for ``write_checkpoint``.
+    """
+    if loaded.source is not None and loaded.source.shards:
+        return loaded.source.size
+    return sum(_size(tensor) for tensor in _retyped(loaded, dtype))
+
+
+def write_checkpoint(
+    out: Path,
+    loaded: LoadedModel,
+    changed: Collection[str],
+    report: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, str]:
+    """Write a pruned model that plain ``from_pretrained`` loads.
+
+    A model that came from safetensors keeps its shard names, headers, dtypes and every byte of every tensor that did
+    not change. One that came from a GGUF file or from memory is written whole, in shards of at most 5 GB. ``-0.0``
+    becomes ``+0.0`` in the tensors that changed.
+
+    Args:
+        out: the directory, absent or empty; removed again if anything fails.
+        loaded: the model, with its pruned weights in place.
+        changed: names, in the model's ``state_dict()``, of the parameters that were pruned or tuned.
+        report: what is written to ``halve.json``; ``files``, the sha256 of every other file, is added to it.
+        dtype: of the floating-point tensors written, only for a model from a GGUF file or from memory; None keeps the
+            model's.
+
+    Returns:
+        dict[str, str]: sha256, in hexadecimal, of every file written, by its name.
+
+    Raises:
+        InputError: as ``check_destination``; NaN or infinity in a tensor; a dtype where the input's must be kept.
+        UnsupportedModelError: a parameter cannot be written in the layout of the checkpoint.
+        CorruptFileError: the input has changed since it was loaded.
+        HalveError: the volume is full, or failed.
+    """
+    source = loaded.source
+    original = source if source is not None and source.shards else None
+    if original is not None and dtype is not None:
+        raise InputError("dtype was given, but a safetensors checkpoint keeps its own dtypes: leave dtype out")
+    check_destination(out, source, output_bytes(loaded, dtype))
+    _check_finite(loaded, changed, dtype)
+    facts = _plain_json(report)
+    with filling(out) as write:
+        plan = _written_whole(loaded, changed, dtype) if original is None else _rewritten(loaded, original, changed)
+        last = {name: b"".join(plan.pop(name)) for name in LAST if name in plan}
+        sums: dict[str, str] = {}
+        for name, chunks in plan.items():
+            sums[name] = write(name, chunks, "shard" if name.endswith(".safetensors") else "companion")
+        sums |= {name: hashlib.sha256(content).hexdigest() for name, content in last.items()}
+        facts["files"] = dict(sorted(sums.items()))
+        text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        for name, content in {REPORT: text.encode(), **last}.items():
+            sums[name] = write(name, [content], name)
+    return sums
+
+
+def _rewritten(loaded: LoadedModel, source: Source, changed: Collection[str]) -> dict[str, Content]:
+    """Return the files of a safetensors checkpoint, by name, in the order to write them; content is made on demand."""
+    plan: dict[str, Content] = {}
+    for path in source.shards:
+        plan[path.name] = _rewritten_shard(loaded, path, changed)
+    for path in companions(source.path, code=source.trust_remote_code):
+        plan[str(path.relative_to(source.path))] = file_chunks(path)
+    if source.shards[0].name != WEIGHTS:
+        plan[INDEX] = file_chunks(source.path / INDEX)
+    plan[CONFIG] = file_chunks(source.path / CONFIG)
+    return plan
+
+
+def _rewritten_shard(loaded: LoadedModel, path: Path, changed: Collection[str]) -> Iterator[bytes | memoryview]:
+    shard = read_shard(path)
+    names = {entry.name for entry in shard.tensors}
+    new = dict(loaded.layout.convert(changed, names))
+    yield shard.header
+    for entry in shard.tensors:
+        if entry.name in new:
+            yield tensor_bytes(new.pop(entry.name) + 0.0)
+        else:
+            yield from read_chunks(entry)
+
+
+def _written_whole(loaded: LoadedModel, changed: Collection[str], dtype: torch.dtype | None) -> dict[str, Content]:
+    """Return the files of a new checkpoint, by name, in the order to write them; weights are converted on demand."""
+    shards = _split(_retyped(loaded, dtype))
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS]
+    plan: dict[str, Content] = {}
+    for name, tensors in zip(names, shards, strict=True):
+        plan[name] = _new_shard(loaded, tensors, changed)
+    with tempfile.TemporaryDirectory(prefix="halve-") as directory:
+        _save_settings(loaded, Path(directory), dtype)
+        for path in sorted(Path(directory).rglob("*")):
+            if path.is_file():
+                plan[str(path.relative_to(directory))] = [path.read_bytes()]
+    if count > 1:
+        weight_map = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        size = sum(_size(tensor) for tensors in shards for tensor in tensors)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        plan[INDEX] = [(json.dumps(index, indent=2, sort_keys=True) + "\n").encode()]
+    return plan
+
+
+def _new_shard(
+    loaded: LoadedModel, tensors: list[DiskTensor], changed: Collection[str]
+) -> Iterator[bytes | memoryview]:
+    pruned = {name for parameter in changed for name in loaded.layout.locate(parameter).tensors}
+    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
+    yield build_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
+    for parameters in loaded.layout.everything():
+        for name, tensor in loaded.layout.convert(parameters[:1], dtypes):
+            value = tensor.to(dtypes[name])
+            yield tensor_bytes(value + 0.0 if name in pruned else value)
+
+
+def _save_settings(loaded: LoadedModel, directory: Path, dtype: torch.dtype | None) -> None:
+    """Save config, generation settings and tokenizer as transformers does, and no trace of how weights are stored."""
+    config = deepcopy(loaded.model.config)
+    config.architectures = [type(loaded.model).__name__]
+    config.dtype = dtype or loaded.model.dtype
+    for field in ("quantization_config", "sparsity_config", "compression_config"):
+        if hasattr(config, field):
+            delattr(config, field)
+    config.save_pretrained(directory)
+    generation = getattr(loaded.model, "generation_config", None)
+    if loaded.model.can_generate() and generation is not None:
+        generation.save_pretrained(directory)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(directory)
+
+
+def _retyped(loaded: LoadedModel, dtype: torch.dtype | None) -> list[DiskTensor]:
+    """Return the tensors of the model on disk, the floating-point ones in ``dtype``."""
+    return [
+        tensor if dtype is None or not tensor.dtype.is_floating_point else replace(tensor, dtype=dtype)
+        for tensor in loaded.layout.tensors.values()
+    ]
+
+
+def _split(tensors: list[DiskTensor]) -> list[list[DiskTensor]]:
+    """Cut the list where a shard would exceed ``MAX_SHARD``; a tensor larger than that has a shard of its own."""
+    shards: list[list[DiskTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + _size(tensor) > MAX_SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += _size(tensor)
+    return shards
+
+
+def _size(tensor: DiskTensor) -> int:
+    return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+
+
+def _check_finite(loaded: LoadedModel, changed: Collection[str], dtype: torch.dtype | None) -> None:
+    """Refuse values that are not finite in the dtype they are written in."""
+    rewriting = loaded.source is not None and bool(loaded.source.shards)
+    parameters = dict(loaded.model.named_parameters())
+    names = set(changed) if rewriting else {*changed, *parameters}
+    for name in sorted(names):
+        target = loaded.layout.tensors[loaded.layout.locate(name).tensors[0]].dtype
+        value = loaded.model.get_parameter_or_buffer(name)
+        if not value.is_floating_point():
+            if name not in changed:
+                continue
+            raise InputError(f"tensor {name!r} is {value.dtype}, not floating-point: it cannot have been pruned")
+        if not bool(torch.isfinite(value.to(dtype or target)).all()):
+            raise InputError(
+                f"tensor {name!r} holds NaN or infinity as {dtype or target}: nothing was written; prune it again or "
+                "write another dtype"
+            )
+
+
+def _plain_json(report: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(json.dumps(dict(report), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the report cannot be written as JSON ({error}): give plain finite values") from error

@@ -1,0 +1,79 @@
+"""How a command ends: Halve's errors as one sentence, and the exit code."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import typer
+
+from halve.cli.terminal import err, say
+from halve.errors import AlreadyCompleteError, CorruptFileError, HalveError, InputError, UnsupportedModelError
+
+EXIT_FAILED = 1
+"""A check found problems, or a run stopped because a matrix or the data failed."""
+EXIT_REFUSED = 2
+"""Bad arguments, an unsupported model, or a damaged file of a model or a run; nothing was done."""
+EXIT_FALLBACKS = 3
+"""The run is complete, but some matrices were pruned by another method than asked; they are listed."""
+EXIT_STOPPED = 4
+"""The run was stopped; what is finished is kept, and ``halve resume`` continues it."""
+
+EXIT_INTERRUPTED = 130
+"""The user, or a signal, stopped it before there was anything to keep."""
+
+
+@contextmanager
+def reporting(out: Path | None = None) -> Iterator[None]:
+    """Turn Halve's errors, Ctrl-C and SIGTERM into one sentence and an exit code.
+
+    Args:
+        out: the output directory of a run that can be resumed.
+    """
+    from transformers.utils import logging
+
+    from halve.checkpoint.directory import is_unfinished
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is the only one
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except AlreadyCompleteError as error:
+        say(err, str(error))
+        fell_back = out is not None and _has_fallbacks(out)
+        raise typer.Exit(EXIT_FALLBACKS if fell_back else 0) from error
+    except HalveError as error:
+        say(err, str(error), label="error", style="red")
+        if error.unfinished is not None:
+            _say_how_to_resume(error.unfinished)
+            raise typer.Exit(EXIT_STOPPED) from error
+        refused = isinstance(error, InputError | UnsupportedModelError | CorruptFileError)
+        raise typer.Exit(EXIT_REFUSED if refused else EXIT_FAILED) from error
+    except KeyboardInterrupt:
+        if out is not None and is_unfinished(out):
+            say(err, "interrupted")
+            _say_how_to_resume(out)
+            raise typer.Exit(EXIT_STOPPED) from None
+        say(err, "interrupted" if out is None else "interrupted: no block was finished, and nothing is kept")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _has_fallbacks(out: Path) -> bool:
+    """Whether the checkpoint's record has matrices that were pruned by another method than asked."""
+    from halve.checkpoint.directory import REPORT
+    from halve.checkpoint.shards import read_json
+    from halve.solve.outcome import Status
+
+    matrices = read_json(out / REPORT).get("matrices", [])
+    return any(matrix.get("status") == Status.FELL_BACK for matrix in matrices)
+
+
+def _say_how_to_resume(out: Path) -> None:
+    say(err, f"finished blocks are kept in {out}: continue with `halve resume {out}`")

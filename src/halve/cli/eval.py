@@ -1,0 +1,252 @@
+"""The command that measures: ``halve eval``."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from halve.cli.errors import reporting
+from halve.cli.options import DeviceOption, FieldOption, ForwardOption, JsonOption, TrustOption
+from halve.cli.terminal import err, out, progress_bar, say
+from halve.errors import InputError
+
+if TYPE_CHECKING:
+    from halve.checkpoint.load import Source
+    from halve.evaluation.perplexity import Perplexity
+    from halve.evaluation.tasks import TaskResults, TaskScore, TaskSet
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one model came to."""
+
+    model: str
+    perplexities: "list[Perplexity]"
+    tasks: "TaskResults | None"
+
+
+def evaluate_command(
+    models: Annotated[list[str], typer.Argument(help="Directories, .gguf files or hub ids, one or more to compare.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="For perplexity: wikitext2, c4, or a file. Repeatable.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Window length; perplexities at other lengths cannot be compared.")
+    ] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Only the first windows.")] = None,
+    field: FieldOption = "text",
+    tasks: Annotated[
+        str | None, typer.Option(help="For accuracy: tasks of lm-eval, comma-separated, such as arc_easy,hellaswag.")
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        typer.Option(help="Task definitions of your own (YAML). They can run Python code: read them first."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first examples of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Solved examples before each question.", show_default="the task's own")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Of --tasks: requests in one forward.")] = 8,
+    device: DeviceOption = "auto",
+    forward_dtype: ForwardOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity (--data), accuracy on tasks (--tasks), or both, of one model or of several side by side."""
+    measured: list[_Measured] = []
+    with reporting():
+        from halve.device import forward_precision, resolve_device
+        from halve.text.tokens import check_counts, check_texts
+
+        place = resolve_device(device)
+        forward_precision(forward_dtype, place)
+        check_counts(batch_size=batch_size)
+        _check_wanted(
+            data, seq_len, max_windows, tasks, {"tasks-path": tasks_path, "limit": limit, "num-fewshot": num_fewshot}
+        )
+        check_texts(data or [], seq_len=seq_len, max_windows=max_windows, field=field)
+        sources = [_resolve(model, trust_remote_code=trust_remote_code) for model in models]
+        opened = None if tasks is None else _open_tasks(tasks, tasks_path, limit, num_fewshot)
+        try:
+            for source in sources:
+                texts = {"seq_len": seq_len, "max_windows": max_windows, "field": field}
+                settings = {"device": place, "dtype": forward_dtype}
+                measured.append(_measure(source, data or [], texts, opened, batch_size, settings))
+        finally:  # what is finished is worth having, whatever stopped the rest
+            if as_json and measured:
+                out.print_json(json.dumps([entry for one in measured for entry in _entries(one)]))
+            else:
+                _show(measured)
+
+
+def _check_wanted(
+    data: list[str] | None, seq_len: int | None, max_windows: int | None, tasks: str | None, of_tasks: dict[str, Any]
+) -> None:
+    if not data and tasks is None:
+        raise InputError("nothing to measure: give --data for perplexity, --tasks for accuracy, or both")
+    if data and seq_len is None:
+        raise InputError("--data needs --seq-len: perplexities depend on it, so there is no default")
+    of_data = {"seq-len": seq_len, "max-windows": max_windows}
+    idle = [name for name, value in of_data.items() if not data and value is not None]
+    if idle:
+        raise InputError(f"--{idle[0]} is for --data, which is not given: leave it out, or give --data")
+    idle = [name for name, value in of_tasks.items() if tasks is None and value is not None]
+    if idle:
+        raise InputError(f"--{idle[0]} is for --tasks, which is not given: leave it out, or give --tasks")
+
+
+def _resolve(model: str, *, trust_remote_code: bool) -> "Source":
+    from halve.checkpoint.load import has_tokenizer, resolve
+
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    if not has_tokenizer(source):
+        raise InputError(f"{model} has no tokenizer, and text needs one: put its files beside the weights")
+    return source
+
+
+def _open_tasks(tasks: str, tasks_path: Path | None, limit: int | None, num_fewshot: int | None) -> "TaskSet":
+    from halve.evaluation.tasks import open_tasks
+
+    say(err, "reading the tasks …")
+    names = [name.strip() for name in tasks.split(",")]
+    return open_tasks(names, tasks_path=tasks_path, limit=limit, num_fewshot=num_fewshot)
+
+
+def _measure(
+    source: "Source",
+    data: list[str],
+    texts: dict[str, Any],
+    tasks: "TaskSet | None",
+    batch_size: int,
+    settings: dict[str, Any],
+) -> _Measured:
+    from halve.checkpoint.load import load_model
+    from halve.evaluation.perplexity import evaluate
+
+    loaded = load_model(source)
+    perplexities = [evaluate(loaded.model, text, tokenizer=loaded.tokenizer, **texts, **settings) for text in data]
+    if tasks is None:
+        return _Measured(source.name, perplexities, None)
+    from halve.evaluation.tasks import measure_tasks
+
+    with _progress(source.name) as show:
+        scores = measure_tasks(loaded.model, loaded.tokenizer, tasks, batch_size=batch_size, **settings, progress=show)
+    return _Measured(source.name, perplexities, scores)
+
+
+@contextmanager
+def _progress(model: str) -> Iterator[Any]:
+    """Show a bar on a terminal, and nothing elsewhere."""
+    if not err.is_terminal:
+        yield None
+        return
+    # Bound to the stream of now: while lm-eval runs, sys.stderr goes nowhere, for its own bars.
+    with progress_bar(Console(file=sys.stderr)) as bar:
+        task = bar.add_task(model, total=None, last="")
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{Path(model).name}: {name}", completed=done, total=total)
+
+        yield show
+
+
+def _entries(measured: _Measured) -> Iterator[dict[str, Any]]:
+    """Return what ``--json`` prints of a model: an entry a perplexity, and one with the scores of all tasks."""
+    from halve.report.record import finite
+
+    for result in measured.perplexities:
+        entry = asdict(result)
+        yield {"model": measured.model, **entry, "value": finite(result.value), "nll": finite(result.nll)}
+    if measured.tasks is not None:
+        scores = [
+            {
+                **asdict(score),
+                "value": finite(score.value),
+                "stderr": finite(score.stderr) if score.stderr else score.stderr,
+            }
+            for score in measured.tasks.scores
+        ]
+        rest = {key: value for key, value in asdict(measured.tasks).items() if key != "scores"}
+        yield {"model": measured.model, **rest, "tasks": scores}
+
+
+def _show(measured: list[_Measured]) -> None:
+    if any(one.perplexities for one in measured):
+        out.print(_perplexity_table(measured))
+    results = [one.tasks for one in measured if one.tasks is not None]
+    if results:
+        out.print(_task_table([one.model for one in measured], results))
+    notes = [result.note for one in measured for result in one.perplexities]
+    notes += [note for result in results for note in result.notes]
+    for note in dict.fromkeys(filter(None, notes)):
+        say(out, note, label="note")
+
+
+def _perplexity_table(measured: list[_Measured]) -> Table:
+    table = Table("model", "data", "perplexity", "sequence length", "windows", "dtype", "seconds")
+    for one in measured:
+        for result in one.perplexities:
+            table.add_row(
+                Text(one.model),
+                Text(result.source),
+                f"{result.value:.3f}",
+                str(result.seq_len),
+                str(result.windows),
+                result.dtype,
+                f"{result.seconds:.1f}",
+            )
+    return table
+
+
+def _task_table(models: list[str], results: "list[TaskResults]") -> Table:
+    """Return a row a metric and a column a model; then the differences to the first model."""
+    columns = [Column(Text(model), justify="right") for model in models]
+    differences = [
+        Column(Text(f"{Path(model).name} - {Path(models[0]).name}"), justify="right") for model in models[1:]
+    ]
+    few = "all examples" if results[0].limit is None else f"at most {results[0].limit} examples of a task"
+    table = Table(
+        "task",
+        "metric",
+        "shots",
+        "examples",
+        *columns,
+        *differences,
+        caption=Text(f"± standard error; {few}; {results[0].dtype}; lm-eval {results[0].harness}"),
+    )
+    by_metric = [{(s.task, s.metric, s.filter): s for s in result.scores} for result in results]
+    for key in dict.fromkeys(key for scores in by_metric for key in scores):
+        scores = [found.get(key) for found in by_metric]
+        some = next(score for score in scores if score is not None)
+        table.add_row(
+            Text(f"{some.task} (group)" if some.is_group else some.task),
+            Text(_metric(some)),
+            "" if some.num_fewshot is None else str(some.num_fewshot),
+            str(some.examples),
+            *map(_value, scores),
+            *[_difference(score, scores[0]) for score in scores[1:]],
+        )
+    return table
+
+
+def _value(score: "TaskScore | None") -> str:
+    if score is None:
+        return "none"
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+
+
+def _difference(score: "TaskScore | None", first: "TaskScore | None") -> str:
+    return "" if score is None or first is None else f"{score.value - first.value:+.4f}"
+
+
+def _metric(score: "TaskScore") -> str:
+    arrow = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
+    return score.metric + (f" ({score.filter})" if score.filter else "") + arrow

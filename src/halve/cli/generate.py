@@ -1,0 +1,130 @@
+"""The command for a first taste of a model: ``halve generate``."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halve.cli.errors import reporting
+from halve.cli.options import DeviceOption, ModelArgument, ThreadsOption, TrustOption
+from halve.cli.terminal import err, say
+from halve.cli.values import on_threads, parse_dtype
+from halve.errors import InputError
+
+if TYPE_CHECKING:
+    from halve.checkpoint.load import LoadedModel
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="Text to answer, through the tokenizer's chat template if it has one.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Do not run pruned layers sparse, for comparison.")] = False,
+    threads: ThreadsOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights: float32, bfloat16, float16.", show_default="the checkpoint's own"),
+    ] = None,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Generate text, pruned layers run sparse where that is faster, and say at the end how fast it came."""
+    with reporting(), on_threads(threads):
+        import torch
+
+        from halve.device import resolve_device
+        from halve.packed.load import load
+        from halve.runtime.streaming import check_asked, check_prompt, stream
+
+        place = resolve_device(_device_of(model, device, dense=dense))
+        check_asked(prompt, max_new_tokens, temperature)
+        say(err, "loading …")
+        loaded = load(model, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
+        loaded.model.to(place)  # type: ignore[arg-type]
+        for note in loaded.notes:
+            say(err, note, label="note", style="yellow")
+        check_prompt(loaded, prompt, max_new_tokens=max_new_tokens, raw=raw)
+        how = "dense, as asked" if dense else _accelerate(loaded)
+
+        def write(text: str) -> None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        try:
+            done = stream(
+                loaded,
+                prompt,
+                write,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                raw=raw,
+            )
+        finally:
+            write("\n")
+        speed = done.tokens_per_second
+        if done.new_tokens == 1 < max_new_tokens:
+            say(err, "the model ended its answer at once: try another prompt, or --raw", label="note", style="yellow")
+        count = _counted(done.new_tokens, "token")
+        rate = "" if speed is None else f" at {speed:.1f} a second"
+        say(
+            err,
+            f"{count}{rate}, the first after {done.first_seconds:.2f} s "
+            f"({done.prompt_tokens} tokens of prompt); {_counted(torch.get_num_threads(), 'thread')}; {how}",
+        )
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _device_of(model: str, device: str, *, dense: bool) -> str:
+    """Return where to run, which for a packed checkpoint is the CPU.
+
+    Raises:
+        InputError: a packed checkpoint is asked to run elsewhere, or dense.
+    """
+    from halve.checkpoint.directory import PACKED
+
+    if not (Path(model).expanduser() / PACKED).exists():
+        return device
+    if dense or device not in {"auto", "cpu"}:
+        raise InputError(
+            f"{model} is packed, and runs sparse on the CPU: restore the plain checkpoint with "
+            f"`halve unpack {model} --out DIR`, and generate from that"
+        )
+    return "cpu"
+
+
+def _accelerate(loaded: "LoadedModel") -> str:
+    """Run a model's pruned layers sparse, and return what came of it."""
+    from halve.runtime.accelerate import accelerate
+    from halve.runtime.linear import SparseLinear
+    from halve.runtime.speed import describe
+
+    layers = [module for module in loaded.model.modules() if isinstance(module, SparseLinear)]
+    if layers:
+        return f"{len(layers)} packed layers; {describe(loaded.model.device)}"
+    try:
+        done = accelerate(loaded.model, pattern=_pattern(loaded))
+    except InputError as error:
+        return f"dense: {error}"
+    saved = 1 - done.bytes_after / done.bytes_before
+    dense = f", {len(done.slower)} left dense that would be no faster" if done.slower else ""
+    return f"{len(done.swapped)} layers run sparse, their weights {saved:.0%} smaller{dense}; {done.kernel}"
+
+
+def _pattern(loaded: "LoadedModel") -> str:
+    """Return the pattern that a checkpoint's record says it was pruned to, 2:4 if it has none."""
+    from halve.checkpoint.directory import REPORT
+    from halve.checkpoint.shards import read_json
+
+    directory = None if loaded.source is None else loaded.source.path
+    if directory is None or not (directory / REPORT).is_file():
+        return "2:4"
+    pattern = read_json(directory / REPORT).get("pattern")
+    return pattern if isinstance(pattern, str) else "2:4"

@@ -1,0 +1,73 @@
+"""The commands ``halve pack`` and ``halve unpack``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Column, Table
+from rich.text import Text
+
+from halve.cli.errors import reporting
+from halve.cli.options import TrustOption
+from halve.cli.terminal import out, say
+from halve.errors import first_few
+
+if TYPE_CHECKING:
+    from halve.packed.write import PackResult
+
+
+def pack(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The packed checkpoint to write; new or empty.")],
+    pattern: Annotated[str | None, typer.Option(help="For a checkpoint that has no halve.json.")] = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Pack the pruned matrices of a checkpoint: one bit a weight, and the kept values; `halve unpack` restores it."""
+    from halve.packed.write import pack_checkpoint
+
+    with reporting():
+        result = pack_checkpoint(directory, out_dir, pattern, trust_remote_code=trust_remote_code)
+    out.print(_sizes(result))
+    reasons: dict[str, list[str]] = {}
+    for name, reason in result.left_dense.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        say(out, f"left dense, {reason}: {first_few(names)}", label="note")
+    if result.left_out:
+        say(out, f"not taken along, no files of a model: {', '.join(result.left_out)}", label="note")
+    say(
+        out,
+        f"packed: {len(result.matrices)} matrices, {_megabytes(result.bytes_before)} MB of weights are now "
+        f"{_megabytes(result.bytes_after)} MB ({result.ratio:.3f}), in {result.out}",
+    )
+
+
+def unpack(
+    directory: Annotated[Path, typer.Argument(metavar="PACKED", help="A packed checkpoint.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The plain checkpoint to write; new or empty.")],
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Restore the plain checkpoint that was packed, byte for byte."""
+    from halve.packed.read import unpack_checkpoint
+
+    with reporting():
+        sums = unpack_checkpoint(directory, out_dir, trust_remote_code=trust_remote_code)
+    say(out, f"restored: {len(sums)} files, each with the sha256 that it had before packing, in {out_dir}")
+
+
+def _sizes(result: "PackResult") -> Table:
+    """Return the table of sizes: packed matrices, everything else, all weight files."""
+    table = Table("weights", *[Column(name, justify="right") for name in ("tensors", "MB before", "MB after", "ratio")])
+    before, after = result.matrix_bytes_before, result.matrix_bytes_after
+    rows = [
+        ("packed", str(len(result.matrices)), before, after),
+        ("as they were", "", result.bytes_before - before, result.bytes_after - after),
+        ("in all", "", result.bytes_before, result.bytes_after),
+    ]
+    for name, count, old, new in rows:
+        table.add_row(Text(name), count, _megabytes(old), _megabytes(new), f"{new / old:.3f}" if old else "")
+    return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}"

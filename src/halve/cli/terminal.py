@@ -1,0 +1,213 @@
+"""What the command line prints: sentences, tables, a live bar, and plain lines where there is no terminal."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_FEW = 3
+"""Parameters that are named in a line rather than counted only."""
+
+_BUSY = 0.5
+"""Load a processor before times are doubtful."""
+_PIPE_WIDTH = 300
+"""Columns where there is no terminal: nothing that a table says is to be cut there."""
+
+out = Console() if Console().is_terminal else Console(width=_PIPE_WIDTH)
+err = Console(stderr=True)
+
+
+def comparison_table(rows: list[Any], pattern: str) -> Table:
+    """Return the table of a comparison, `halve.comparison.Row` by row."""
+    from halve.evaluation.perplexity import measured_as
+
+    first = rows[0].perplexities
+    caption = "; ".join(f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.dtype)}" for p in first)
+    table = Table(
+        "method",
+        *[Column(Text(f"perplexity {Path(p.source).name}")) for p in first],
+        "mean relative loss",
+        "seconds",
+        title=Text(f"{pattern}, lower is better"),
+        caption=Text(f"{caption}; seconds of pruning alone; a loss is against the method's own targets"),
+    )
+    for row in rows:
+        loss = "" if row.mean_relative_loss is None else f"{row.mean_relative_loss:.4f}"
+        name = row.name if not row.fallbacks else f"{row.name} ({row.fallbacks} fallbacks)"
+        scores = ["failed"] * len(first) if row.error else [f"{p.value:.2f}" for p in row.perplexities]
+        table.add_row(name, *scores, loss, f"{row.seconds:.0f}")
+    return table
+
+
+def summary_table(report: Any) -> Table:
+    """Return what became of every kind of matrix (`halve.run.events.RunReport`): how many, their losses, the worst."""
+    from halve.model.layers import place_of
+
+    numbers = ("count", "mean loss", "worst loss", "in block", "fell back")
+    table = Table(
+        Column("matrices", overflow="fold"), *[Column(name, justify="right", no_wrap=True) for name in numbers]
+    )
+    kinds: dict[str, list[Any]] = {}
+    for matrix in report.matrices:
+        kinds.setdefault(place_of(matrix.name)[1], []).append(matrix)
+    for kind, found in kinds.items():
+        losses = [(m.facts["relative_loss"], place_of(m.name)[0]) for m in found if "relative_loss" in m.facts]
+        fallen = sum(matrix.status == "fell_back" for matrix in found)
+        cells = ["", "", ""]
+        if losses:
+            worst, block = max(losses, key=lambda pair: pair[0])
+            mean = sum(loss for loss, _ in losses) / len(losses)
+            cells = [f"{mean:.4f}", f"{worst:.4f}", "" if block is None else str(block)]
+        table.add_row(Text(kind), str(len(found)), *cells, Text(str(fallen), style="bold red") if fallen else "")
+    return table
+
+
+def say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
+    """Print a sentence as it is: no markup is read in it, and only a terminal breaks it, between words."""
+    text = Text.assemble((f"{label}: ", style), sentence) if label else Text(sentence)
+    console.print(text, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def say_row(row: Any) -> None:
+    """Print what became of one contender of a comparison (`halve.comparison.Row`), as soon as it is known."""
+    for warning in row.warnings:
+        say(err, warning, label=f"warning ({row.name})", style="yellow")
+    if row.error:
+        say(err, row.error, label=f"error ({row.name})", style="red")
+        return
+    scores = ", ".join(f"{Path(p.source).name} {p.value:.2f}" for p in row.perplexities)
+    say(err, f"{row.name}: {scores} ({row.seconds:.0f} s of pruning)")
+
+
+def announce(phase: str) -> None:
+    """Say what is about to take a while outside the blocks."""
+    sentences = {
+        "generate": "the model writes its calibration text …",
+        "evaluate": "measuring perplexity …",
+        "measure": "measuring which matrices are faster sparse …",
+    }
+    if phase == "measure" and hasattr(os, "getloadavg"):
+        warn_if_busy(os.getloadavg()[0], os.cpu_count())
+    say(err, sentences[phase])
+
+
+def warn_if_busy(load: float | None, processors: int | None) -> None:
+    """Warn where the load of the last minute makes times doubtful that are going to be measured, or were."""
+    if load is not None and load > _BUSY * (processors or 1):
+        say(
+            err,
+            f"the load is {load:.2f} on {processors or 1} processors: while other programs run, times are doubtful",
+            label="warning",
+            style="yellow",
+        )
+
+
+def warn_of_overlap(calibration: Any, evaluation: Sequence[Any]) -> None:
+    """Warn where a model is measured on the very text that it was calibrated on (`halve.text.tokens.TokenSet` each)."""
+    if any(text.source == calibration.source for text in evaluation):
+        say(
+            err,
+            f"{calibration.source} is both calibrated on and evaluated on: perplexities on it will flatter",
+            label="warning",
+            style="yellow",
+        )
+
+
+class Show(Protocol):
+    """A display of progress, as `progress` yields it."""
+
+    def __call__(self, step: Any, runner: str = "") -> None:
+        """Display one `halve.run.events.Progress`; ``runner`` names what is running where there are several."""
+
+
+@contextmanager
+def progress() -> Iterator[Show]:
+    """Show a live bar on a terminal, one plain line a matrix elsewhere; say so if the slow prox is in use."""
+    from halve.maths import kernels
+
+    for reason in kernels.missing():
+        say(err, reason, label="note", style="yellow")
+    if not err.is_terminal:
+        yield _plain_progress
+        return
+    with progress_bar(err) as bar:
+        task = bar.add_task("reading", total=None, last="")
+
+        def show(step: Any, runner: str = "") -> None:
+            if not step.blocks:
+                announce(step.phase)
+                return
+            if step.plan is not None:
+                say(bar.console, _prefix(runner) + _plan(step.plan))
+            description = f"{_prefix(runner)}block {min(step.block + 1, step.blocks)}/{step.blocks} {step.phase}"
+            bar.update(task, description=description, completed=step.finished, total=step.matrices)
+            if step.matrix is not None:
+                short = re.sub(r"^.*?\.\d+\.", "", step.matrix.name)
+                bar.update(task, last=f"{short} {_loss(step.matrix)}")
+
+        yield show
+
+
+def progress_bar(console: Console) -> "Progress":
+    """Return the bar of a run: what runs, the count and the remaining time keep their width; the last matrix yields."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    ]
+    roomy = console.width >= 120
+    if roomy:
+        narrowing = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        columns.append(TextColumn("{task.fields[last]}", markup=False, table_column=narrowing))
+    return Progress(*columns, console=console, transient=True, expand=roomy)
+
+
+def _plain_progress(step: Any, runner: str = "") -> None:
+    prefix = _prefix(runner)
+    if not step.blocks:
+        announce(step.phase)
+        return
+    if step.plan is not None:
+        sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")
+    if step.phase == "solve" and step.matrix is not None:
+        sys.stderr.write(f"{prefix}block {step.block + 1}/{step.blocks} {step.matrix.name} {_loss(step.matrix)}\n")
+        sys.stderr.flush()
+
+
+def _prefix(runner: str) -> str:
+    return f"{runner}: " if runner else ""
+
+
+def _plan(plan: Any) -> str:
+    """Say how many parameters will be pruned, and why the others stay dense (halve.json names each)."""
+    reasons: dict[str, list[str]] = {}
+    for entry in plan.excluded:
+        reasons.setdefault(entry.reason, []).append(entry.name)
+    dense = "; ".join(_dense(reason, names) for reason, names in reasons.items()) or "none"
+    return f"plan: {len(plan.matrices)} matrices in {len(plan.blocks)} blocks; left dense: {dense}"
+
+
+def _dense(reason: str, names: list[str]) -> str:
+    """Say how many parameters stay dense for a reason, and which, if they are few."""
+    named = f" ({', '.join(names)})" if len(names) <= _FEW else ""
+    return f"{len(names)} × {reason}{named}"  # noqa: RUF001 - a times sign
+
+
+def _loss(matrix: Any) -> str:
+    if matrix.status == "fell_back":
+        return f"fell back to {matrix.method}"
+    loss = matrix.facts.get("relative_loss")
+    return "" if loss is None else f"relative loss {loss:.4f}"

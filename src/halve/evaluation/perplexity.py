@@ -1,0 +1,352 @@
+"""Perplexity of a causal language model."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own idiom
+
+from halve.device import autocast, evaluation_mode, forward_precision, model_device, resolve_device
+from halve.errors import InputError
+from halve.text.tokens import TokenSet, check_length, check_vocabulary, evaluation_corpus, evaluation_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from halve.checkpoint.load import LoadedModel
+
+_TOKENS_PER_BATCH = 4096
+_LOGITS_AT_ONCE = 2**24  # elements of the logits held in float32: 64 MiB
+_PROBE = 16  # tokens on which the sliced head is compared with the model
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The perplexity of one model on one set of windows.
+
+    Attributes:
+        value: exp of ``nll``; infinite if that overflows.
+        windows: windows measured.
+        seq_len: tokens in a window; perplexities at different lengths are not comparable.
+        dtype: what the matrices were multiplied in.
+        source: where the text came from.
+        tokens_sha256: hash of the token ids, see `halve.text.tokens.hash_ids`.
+        seconds: wall-clock time of the measurement, tokenising and loading excluded.
+        nll: mean negative log-likelihood in nats, over the seq_len - 1 predicted tokens of every window.
+        note: empty if the logits were computed in slices; otherwise why the model's own, slower forward was used.
+    """
+
+    value: float
+    windows: int
+    seq_len: int
+    dtype: str
+    source: str
+    tokens_sha256: str
+    seconds: float
+    nll: float
+    note: str = ""
+
+
+def perplexity(
+    model: nn.Module,
+    tokens: TokenSet,
+    *,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Measure the perplexity of a model on windows of tokens.
+
+    Every window is predicted on its own from its first token. The softmax is taken in float32 (float64 for float64
+    logits), sums in float64. The output head is applied to slices of the hidden states, so that logits of at most
+    2^24 elements exist at a time; where that is not exactly the model's own logits (soft-capped or scaled logits, no
+    plain linear head), the model's own forward is used, one window at a time, and ``note`` of the result says so.
+
+    Args:
+        model: a causal language model: called with ``input_ids`` (batch, seq_len) it returns logits (batch, seq_len,
+            vocabulary), or an object that has them as ``logits``.
+        tokens: what to measure on; ids (windows, seq_len).
+        batch_size: windows in one forward; None is as many as make 4096 tokens.
+        device: where to run; the model is moved there meanwhile. None leaves it where it is.
+        dtype: ``"auto"`` multiplies float32 weights in bfloat16 where the hardware does so natively, and takes other
+            weights as they are; ``"float32"`` computes in float32 whatever the weights are (they get a float32 copy
+            meanwhile); ``"bfloat16"`` multiplies float32 weights in bfloat16.
+        progress: called with the windows done and the windows in all, after each batch.
+
+    Raises:
+        InputError: an argument is not usable, the windows do not fit the model, or the loss of a window is not finite;
+            the message names which.
+    """
+    if tokens.seq_len < 2:
+        raise InputError(f"windows of seq_len = {tokens.seq_len} leave no token to predict: give at least 2")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size = {batch_size} is not usable: give a whole number, at least 1")
+    check_length(tokens.seq_len, model)
+    check_vocabulary(tokens.ids, model, tokens.source)
+    place = model_device(model) if device is None else resolve_device(device)
+    started = time.perf_counter()
+    with ready(model, place, dtype) as used:
+        total, note = _total_nll(model, tokens, place, batch_size, progress)
+    nll = total / (tokens.samples * (tokens.seq_len - 1))
+    return Perplexity(
+        value=torch.tensor(nll, dtype=torch.float64).exp().item(),
+        windows=tokens.samples,
+        seq_len=tokens.seq_len,
+        dtype=str(used).removeprefix("torch."),
+        source=tokens.source,
+        tokens_sha256=tokens.sha256,
+        seconds=time.perf_counter() - started,
+        nll=nll,
+        note=note,
+    )
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    data: TokenSet | str | Path,
+    *,
+    seq_len: int = 2048,
+    max_windows: int | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    field: str = "text",
+    batch_size: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Measure the perplexity of a model on text.
+
+    Args:
+        model: a model in memory, or a checkpoint as `halve.checkpoint.load.load_model` takes it.
+        data: text as `halve.text.tokens.evaluation_tokens` takes it, or ready tokens, which have their own length.
+        seq_len: tokens in a window, for text.
+        max_windows: only the first windows, for text; None takes all.
+        tokenizer: for text; None takes the checkpoint's own.
+        field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
+        batch_size: see `perplexity`, as for the others.
+        device: ``"auto"`` is where a model in memory lies, and the GPU if there is one for a checkpoint.
+        dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+        trust_remote_code: whether to run Python code that comes with the checkpoint.
+        progress: called with the windows done and the windows in all.
+
+    Raises:
+        InputError: see `perplexity` and `halve.text.tokens.evaluation_tokens`; or there is no tokenizer.
+        HalveError: the checkpoint cannot be loaded, see `halve.checkpoint.load.load_model`.
+    """
+    place = model_device(model) if isinstance(model, nn.Module) and device == "auto" else resolve_device(device)
+    forward_precision(dtype, place)
+    if not isinstance(data, TokenSet):
+        evaluation_corpus(data, seq_len=seq_len, max_windows=max_windows, field=field)  # before a long load
+    if isinstance(model, nn.Module):
+        network: nn.Module = model
+    else:
+        from halve.checkpoint.load import load_model
+
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
+        network = loaded.model
+        tokenizer = tokenizer or loaded.tokenizer
+    if isinstance(data, TokenSet):
+        tokens = data
+    elif tokenizer is None:
+        raise InputError("text needs a tokenizer, and the model has none: give tokenizer, or a TokenSet as data")
+    else:
+        check_length(seq_len, network)
+        tokens = evaluation_tokens(data, tokenizer, seq_len=seq_len, max_windows=max_windows, field=field)
+    return perplexity(network, tokens, batch_size=batch_size, device=place, dtype=dtype, progress=progress)
+
+
+@contextmanager
+def ready(model: nn.Module, device: torch.device, dtype: str) -> Iterator[torch.dtype]:
+    """Make a model ready to be measured, as it was again afterwards; yield the dtype its matrices are multiplied in.
+
+    Args:
+        model: any model.
+        device: where to run.
+        dtype: see `perplexity`.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    products = forward_precision(dtype, device)
+    with ExitStack() as modes:
+        modes.enter_context(_placed(model, device))
+        modes.enter_context(evaluation_mode(model))
+        if dtype == "float32":
+            modes.enter_context(_float32_weights(model))
+        yield modes.enter_context(autocast(model, products))
+
+
+def evaluation_texts(
+    loaded: "LoadedModel", sources: Sequence[str | Path], *, seq_len: int, max_windows: int | None, text_field: str
+) -> list[TokenSet]:
+    """Tokenise the evaluation texts for a model.
+
+    Args:
+        loaded: the model, and its tokenizer.
+        sources: see `halve.text.tokens.evaluation_tokens`, as for the others.
+        seq_len: window length, at most what the model was built for.
+        max_windows: only the first windows; None takes all.
+        text_field: field of ``.jsonl`` and ``.parquet`` files.
+
+    Raises:
+        InputError: no tokenizer, or a source or the length is not usable.
+    """
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer, so perplexity of text cannot be measured: give another model")
+    check_length(seq_len, loaded.model)
+    return [
+        evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, field=text_field)
+        for source in sources
+    ]
+
+
+def measured_as(windows: int, seq_len: int, dtype: str) -> str:
+    """Say how a perplexity was measured, without which it says nothing."""
+    return f"{windows} windows of {seq_len} tokens, {dtype}"
+
+
+def _total_nll(
+    model: nn.Module,
+    tokens: TokenSet,
+    device: torch.device,
+    batch_size: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[float, str]:
+    """Sum the negative log-likelihood of every predicted token; with it, why the model's own logits were used."""
+    parts = _split(model, tokens.ids[:1, :_PROBE].to(device))
+    batch = 1 if isinstance(parts, str) else batch_size or max(1, _TOKENS_PER_BATCH // tokens.seq_len)
+    total = 0.0
+    for start in range(0, tokens.samples, batch):
+        ids = tokens.ids[start : start + batch].to(device)
+        losses = _whole_nll(model, ids) if isinstance(parts, str) else _sliced_nll(parts, ids)
+        sums = losses.cpu().double().sum(-1)
+        if not bool(sums.isfinite().all()):
+            window = start + int(sums.isfinite().logical_not().nonzero()[0])
+            raise InputError(
+                f"the loss of window {window} of {tokens.source!r} (counted from 0) is not finite: "
+                "the model's weights or activations are broken"
+            )
+        total += sums.sum().item()
+        if progress is not None:
+            progress(start + len(ids), tokens.samples)
+    return total, parts if isinstance(parts, str) else ""
+
+
+class _Parts(NamedTuple):
+    base: nn.Module
+    head: nn.Linear
+
+
+def _sliced_nll(parts: _Parts, ids: Tensor) -> Tensor:
+    """Losses (batch, seq_len - 1) of ids (batch, seq_len), by the output head on slices of the hidden states."""
+    hidden = _last_hidden(_forward(parts.base, ids))[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    step = max(1, _LOGITS_AT_ONCE // parts.head.out_features)
+    slices = zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
+    return torch.cat([_losses(parts.head(states), target) for states, target in slices]).reshape(len(ids), -1)
+
+
+def _whole_nll(model: nn.Module, ids: Tensor) -> Tensor:
+    """Losses (batch, seq_len - 1) of ids (batch, seq_len), from the model's own logits."""
+    logits = _logits(_forward(model, ids))[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    step = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+    slices = zip(torch.split(logits, step), torch.split(targets, step), strict=True)
+    return torch.cat([_losses(part, target) for part, target in slices]).reshape(len(ids), -1)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood (n,) of targets (n,) under logits (n, vocabulary)."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+
+
+def _split(model: Any, probe: Tensor) -> _Parts | str:
+    """Return the base model and the output head that may be run apart, or why there are none.
+
+    One forward of the model on ``probe`` (1, length) has to show the head reading exactly what the base returned, and
+    the model returning exactly what the head did; and the base run on its own has to return the same.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # Most models call their base model, OPT and its like only the decoder in it.
+    bases = [getattr(model, "base_model", model), model.get_decoder() if hasattr(model, "get_decoder") else model]
+    bases = [base for base in bases if isinstance(base, nn.Module) and base is not model]
+    if type(head) is not nn.Linear or not bases:
+        return "the model has no plain linear output head over a base model, so its own forward was used"
+    seen: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen[module] = args, output
+
+    hooks = [module.register_forward_hook(record) for module in (head, *bases)]
+    try:
+        logits = _logits(_forward(model, probe))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    called = [base for base in bases if base in seen]
+    if head not in seen or not called:
+        return "the model does not call its output head or its base model, so its own forward was used"
+    (read,), returned = seen[head]
+    hidden = _last_hidden(seen[called[0]][1])
+    if not torch.equal(hidden, read):
+        return "the model changes the hidden states before the output head, so its own forward was used"
+    if not torch.equal(returned.to(logits.dtype), logits):
+        return "the model changes its logits after the output head, so its own forward was used"
+    alone = _last_hidden(_forward(called[0], probe))
+    if not bool((alone - hidden).norm() <= 0.01 * hidden.norm()):  # not exact, as GPUs may add in another order
+        return "the base model does something else when run on its own, so the model's own forward was used"
+    return _Parts(called[0], head)
+
+
+def _forward(model: nn.Module, ids: Tensor) -> Any:
+    # A cache of keys and values would be built for nothing; only transformers' models know the word.
+    return model(input_ids=ids, use_cache=False) if hasattr(model, "config") else model(input_ids=ids)
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def _last_hidden(output: Any) -> Tensor:
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+@contextmanager
+def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    home = model_device(model)
+    if home == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+@contextmanager
+def _float32_weights(model: nn.Module) -> Iterator[None]:
+    """Give every parameter and buffer of a narrower floating dtype a float32 copy, and the original back at the end."""
+    narrow = [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
+    ]
+    originals = [tensor.data for tensor in narrow]
+    for tensor in narrow:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, original in zip(narrow, originals, strict=True):
+            tensor.data = original

@@ -1,0 +1,66 @@
+"""On what the perplexity of a model is to be measured, and how: what users ask for, checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from halve.checkpoint.load import LoadedModel
+from halve.device import forward_precision
+from halve.errors import InputError
+from halve.evaluation.perplexity import Perplexity, evaluation_texts, perplexity
+from halve.text.calibration import default_length
+from halve.text.tokens import TokenSet, check_texts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure perplexity on, before and after, and how.
+
+    Attributes:
+        data: texts, each as `halve.text.tokens.evaluation_tokens` takes it.
+        seq_len: tokens in a window; None is as many as the calibration sequences have.
+        max_windows: only the first windows of each text; None takes all.
+        text_field: field of ``.jsonl`` and ``.parquet`` files.
+        forward_dtype: ``auto``, ``float32`` or ``bfloat16``.
+    """
+
+    data: Sequence[str | Path]
+    seq_len: int | None = None
+    max_windows: int | None = None
+    text_field: str = "text"
+    forward_dtype: str = "auto"
+
+    def check(self, device: torch.device) -> None:
+        """Look for the texts, before anything is loaded.
+
+        Raises:
+            InputError: a text or a setting is not usable.
+        """
+        forward_precision(self.forward_dtype, device)
+        if isinstance(self.data, str) or not self.data:
+            raise InputError(
+                f"the evaluation's data = {self.data!r} is not a list of texts: give at least one, in a list"
+            )
+        check_texts(self.data, seq_len=self.seq_len, max_windows=self.max_windows, field=self.text_field)
+
+    def texts(self, loaded: LoadedModel, calibrated_with: int | None) -> list[TokenSet]:
+        """Tokenise the texts for a model.
+
+        Args:
+            loaded: the model.
+            calibrated_with: tokens in a calibration sequence, None where that is not known.
+
+        Raises:
+            InputError: no tokenizer, or a text or the length is not usable.
+        """
+        length = self.seq_len or calibrated_with or default_length(loaded)
+        return evaluation_texts(
+            loaded, self.data, seq_len=length, max_windows=self.max_windows, text_field=self.text_field
+        )
+
+    def measure(self, model: nn.Module, texts: Sequence[TokenSet], device: torch.device) -> tuple[Perplexity, ...]:
+        """Return the perplexity of a model on every text."""
+        return tuple(perplexity(model, text, device=device, dtype=self.forward_dtype) for text in texts)

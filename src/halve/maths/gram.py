@@ -1,0 +1,162 @@
+"""Streaming statistics of a layer's inputs: the Gram matrix, scaled by the number of tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halve.errors import CalibrationError, InputError
+from halve.maths.linalg import full_precision
+
+_ROWS_AT_ONCE = 8192
+"""Tokens upcast in one go: bounds the float32 copy of a batch."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration tells a method about a layer.
+
+    Attributes:
+        gram: (d_in, d_in) float32, H = XᵀX / tokens (no factor 2), symmetric.
+        tokens: number of input vectors behind it.
+        halves: the same from each half of the tokens alone, for judging on one what was fitted on the other; None
+            where that was not asked for, or one half is empty.
+        cross: (d_in, d_in) float32, ``XᵀX̃ / tokens``, X the dense model's inputs for the same tokens and X̃ those
+            behind ``gram``; None where that was not asked for.
+    """
+
+    gram: Tensor
+    tokens: int
+    halves: tuple[Tensor, Tensor] | None = None
+    cross: Tensor | None = None
+
+
+class GramAccumulator:
+    """Sums XᵀX over batches of inputs, in float32 whatever the inputs' dtype, autocast or TF32 setting."""
+
+    def __init__(
+        self, d_in: int, *, device: torch.device | str = "cpu", name: str = "layer", halves: bool = False
+    ) -> None:
+        """Start from nothing seen.
+
+        Args:
+            d_in: number of input features.
+            device: where the (d_in, d_in) float32 sums live; inputs are moved there.
+            name: the layer's name, for error messages.
+            halves: whether to keep the two halves apart, in a second sum: of every batch, the first half of its
+                tokens goes to one and the second to the other, an odd one to the sum that has fewer.
+        """
+        if d_in < 1:
+            raise InputError(f"d_in of {name} must be at least 1, got {d_in}")
+        self.d_in = d_in
+        self.name = name
+        self._counts = [0, 0] if halves else [0]
+        # Ordinary tensors even when created under inference mode, so that they can be updated outside of it.
+        with torch.inference_mode(mode=False):
+            self._sums = [torch.zeros(d_in, d_in, dtype=torch.float32, device=device) for _ in self._counts]
+            self._cross: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen."""
+        return sum(self._counts)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add a batch of inputs.
+
+        Args:
+            x: (..., d_in), any float dtype; every leading position is one token.
+            dense: like ``x``, the dense model's inputs for the same tokens, in every batch or in none.
+
+        Raises:
+            InputError: the last dimension is not ``d_in``, ``x`` is not floating point, or ``dense`` has another shape
+                or was not given alike in every batch.
+            CalibrationError: ``x`` has NaN or infinity; nothing of the offending slice is added.
+        """
+        if x.ndim < 1 or x.shape[-1] != self.d_in or not x.is_floating_point():
+            raise InputError(
+                f"inputs of {self.name} must be floating point with last dimension {self.d_in}, "
+                f"got {x.dtype} of shape {tuple(x.shape)}"
+            )
+        if dense is not None and dense.shape != x.shape:
+            raise InputError(
+                f"the dense model's inputs of {self.name} have shape {tuple(dense.shape)}, the pruned model's "
+                f"{tuple(x.shape)}: they must be those of the same tokens"
+            )
+        if self.tokens and (dense is None) != (self._cross is None):
+            raise InputError(f"the dense model's inputs of {self.name} must be given in every batch or in none")
+        flat = x.reshape(-1, self.d_in)
+        others = None if dense is None else dense.reshape(-1, self.d_in)
+        middle = len(flat)
+        if len(self._sums) == 2:  # the odd token goes to the half with fewer, the first if there are as many
+            middle = (len(flat) + (self._counts[0] <= self._counts[1])) // 2
+        if others is not None and self._cross is None:
+            self._cross = torch.zeros_like(self._sums[0])
+        with full_precision():
+            for start, stop in _slices(len(flat), middle):
+                part = int(start >= middle)
+                rows = flat[start:stop].to(self._sums[part].device, torch.float32)
+                self._check_finite(rows)
+                self._sums[part].addmm_(rows.mT, rows)
+                if others is not None and self._cross is not None:
+                    twins = others[start:stop].to(rows.device, torch.float32)
+                    self._check_finite(twins)
+                    self._cross.addmm_(twins.mT, rows)
+                self._counts[part] += stop - start
+
+    def finish(self) -> Statistics:
+        """Return the statistics so far; more may be added afterwards.
+
+        Raises:
+            CalibrationError: no token was seen, or the squares of the inputs overflowed float32.
+        """
+        if self.tokens == 0:
+            raise CalibrationError(
+                f"{self.name} saw no calibration token: its inputs never reached the hook, or no token was routed to it"
+            )
+        with torch.inference_mode(mode=False):
+            whole = self._sums[0] if len(self._sums) == 1 else self._sums[0] + self._sums[1]
+            gram = _mean(whole, self.tokens)
+            halves = (
+                (_mean(self._sums[0], self._counts[0]), _mean(self._sums[1], self._counts[1]))
+                if len(self._sums) > 1 and all(self._counts)
+                else None
+            )
+            cross = None if self._cross is None else self._cross / self.tokens
+        if not bool(torch.isfinite(gram).all()):
+            raise CalibrationError(
+                f"the Gram matrix of {self.name} overflowed float32: its inputs are too large "
+                f"(largest finite mean square {_largest_finite(gram.diagonal()):.3g})"
+            )
+        return Statistics(gram, self.tokens, halves, cross)
+
+    def _check_finite(self, rows: Tensor) -> None:
+        # One cheap reduction decides almost always; finite inputs whose sum overflows take the second look.
+        if bool(torch.isfinite(rows.sum())):
+            return
+        bad = ~torch.isfinite(rows).all(-1)
+        if bool(bad.any()):
+            token = self.tokens + int(bad.to(torch.uint8).argmax())
+            raise CalibrationError(
+                f"inputs of {self.name} have NaN or infinity, first at calibration token {token}: "
+                "check the model in this dtype, or use other text"
+            )
+
+
+def _slices(count: int, middle: int) -> Iterator[tuple[int, int]]:
+    """Cut ``range(count)`` into slices of bounded length, none of them across ``middle``."""
+    for first, last in ((0, middle), (middle, count)):
+        for start in range(first, last, _ROWS_AT_ONCE):
+            yield start, min(start + _ROWS_AT_ONCE, last)
+
+
+def _mean(total: Tensor, tokens: int) -> Tensor:
+    # A matrix product is symmetric only up to rounding.
+    return (total + total.mT).mul_(0.5 / tokens)
+
+
+def _largest_finite(values: Tensor) -> float:
+    """Return the largest finite entry, 0.0 if there is none."""
+    return float(torch.where(torch.isfinite(values), values, 0.0).amax())

@@ -1,0 +1,112 @@
+"""Perplexity of a pruned checkpoint and of the model it was made from, on the same tokens, put on record beside it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halve.checkpoint.directory import REPORT
+from halve.checkpoint.load import Source, load_model, resolve
+from halve.device import resolve_device
+from halve.errors import CorruptFileError, InputError
+from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.request import Evaluation
+from halve.report.facts import read_record
+from halve.report.measured import add_perplexity, read_measured
+from halve.run.fingerprint import files_sha256, source_fields
+
+NO_DENSE = "none"
+"""As the dense model: measure the pruned one alone."""
+
+
+def measure(
+    directory: str | Path,
+    evaluation: Evaluation,
+    *,
+    dense: str | Path | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[tuple[Perplexity, ...], tuple[Perplexity, ...]]:
+    """Measure the perplexity of a pruned checkpoint and of its dense model, and put both on record.
+
+    The models are in memory one after the other. What is on record of the same text and windows is replaced.
+
+    Args:
+        directory: of the pruned checkpoint.
+        evaluation: on what, and how.
+        dense: the dense model, as `halve.checkpoint.load.resolve` takes it; None is the one that ``halve.json`` names,
+            and ``none`` measures the pruned one alone, as is done where the dense one had been in memory.
+        device: ``auto``, ``cpu``, ``cuda``, …
+        trust_remote_code: whether to run Python code that comes with the models.
+
+    Returns:
+        tuple[tuple[Perplexity, ...], tuple[Perplexity, ...]]: the dense and the pruned model's, one entry a text; an
+        empty tuple for the dense one where it was not measured.
+
+    Raises:
+        InputError: no ``halve.json``; the dense model is not where it was; a text is not usable, or does not fit.
+        HalveError: a model cannot be loaded, see `halve.checkpoint.load.load_model`, or the record cannot be written.
+    """
+    place, target = Path(directory), resolve_device(device)
+    evaluation.check(target)
+    original = dense_source(place, dense, trust_remote_code=trust_remote_code)
+    record = read_record(place)
+    if original is not None:
+        _check_same(original, record)
+    pruned = load_model(place, trust_remote_code=trust_remote_code)
+    texts = evaluation.texts(pruned, _calibrated_with(record))
+    after = evaluation.measure(pruned.model, texts, target)
+    del pruned  # one model in memory at a time
+    before = () if original is None else evaluation.measure(load_model(original).model, texts, target)
+    add_perplexity(place, before, after)
+    return before, after
+
+
+def dense_source(place: Path, dense: str | Path | None, *, trust_remote_code: bool = False) -> Source | None:
+    """Find the files of the dense model of a pruned checkpoint; None where there are none, or none are wanted.
+
+    Args:
+        place: directory of the pruned checkpoint.
+        dense: see `measure`.
+        trust_remote_code: see `measure`.
+
+    Raises:
+        InputError: as `measure`; also where what would be written to is damaged, or cannot be written.
+    """
+    record = read_record(place)
+    read_measured(place)  # a damaged one is to be told now
+    if not os.access(place, os.W_OK):
+        raise InputError(f"{place} cannot be written to: perplexities are put on record there")
+    if dense is not None:
+        return None if str(dense) == NO_DENSE else resolve(dense, trust_remote_code=trust_remote_code)
+    match record.get("source"):
+        case {"kind": "memory"}:
+            return None
+        case {"kind": "hub", "name": str(name), "revision": str(revision)}:
+            return resolve(name, revision=revision, trust_remote_code=trust_remote_code)
+        case {"kind": "directory" | "gguf", "name": str(name)}:
+            if not Path(name).expanduser().exists():
+                raise InputError(
+                    f"{place} was made from {name}, which is not here: say where that model is (--dense PATH), "
+                    f"or measure the pruned one alone (--dense {NO_DENSE})"
+                )
+            return resolve(name, trust_remote_code=trust_remote_code)
+        case _:
+            raise CorruptFileError(f"{place / REPORT} does not say what was pruned: give dense (--dense)")
+
+
+def _check_same(original: Source, record: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the one that was pruned: its perplexity would be no "before"."""
+    source = record.get("source")
+    expected = source.get("sha256") if isinstance(source, dict) else None
+    if expected is not None and files_sha256(source_fields(original)) != expected:
+        raise InputError(
+            f"{original.name} is not the model that was pruned, or was changed since: say where that one is "
+            f"(--dense PATH), or measure the pruned one alone (--dense {NO_DENSE})"
+        )
+
+
+def _calibrated_with(record: Mapping[str, Any]) -> int | None:
+    calibration = record.get("calibration")
+    length = calibration.get("seq_len") if isinstance(calibration, dict) else None
+    return length if isinstance(length, int) and length > 1 else None

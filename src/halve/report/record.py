@@ -1,0 +1,179 @@
+"""What was done, as the JSON that lies beside the checkpoint (``halve.json``)."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halve.checkpoint.disk_layout import Location
+from halve.checkpoint.shards import tensor_bytes
+from halve.errors import HalveError
+from halve.maths.pattern import Pattern
+from halve.model.layers import matrix_view
+from halve.run.environment import environment
+from halve.run.events import BlockReport, MatrixReport, RunReport
+from halve.run.settings import Settings
+from halve.solve.objective import AUTO
+
+FORMAT = 1
+"""Version of the layout of ``halve.json``."""
+
+
+def to_json(
+    report: RunReport,
+    settings: Settings,
+    locations: Mapping[str, Location],
+    masks: Mapping[str, Mapping[str, Any]],
+    changed: Mapping[str, Sequence[str]],
+    *,
+    source: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    device: str,
+    precision: str,
+) -> dict[str, Any]:
+    """Return ``halve.json`` without the file hashes, which the store adds; no times, so that equal runs are equal.
+
+    Args:
+        report: what the run did.
+        settings: what was asked.
+        locations: for each matrix by name, where it lies on disk; empty when nothing is written.
+        masks: for each matrix by name, what `masks` says of it.
+        changed: for each changed parameter by name, the tensors on disk that hold it; empty when nothing is written.
+        source: what was pruned (name, kind, revision).
+        calibration: source, counts, seed and hash of the calibration data.
+        device: where the run happened.
+        precision: dtype of the forward products.
+    """
+    asked = settings_json(settings)
+    if not any("match_dense" in matrix.facts for matrix in report.matrices):  # a mixture of experts, or no statistics
+        asked["objective"]["match_dense"] = 0.0
+    return {
+        "format": FORMAT,
+        "source": dict(source),
+        **asked,
+        "calibration": dict(calibration),
+        "device": device,
+        "forward_dtype": precision,
+        "mean_relative_loss": finite(report.mean_relative_loss),
+        "matrices": [
+            _matrix(matrix, locations.get(matrix.name)) | dict(masks.get(matrix.name, {})) for matrix in report.matrices
+        ],
+        "blocks": [_block(block, changed) for block in report.reconstructions],
+        "excluded": [
+            {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
+        ],
+        "warnings": list(report.warnings),
+        "environment": environment(),
+    }
+
+
+def mask_sha256(weight: Tensor) -> str:
+    """Return the sha256 of a matrix's mask: one bit a weight, 1 where it is not zero, row by row, eight to a byte.
+
+    Args:
+        weight: (d_out, d_in), whatever way it lies in memory or on disk.
+    """
+    kept = (weight != 0).flatten()
+    bits = nn.functional.pad(kept, (0, -kept.numel() % 8)).view(-1, 8).to(torch.uint8)
+    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
+    return hashlib.sha256(tensor_bytes((bits * places).sum(1, dtype=torch.uint8))).hexdigest()
+
+
+def masks(
+    model: nn.Module, report: RunReport, pattern: Pattern, dtype: torch.dtype | None
+) -> dict[str, dict[str, Any]]:
+    """Return what there is to say of every pruned matrix's mask, by the matrix's name.
+
+    Args:
+        model: the pruned model.
+        report: what was pruned in it.
+        pattern: that it was pruned to.
+        dtype: that the weights are written in; None for their own.
+
+    Returns:
+        dict[str, dict[str, Any]]: ``mask_sha256``, and ``kept_per_group``: how many groups keep 0, 1, … N weights,
+        None for an unstructured pattern.
+    """
+    found = {}
+    for matrix in report.matrices:
+        weight = matrix_view(model.get_parameter(matrix.parameter).data, matrix.expert, matrix.layout)
+        weight = weight if dtype is None else weight.to(dtype)
+        kept = pattern.kept_per_group(weight)
+        found[matrix.name] = {
+            "mask_sha256": mask_sha256(weight),
+            "kept_per_group": None if kept is None else _allowed(kept.tolist(), pattern, matrix),
+        }
+    return found
+
+
+def _allowed(kept: list[int], pattern: Pattern, matrix: MatrixReport) -> list[int]:
+    """Return how many groups keep 0, 1, … N weights, of those that keep 0, 1, … M."""
+    most = pattern.budget(matrix.shape[1])[0]
+    if any(kept[most + 1 :]):
+        raise HalveError(f"{matrix.name} is not {pattern} after pruning, do not use it: please report this")
+    return kept[: most + 1]
+
+
+def settings_json(settings: Settings) -> dict[str, Any]:
+    """Return what was asked for, every default filled in, as plain JSON values.
+
+    ``match_dense`` is what is done where the dense model's inputs can be paired with the pruned model's, which is not
+    so in mixtures of experts.
+    """
+    objective = settings.objective
+    return {
+        "pattern": settings.pattern.text,
+        "method": settings.method,
+        "refit": settings.refit,
+        "options": settings.all_options,
+        "skip": list(settings.skip),
+        "fallback": settings.fallback,
+        "min_expert_tokens": settings.min_expert_tokens,
+        "reconstruction": None if settings.reconstruction is None else asdict(settings.reconstruction),
+        "objective": {
+            "shrinkage": AUTO if objective.chooses_shrinkage(settings.defaults) else objective.shrinkage or 0.0,
+            "match_dense": objective.blend(settings.defaults),
+            "match_ridge": objective.match_ridge,
+        },
+        "only_where_faster": None if settings.only_where_faster is None else asdict(settings.only_where_faster),
+    }
+
+
+def _matrix(matrix: MatrixReport, location: Location | None) -> dict[str, Any]:
+    layout = matrix.layout
+    if location is not None and location.transposed:
+        layout = "in_out" if layout == "out_in" else "out_in"
+    return {
+        "name": matrix.name,
+        "tensors": [] if location is None else list(location.tensors),
+        "shape": list(matrix.shape),
+        "layout": layout,
+        "asked": matrix.asked,
+        "method": matrix.method,
+        "refit": matrix.refit,
+        "status": str(matrix.status),
+        "reason": matrix.reason,
+        "facts": {key: finite(value) for key, value in matrix.facts.items() if key != "seconds"},
+    }
+
+
+def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return {
+        "name": block.name,
+        "error_before": block.tuned.before,
+        "error_after": block.tuned.after,
+        "epoch": block.tuned.epoch,
+        "learning_rate": block.tuned.learning_rate,
+        "steps": block.tuned.steps,
+        "held_out_batches": block.tuned.held_out,
+        "tensors": [tensor for parameter in block.parameters for tensor in changed.get(parameter, ())],
+    }
+
+
+def finite(value: float) -> float | None:
+    """Return a number, None (null in JSON) for one that is not finite."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,34 @@
+"""Versions and facts of the machine that can change a result."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from halve.maths import kernels
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and machine facts that can change the result."""
+    return {
+        "halve": _version("halve"),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "safetensors": _version("safetensors"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "prox_kernel": kernels.describe(),
+        **({"prox_kernel_cuda": kernels.describe("cuda")} if torch.cuda.is_available() else {}),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

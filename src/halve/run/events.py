@@ -1,0 +1,192 @@
+"""What a run tells: as it goes, to whoever displays it, and at the end, about every matrix and block."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from halve.model.layers import Excluded, Layout, Plan
+from halve.model.reconstruct import Tuned
+from halve.solve.outcome import Status
+
+AROUND = ("load", "evaluate", "calibrate", "commit", "write", "verify")
+"""Phases of a run that are not pruning: reading the model, measuring its perplexity, its calibration text; and, where
+there is an output directory, keeping finished blocks, the checkpoint, and reading that again."""
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What was done to one matrix.
+
+    Attributes:
+        name: the matrix (`halve.model.layers.Matrix`).
+        parameter: the parameter that holds it.
+        expert: its index in a fused parameter, else None.
+        shape: (d_out, d_in).
+        layout: how it lies in its parameter.
+        asked: the method asked for.
+        method: the method that made the mask.
+        refit: the refit asked for.
+        status: how the solve ended.
+        reason: empty unless something went otherwise than asked.
+        facts: numbers, see `halve.solve.outcome.Outcome`.
+    """
+
+    name: str
+    parameter: str
+    expert: int | None
+    shape: tuple[int, int]
+    layout: Layout
+    asked: str
+    method: str
+    refit: str
+    status: Status
+    reason: str
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What the reconstruction of one block achieved.
+
+    Attributes:
+        name: of the block.
+        parameters: full names of the parameters that were tuned.
+        tuned: errors before and after.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    tuned: Tuned
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        matrices: one entry a pruned matrix, in order.
+        excluded: parameters that stayed dense, with reasons.
+        blocks: number of blocks.
+        seconds: wall-clock seconds by phase: ``capture``, ``collect`` (forward passes that gather statistics),
+            ``solve``, ``reconstruct``, ``replay`` (forward passes through the pruned block, and the dense one), and
+            those in `AROUND`. Blocks that an earlier process finished count with what they took there.
+        reconstructions: one entry a reconstructed block, in order.
+        time_limit: seconds that solving was to take, None if there was no limit.
+        resumed_blocks: number of blocks that an earlier process had finished.
+        peak_memory: by phase, the most bytes of resident memory that were seen (`halve.run.phases.Phases`).
+        peak_device_memory: by phase, the most bytes allocated on a CUDA device; empty without one.
+    """
+
+    matrices: tuple[MatrixReport, ...]
+    excluded: tuple[Excluded, ...]
+    blocks: int
+    seconds: dict[str, float]
+    reconstructions: tuple[BlockReport, ...] = ()
+    time_limit: float | None = None
+    resumed_blocks: int = 0
+    peak_memory: Mapping[str, int] = field(default_factory=dict)
+    peak_device_memory: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the parameters that differ from the dense model's."""
+        pruned = {matrix.parameter for matrix in self.matrices}
+        return pruned.union(*(block.parameters for block in self.reconstructions))
+
+    @property
+    def seconds_of_pruning(self) -> float:
+        """Seconds of all phases but those in `AROUND`."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase not in AROUND)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences the user should read."""
+        return (*_of_matrices(self.matrices), *_of_time(self), *_of_blocks(self.reconstructions))
+
+    @property
+    def fallbacks(self) -> tuple[MatrixReport, ...]:
+        """The matrices that were pruned by another method than asked."""
+        return tuple(matrix for matrix in self.matrices if matrix.status is Status.FELL_BACK)
+
+    @property
+    def mean_relative_loss(self) -> float:
+        """Mean of the matrices' relative losses; NaN when no matrix has one (no statistics)."""
+        losses = [m.facts["relative_loss"] for m in self.matrices if "relative_loss" in m.facts]
+        return sum(losses) / len(losses) if losses else math.nan
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a run, for whoever displays it.
+
+    Attributes:
+        block: index of the current block.
+        blocks: number of blocks.
+        phase: ``evaluate`` (perplexity), ``generate`` (the model writes its calibration text), ``plan``, ``capture``,
+            ``collect``, ``solve``, ``reconstruct``, ``restore``, ``replay`` or ``done``. ``blocks`` is 0 in the first
+            two.
+        finished: matrices finished so far.
+        matrices: matrices in all.
+        matrix: the matrix just finished, in phase ``solve``, or taken over from an earlier process, in ``restore``.
+        plan: what will be done, in phase ``plan``, before anything is.
+    """
+
+    block: int
+    blocks: int
+    phase: str
+    finished: int
+    matrices: int
+    matrix: MatrixReport | None = None
+    plan: Plan | None = None
+
+
+Listener = Callable[[Progress], None]
+
+
+def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
+    thin = [m for m in reports if m.status is not Status.FELL_BACK and 0 < m.facts.get("tokens", 0) < m.shape[1]]
+    stopped = [m for m in reports if m.status is Status.MAX_ITER]
+    fallen = [m for m in reports if m.status is Status.FELL_BACK]
+    warnings = []
+    if thin:
+        remedy = (
+            "their statistics were shrunk towards the diagonal, and more samples would serve better"
+            if all(m.facts.get("shrinkage", 0.0) > 0.0 for m in thin)
+            else "methods that use correlations overfit there; use more samples, or --shrinkage auto"
+        )
+        warnings.append(
+            f"{len(thin)} of {len(reports)} matrices saw fewer calibration tokens than they have inputs "
+            f"({thin[0].name}: {thin[0].facts['tokens']:.0f} tokens, {thin[0].shape[1]} inputs): "
+            f"{remedy}"
+        )
+    if stopped:
+        warnings.append(f"{len(stopped)} matrices stopped at an iteration limit (the first is {stopped[0].name})")
+    if fallen:
+        warnings.append(
+            f"{len(fallen)} of {len(reports)} matrices fell back to another method "
+            f"(the first is {fallen[0].name}: {fallen[0].reason}); halve.json names all"
+        )
+    return warnings
+
+
+def _of_time(report: RunReport) -> list[str]:
+    solving = sum(matrix.facts.get("seconds", 0.0) for matrix in report.matrices)
+    if report.time_limit is None or solving <= 1.1 * report.time_limit:
+        return []
+    sentence = (
+        f"solving took {solving:.0f} s, more than the time limit of {report.time_limit:g} s: what is begun is "
+        "finished, so begin with a lower effort"
+    )
+    return [sentence]
+
+
+def _of_blocks(blocks: Sequence[BlockReport]) -> list[str]:
+    stuck = [block for block in blocks if block.tuned.epoch == 0]
+    if not stuck:
+        return []
+    where = "held-out batches" if stuck[0].tuned.held_out else "its batches"
+    sentence = (
+        f"the reconstruction of {len(stuck)} of {len(blocks)} blocks gained nothing on {where} and was undone "
+        f"(the first is {stuck[0].name}): use more samples or a lower learning rate"
+    )
+    return [sentence]

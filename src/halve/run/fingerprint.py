@@ -1,0 +1,176 @@
+"""Everything that decides the bytes of a result, field by field: a run is only ever continued as it was begun."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halve.checkpoint.durable import file_chunks, sha256_of
+from halve.checkpoint.load import LoadedModel, Source, source_files
+from halve.checkpoint.shards import tensor_bytes
+from halve.model.blocks import Batch
+from halve.run.environment import environment
+from halve.run.settings import Settings
+from halve.text.tokens import TokenSet
+
+Fingerprint = dict[str, str]
+"""Field to value, both plain text; fields are dotted names such as ``options.beta`` or ``model.config.json``."""
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+_ENVIRONMENT = (
+    "halve",
+    "torch",
+    "transformers",
+    "safetensors",
+    "python",
+    "platform",
+    "cpu_capability",
+    "threads",
+    "prox_kernel",
+    "prox_kernel_cuda",
+)
+
+
+def fingerprint(
+    loaded: LoadedModel,
+    data: TokenSet | Sequence[Batch],
+    settings: Settings,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    dtype: torch.dtype | None,
+) -> Fingerprint:
+    """Return the fingerprint of a run that is about to start.
+
+    What cannot change a finished block is not in it: where hidden states are kept, and ``fallback``, which may be added
+    to a run that stopped without one, and is compared by itself.
+
+    Args:
+        loaded: the dense model.
+        data: calibration tokens or batches.
+        settings: what to do to every matrix.
+        device: where it is done.
+        precision: of the forward products.
+        dtype: of the written checkpoint, None for the model's own.
+    """
+    asked = asdict(settings)
+    asked.pop("fallback")
+    options = asked.pop("options") | settings.all_options
+    pattern = asked.pop("pattern")
+    fields: dict[str, Any] = {
+        **_flat("model", _model(loaded)),
+        "calibration": _calibration(data),
+        "pattern": pattern["text"],
+        **_flat("options", options),
+        **_flat("", asked),
+        "dtype": dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device,
+        "forward_dtype": precision,
+        **_flat("environment", {key: value for key, value in environment().items() if key in _ENVIRONMENT}),
+        "environment.deterministic": torch.are_deterministic_algorithms_enabled(),
+        "environment.code": _code(),
+    }
+    return {name: str(value) for name, value in sorted(fields.items())}
+
+
+def code_fields(source: Source) -> Fingerprint:
+    """Return the part of the fingerprint that is of Python files beside a model: known before any of them is run."""
+    root = source.path
+    return {f"model.{path.relative_to(root)}": sha256_of(path) for path in source_files(source) if path.suffix == ".py"}
+
+
+def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return what two fingerprints differ in, a phrase a field."""
+    found = []
+    for name in sorted(begun.keys() | now.keys()):
+        before, after = begun.get(name, "absent"), now.get(name, "absent")
+        if before != after:
+            found.append(f"{name} was {_short(before)} and is {_short(after)}")
+    return found
+
+
+def _short(value: str) -> str:
+    return f"{value[:12]}…" if _DIGEST.fullmatch(value) else value
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        dotted = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, Mapping):
+            found |= _flat(dotted, value)
+        else:
+            found[dotted] = value
+    return found
+
+
+def files_sha256(fields: Mapping[str, str]) -> str:
+    """Return one hash for all files of a model.
+
+    Args:
+        fields: of a fingerprint, or `source_fields`; those of other things are left out.
+    """
+    return _hash_text(json.dumps(sorted(item for item in fields.items() if item[0].startswith("model."))))
+
+
+def source_fields(source: Source) -> Fingerprint:
+    """Return the part of the fingerprint that is of the files a model is read from."""
+    root = source.path if source.path.is_dir() else source.path.parent
+    return {f"model.{path.relative_to(root)}": sha256_of(path) for path in source_files(source)}
+
+
+def _model(loaded: LoadedModel) -> dict[str, str]:
+    """Hash the files a model was read from, or its tensors if it was built in memory."""
+    if loaded.source is not None:
+        return {name.removeprefix("model."): value for name, value in source_fields(loaded.source).items()}
+    return {
+        "class": type(loaded.model).__name__,
+        "config": _hash_text(loaded.model.config.to_json_string()),
+        "tensors": _hash_tensors(loaded.model),
+    }
+
+
+def _hash_tensors(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        _add_tensor(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _calibration(data: TokenSet | Sequence[Batch]) -> str:
+    if isinstance(data, TokenSet):
+        return data.sha256
+    digest = hashlib.sha256()
+    for batch in data:
+        for name, tensor in sorted(batch.items()):
+            _add_tensor(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    digest.update(tensor_bytes(tensor))
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Hash this package, as it lies on the disk: versions do not tell one working tree from another."""
+    root = Path(__file__).parents[1]  # of the whole package, not of this folder
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in {".py", ".so"}:
+            digest.update(str(path.relative_to(root)).encode())
+            for chunk in file_chunks(path):
+                digest.update(chunk)
+    return digest.hexdigest()

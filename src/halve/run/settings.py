@@ -1,0 +1,103 @@
+"""What to do to every matrix of a model, checked before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from halve.checks import check_count
+from halve.errors import InputError
+from halve.maths.pattern import Pattern
+from halve.model.layers import Matrix
+from halve.model.reconstruct import BLOCK, Reconstruction
+from halve.planner.where_faster import WhereFaster
+from halve.solve import methods
+from halve.solve.defaults import Defaults
+from halve.solve.objective import Objective
+from halve.solve.settings import effective_options, method_defaults, validate_settings
+
+MIN_EXPERT_TOKENS = 32
+"""Below this many calibration tokens an expert's statistics are not used; it is pruned by magnitude, if any
+fallback is allowed, and listed."""
+
+
+def default_reconstruction(method: str, options: Mapping[str, Any]) -> str:
+    """Return what becomes of the blocks where nobody says: ``block`` or ``none``.
+
+    Raises:
+        InputError: the method or an option of it is unknown, or a value is out of range.
+    """
+    return BLOCK if method_defaults(method, options).reconstruct else "none"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do to every matrix.
+
+    Attributes:
+        pattern: the sparsity pattern.
+        method: name in `halve.solve.methods`.
+        refit: ``none``, ``cg``, ``gd`` or ``swap``.
+        options: further options of method and refit.
+        skip: shell-style patterns of parameters that stay dense.
+        fallback: the method to use where the asked one fails; None stops the run instead, also at an expert that saw
+            too few tokens.
+        reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
+        min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back, if there
+            is a fallback.
+        objective: shrinkage of the statistics, and targets from the dense model.
+        only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
+    """
+
+    pattern: Pattern
+    method: str
+    refit: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    fallback: str | None = None
+    min_expert_tokens: int = MIN_EXPERT_TOKENS
+    reconstruction: Reconstruction | None = None
+    objective: Objective = field(default_factory=Objective)
+    only_where_faster: WhereFaster | None = None
+
+    def why_dense(self, matrix: Matrix) -> str:
+        """Return why a matrix that could be pruned stays dense, as half a sentence; empty if it is pruned."""
+        return "" if self.only_where_faster is None else self.only_where_faster.why_dense(matrix, self.pattern)
+
+    @property
+    def matches_dense(self) -> bool:
+        """Whether targets are to come from the dense model, where its inputs can be paired with the pruned model's."""
+        return self.objective.blend(self.defaults) > 0.0
+
+    @property
+    def defaults(self) -> Defaults:
+        """What goes with the method where nothing else was said."""
+        return method_defaults(self.method, self.options)
+
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The options of method and refit, those not given at their defaults."""
+        return effective_options(self.method, self.refit, **self.options)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method, the refit or the reconstruction looks at calibration data."""
+        follows_dense = self.reconstruction is not None or self.matches_dense
+        return methods.get(self.method).needs_statistics or self.refit != "none" or follows_dense
+
+    def check_objective(self) -> None:
+        """Refuse an objective of which a part would have no effect.
+
+        Raises:
+            InputError: shrinkage where nothing looks at H, or a ridge where no target comes from the dense model.
+        """
+        uses_gram = methods.get(self.method).needs_statistics or self.refit != "none" or self.matches_dense
+        if self.objective.shrinkage and not uses_gram:
+            raise InputError(
+                f"shrinkage acts on statistics, which {self.method} with refit {self.refit} does not use: leave it out"
+            )
+        if self.objective.match_ridge != Objective().match_ridge and not self.matches_dense:
+            raise InputError("match_ridge goes with targets from the dense model: give match_dense too")
+
+    def __post_init__(self) -> None:
+        check_count("min_expert_tokens", self.min_expert_tokens)
+        validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)

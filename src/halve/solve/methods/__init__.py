@@ -1,0 +1,184 @@
+"""The table of pruning methods: one function and one row each, under one contract.
+
+``solve(weight, stats, pattern, options) -> Outcome``: ``weight`` is (d_out, d_in) of any float dtype, finite;
+``stats`` belongs to its inputs; the outcome's weight has the same dtype and device, satisfies ``pattern``, and its
+zeros are +0.0. Methods compute in float32, and trust that their input was checked (``halve.solve.matrix`` does).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from halve.lookup import build_options, find_row
+from halve.maths.pattern import Pattern
+from halve.maths.proximal import has_fast_solver
+from halve.solve.defaults import Defaults
+from halve.solve.methods import alps, auto, magnitude, prox_admm, prox_gradient, ria, sparse_swaps, sparsegpt, wanda
+from halve.solve.outcome import Outcome
+
+
+def _as_published(_options: Any) -> Defaults:
+    return Defaults()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: what the user writes.
+        solve: ``solve(weight, stats, pattern, options) -> Outcome``; ``stats`` may be None if not needed.
+        options: the frozen dataclass that ``solve`` takes.
+        needs_statistics: whether ``stats`` must be given.
+        unstructured: whether it takes patterns such as ``50%`` besides ``N:M``.
+        updates_weights: whether the kept weights differ from the given ones.
+        independent_rows: whether a row's result depends on that row alone, given the pattern, so that matrices with
+            the same inputs may be solved as one.
+        summary: one line for a listing.
+        reference: where the method comes from.
+        defaults: from the options, what goes with the method where the user says nothing.
+    """
+
+    name: str
+    solve: Callable[..., Outcome]
+    options: type[Any]
+    needs_statistics: bool
+    unstructured: bool
+    updates_weights: bool
+    independent_rows: Callable[[Pattern], bool]
+    summary: str
+    reference: str
+    defaults: Callable[[Any], Defaults] = _as_published
+
+
+def _always(_pattern: Pattern) -> bool:
+    return True
+
+
+def _never(_pattern: Pattern) -> bool:
+    return False
+
+
+_ROWS = (
+    Method(
+        "auto",
+        auto.solve,
+        auto.AutoOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=True,
+        independent_rows=has_fast_solver,
+        summary="the best of the below for the pattern and the effort: prox-admm, or alps; with exact swaps for best",
+        reference="Halve; arXiv 2501.18015 and 2406.07831",
+        defaults=auto.defaults,
+    ),
+    Method(
+        "magnitude",
+        magnitude.solve,
+        magnitude.MagnitudeOptions,
+        needs_statistics=False,
+        unstructured=True,
+        updates_weights=False,
+        independent_rows=_always,
+        summary="keep the largest |w| of each group",
+        reference="Mishra et al. 2021, arXiv 2104.08378",
+    ),
+    Method(
+        "wanda",
+        wanda.solve,
+        wanda.WandaOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=False,
+        independent_rows=_always,
+        summary="keep the largest |w| times the root mean square of its input",
+        reference="Sun et al. 2024, arXiv 2306.11695",
+    ),
+    Method(
+        "ria",
+        ria.solve,
+        ria.RIAOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=False,
+        independent_rows=_never,
+        summary="keep the largest share of its row's and column's |w| times the fourth root of H_jj",
+        reference="Zhang et al. 2024, arXiv 2402.13485",
+    ),
+    Method(
+        "sparse-swaps",
+        sparse_swaps.solve,
+        sparse_swaps.SparseSwapsOptions,
+        needs_statistics=True,
+        unstructured=False,
+        updates_weights=False,
+        independent_rows=_always,
+        summary="Wanda's mask, then the best exchange of a kept and a pruned weight, again and again",
+        reference="Zimmer et al. 2025, arXiv 2512.10922",
+    ),
+    Method(
+        "sparsegpt",
+        sparsegpt.solve,
+        sparsegpt.SparseGPTOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=True,
+        independent_rows=_always,
+        summary="column by column, every error compensated by the columns still to come",
+        reference="Frantar and Alistarh 2023, arXiv 2301.00774",
+    ),
+    Method(
+        "alps",
+        alps.solve,
+        alps.ALPSOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=True,
+        independent_rows=_never,
+        summary="ADMM with projections onto the pattern and a growing penalty",
+        reference="Meng et al. 2024, arXiv 2406.07831",
+    ),
+    Method(
+        "prox-gradient",
+        prox_gradient.solve,
+        prox_gradient.ProxGradientOptions,
+        needs_statistics=True,
+        unstructured=False,
+        updates_weights=True,
+        independent_rows=_always,
+        summary="proximal gradient descent with a growing N:M regulariser",
+        reference="Kübler et al. 2025, arXiv 2501.18015, Algorithm 2",
+    ),
+    Method(
+        "prox-admm",
+        prox_admm.solve,
+        prox_admm.ProxADMMOptions,
+        needs_statistics=True,
+        unstructured=False,
+        updates_weights=True,
+        independent_rows=_always,
+        summary="ADMM with the exact proximal operator of the growing N:M regulariser",
+        reference="Halve, after Kübler et al. 2025, arXiv 2501.18015",
+    ),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+
+def get(name: str) -> Method:
+    """Return the method called ``name``.
+
+    Raises:
+        InputError: there is none; the message suggests what may have been meant.
+    """
+    return find_row(METHODS, name, "method")
+
+
+def make_options(method: str | Method, **options: Any) -> Any:
+    """Return the options of ``method``, the ones not given at their defaults.
+
+    Raises:
+        InputError: the method is unknown or has no option of that name, or a value is out of range.
+    """
+    method = get(method) if isinstance(method, str) else method
+    return build_options(method.options, f"method {method.name}", options)

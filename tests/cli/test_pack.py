@@ -1,0 +1,79 @@
+import pytest
+from typer.testing import CliRunner
+
+from halve.cli.app import app
+from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
+from packed_models import edit_tensor, packed, pruned, sums
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def plain(tmp_path):
+    return pruned(tmp_path)
+
+
+def test_pack_check_unpack_check(plain, tmp_path):
+    (plain / "pytorch_model.bin").write_bytes(b"")
+    result = run(app, ["pack", str(plain), "--out", str(tmp_path / "packed")])
+    assert result.exit_code == 0, result.output
+    assert "as they were" in result.stdout
+    assert "note: not taken along, no files of a model: pytorch_model.bin\n" in result.stdout
+    assert "packed: 21 matrices, 0.1 MB of weights are now 0.1 MB (0." in result.stdout
+    (plain / "pytorch_model.bin").unlink()
+    result = run(app, ["check", str(tmp_path / "packed")])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("ok: 21 matrices at 2:4, ")
+    result = run(app, ["unpack", str(tmp_path / "packed"), "--out", str(tmp_path / "back")])
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"restored: {len(sums(plain))} files, each with the sha256 that it had")
+    assert sums(tmp_path / "back") == sums(plain)
+    assert run(app, ["check", str(tmp_path / "back")]).exit_code == 0
+
+
+def test_what_is_left_dense_is_said(plain, tmp_path):
+    for number in range(4):
+        name = f"model.layers.{min(number, 2)}.{'mlp.up_proj' if number < 3 else 'mlp.gate_proj'}.weight"
+        edit_tensor(plain / "model.safetensors", name, lambda tensor: tensor.double())
+    result = run(app, ["pack", str(plain), "--out", str(tmp_path / "packed")])
+    assert result.exit_code == 0, result.output
+    assert "note: left dense, float64 is not packed: " in result.stdout
+    assert "and 1 more" in result.stdout
+
+
+def test_refusals_are_one_sentence_and_leave_nothing(plain, tmp_path):
+    (plain / "halve.json").unlink()
+    result = run(app, ["pack", str(plain), "--out", str(tmp_path / "packed")])
+    assert result.exit_code == EXIT_REFUSED
+    assert "has no halve.json: give the pattern of its matrices (--pattern 2:4)" in result.stderr
+    result = run(app, ["unpack", str(plain), "--out", str(tmp_path / "back")])
+    assert result.exit_code == EXIT_REFUSED
+    assert "is no packed checkpoint" in result.stderr
+    assert not (tmp_path / "packed").exists()
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_damaged_one_fails_the_check(tmp_path):
+    directory = packed(tmp_path)
+    data = bytearray((directory / "packed.safetensors").read_bytes())
+    data[-200] ^= 1
+    (directory / "packed.safetensors").write_bytes(data)
+    result = run(app, ["check", str(directory)])
+    assert result.exit_code == EXIT_FAILED
+    assert "problem: packed.safetensors does not have the sha256" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "compare", "report"])
+def test_other_commands_refuse_a_packed_one_and_say_how_to_go_on(command, tmp_path):
+    directory, text = packed(tmp_path), tmp_path / "text.txt"
+    text.write_text("some words " * 400)
+    data = ["--data", str(text), "--seq-len", "16"]
+    options = {
+        "prune": ["--out", str(tmp_path / "out"), "--method", "magnitude", "--refit", "none"],
+        "eval": data,
+        "compare": [*data, "--calibration", str(text)],
+        "report": [],
+    }[command]
+    result = run(app, [command, str(directory), *options])
+    assert result.exit_code == EXIT_REFUSED, result.output
+    assert f"restore the plain one with `halve unpack {directory} --out DIR`" in result.stderr

@@ -1,0 +1,117 @@
+import io
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from halve.cli import terminal
+from halve.cli.terminal import announce, comparison_table, progress, progress_bar, say, summary_table, warn_of_overlap
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_keeps_count_and_remaining_time_readable(width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    bar = progress_bar(console)
+    bar.add_task("prox-gradient+cg: block 30/30 collect", total=210, completed=150, last="self_attn.q_proj.weight " * 4)
+    console.print(bar.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    for part in ("prox-gradient+cg: block 30/30 collect", "150/210", "-:--:--"):
+        assert part in line
+    assert ("self_attn" in line) == (width == 120)
+
+
+def test_sentences_are_printed_as_they_are_and_stay_on_one_line():
+    console = Console(file=io.StringIO(), width=20, color_system=None)
+    say(console, "x[/y] [bold]not markup[/] " + "long " * 10, label="note")
+    assert console.file.getvalue() == "note: x[/y] [bold]not markup[/] " + "long " * 10 + "\n"
+
+
+def test_a_terminal_breaks_sentences_between_words():
+    console = Console(file=io.StringIO(), width=20, color_system=None, force_terminal=True)
+    say(console, "several words that fill two lines")
+    assert [line.rstrip() for line in console.file.getvalue().splitlines()] == ["several words that", "fill two lines"]
+
+
+def test_a_plan_names_the_parameters_that_stay_dense_if_they_are_few(capsys):
+    excluded = [SimpleNamespace(name=f"norm{i}", reason="not a matrix") for i in range(4)]
+    excluded += [SimpleNamespace(name="lm_head.weight", reason="outside the blocks")]
+    plan = SimpleNamespace(matrices=[1, 2], blocks=["b"], excluded=excluded)
+    with progress() as show:
+        show(SimpleNamespace(plan=plan, phase="plan", blocks=1, matrix=None))
+    plan_line = capsys.readouterr().err.splitlines()[-1]
+    assert plan_line == (
+        "plan: 2 matrices in 1 blocks; left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
+    )
+
+
+def test_text_that_is_calibrated_and_evaluated_on_is_warned_of(capsys):
+    mine, other = SimpleNamespace(source="a.txt"), SimpleNamespace(source="b.txt")
+    warn_of_overlap(mine, [other])
+    assert capsys.readouterr().err == ""
+    warn_of_overlap(mine, [other, mine])
+    assert "a.txt is both calibrated on and evaluated on" in capsys.readouterr().err
+
+
+def test_the_table_marks_failures_and_fallbacks():
+    score = SimpleNamespace(source="/a/text.txt", windows=2, seq_len=16, dtype="float32", value=12.345)
+    dense = SimpleNamespace(
+        name="dense", perplexities=[score], mean_relative_loss=None, seconds=0.0, fallbacks=0, error=""
+    )
+    fell = SimpleNamespace(**{**vars(dense), "name": "wanda", "fallbacks": 3, "mean_relative_loss": 0.01234})
+    failed = SimpleNamespace(**{**vars(dense), "name": "sparsegpt", "perplexities": [], "error": "no"})
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(comparison_table([dense, fell, failed], "2:4"))
+    printed = console.file.getvalue()
+    for part in ("perplexity text.txt", "12.35", "wanda (3 fallbacks)", "0.0123", "failed", "2 windows of 16 tokens"):
+        assert part in printed
+
+
+def matrix(name, loss=None, status="ok"):
+    return SimpleNamespace(name=name, facts={} if loss is None else {"relative_loss": loss}, status=status)
+
+
+def printed(table, width):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_summary_names_the_worst_of_every_kind(width):
+    matrices = [
+        matrix("model.layers.0.mlp.down_proj.weight", 0.01),
+        matrix("model.layers.1.mlp.down_proj.weight", 0.03),
+        matrix("model.layers.2.mlp.down_proj.weight", status="fell_back"),
+        matrix("model.layers.0.self_attn.q_proj.weight"),
+    ]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in printed(summary_table(SimpleNamespace(matrices=matrices)), width).splitlines()
+    ]
+    assert ["mlp.down_proj", "3", "0.0200", "0.0300", "1", "1"] in rows
+    assert ["self_attn.q_proj", "1", "", "", "", ""] in rows
+
+
+@pytest.mark.parametrize(("phase", "words"), [("generate", "writes its calibration text"), ("evaluate", "perplexity")])
+def test_what_takes_long_outside_the_blocks_is_announced(capsys, phase, words):
+    with progress() as show:
+        show(SimpleNamespace(plan=None, phase=phase, blocks=0, matrix=None))
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("load", [90.0, 0.0])
+def test_before_measuring_a_busy_machine_is_warned_of(capsys, monkeypatch, load):
+    monkeypatch.setattr(terminal.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    announce("measure")
+    said = capsys.readouterr().err
+    assert "measuring which matrices are faster" in said
+    assert ("warning: the load is 90.00 on" in said) is (load > 1)
+
+
+def test_a_pipe_gets_whole_tables():
+    code = "from rich.table import Table; from halve.cli.terminal import out; out.print(Table('a' * 120, 'b' * 120))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "a" * 120 in printed
+    assert "b" * 120 in printed

@@ -1,0 +1,312 @@
+import pytest
+import torch
+from torch import nn
+
+from halve.errors import CalibrationError, UnsupportedModelError
+from halve.maths.pattern import Pattern
+from halve.model import blocks
+from halve.model.collect import Collector, observe
+from halve.model.layers import find_stack, make_plan
+from models import DECODERS, MIXTURES, decoder, tokens
+
+CPU = torch.device("cpu")
+
+
+def collect_first_block(model, batches, skip=()):
+    """Statistics of block 0, and the float64 inputs that plain hooks see in the whole model."""
+    name, stack = find_stack(model)
+    members = list(stack)
+    short = blocks.probe_batch(batches[0])
+    with blocks.eager_experts(model):
+        returns = blocks.verify_replay(model, members, short)
+        observed = observe(model, members, lambda: blocks.run_model(model, short))
+        plan = make_plan(model, Pattern("2:4"), observed.layouts, skip)
+        stream = blocks.capture(model, members, batches, returns)
+        collector = Collector(members[0], plan.blocks[0], plan.of_block(0), CPU)
+        with collector.watching():
+            for batch in range(len(batches)):
+                collector.start_batch(stream.valid[batch])
+                blocks.run_block(members[0], stream.hidden[batch], stream.calls[0][batch])
+    assert plan.blocks[0] == f"{name}.0"
+    return plan, collector.finish()
+
+
+def inputs_of_linears(model, plan, batches):
+    """The oracle: every plain matrix's inputs in the model's own forward, in float64."""
+    seen = {}
+    hooks = []
+    for matrix in plan.of_block(0):
+        if matrix.expert is None:
+            module = model.get_submodule(matrix.parameter.rpartition(".")[0])
+
+            def note(_module, args, name=matrix.name):
+                seen.setdefault(name, []).append(args[0].detach().double().flatten(0, -2))
+
+            hooks.append(module.register_forward_pre_hook(note))
+    for batch in batches:
+        blocks.run_model(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_gram_equals_the_float64_reference(family):
+    model = decoder(family)
+    batches = [{"input_ids": tokens(4, seed=1)}, {"input_ids": tokens(3, seed=2)}]
+    plan, statistics = collect_first_block(model, batches)
+    for name, x in inputs_of_linears(model, plan, batches).items():
+        expected = x.T @ x / len(x)
+        got = statistics[name]
+        assert got.tokens == len(x) == 7 * 24
+        torch.testing.assert_close(got.gram.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_matrices_with_the_same_input_share_their_statistics():
+    _, statistics = collect_first_block(decoder("llama"), [{"input_ids": tokens()}, {"input_ids": tokens(seed=1)}])
+    by_leaf = {name.split(".")[-2]: value for name, value in statistics.items()}
+    assert by_leaf["q_proj"] is by_leaf["k_proj"] is by_leaf["v_proj"]
+    assert by_leaf["gate_proj"] is by_leaf["up_proj"]
+    assert len({id(value) for value in by_leaf.values()}) == 4
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_get_the_tokens_routed_to_them(family):
+    model = decoder(family)
+    batches = [{"input_ids": tokens(4, seed=1)}]
+    plan, statistics = collect_first_block(model, batches)
+    layer = find_stack(model)[1][0]
+    experts = layer.mlp.experts
+    received = {}
+    hook = experts.register_forward_pre_hook(lambda _m, args: received.update(x=args[0], index=args[1]))
+    with blocks.eager_experts(model):
+        blocks.run_model(model, batches[0])
+    hook.remove()
+    counted = 0
+    for matrix in plan.of_block(0):
+        if matrix.expert is None:
+            continue
+        rows = (received["index"] == matrix.expert).any(-1)
+        x = received["x"][rows].double()
+        if matrix.parameter.endswith("down_proj"):
+            gate, up = (x @ experts.gate_up_proj[matrix.expert].double().T).chunk(2, dim=-1)
+            x = experts.act_fn(gate) * up
+        got = statistics[matrix.name]
+        counted += got.tokens
+        torch.testing.assert_close(got.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert counted == 2 * 2 * 96  # two matrices, two experts a token
+
+
+def test_an_expert_that_no_token_reaches_has_no_statistics():
+    # One token reaches two of four experts.
+    plan, statistics = collect_first_block(decoder("mixtral"), [{"input_ids": tokens(1, length=1)}])
+    experts = [statistics[m.name] for m in plan.of_block(0) if m.expert is not None]
+    assert sum(value is None for value in experts) == 4
+    assert [value.tokens for value in experts if value is not None] == [1] * 4
+
+
+def test_padding_is_not_counted():
+    model = decoder("llama")
+    ids = tokens(2, length=24)
+    padded = torch.cat([ids, torch.zeros(2, 8, dtype=torch.long)], dim=1)
+    mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 8, dtype=torch.long)], dim=1)
+    _, plain = collect_first_block(model, [{"input_ids": ids}])
+    _, masked = collect_first_block(model, [{"input_ids": padded, "attention_mask": mask}])
+    for name, value in plain.items():
+        assert masked[name].tokens == value.tokens == 48
+        torch.testing.assert_close(masked[name].gram, value.gram, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_with_experts_is_refused():
+    mask = torch.ones(4, 24, dtype=torch.long)
+    mask[0, 20:] = 0
+    with pytest.raises(CalibrationError, match="pack the data without padding"):
+        collect_first_block(decoder("mixtral"), [{"input_ids": tokens(4), "attention_mask": mask}])
+
+
+class Attention(nn.Module):
+    """A block whose output projection is used without being called (F.linear inside MultiheadAttention)."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.up(self.attention(x, x, x, need_weights=False)[0])
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_weight_used_without_calling_its_layer_is_an_error_not_zeros():
+    batch = {"x": torch.randn(2, 5, 8)}
+    with pytest.raises(UnsupportedModelError, match=r"out_proj\.weight was never called"):
+        collect_first_block(Stack(), [batch])
+    _, statistics = collect_first_block(Stack(), [batch], skip=["*out_proj*"])
+    assert list(statistics) == ["layers.0.up.weight"]
+
+
+class TransposedExperts(nn.Module):
+    """Experts stored as (E, d_in, d_out), all multiplied at once or one after the other."""
+
+    def __init__(self, batched):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 8, 8) / 4)
+        self.batched = batched
+
+    def forward(self, x):
+        if self.batched:
+            return x + torch.bmm(x.flatten(0, 1).expand(3, -1, -1), self.w).sum(0).view_as(x)
+        return x + sum(x @ self.w[e] for e in range(3))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_transposed_square_experts_are_told_from_straight_ones(batched):
+    model = Stack()
+    model.layers = nn.ModuleList([TransposedExperts(batched), TransposedExperts(batched)])
+    x = torch.randn(2, 5, 8)
+    plan, statistics = collect_first_block(model, [{"x": x}])
+    assert {matrix.layout for matrix in plan.matrices} == {"in_out"}
+    flat = x.flatten(0, 1)
+    for matrix in plan.of_block(0):
+        torch.testing.assert_close(statistics[matrix.name].gram, flat.T @ flat / 10)
+
+
+class ListedExperts(nn.Module):
+    """Experts in a module list, each called with the rows routed to it, be there none."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x):
+        which = (x.sum(-1) > 0).long()
+        parts = [expert(x[which == index]) for index, expert in enumerate(self.experts)]
+        out = x.clone()
+        for index, part in enumerate(parts):
+            out[which == index] = part
+        return out
+
+
+def test_an_expert_called_with_no_rows_counts_as_unseen():
+    model = Stack()
+    model.layers = nn.ModuleList([ListedExperts(), ListedExperts()])
+    _, statistics = collect_first_block(model, [{"x": torch.randn(2, 50, 8)}])
+    seen = [value.tokens if value else 0 for value in statistics.values()]
+    assert seen[0] + seen[1] == 100
+    assert seen[2] == 0
+
+
+def test_observe_lists_the_layers_that_were_called():
+    model = Stack()
+    observed = observe(model, list(model.layers), lambda: model(torch.randn(2, 5, 8)))
+    assert observed.called == {"layers.0.up.weight", "layers.1.up.weight"}
+
+
+class Branches(nn.Module):
+    """A block with two matrices that share their input, and one behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.behind = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.behind(torch.tanh(self.one(x)) * torch.tanh(self.two(x)))
+
+
+def collector_of(model, *, halves=False):
+    members = list(model.layers)
+    observed = observe(model, members, lambda: model(torch.randn(2, 5, 8)))
+    plan = make_plan(model, Pattern("2:4"), observed.layouts, ())
+    return Collector(members[0], plan.blocks[0], plan.of_block(0), CPU, halves=halves)
+
+
+def branches():
+    model = Stack()
+    model.layers = nn.ModuleList([Branches(), Branches()])
+    return model
+
+
+def inputs_by_leaf(block, x):
+    x = x.double().flatten(0, -2)
+    one, two = block.one.weight.double(), block.two.weight.double()
+    inner = torch.tanh(x @ one.T + block.one.bias.double()) * torch.tanh(x @ two.T + block.two.bias.double())
+    return {"one": x, "two": x, "behind": inner}
+
+
+def two_streams(batches=3):
+    generator = torch.Generator().manual_seed(0)
+    dense = [torch.randn(2, 5, 8, generator=generator) for _ in range(batches)]
+    return dense, [x + 0.5 * torch.randn(x.shape, generator=generator) for x in dense]
+
+
+@torch.no_grad()
+def collect_both(block, collector, dense, pruned, valid=None):
+    with collector.watching():
+        for x, noisy in zip(dense, pruned, strict=True):
+            collector.start_batch(valid, dense=True)
+            block(x)
+            collector.start_batch(valid)
+            block(noisy)
+    return collector.finish()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dense_batches_are_paired_with_those_of_the_pruned_model(masked):
+    model = branches()
+    block, collector = model.layers[0], collector_of(model)
+    dense, pruned = two_streams()
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    if masked:
+        valid[0, 1:3] = False
+    statistics = collect_both(block, collector, dense, pruned, valid if masked else None)
+    kept = valid.flatten().repeat(len(dense))
+    mine, theirs = inputs_by_leaf(block, torch.cat(pruned)), inputs_by_leaf(block, torch.cat(dense))
+    for leaf, noisy in mine.items():
+        got = statistics[f"layers.0.{leaf}.weight"]
+        noisy, x = noisy[kept], theirs[leaf][kept]  # noqa: PLW2901 - only those that count
+        assert got.tokens == len(noisy) == (24 if masked else 30)
+        torch.testing.assert_close(got.gram.double(), noisy.T @ noisy / len(x), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(got.cross.double(), x.T @ noisy / len(x), rtol=1e-4, atol=1e-6)
+        assert float((got.cross - got.gram).abs().max()) > 0.01
+        assert got.halves is None
+    assert statistics["layers.0.one.weight"] is statistics["layers.0.two.weight"]
+
+
+def test_batches_without_dense_ones_are_as_ever():
+    model = branches()
+    block, collector = model.layers[0], collector_of(model)
+    dense, pruned = two_streams()
+    with_dense = collect_both(block, collector, dense, pruned)
+    alone = collector_of(model)
+    with torch.no_grad(), alone.watching():
+        for noisy in pruned:
+            alone.start_batch(None)
+            block(noisy)
+    for name, value in alone.finish().items():
+        assert value.cross is None
+        assert value.halves is None
+        assert torch.equal(value.gram, with_dense[name].gram)
+
+
+def test_halves_of_every_batch_reach_the_statistics():
+    model = branches()
+    block, collector = model.layers[0], collector_of(model, halves=True)
+    dense, pruned = two_streams()
+    statistics = collect_both(block, collector, dense, pruned)
+    for leaf in ("one", "behind"):
+        firsts = torch.cat([inputs_by_leaf(block, x)[leaf][:5] for x in pruned])
+        seconds = torch.cat([inputs_by_leaf(block, x)[leaf][5:] for x in pruned])
+        got = statistics[f"layers.0.{leaf}.weight"]
+        for half, x in zip(got.halves, (firsts, seconds), strict=True):
+            torch.testing.assert_close(half.double(), x.T @ x / 15, rtol=1e-4, atol=1e-6)
+        assert got.cross is not None

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from torch import nn
+
+from halve.errors import InputError, UnsupportedModelError
+from halve.maths.pattern import Pattern
+from halve.model.layers import find_stack, make_plan, place_of, set_matrix
+from models import DECODERS, MIXTURES, bert, decoder, vit
+
+PATTERN = Pattern("2:4")
+
+
+def fused_layouts(model, layout="out_in"):
+    return {name: layout for name, parameter in model.named_parameters() if parameter.ndim == 3}
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_every_matrix_parameter_is_planned_or_excluded_with_a_reason(family):
+    model = decoder(family)
+    plan = make_plan(model, PATTERN, fused_layouts(model))
+    accounted = {matrix.parameter for matrix in plan.matrices} | {entry.name for entry in plan.excluded}
+    assert accounted == {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    planned = sum(matrix.d_out * matrix.d_in for matrix in plan.matrices)
+    dense = sum(torch.Size(entry.shape).numel() for entry in plan.excluded)
+    assert planned + dense == sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    assert all(entry.reason for entry in plan.excluded)
+    assert len(plan.blocks) == 3
+    assert {matrix.block for matrix in plan.matrices} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_fused_experts_are_one_matrix_each_and_routers_stay_dense(family):
+    model = decoder(family)
+    plan = make_plan(model, PATTERN, fused_layouts(model))
+    experts = [matrix for matrix in plan.matrices if matrix.expert is not None]
+    assert len(experts) == 3 * 2 * 4  # blocks, gate_up and down, experts
+    assert all(matrix.routed for matrix in experts)
+    assert any("Router" in entry.reason for entry in plan.excluded)
+
+
+def test_a_fused_parameter_nobody_saw_in_use_is_refused_unless_skipped():
+    model = decoder("mixtral")
+    with pytest.raises(UnsupportedModelError, match=r"experts\.gate_up_proj has shape .* leave it dense with skip"):
+        make_plan(model, PATTERN, {})
+    plan = make_plan(model, PATTERN, {}, skip=["*experts*"])
+    assert {entry.reason for entry in plan.excluded if "experts" in entry.name} == {"skipped on request"}
+
+
+def test_fused_parameters_are_left_dense_where_no_layouts_are_to_be_had():
+    plan = make_plan(decoder("mixtral"), PATTERN, None)
+    reasons = {entry.reason for entry in plan.excluded if "experts" in entry.name}
+    assert reasons == {"experts in one parameter, which the model's own code multiplies"}
+    assert {place_of(matrix.name)[1] for matrix in plan.matrices} == {f"self_attn.{name}_proj" for name in "qkvo"}
+
+
+def test_a_matrix_is_left_dense_for_the_reason_given():
+    model = decoder("mixtral")
+
+    def why(matrix):
+        return f"{matrix.d_out} outputs" if matrix.d_out in (16, 64) else ""  # of k, v and up, gate together: 128
+
+    plan = make_plan(model, PATTERN, fused_layouts(model), ["*v_proj*"], why)
+    reasons = {entry.name.split(".", 3)[-1]: entry.reason for entry in plan.excluded}
+    assert reasons["self_attn.k_proj.weight"] == "16 outputs"
+    assert reasons["self_attn.v_proj.weight"] == "skipped on request"
+    assert {matrix.d_out for matrix in plan.matrices} == {32, 128}
+    with pytest.raises(InputError, match=r"nothing to prune: .*slow"):
+        make_plan(model, PATTERN, fused_layouts(model), (), lambda matrix: "slow")
+
+
+def test_conv1d_is_seen_as_out_by_in():
+    model = decoder("gpt2")
+    matrix = next(m for m in make_plan(model, PATTERN, {}).matrices if m.name.endswith("mlp.c_fc.weight"))
+    parameter = model.get_parameter(matrix.parameter)
+    assert parameter.shape == (32, 128)
+    assert (matrix.d_out, matrix.d_in, matrix.layout) == (128, 32, "in_out")
+    weight = torch.randn(128, 32)
+    set_matrix(parameter, matrix, weight)
+    assert torch.equal(parameter.data, weight.T)
+    assert torch.equal(matrix.view(parameter.data), weight)
+
+
+def test_encoders_and_vision_transformers_are_found():
+    for model in (bert(), vit()):
+        plan = make_plan(model, PATTERN, {})
+        assert len(plan.blocks) == 3
+        assert len(plan.matrices) == 18
+
+
+def test_a_dimension_that_does_not_divide_is_excluded_with_its_size():
+    model = decoder("llama", intermediate_size=66)
+    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, {}).excluded}
+    assert reasons["model.layers.0.mlp.down_proj.weight"] == "d_in = 66 is not divisible by 4"
+
+
+def test_nothing_left_to_prune_and_unmatched_skips_are_refused():
+    model = decoder("llama")
+    with pytest.raises(InputError, match="nothing to prune"):
+        make_plan(model, PATTERN, {}, skip=["*"])
+    with pytest.raises(InputError, match="'\\*q_porj\\*' matches no parameter"):
+        make_plan(model, PATTERN, {}, skip=["*q_porj*"])
+
+
+def test_encoder_decoders_and_shapeless_models_are_refused():
+    model = decoder("llama")
+    model.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        find_stack(model)
+    with pytest.raises(UnsupportedModelError, match="no list of blocks"):
+        find_stack(nn.Linear(4, 4))
+
+
+def test_quantised_weights_are_refused_and_shared_ones_left_alone():
+    model = decoder("llama")
+    layer = model.model.layers[0].self_attn
+    layer.k_proj.weight = layer.v_proj.weight
+    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, {}).excluded}
+    assert reasons["model.layers.0.self_attn.k_proj.weight"] == "shared with another module"
+    layer.q_proj.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"q_proj\.weight is torch\.int8"):
+        make_plan(model, PATTERN, {})
+
+
+def test_convolutions_gates_and_nested_expert_lists():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 4)
+            self.gate = nn.Linear(8, 1)
+            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+            self.table = nn.Parameter(torch.zeros(4, 4))
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(), Block()])
+    plan = make_plan(model, PATTERN, {})
+    assert [m.name for m in plan.of_block(1)] == ["layers.1.experts.0.weight", "layers.1.experts.1.weight"]
+    assert all(m.routed for m in plan.matrices)
+    reasons = {e.name.removeprefix("layers.0."): e.reason for e in plan.excluded}
+    assert reasons["conv.weight"] == "convolution"
+    assert reasons["gate.weight"] == "one output: a gate"
+    assert reasons["table"] == "not the weight of a linear layer (Block.table)"
+
+
+def test_a_linear_router_beside_its_experts_stays_dense():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(8, 3)
+            self.up = nn.Linear(8, 8)
+            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Mixture(), Mixture()])
+    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, {}).excluded}
+    assert reasons == {
+        "layers.0.router.weight": "as many outputs as experts beside it: a router",
+        "layers.1.router.weight": "as many outputs as experts beside it: a router",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", (3, "self_attn.q_proj")),
+        ("transformer.h.11.attn.c_attn.weight", (11, "attn.c_attn")),
+        ("model.layers.2.mlp.experts.gate_up_proj[5]", (2, "mlp.experts.gate_up_proj")),
+        ("model.layers.2.mlp.experts.7.down_proj.weight", (2, "mlp.experts.down_proj")),
+        ("0.fc.weight", (0, "fc")),
+        ("head.weight", (None, "head.weight")),
+        ("model.layers.3.self_attn.indexer.weights_proj.weight", (3, "self_attn.indexer.weights_proj")),
+        ("model.layers.1.mlp.weight[3]", (1, "mlp")),
+    ],
+)
+def test_block_and_kind_are_read_off_the_name(name, place):
+    assert place_of(name) == place

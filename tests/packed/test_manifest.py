@@ -1,0 +1,134 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from halve.checkpoint.shards import build_header
+from halve.errors import CorruptFileError, UnsupportedModelError
+from halve.packed.manifest import File, Manifest, PackedTensor, PlainShard, read_manifest
+
+SUM = "0" * 64
+HEADER = build_header([("a", torch.bfloat16, (8, 16)), ("é", torch.float32, (2,))])[8:]
+SIZE = 8 + len(HEADER) + 2 * 8 * 16 + 4 * 2
+INDEX = b'{"weight_map": {"a": "model-1.safetensors", "\xc3\xa9": "model-1.safetensors"}}\n'
+
+
+def manifest(**changes):
+    made = Manifest(
+        {"a": PackedTensor("2:4", (8, 16), torch.bfloat16, "out_in")},
+        {"b": "a reason"},
+        (PlainShard("model.safetensors", "packed.safetensors", HEADER, File(SIZE, SUM)),),
+        None,
+        "",
+        {"config.json": File(1, SUM), "packed.safetensors": File(2, SUM)},
+    )
+    return replace(made, **changes)
+
+
+def indexed(**changes):
+    shard = PlainShard("model-1.safetensors", "packed.safetensors", HEADER, File(SIZE, SUM))
+    return manifest(shards=(shard,), index=INDEX, index_sha256=SUM, **changes)
+
+
+def written(tmp_path, made, **changes):
+    path = tmp_path / "halve-packed.json"
+    path.write_bytes(made.to_bytes())
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+@pytest.mark.parametrize("made", [manifest(), indexed()])
+def test_comes_back_as_it_was_written(made, tmp_path):
+    found = read_manifest(written(tmp_path, made))
+    assert found == made
+    (shard,) = found.plain_shards(tmp_path)
+    assert (shard.header[8:], [entry.name for entry in shard.tensors]) == (HEADER, ["a", "é"])
+
+
+def test_names_what_is_restored():
+    assert set(manifest().restored()) == {"config.json", "model.safetensors"}
+    assert indexed().restored()["model.safetensors.index.json"] == File(len(INDEX), SUM)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": 1}, "its format is 1, not 'halve-packed'"),
+        ({"version": 0}, "its version is 0"),
+        ({"version": "1"}, "its version is '1'"),
+        ({"more": 1}, "a key is missing, not known"),
+        ({"matrices": []}, "wrong type"),
+        ({"left_dense": {"a": 1}}, "wrong type"),
+        ({"index": {"text": 1, "sha256": SUM}}, "wrong type"),
+        ({"shards": []}, "wrong type"),
+        ({"shards": [1]}, "the entry 1 under 'shards' is not one"),
+        ({"shards": [{"name": "model.safetensors", "packed": "p", "header": "{}", "size": 1}]}, "'model.safetensors'"),
+        ({"matrices": {"a": {"pattern": "2:4"}}}, "the entry of matrix 'a' is {'pattern'"),
+        (
+            {"matrices": {"a": {"pattern": "2:4", "shape": [8, 18], "dtype": "BF16", "layout": "out_in"}}},
+            "matrix 'a': pattern 2:4 needs d_in divisible by 4",
+        ),
+        ({"matrices": {"a": {"pattern": "2:4", "shape": [8, 16], "dtype": "BF16", "layout": "up"}}}, "matrix 'a' is"),
+        ({"files": {}}, "'packed.safetensors' is not the name of a packed file that it lists"),
+        ({"files": {"config.json": 1}}, "the entry of file 'config.json' is 1"),
+        ({"files": {"packed.safetensors": {"size": True, "sha256": SUM}}}, "the entry of file"),
+        ({"files": {"packed.safetensors": {"size": 1, "sha256": "x"}}}, "the entry of file"),
+    ],
+)
+def test_anything_else_is_refused_in_one_sentence(changes, says, tmp_path):
+    with pytest.raises(CorruptFileError, match=r"halve-packed\.json is malformed") as caught:
+        read_manifest(written(tmp_path, manifest(), **changes))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_newer_version_asks_for_a_newer_halve(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"version 2 of the packed format, .* reads 1: upgrade"):
+        read_manifest(written(tmp_path, manifest(), version=2, anything=None))
+
+
+def test_half_of_a_surrogate_pair_is_refused(tmp_path):
+    path = written(tmp_path, indexed())
+    path.write_text(path.read_text().replace('"text": "{', '"text": "\\ud800{'))
+    with pytest.raises(CorruptFileError, match="surrogate"):
+        read_manifest(path)
+
+
+def two(first, second):
+    shards = tuple(PlainShard(*names, HEADER, File(SIZE, SUM)) for names in (first, second))
+    files = {shard.packed: File(1, SUM) for shard in shards}
+    return indexed(files={"config.json": File(1, SUM), **files}), shards
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("a.safetensors", "packed-1"), ("a.safetensors", "packed-2")),
+        (("a.safetensors", "packed-1"), ("b.safetensors", "packed-1")),
+        (("config.json", "packed-1"), ("b.safetensors", "packed-2")),
+        (("model.safetensors.index.json", "packed-1"), ("b.safetensors", "packed-2")),
+        (("halve-packed.json", "packed-1"), ("b.safetensors", "packed-2")),
+    ],
+)
+def test_no_file_is_written_over_another(first, second, tmp_path):
+    made, shards = two(first, second)
+    with pytest.raises(CorruptFileError, match="two files have the same name"):
+        read_manifest(written(tmp_path, replace(made, shards=shards)))
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (replace(manifest(), shards=indexed().shards), "the weight files in .* are not those of its index"),
+        (replace(indexed(), shards=manifest().shards), "the weight files in .* are not those of its index"),
+        (replace(indexed(), index=INDEX.replace(b'"a"', b'"c"')), "says that tensor 'c' is in model-1"),
+        (replace(indexed(), index=INDEX.replace(b"model-1", b"../model")), "is not a plain"),
+        (replace(indexed(), index=b"[]"), "its JSON is a list"),
+        (manifest(shards=(PlainShard("model.safetensors", "p", HEADER, File(SIZE + 1, SUM)),)), "its tensors end"),
+        (manifest(shards=(PlainShard("model.safetensors", "p", b"[]", File(SIZE, SUM)),)), "its JSON is a list"),
+    ],
+)
+def test_headers_and_index_must_agree(made, says, tmp_path):
+    with pytest.raises(CorruptFileError, match=says):
+        made.plain_shards(tmp_path)

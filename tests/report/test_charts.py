@@ -1,0 +1,100 @@
+from dataclasses import replace
+
+import pytest
+from plotly import graph_objects
+
+from halve.report import charts
+from halve.report.facts import BlockFacts, read_run
+from reported import fallen_back, write_record
+
+
+@pytest.fixture
+def run(tmp_path):
+    return read_run(write_record(tmp_path))
+
+
+def assert_sound(figure):
+    """Plotly's own schema accepts the figure."""
+    graph_objects.Figure(figure)
+
+
+def test_every_kind_is_a_series_of_its_own_colour_and_marker(run):
+    figure = charts.loss_by_layer(run)
+    assert_sound(figure)
+    one, other = figure["data"]
+    assert (one["name"], other["name"]) == ("self_attn.q_proj", "mlp.down_proj")
+    assert one["x"] == other["x"] == [0, 1, 2]
+    assert other["y"] == pytest.approx([0.11, 0.21, 0.31])
+    assert one["marker"]["symbol"] != other["marker"]["symbol"]
+    assert one["marker"]["color"] != other["marker"]["color"]
+    assert "relative loss 0.10000<br>before the refit 0.12000" in one["text"][0]
+    assert "64 tokens" in one["text"][0]
+
+
+def test_names_cannot_bring_markup(run):
+    nasty = replace(run.matrices[0], name="<a href='x'>", kind="<b>k</b>", method="<i>")
+    figure = charts.loss_by_layer(replace(run, matrices=(nasty,)))
+    assert "<a" not in figure["data"][0]["text"][0]
+    assert "<i" not in figure["data"][0]["text"][0]
+    assert figure["data"][0]["name"] == "&lt;b&gt;k&lt;/b&gt;"
+
+
+def test_fallbacks_are_crosses_on_top(run, tmp_path):
+    fallen = read_run(write_record(tmp_path, **fallen_back(run.directory)))
+    figure = charts.loss_by_layer(fallen)
+    assert_sound(figure)
+    last = figure["data"][-1]
+    assert (last["name"], last["x"], last["marker"]["symbol"]) == ("fell back", [1], "x")
+    assert last["y"] == pytest.approx([0.21])
+    assert "it &lt;b&gt;failed" in last["text"][0]
+
+
+def test_the_experts_of_a_block_are_one_point(run):
+    experts = [replace(run.matrices[0], name=f"e[{i}]", kind="experts", loss=0.1 * (i + 1)) for i in range(3)]
+    (series,) = charts.loss_by_layer(replace(run, matrices=tuple(experts)))["data"]
+    assert series["y"] == pytest.approx([0.2])
+    assert "measured on 3 of 3 matrices" in series["text"][0]
+    assert "0.10000 to 0.30000 (e[2])" in series["text"][0]
+
+
+def test_an_expert_that_was_not_measured_is_told(run):
+    experts = [replace(run.matrices[0], name=f"e[{i}]", kind="experts", loss=0.1 if i else None) for i in range(3)]
+    (series,) = charts.loss_by_layer(replace(run, matrices=tuple(experts)))["data"]
+    assert "measured on 2 of 3 matrices" in series["text"][0]
+
+
+def test_without_losses_there_is_no_chart(run):
+    none = replace(run, matrices=tuple(replace(matrix, loss=None) for matrix in run.matrices))
+    assert charts.loss_by_layer(none) is None
+    assert charts.losses_of_runs({"a": none}) is None
+    assert charts.bars({}, "s") is None
+    assert charts.reconstruction(run) is None
+
+
+def test_a_block_index_is_never_a_fraction(run):
+    many = [replace(run.matrices[0], block=block) for block in range(100)]
+    axis = charts.loss_by_layer(replace(run, matrices=tuple(many)))["layout"]["xaxis"]
+    assert axis["dtick"] == 8
+    assert charts.loss_by_layer(run)["layout"]["xaxis"]["dtick"] == 1
+
+
+def test_reconstruction_before_and_after(run):
+    figure = charts.reconstruction(replace(run, blocks=(BlockFacts("b0", 0.2, 0.1, undone=False),)))
+    assert_sound(figure)
+    assert [(series["name"], series["y"]) for series in figure["data"]] == [("before", [0.2]), ("after", [0.1])]
+
+
+def test_bars_keep_their_order_from_the_top():
+    figure = charts.bars({"load": 1.0, "solve": 3.0}, "seconds")
+    assert_sound(figure)
+    assert figure["layout"]["yaxis"]["autorange"] == "reversed"
+    assert figure["data"][0]["y"] == ["load", "solve"]
+
+
+def test_runs_are_compared_by_their_mean(run):
+    half = replace(run, matrices=tuple(replace(matrix, loss=matrix.loss / 2) for matrix in run.matrices))
+    figure = charts.losses_of_runs({"a": run, "b": half})
+    assert_sound(figure)
+    assert [series["name"] for series in figure["data"]] == ["a", "b"]
+    assert figure["data"][0]["y"] == pytest.approx([0.105, 0.205, 0.305])
+    assert figure["data"][1]["y"] == pytest.approx([0.0525, 0.1025, 0.1525])

@@ -1,0 +1,83 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from halve.errors import CorruptFileError, HalveError
+from halve.evaluation.perplexity import Perplexity
+from halve.report.measured import add_perplexity, measured_json, read_measured, write_measured
+from halve.run.events import MatrixReport, RunReport
+from halve.solve.outcome import Status
+
+SCORE = Perplexity(12.5, 3, 64, "float32", "a/text.txt", "00ff", 1.0, 2.5, "")
+
+
+def report():
+    facts = [{"seconds": 0.25, "relative_loss": 0.1}, {"relative_loss": 0.2}]
+    matrices = [
+        MatrixReport(name, name, None, (4, 8), "out_in", "wanda", "wanda", "cg", Status.OK, "", fact)
+        for name, fact in zip("ab", facts, strict=True)
+    ]
+    return RunReport(tuple(matrices), (), 2, {"solve": 1.5}, (), None, 1, {"solve": 1000}, {})
+
+
+def test_what_is_written_is_read(tmp_path):
+    content = measured_json(report())
+    write_measured(tmp_path, content)
+    assert read_measured(tmp_path) == content
+    assert content["seconds"] == {"solve": 1.5}
+    assert content["peak_memory"] == {"solve": 1000}
+    assert content["matrix_seconds"] == {"a": 0.25}
+    assert content["resumed_blocks"] == 1
+
+
+def test_a_checkpoint_without_the_file_has_measured_nothing(tmp_path):
+    assert read_measured(tmp_path) == {"format": 1, "perplexity": []}
+
+
+def test_perplexities_of_the_same_windows_are_replaced_and_others_kept(tmp_path):
+    write_measured(tmp_path, measured_json(report()))
+    add_perplexity(tmp_path, (SCORE,), (replace(SCORE, value=20.0),))
+    shorter = replace(SCORE, tokens_sha256="aa", windows=1, value=30.0)
+    add_perplexity(tmp_path, (), (shorter,))
+    add_perplexity(tmp_path, (SCORE,), (replace(SCORE, value=21.0),))
+    found = read_measured(tmp_path)
+    assert [(entry["before"], entry["after"]) for entry in found["perplexity"]] == [(None, 30.0), (12.5, 21.0)]
+    add_perplexity(tmp_path, (), (replace(SCORE, value=22.0),))
+    last = read_measured(tmp_path)["perplexity"][-1]
+    assert (last["before"], last["before_nll"], last["dtype_before"], last["after"]) == (12.5, 2.5, "float32", 22.0)
+    assert found["seconds"] == {"solve": 1.5}
+    assert {"source", "seq_len", "windows", "dtype", "tokens_sha256"} <= found["perplexity"][0].keys()
+
+
+def test_a_perplexity_that_is_not_finite_is_null(tmp_path):
+    add_perplexity(tmp_path, (), (replace(SCORE, value=float("inf")),))
+    (entry,) = read_measured(tmp_path)["perplexity"]
+    assert (entry["after"], entry["after_nll"]) == (None, 2.5)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"format": 2},
+        {"seconds": {"solve": "fast"}},
+        {"seconds": [1.0]},
+        {"peak_memory": {"solve": None}},
+        {"matrix_seconds": {"a": float("nan")}},
+        {"seconds": {"a": 10**400}},
+        {"resumed_blocks": "many"},
+        {"perplexity": None},
+        {"perplexity": [{"source": "x"}]},
+        {"perplexity": [{"source": "x", "tokens_sha256": "0", "seq_len": 1, "windows": 1, "after": "low"}]},
+    ],
+)
+def test_a_damaged_file_is_told(tmp_path, damage):
+    (tmp_path / "halve-measured.json").write_text(json.dumps(measured_json(report()) | damage))
+    with pytest.raises(CorruptFileError, match=r"halve-measured\.json is not as Halve writes it"):
+        read_measured(tmp_path)
+
+
+def test_a_volume_that_fails_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(HalveError, match="check the volume"):
+        write_measured(tmp_path / "file" / "beneath", {})

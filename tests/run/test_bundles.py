@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from halve.maths.gram import Statistics
+from halve.model.layers import Matrix
+from halve.run.bundles import operations, stacks
+
+
+def matrix(name, d_out=4, d_in=8):
+    return Matrix(name, name, 0, d_out, d_in)
+
+
+def test_neighbours_with_the_same_statistics_are_solved_together():
+    shared, own = Statistics(torch.eye(8), 5), Statistics(torch.eye(8), 5)
+    statistics = {"q": shared, "k": shared, "v": shared, "o": own, "up": shared, "e0": None, "e1": None}
+    matrices = [matrix(name) for name in (*statistics, "unseen")]
+    names = [[each.name for each in stack] for stack in stacks(matrices, statistics)]
+    assert names == [["q", "k", "v"], ["o"], ["up"], ["e0"], ["e1"], ["unseen"]]
+    assert list(stacks([], statistics)) == []
+    assert [len(stack) for stack in stacks(matrices, {})] == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [(1, [1, 1, 1, 1]), (63, [1, 1, 1, 1]), (64, [2, 1, 1]), (96, [2, 1, 1]), (128, [2, 2]), (10_000, [4])],
+)
+def test_not_too_many_weights_are_solved_together(most, expected):
+    shared = Statistics(torch.eye(8), 5)
+    matrices = [matrix("a"), matrix("b"), matrix("c", d_out=10), matrix("d", d_out=6)]
+    found = list(stacks(matrices, {each.name: shared for each in matrices}, most))
+    assert [each for stack in found for each in stack] == matrices
+    assert [len(stack) for stack in found] == expected
+
+
+def test_the_cost_grows_with_rows_and_with_the_cube_of_the_width():
+    assert operations(matrix("wide", 8, 16)) == 16**2 * (60 * 8 + 15 * 16)
+    assert operations(matrix("a", 8)) < operations(matrix("b", 16)) < operations(matrix("c", 16, 16))

@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from halve.checkpoint.load import LoadedModel, load_model
+from halve.maths.pattern import Pattern
+from halve.model.reconstruct import Reconstruction
+from halve.run.fingerprint import differences, fingerprint
+from halve.run.settings import Settings
+from halve.solve.objective import Objective
+from halve.text.tokens import TokenSet, hash_ids
+from models import decoder
+
+SETTINGS = Settings(Pattern("2:4"), "prox-gradient", "cg", {"beta": 1.02})
+
+
+def token_set(seed=0):
+    ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(seed))
+    return TokenSet(ids, "tokens", hash_ids(ids), 2)
+
+
+def mark(model=None, data=None, settings=SETTINGS, device="cpu", precision=torch.float32, dtype=None):
+    loaded = LoadedModel(model or decoder("llama"), None, None)
+    return fingerprint(
+        loaded, data or token_set(), settings, device=torch.device(device), precision=precision, dtype=dtype
+    )
+
+
+def test_the_same_run_has_the_same_fingerprint():
+    assert mark() == mark()
+    assert differences(mark(), mark()) == []
+    assert all(isinstance(value, str) for value in mark().values())
+
+
+def other_model():
+    model = decoder("llama")
+    model.lm_head.weight.data[3, 2] += 1e-6
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": other_model()}, "model.tensors"),
+        ({"data": token_set(1)}, "calibration"),
+        ({"data": [{"input_ids": token_set().ids}]}, "calibration"),
+        ({"settings": replace(SETTINGS, pattern=Pattern("1:4"))}, "pattern"),
+        ({"settings": replace(SETTINGS, options={"beta": 1.03})}, "options.beta"),
+        ({"settings": replace(SETTINGS, refit="none")}, "refit"),
+        ({"settings": replace(SETTINGS, skip=("*.q_proj.*",))}, "skip"),
+        ({"settings": replace(SETTINGS, min_expert_tokens=5)}, "min_expert_tokens"),
+        ({"settings": replace(SETTINGS, objective=Objective(match_dense=0.5))}, "objective.match_dense"),
+        ({"settings": replace(SETTINGS, reconstruction=Reconstruction())}, "reconstruction.epochs"),
+        ({"precision": torch.bfloat16}, "forward_dtype"),
+        ({"dtype": torch.float16}, "dtype"),
+    ],
+)
+def test_whatever_changes_the_result_is_named(change, field):
+    found = differences(mark(), mark(**change))
+    assert any(phrase.startswith(f"{field} was ") for phrase in found), found
+
+
+def test_a_fallback_may_be_given_later():
+    assert mark(settings=replace(SETTINGS, fallback="magnitude")) == mark()
+
+
+def test_defaults_count_whether_they_are_given_or_not():
+    given = replace(SETTINGS, options=SETTINGS.all_options)
+    assert mark(settings=given) == mark()
+
+
+def test_threads_and_versions_are_part_of_it(monkeypatch):
+    before = mark()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    found = differences(before, mark())
+    assert [phrase.split(" was ")[0] for phrase in found] == ["environment.threads", "environment.torch"]
+    assert found[0].endswith("and is 77")
+
+
+def test_files_are_named_one_by_one(tmp_path):
+    decoder("llama").save_pretrained(tmp_path / "a", max_shard_size="40KB")
+    loaded = load_model(tmp_path / "a")
+    options = {"device": torch.device("cpu"), "precision": torch.float32, "dtype": None}
+    before = fingerprint(loaded, token_set(), SETTINGS, **options)
+    shard = sorted((tmp_path / "a").glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    found = differences(before, fingerprint(loaded, token_set(), SETTINGS, **options))
+    assert [phrase.split(" was ")[0] for phrase in found] == [f"model.{shard.name}"]
+    assert "model.config.json" in before
+    assert "model.model.safetensors.index.json" in before

@@ -1,0 +1,122 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from halve.errors import CalibrationError, InputError, UnsupportedModelError
+from halve.text import generation
+from halve.text.tokens import calibration_tokens, evaluation_tokens, hash_ids
+from models import DECODERS, VOCAB, decoder
+from tiny_tokenizers import word_level
+
+
+@pytest.fixture
+def full_precision(monkeypatch):
+    monkeypatch.setattr(generation, "compute_dtype", lambda _device: torch.float32)
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_own_text_inverts_the_models_distribution(monkeypatch, batch):
+    """Without the cache, in float64: every token is where the distribution function passes its uniform number."""
+    monkeypatch.setattr(generation, "_BATCH", batch)
+    model, tokenizer = decoder("llama"), word_level()
+    found = calibration_tokens("self", tokenizer, samples=7, seq_len=20, seed=4, model=model)
+    draws = 1 - torch.rand(7, 20, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert (found.ids[:, 0] == tokenizer.bos_token_id).all()
+    with torch.no_grad():
+        logits = model.double()(input_ids=found.ids).logits[:, :-1, : len(tokenizer)]
+    upper = logits.softmax(-1).cumsum(-1)
+    lower = nn.functional.pad(upper, (1, 0))[..., :-1]
+    next_ids = found.ids[:, 1:, None]
+    assert (draws[:, 1:] <= upper.gather(-1, next_ids)[..., 0] + 1e-5).all()
+    assert (draws[:, 1:] >= lower.gather(-1, next_ids)[..., 0] - 1e-5).all()
+    assert len(found.ids.unique()) > 20
+    assert (found.source, found.documents, found.separator) == ("self", 7, "")
+    assert found.sha256 == hash_ids(found.ids)
+
+
+def test_own_text_is_seeded_and_leaves_the_model_alone():
+    model, tokenizer = decoder("llama", attention_dropout=0.5).train(), word_level()
+    state = torch.get_rng_state()
+    first, again, other = (
+        calibration_tokens("self", tokenizer, samples=3, seq_len=16, seed=seed, model=model) for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert first == again
+    assert first != other
+
+
+def test_own_text_without_bos_starts_anywhere():
+    tokenizer = word_level(bos=None)
+    found = calibration_tokens("self", tokenizer, samples=64, seq_len=3, model=decoder("llama"))
+    first = set(found.ids[:, 0].tolist())
+    assert len(first) > 10
+    assert not first & set(tokenizer.all_special_ids)
+    assert found.ids.max() < len(tokenizer) < VOCAB
+
+
+class Scripted(nn.Module):
+    """A model with given logits at every position."""
+
+    def __init__(self, logits, cache=()):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+        self.cache = cache
+
+    def forward(self, input_ids, past_key_values, use_cache):
+        assert use_cache
+        logits = self.logits.expand(len(input_ids), 1, -1)
+        return SimpleNamespace(logits=logits, past_key_values=self.cache)
+
+
+def test_impossible_tokens_are_never_drawn(monkeypatch):
+    impossible = -float("inf")
+    logits = [impossible] * 3 + [0.0, impossible, 0.0] + [impossible] * 60
+    for draw in (0.0, 0.5, 1.0 - 2**-53):
+        monkeypatch.setattr(torch, "rand", lambda *size, draw=draw, **_options: torch.full(size, draw))
+        found = calibration_tokens("self", word_level(), samples=2, seq_len=50, model=Scripted(logits))
+        assert set(found.ids[:, 1:].flatten().tolist()) <= {3, 5}
+
+
+def test_own_text_that_cannot_be_written():
+    tokenizer = word_level()
+    with pytest.raises(InputError, match="'self' needs the model"):
+        calibration_tokens("self", tokenizer, samples=1, seq_len=8)
+    with pytest.raises(InputError, match="seq_len = 129 exceeds the model's max_position_embeddings = 128"):
+        calibration_tokens("self", tokenizer, samples=1, seq_len=129, model=decoder("llama"))
+    with pytest.raises(CalibrationError, match="not finite after 1 tokens"):
+        calibration_tokens("self", tokenizer, samples=1, seq_len=8, model=Scripted([float("nan")] * 64))
+    with pytest.raises(UnsupportedModelError, match="Scripted returns no past_key_values"):
+        calibration_tokens("self", tokenizer, samples=1, seq_len=8, model=Scripted([0.0] * 64, cache=None))
+    with pytest.raises(InputError, match="'self' is for calibration"):
+        evaluation_tokens("self", tokenizer, seq_len=8)
+
+
+def test_generation_batches_are_bounded_by_the_cache(monkeypatch):
+    widths = []
+    model = decoder("llama")
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    one = 2 * 3 * 32 * 4 * 16  # keys and values, layers, width, bytes, tokens
+    monkeypatch.setattr(generation, "_CACHE_BYTES", 2 * one)
+    calibration_tokens("self", word_level(), samples=5, seq_len=16, model=model)
+    assert widths[::15] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("family", [name for name in DECODERS if name != "gpt_oss"])
+def test_a_roomy_cache_changes_nothing_but_the_time(family, monkeypatch):
+    monkeypatch.setattr(generation, "compute_dtype", lambda _device: torch.float32)
+    texts, replaced = [], []
+    for make in (generation._make_room, lambda _cache, _room: None):
+        monkeypatch.setattr(
+            generation, "_make_room", lambda *given, make=make: replaced.append(given[0]) or make(*given)
+        )
+        texts.append(calibration_tokens("self", word_level(), samples=3, seq_len=24, model=decoder(family)).ids)
+    assert torch.equal(*texts)
+    layers = getattr(replaced[0], "layers", [])
+    assert not any(type(layer) is DynamicLayer for layer in layers)
