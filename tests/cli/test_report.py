@@ -1,13 +1,17 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import halve
-from halve.cli import app
-from halve.cli_errors import EXIT_REFUSED
+from halve.cli.app import app
+from halve.cli.errors import EXIT_REFUSED
+from halve.device import compute_dtype
 from reported import write_record
 
+DTYPE = str(compute_dtype(torch.device("cpu"))).removeprefix("torch.")
+"""What forward passes multiply in on this processor."""
 FAST = ["--method", "wanda", "--refit", "none", "--samples", "8", "--seq-len", "16"]
 
 
@@ -22,7 +26,7 @@ def test_a_run_leaves_its_report_and_says_where(run, model, text, tmp_path):
     result = run(app, [*arguments, "--eval-data", text, "--max-windows", "2"])
     assert result.exit_code == 0, result.output
     (entry,) = json.loads((out / "halve-measured.json").read_text())["perplexity"]
-    line = f"perplexity text.txt: {entry['before']:.3f} → {entry['after']:.3f} (2 windows of 16 tokens, float32)"
+    line = f"perplexity text.txt: {entry['before']:.3f} → {entry['after']:.3f} (2 windows of 16 tokens, {DTYPE})"
     assert line in result.output
     assert f"report: {out / 'report.html'}" in result.output
     assert "self_attn.q_proj" in result.output  # the table by kind
@@ -52,7 +56,7 @@ def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
     halve.prune(checkpoint, out, calibration=text, samples=8, seq_len=16, method="magnitude", refit="none")
     result = run(app, ["report", str(out), "--data", text, "--seq-len", "32", "--max-windows", "1"])
     assert result.exit_code == 0, result.output
-    assert "(1 windows of 32 tokens, float32)" in result.output
+    assert f"(1 windows of 32 tokens, {DTYPE})" in result.output
     assert "perplexity text.txt" in result.output
     assert "32 tokens" in (out / "report.html").read_text()
     result = run(app, ["report", str(out), "--data", text, "--max-windows", "1", "--dense", "none"])
@@ -78,7 +82,7 @@ def test_what_cannot_be_is_refused(run, arguments, words):
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_measured(run, checkpoint, text, tmp_path, monkeypatch):
-    from halve.request import Evaluation
+    from halve.evaluation.request import Evaluation
 
     monkeypatch.setattr(Evaluation, "measure", lambda *_: pytest.fail("measured"))
     outs = [tmp_path / "one", tmp_path / "two"]
