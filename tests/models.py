@@ -7,7 +7,11 @@ from typing import Any
 import torch
 import transformers as tf
 
+from halve.device import compute_dtype
+
 VOCAB = 64
+FORWARD_DTYPE = str(compute_dtype(torch.device("cpu"))).removeprefix("torch.")
+"""In which float32 models are multiplied unasked, which depends on the processor."""
 OF_ONE_RUN = {"halve-measured.json", "report.html"}
 """What differs between runs that are otherwise equal to the byte: it holds times."""
 _SMALL = {

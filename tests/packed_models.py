@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from halve.maths.pattern import Pattern
+from halve.model.layers import is_linear, layer_matrix
 from halve.packed.write import pack_checkpoint
 from halve.pruning import prune
 from models import decoder, save
@@ -38,3 +40,12 @@ def edit_tensor(path: Path, name: str, change: Any) -> None:
     tensor = tensors.pop(name)
     changed = change(tensor)
     save_file(tensors if changed is None else tensors | {name: changed.contiguous()}, path, {"format": "pt"})
+
+
+def prune_layers(model: Any, pattern: str = "2:4") -> Any:
+    """Bring the layers of a model into the pattern, but for its head."""
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if is_linear(layer) and "head" not in name:
+                layer_matrix(layer).copy_(Pattern(pattern).project(layer_matrix(layer)))
+    return model.requires_grad_(False)

@@ -68,7 +68,7 @@ def test_every_room_has_its_floor():
     assert rooms == FLOOR.keys()
 
 
-@pytest.mark.parametrize(("room", "other"), permutations(FLOOR, 2))
+@pytest.mark.parametrize(("room", "other"), list(permutations(FLOOR, 2)))
 def test_imports_only_go_down(room, other):
     if FLOOR[room] <= FLOOR[other]:
         assert not IMPORTS[room, other], f"{room} must not import {other}"

@@ -15,27 +15,9 @@ from halve.cli.app import app
 from halve.cli.errors import EXIT_REFUSED
 from halve.errors import CorruptFileError, ResumeMismatchError, UnsupportedModelError
 from halve.pruning import resume
-from halve.text.tokens import TokenSet, hash_ids
 from models import decoder, tokens
+from own_code import CONFIGURATION, MODELLING, some_tokens
 from tiny_tokenizers import byte_bpe
-
-CONFIGURATION = """
-from pathlib import Path
-from transformers import LlamaConfig
-Path({marker!r}).touch()
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-"""
-MODELLING = """
-from transformers import LlamaForCausalLM
-from .configuration_own import OwnConfig
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-    def forward(self, *arguments, **keywords):
-        output = super().forward(*arguments, **keywords)
-        output.logits = output.logits * 0.5
-        return output
-"""
 
 
 @pytest.fixture
@@ -52,11 +34,6 @@ def own(tmp_path, modules, monkeypatch):
     (path / "configuration_own.py").write_text(CONFIGURATION.format(marker=str(marker)))
     (path / "modeling_own.py").write_text(MODELLING)
     return path, marker
-
-
-def some_tokens():
-    ids = tokens(4, 16)
-    return TokenSet(ids, "test", len(ids), "", "", hash_ids(ids))
 
 
 def test_code_is_not_run_unless_it_is_trusted(own):

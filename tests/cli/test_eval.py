@@ -10,7 +10,7 @@ from halve.checkpoint.load import load_model
 from halve.cli.app import app
 from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
 from local_tasks import write_group, write_task
-from models import decoder
+from models import FORWARD_DTYPE, decoder
 from tiny_tokenizers import byte_bpe
 
 run = CliRunner().invoke
@@ -69,7 +69,7 @@ def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
         (other, False),
         (other, True),
     ]
-    assert (entries[1]["limit"], entries[1]["dtype"], entries[1]["notes"]) == (9, "float32", [])
+    assert (entries[1]["limit"], entries[1]["dtype"], entries[1]["notes"]) == (9, FORWARD_DTYPE, [])
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
     rows = [cells for cells in lines if cells]
     for entry, cells in zip((entries[0], entries[2]), rows[:2], strict=True):
@@ -85,7 +85,7 @@ def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
     assert [cells[0] for cells in rows[2:]] == ["both (group)", "first", "first", "second", "second"]
     assert any(cells[6] != "+0.0000" for cells in rows[2:])
     assert " other - dense " in result.stdout
-    assert "± standard error; at most 9 examples of a task; float32; lm-eval" in result.stdout
+    assert f"± standard error; at most 9 examples of a task; {FORWARD_DTYPE}; lm-eval" in result.stdout
 
 
 def test_one_model_in_memory_at_a_time(model, other, asked, monkeypatch):

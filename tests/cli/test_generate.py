@@ -1,6 +1,5 @@
 import pytest
 import torch
-from test_accelerate import prune_layers
 from typer.testing import CliRunner
 
 from halve.checkpoint.load import LoadedModel, load_model
@@ -11,6 +10,7 @@ from halve.runtime import speed
 from halve.runtime.speed import Speed
 from halve.runtime.streaming import Streamed, stream
 from models import bert, decoder
+from packed_models import prune_layers
 from tiny_tokenizers import byte_bpe
 
 run = CliRunner().invoke

@@ -1,17 +1,14 @@
 import json
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import halve
 from halve.cli.app import app
 from halve.cli.errors import EXIT_REFUSED
-from halve.device import compute_dtype
+from models import FORWARD_DTYPE
 from reported import write_record
 
-DTYPE = str(compute_dtype(torch.device("cpu"))).removeprefix("torch.")
-"""What forward passes multiply in on this processor."""
 FAST = ["--method", "wanda", "--refit", "none", "--samples", "8", "--seq-len", "16"]
 
 
@@ -26,7 +23,9 @@ def test_a_run_leaves_its_report_and_says_where(run, model, text, tmp_path):
     result = run(app, [*arguments, "--eval-data", text, "--max-windows", "2"])
     assert result.exit_code == 0, result.output
     (entry,) = json.loads((out / "halve-measured.json").read_text())["perplexity"]
-    line = f"perplexity text.txt: {entry['before']:.3f} → {entry['after']:.3f} (2 windows of 16 tokens, {DTYPE})"
+    line = (
+        f"perplexity text.txt: {entry['before']:.3f} → {entry['after']:.3f} (2 windows of 16 tokens, {FORWARD_DTYPE})"
+    )
     assert line in result.output
     assert f"report: {out / 'report.html'}" in result.output
     assert "self_attn.q_proj" in result.output  # the table by kind
@@ -56,7 +55,7 @@ def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
     halve.prune(checkpoint, out, calibration=text, samples=8, seq_len=16, method="magnitude", refit="none")
     result = run(app, ["report", str(out), "--data", text, "--seq-len", "32", "--max-windows", "1"])
     assert result.exit_code == 0, result.output
-    assert f"(1 windows of 32 tokens, {DTYPE})" in result.output
+    assert f"(1 windows of 32 tokens, {FORWARD_DTYPE})" in result.output
     assert "perplexity text.txt" in result.output
     assert "32 tokens" in (out / "report.html").read_text()
     result = run(app, ["report", str(out), "--data", text, "--max-windows", "1", "--dense", "none"])

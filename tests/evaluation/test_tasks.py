@@ -75,7 +75,8 @@ def by_key(results):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_accuracy_is_that_of_the_models_own_logits(defined, batch_size):
     model = llama()
-    results = evaluate_tasks(model, ["mc"], tokenizer=TOKENIZER, tasks_path=defined, batch_size=batch_size)
+    options = {"batch_size": batch_size, "dtype": "float32"}  # as the oracle has it, on any processor
+    results = evaluate_tasks(model, ["mc"], tokenizer=TOKENIZER, tasks_path=defined, **options)
     plain, normalised = (correct(model, documents(), normalised=flag) for flag in (False, True))
     assert 0 < sum(plain) < 10  # so that an error would show
     assert sum(plain) != sum(normalised)
@@ -109,7 +110,8 @@ def test_rolling_log_likelihood(tmp_path):
     changes = {"doc_to_text": "", "doc_to_target": "{{question}}", "doc_to_choice": None, "metric_list": [metric]}
     write_task(tmp_path / "tasks", "roll", output_type="loglikelihood_rolling", **changes)
     model = llama()
-    results = evaluate_tasks(model, ["roll"], tokenizer=TOKENIZER, tasks_path=tmp_path / "tasks", num_fewshot=2)
+    options = {"num_fewshot": 2, "dtype": "float32"}  # as the oracle has it, on any processor
+    results = evaluate_tasks(model, ["roll"], tokenizer=TOKENIZER, tasks_path=tmp_path / "tasks", **options)
     total = sum(log_likelihood(model, "<s>", question) for question in QUESTIONS)
     (score,) = results.scores
     assert score.value == pytest.approx(math.exp(-total / sum(len(text.split()) for text in QUESTIONS)), rel=1e-4)

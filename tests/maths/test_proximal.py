@@ -12,6 +12,7 @@ from halve.maths import kernels
 from halve.maths.pattern import Pattern
 from halve.maths.proximal import prox, regulariser
 from oracles import brute_force_prox, elementary, prox_objective
+from proximal_groups import ADVERSARIAL, face_boundaries
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 DTYPES = list(TOLERANCE)
@@ -79,47 +80,6 @@ def test_brute_force_is_not_blind():
     z, lam, lowest = bulk()
     below = excess(solve(z, lam), z, lam, 2, lowest) < -1e-9
     assert below.double().mean() < 1e-3
-
-
-def face_boundaries() -> Tensor:
-    """Groups on or beside the borders between 2:4's faces at lam = 1, built from the stationary points themselves."""
-    generator = torch.Generator().manual_seed(4)
-    a = torch.rand(600, 4, generator=generator, dtype=torch.float64).sort(-1, descending=True).values
-    a = a * torch.rand(600, 1, generator=generator, dtype=torch.float64) / (a[:, :1] + a[:, 1:2])
-    a[:150, 3] = 0  # the fourth entry leaves zero
-    a[:150, :2] *= (1 - torch.rand(150, 1, generator=generator, dtype=torch.float64) * 1e-3) / a[:150, :2].norm(
-        dim=-1, keepdim=True
-    )
-    a[150:300, 3] *= 10 ** (-6 * torch.rand(150, generator=generator, dtype=torch.float64))
-    a[300:450, 3] = 0
-    slopes = torch.stack([elementary(a[:, [j for j in range(4) if j != i]], 2) for i in range(4)], -1)
-    z = a + slopes
-    z[450:] = z[450:, :1] * torch.tensor([1.0, 0.5, 0.5, 0.5]) + 1e-4 * z[450:]
-    return z
-
-
-ADVERSARIAL = [
-    [1.0, 1.0, 1.0, 1.0],
-    [0.3, 0.3, 0.3, 0.3],
-    [0.4625, 0.4625, 0.4625, 0.4625],
-    [0.8752, 0.8752, 0.8752, 0.8752],
-    [0.8754, 0.8754, 0.8754, 0.8753],
-    [1.1, 1.1, 1.1, 1.1],
-    [1.2, 1.2, 0.7, 0.0],
-    [0.0, 0.0, 0.0, 0.0],
-    [1.0, 0.0, 0.0, 0.0],
-    [1.0, 1.0, 0.0, 0.0],
-    [1.0, 1.0, 1.0, 0.0],
-    [0.5, 0.5, 0.5, 0.0],
-    [1.0, 1e-6, 1e-6, 1e-6],
-    [0.5, 1e-5, 1e-5, 1e-5],
-    [0.957, 0.0619, 0.0609, 0.0609],
-    [0.9721, 0.037, 0.0364, 0.0364],
-    [0.6275407, 0.4807009, 0.4347347, 0.4073444],
-    [1e-3, 1e-3, 1e-6, 1e-6],
-    [1.0, 1e-30, 1e-30, 1e-30],
-    [1e-18, 1e-18, 1e-36, 1e-36],
-]
 
 
 @both_backends

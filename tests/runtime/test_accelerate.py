@@ -3,7 +3,6 @@ import weakref
 
 import pytest
 import torch
-from test_packed import same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -13,12 +12,14 @@ import models
 from halve import memory
 from halve.errors import HalveError, InputError
 from halve.maths.pattern import Pattern
-from halve.model.layers import EXPERTS_IN_ONE, is_linear, layer_matrix
+from halve.model.layers import EXPERTS_IN_ONE, is_linear
 from halve.runtime import accelerate as module
 from halve.runtime import probe, semi_structured, speed
 from halve.runtime.accelerate import Acceleration, accelerate, restore
 from halve.runtime.linear import SparseLinear
 from halve.runtime.speed import Speed
+from packed_matrices import same_bits
+from packed_models import prune_layers
 
 needs_sparse_cores = pytest.mark.skipif(
     bool(semi_structured.unusable()), reason=f"needs sparse tensor cores: {semi_structured.unusable()}"
@@ -30,14 +31,6 @@ def pruned(family="llama", dtype=torch.float32, pattern="2:4", **changes):
     model = models.decoder(family, **changes).to(dtype)
     prune_layers(model, pattern)
     return model
-
-
-def prune_layers(model, pattern="2:4"):
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if is_linear(layer) and "head" not in name:
-                layer_matrix(layer).copy_(Pattern(pattern).project(layer_matrix(layer)))
-    return model.requires_grad_(False)
 
 
 def state_of(model):

@@ -3,8 +3,6 @@ import io
 
 import pytest
 import torch
-from test_packed import every_dtype, pruned, same_bits
-from test_runtime_native import assert_close
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -14,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from halve.errors import InputError
 from halve.runtime.linear import SparseLinear
 from halve.runtime.packed_matrix import pack
+from packed_matrices import assert_close, every_dtype, pruned, same_bits
 
 every_pattern = pytest.mark.parametrize("pattern", ["2:4", "1:4", "60%"])
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_packed import PATTERNS, every_dtype, pruned, same_bits
 
 from halve.errors import InputError
 from halve.runtime import compiled, native
 from halve.runtime.native import REFERENCE, dense_linear, expand, register_rows, sparse_linear
 from halve.runtime.packed_matrix import DTYPES, pack, unpack
+from packed_matrices import PATTERNS, assert_close, every_dtype, pruned, same_bits
 
 ALL = ("avx512", "avx2", "portable")
 needs_kernel = pytest.mark.skipif(not compiled.instruction_sets(), reason=native.describe())
@@ -24,8 +24,6 @@ every_set = pytest.mark.parametrize(
     ],
 )
 BATCH = 16
-UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
-SMALLEST = {torch.bfloat16: 1e-38, torch.float16: 2**-25, torch.float32: 1e-38}
 
 
 def inputs(packed, batch, seed=0):
@@ -37,17 +35,6 @@ def inputs(packed, batch, seed=0):
 def most_rows(instruction_set, dtype):
     """Return the largest batch whose products are summed by our kernels, not by torch."""
     return register_rows(instruction_set, dtype, native._amx(dtype))
-
-
-def assert_close(got, x, weight, bias=None):
-    """Hold `got` to float64, within what summing in float32 in any order and rounding once may miss."""
-    x, weight = x.double(), weight.double()
-    exact, magnitude = x @ weight.T, x.abs() @ weight.T.abs()
-    if bias is not None:
-        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    summed = (weight.shape[1] + 1) * 2**-24 * magnitude
-    allowed = summed + UNIT[got.dtype] * (exact.abs() + summed) + SMALLEST[got.dtype]
-    assert ((got.double() - exact).abs() <= allowed).all()
 
 
 @st.composite

@@ -6,27 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.errors import InputError, PatternError
-from halve.maths.pattern import Pattern, apply_mask
+from halve.maths.pattern import Pattern
 from halve.runtime import packed_matrix as packed_module
 from halve.runtime.packed_matrix import DTYPES, OVERREAD, PackedMatrix, kept_per_row, mask_bytes, pack, unpack
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-PATTERNS = ("2:4", "1:2", "1:4", "3:4", "4:8", "2:8", "5:12", "16:32", "50%", "90.5%")
-
-
-def pruned(d_out, d_in, pattern, dtype=torch.bfloat16, seed=0, empty=0.2):
-    """A random matrix in the pattern; that share of its kept weights is zero too."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = Pattern(pattern).project(torch.randn(d_out, d_in, generator=generator))
-    return apply_mask(weight, torch.rand(d_out, d_in, generator=generator) >= empty).to(dtype)
-
-
-def bits(tensor):
-    return tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32)
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+from packed_matrices import PATTERNS, every_dtype, pruned, same_bits
 
 
 @st.composite

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from test_packed import same_bits
 
 from halve.errors import InputError, PatternError
 from halve.maths.pattern import Pattern
@@ -8,6 +7,7 @@ from halve.runtime import speed
 from halve.runtime.packed_matrix import DTYPES, pack, unpack
 from halve.runtime.speed import Speed, check_measurable, measure, needed_bytes
 from halve.runtime.timing import Turns
+from packed_matrices import same_bits
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

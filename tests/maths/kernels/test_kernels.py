@@ -154,7 +154,7 @@ def test_auto_takes_the_kernel_only_where_it_fits(monkeypatch):
 def test_without_the_compiled_module_everything_works_and_says_so():
     code = (
         "import sys; sys.modules['halve.maths.kernels._native'] = None\n"
-        "import torch; from halve import kernels; from halve.maths.proximal import prox\n"
+        "import torch; from halve.maths import kernels; from halve.maths.proximal import prox\n"
         "assert not kernels.available(); print(kernels.describe())\n"
         "assert prox(torch.tensor([3.0, 2.0, 1.0, 1.0]), 10.0).tolist() == [3.0, 2.0, 0.0, 0.0]\n"
     )

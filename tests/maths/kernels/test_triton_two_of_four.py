@@ -7,12 +7,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from test_proximal import ADVERSARIAL, face_boundaries
 
 from halve.errors import InputError
 from halve.maths import kernels
 from halve.maths.proximal import prox
 from oracles import brute_force_prox, prox_objective
+from proximal_groups import ADVERSARIAL, face_boundaries
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -146,7 +146,7 @@ def test_says_what_a_gpu_would_use():
 def test_without_triton_the_fallback_is_announced():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch; from halve import kernels\n"
+        "import torch; from halve.maths import kernels\n"
         "torch.cuda.is_available = lambda: True\n"
         "assert not kernels.available('cuda'); print(kernels.missing()[-1])\n"
     )
