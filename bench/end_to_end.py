@@ -11,17 +11,12 @@ import json
 import time
 from pathlib import Path
 
-from halve import comparison as compare
-from halve.checkpoint import load as checkpoint
-from halve.evaluation.perplexity import evaluation_texts
-from halve.text.calibration import text_tokens
+import halve
 
 METHODS = (
     "magnitude,wanda,wanda+cg,sparsegpt,sparsegpt+cg,alps+cg,prox-gradient,prox-gradient+gd,prox-gradient+cg,"
     "auto+cg,auto+cg+block"
 )
-
-PATTERN = "2:4"
 
 
 def main() -> None:
@@ -41,30 +36,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("end_to_end.jsonl"))
     arguments = parser.parse_args()
 
-    contenders = [compare.Contender.parse(name) for name in arguments.methods.split(",")]
     every = {
         "prox-gradient": {"beta": arguments.beta},
         "auto": {"effort": arguments.effort},
         "block": {"epochs": arguments.epochs},
     }
     options = {name: values for name, values in every.items() if name in arguments.methods}
-    requests = compare.make_requests(contenders, options, pattern=PATTERN, forward_dtype=arguments.forward_dtype)
-    loaded = checkpoint.load_model(arguments.model)
-    tokens = text_tokens(
-        loaded,
-        arguments.calibration,
+    compared = halve.compare(
+        arguments.model,
+        arguments.data,
+        methods=arguments.methods.split(","),
+        method_options=options,
+        calibration=arguments.calibration,
         samples=arguments.samples,
         seq_len=arguments.seq_len,
         seed=arguments.seed,
-        text_field="text",
+        eval_max_windows=arguments.windows,
+        forward_dtype=arguments.forward_dtype,
     )
-    texts = evaluation_texts(
-        loaded, arguments.data, seq_len=arguments.seq_len, max_windows=arguments.windows, text_field="text"
-    )
-    for row in compare.compare(loaded, requests, tokens, texts, seed=arguments.seed):
-        entry = compare.as_json(
-            [row], requests, model=arguments.model, pattern=PATTERN, calibration=tokens, seed=arguments.seed
-        )
+    for row in compared:
+        entry = compared.as_json()
+        entry["rows"] = entry["rows"][-1:]
         entry |= {
             "options": options,
             "forward_dtype": arguments.forward_dtype,

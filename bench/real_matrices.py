@@ -14,7 +14,7 @@ from halve.maths.pattern import Pattern
 from halve.model import blocks
 from halve.model.collect import Collector
 from halve.run.loop import plan_model
-from halve.text.calibration import text_tokens, token_batches
+from halve.text.calibration import Calibration, token_batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,14 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def real_matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor, Statistics]]:
     """Yield name, weight and statistics of every matrix in the chosen blocks."""
     loaded = checkpoint.load_model(arguments.model)
-    tokens = text_tokens(
-        loaded,
-        arguments.calibration,
-        samples=arguments.samples,
-        seq_len=arguments.seq_len,
-        seed=arguments.seed,
-        text_field="text",
-    )
+    calibration = Calibration(arguments.calibration, arguments.samples, arguments.seq_len, arguments.seed)
+    tokens = calibration.text_tokens(loaded)
     model, batches, cpu = loaded.model, token_batches(tokens.ids), torch.device("cpu")
     with evaluation_mode(model):
         plan, returns = plan_model(model, batches[0], Pattern("2:4"))

@@ -18,13 +18,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from halve import check
-from halve import comparison as compare
-from halve.checkpoint import load as checkpoint
+import halve
 from halve.cli.terminal import comparison_table
-from halve.evaluation.perplexity import evaluation_texts
-from halve.text.calibration import text_tokens
 
+METHODS = ("magnitude", "wanda", "sparsegpt", "auto+cg")
 SAMPLES, SEQ_LEN, WINDOWS = 32, 512, 32
 PROMPT = "What is the capital of France?"
 out = Console(soft_wrap=True, markup=False, highlight=False)
@@ -70,15 +67,19 @@ def main(folder: Path) -> None:
         shutil.rmtree(folder / "pruned")
     model, text = unpack_model(folder), held_out_text(folder)
     out.print(f"Model: {model.name}. Perplexity on {text.name}, {WINDOWS} windows of {SEQ_LEN} tokens.")
-    loaded = checkpoint.load_model(model)
     out.print(f"The model writes {SAMPLES} x {SEQ_LEN} tokens to calibrate on, which takes some minutes …")
-    tokens = text_tokens(loaded, "self", samples=SAMPLES, seq_len=SEQ_LEN, seed=0, text_field="text")
-    contenders = [compare.Contender.parse(name) for name in ("magnitude", "wanda", "sparsegpt", "auto+cg")]
-    requests = compare.make_requests(contenders, {})
-    texts = evaluation_texts(loaded, [text], seq_len=SEQ_LEN, max_windows=WINDOWS, text_field="text")
+    contest = halve.compare(
+        model,
+        [text],
+        methods=METHODS,
+        out=folder / "pruned",
+        samples=SAMPLES,
+        seq_len=SEQ_LEN,
+        eval_max_windows=WINDOWS,
+    )
     rows = []
     compared = time.perf_counter()
-    for row in compare.compare(loaded, requests, tokens, texts, out=folder / "pruned"):
+    for row in contest:
         rows.append(row)
         score = row.error or f"perplexity {row.perplexities[0].value:.2f} ({row.seconds:.0f} s of pruning)"
         out.print(f"  {row.name}: {score}")
@@ -87,12 +88,11 @@ def main(folder: Path) -> None:
     out.print(
         f"The comparison took {elapsed:.0f} s: {pruning:.0f} s of pruning, the rest copying, writing and measuring."
     )
-    record = compare.as_json(rows, requests, model=model.name, pattern="2:4", calibration=tokens, seed=0)
-    (folder / "demo.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    (folder / "demo.json").write_text(json.dumps(contest.as_json(), indent=2), encoding="utf-8")
     if any(row.error for row in rows):
         sys.exit("a method failed; see above")
-    best = compare.checkpoint_directory(folder / "pruned", contenders[-1])
-    verdict = check(best)
+    best = folder / "pruned" / METHODS[-1].replace("+", "-")
+    verdict = halve.check(best)
     out.print(f"{best}: {verdict.matrices} matrices at {verdict.pattern}, ok = {verdict.ok}")
     out.print(f"“{PROMPT}” — loaded with plain transformers, the pruned model answers: {answer(best)!r}")
     out.print(f"Done in {(time.perf_counter() - started) / 60:.1f} minutes.")

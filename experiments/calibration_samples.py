@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 
 import halve
 import results
-from halve import comparison as compare
 from halve.checkpoint import load as checkpoint
 from halve.evaluation.perplexity import evaluation_texts, perplexity
 from halve.model.layers import find_stack
-from halve.text.calibration import text_tokens
+from halve.run.contender import Contender
+from halve.text.calibration import Calibration
 
 NAME = "calibration_samples"
 METHODS = ("wanda", "wanda+cg", "sparsegpt", "sparsegpt+cg", "prox-gradient+cg", "auto+cg")
@@ -42,9 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prune and measure what is missing, writing after every method."""
     loaded = checkpoint.load_model(arguments.model)
     most = max(arguments.samples)
-    tokens = text_tokens(
-        loaded, arguments.calibration, samples=most, seq_len=arguments.seq_len, seed=arguments.seed, text_field="text"
-    )
+    tokens = Calibration(arguments.calibration, most, arguments.seq_len, arguments.seed).text_tokens(loaded)
     texts = evaluation_texts(
         loaded, arguments.data, seq_len=arguments.seq_len, max_windows=arguments.windows, text_field="text"
     )
@@ -72,7 +70,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for method, samples in product(arguments.methods, arguments.samples):
         if (method, samples) in known:
             continue
-        contender = compare.Contender.parse(method)
+        contender = Contender.parse(method)
         options = {"beta": arguments.beta} if contender.method == "prox-gradient" else {}
         pruned = halve.prune(
             copy.deepcopy(loaded.model),

@@ -17,7 +17,7 @@ from halve.maths.pattern import Pattern
 from halve.model import blocks as streams
 from halve.model.layers import Matrix
 from halve.run.loop import plan_model
-from halve.text.calibration import text_tokens, token_batches
+from halve.text.calibration import Calibration, token_batches
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,8 @@ def complete(given: argparse.Namespace, *, samples: tuple[int, int], rows: int) 
 def load(given: argparse.Namespace) -> tuple[checkpoint.LoadedModel, Tensor]:
     """Return the model and its calibration tokens (samples, seq_len)."""
     loaded = checkpoint.load_model(given.model)
-    tokens = text_tokens(
-        loaded, given.calibration, samples=given.samples, seq_len=given.seq_len, seed=given.seed, text_field="text"
-    )
-    return loaded, tokens.ids
+    calibration = Calibration(given.calibration, given.samples, given.seq_len, given.seed)
+    return loaded, calibration.text_tokens(loaded).ids
 
 
 def matrices_of_model(

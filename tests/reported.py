@@ -6,7 +6,16 @@ from typing import Any
 
 import halve
 from halve.evaluation.request import Evaluation
+from halve.run.events import MatrixReport
+from halve.solve.outcome import Status
 from models import decoder, tokens
+
+
+def matrix_report(name: str, facts: dict[str, float], **changes: Any) -> MatrixReport:
+    """Return what a run says of one matrix, some of it changed."""
+    fixed = {"parameter": name, "expert": None, "shape": (4, 8), "layout": "out_in", "asked": "wanda"}
+    fixed |= {"method": "wanda", "refit": "cg", "status": Status.OK, "reason": ""}
+    return MatrixReport(name=name, facts=facts, **{**fixed, **changes})
 
 
 def write_record(directory: Path, *, measured: dict[str, Any] | None = None, **changes: Any) -> Path:

@@ -6,10 +6,11 @@ import torch
 
 from halve import check, comparison
 from halve.checkpoint.load import LoadedModel
-from halve.comparison import Contender, as_json, checkpoint_directory, compare, make_requests
+from halve.comparison import Comparison, checkpoint_directory, make_requests
 from halve.errors import FactorisationError, HalveError, InputError
 from halve.evaluation.perplexity import perplexity
 from halve.model.reconstruct import Reconstruction
+from halve.run.contender import Contender
 from halve.text.tokens import TokenSet, hash_ids
 from models import decoder, tokens
 
@@ -36,23 +37,21 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
     model = decoder("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     contenders = [Contender.parse(name) for name in ("magnitude", "wanda", "wanda+cg")]
-    requests = make_requests(contenders, {}, forward_dtype="float32")
-    rows = list(
-        compare(
-            LoadedModel(model, None, None),
-            requests,
-            token_set(0, "calibration"),
-            [token_set(1, "one"), token_set(2, "two")],
-            out=tmp_path,
-            forward_dtype="float32",
-        )
+    requests = make_requests(contenders, {}, forward_dtype="float32", seed=3)
+    compared = Comparison(
+        LoadedModel(model, None, None),
+        requests,
+        token_set(0, "calibration"),
+        [token_set(1, "one"), token_set(2, "two")],
+        out=tmp_path,
     )
+    rows = list(compared)
     assert [row.name for row in rows] == ["dense", "magnitude", "wanda", "wanda+cg"]
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert rows[0].mean_relative_loss is None
     assert rows[3].mean_relative_loss < rows[2].mean_relative_loss < rows[1].mean_relative_loss
     assert len({row.perplexities[0].value for row in rows}) == 4
-    record = as_json(rows, requests, model="tiny", pattern="2:4", calibration=token_set(0, "calibration"), seed=3)
+    record = compared.as_json()
     record = json.loads(json.dumps(record, allow_nan=False))
     calibration = token_set(0, "calibration")
     assert record["calibration"] == {
@@ -62,7 +61,7 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
         "sha256": calibration.sha256,
         "seed": 3,
     }
-    assert (record["model"], record["pattern"]) == ("tiny", "2:4")
+    assert (record["model"], record["pattern"]) == ("LlamaForCausalLM", "2:4")
     assert list(record["contenders"]) == ["magnitude", "wanda", "wanda+cg"]
     assert record["contenders"]["wanda+cg"]["options"]["refit_tolerance"] == 1e-4
     assert record["contenders"]["wanda"]["objective"]["match_dense"] == 0.0
@@ -130,14 +129,14 @@ def test_arguments_are_checked_at_the_call(tmp_path):
     (tmp_path / "magnitude").mkdir()
     (tmp_path / "magnitude" / "file").touch()
     with pytest.raises(InputError, match="is not empty"):
-        compare(loaded, requests, calibration, texts, out=tmp_path)
+        Comparison(loaded, requests, calibration, texts, out=tmp_path)
     with pytest.raises(InputError, match="nothing to compare"):
-        compare(loaded, {}, calibration, texts)
+        Comparison(loaded, {}, calibration, texts)
     with pytest.raises(InputError, match="forward dtype 'int8'"):
-        compare(loaded, requests, calibration, texts, forward_dtype="int8")
+        make_requests([Contender("magnitude", "none")], {}, forward_dtype="int8")
     ids = torch.zeros(1, 100_000, dtype=torch.int64)
     with pytest.raises(InputError, match="exceeds the model's max_position_embeddings"):
-        compare(loaded, requests, calibration, [TokenSet(ids, "long", hash_ids(ids), 1)])
+        Comparison(loaded, requests, calibration, [TokenSet(ids, "long", hash_ids(ids), 1)])
 
 
 def test_a_contender_that_fails_has_a_row_and_the_others_go_on(monkeypatch):
@@ -149,7 +148,7 @@ def test_a_contender_that_fails_has_a_row_and_the_others_go_on(monkeypatch):
         return real(candidate, data, request, out, **arguments)
 
     monkeypatch.setattr(comparison, "prune_loaded", fail_wanda)
-    rows = list(compare(*duel("wanda", "magnitude")))
+    rows = list(Comparison(*duel("wanda", "magnitude")))
     assert [(row.name, row.error) for row in rows] == [("dense", ""), ("wanda", "no luck"), ("magnitude", "")]
     assert rows[1].perplexities == ()
     assert len(rows[2].perplexities) == 1
@@ -165,7 +164,7 @@ def test_the_numbers_of_pruning_survive_a_failed_evaluation(monkeypatch):
         return perplexity(*arguments, **keywords)
 
     monkeypatch.setattr(comparison, "perplexity", fail_second)
-    row = list(compare(*duel("magnitude")))[1]
+    row = list(Comparison(*duel("magnitude")))[1]
     assert (row.error, row.perplexities) == ("not finite", ())
     assert row.mean_relative_loss > 0.0
 
@@ -183,7 +182,7 @@ def test_seconds_are_those_of_pruning_and_at_most_two_models_live(monkeypatch):
     monkeypatch.setattr(comparison, "prune_loaded", watched)
     heard = []
     loaded, requests, calibration, texts = duel("magnitude", "wanda")
-    rows = list(compare(loaded, requests, calibration, texts, listen=lambda who, _step: heard.append(str(who))))
+    rows = list(Comparison(loaded, requests, calibration, texts, listen=lambda who, _step: heard.append(str(who))))
     assert len(copies) == 2
     assert [row.seconds for row in rows] == [0.0, *seconds]
     assert [sum(row.phases.values()) for row in rows] == [0.0, *seconds]
@@ -192,14 +191,14 @@ def test_seconds_are_those_of_pruning_and_at_most_two_models_live(monkeypatch):
 
 
 def test_writing_checkpoints_is_a_phase_but_no_pruning(tmp_path):
-    row = list(compare(*duel("magnitude"), out=tmp_path))[1]
+    row = list(Comparison(*duel("magnitude"), out=tmp_path))[1]
     writing = [row.phases[phase] for phase in ("commit", "write", "verify")]
     assert all(seconds > 0.0 for seconds in writing)
     assert row.seconds == pytest.approx(sum(row.phases.values()) - sum(writing))
 
 
 def test_written_checkpoints_get_reports_and_a_comparison(tmp_path):
-    rows = list(compare(*duel("magnitude", "wanda"), out=tmp_path))
+    rows = list(Comparison(*duel("magnitude", "wanda"), out=tmp_path))
     for row in rows[1:]:
         (entry,) = json.loads((tmp_path / row.name / "halve-measured.json").read_text())["perplexity"]
         assert (entry["before"], entry["after"]) == (rows[0].perplexities[0].value, row.perplexities[0].value)
@@ -210,7 +209,7 @@ def test_written_checkpoints_get_reports_and_a_comparison(tmp_path):
 def test_a_place_where_the_comparison_cannot_go_is_refused_first(tmp_path):
     (tmp_path / "comparison.html").mkdir()
     with pytest.raises(InputError, match=r"comparison\.html is a directory"):
-        compare(*duel("magnitude", "wanda"), out=tmp_path)
+        Comparison(*duel("magnitude", "wanda"), out=tmp_path)
 
 
 def test_what_cannot_be_put_on_record_is_a_warning(tmp_path, monkeypatch):
@@ -218,6 +217,6 @@ def test_what_cannot_be_put_on_record_is_a_warning(tmp_path, monkeypatch):
         raise HalveError("volume full")
 
     monkeypatch.setattr(comparison, "add_perplexity", full)
-    row = list(compare(*duel("magnitude"), out=tmp_path))[1]
+    row = list(Comparison(*duel("magnitude"), out=tmp_path))[1]
     assert row.error == ""
     assert row.warnings[-1] == "pruned and measured, but not put on record: volume full"

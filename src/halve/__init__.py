@@ -1,12 +1,14 @@
 """Halve prunes trained neural networks to N:M sparsity.
 
-The names below are loaded when they are first used, so that importing the package is cheap.
+The names below are loaded when they are first used, so that importing the package is cheap. No module of the package
+may have one of their names: once imported, it would hide what is public.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from halve.comparison import Comparison, compare
     from halve.errors import HalveError
     from halve.evaluation.perplexity import Perplexity, evaluate
     from halve.evaluation.request import Evaluation
@@ -22,23 +24,30 @@ if TYPE_CHECKING:
     from halve.planner.where_faster import WhereFaster
     from halve.pruning import prune, resume
     from halve.report.page import write_comparison, write_report
+    from halve.run.request import Loading, Placement
     from halve.runtime.accelerate import Acceleration, accelerate
     from halve.solve.matrix import prune_weight
     from halve.solve.objective import Objective
     from halve.solve.outcome import Outcome, Status
+    from halve.text.calibration import Calibration
     from halve.verification import CheckResult, check
+    from halve.whole_model import Pruned
 
 _HOMES = {
     "Acceleration": "runtime.accelerate",
+    "Calibration": "text.calibration",
     "CheckResult": "verification",
+    "Comparison": "comparison",
     "Evaluation": "evaluation.request",
     "HalveError": "errors",
     "GramAccumulator": "maths.gram",
+    "Loading": "run.request",
     "Objective": "solve.objective",
     "Outcome": "solve.outcome",
     "PackResult": "packed.write",
     "Pattern": "maths.pattern",
     "Perplexity": "evaluation.perplexity",
+    "Placement": "run.request",
     "Pruned": "whole_model",
     "Reconstruction": "model.reconstruct",
     "SpeedPlan": "planner.speed_plan",
@@ -47,6 +56,7 @@ _HOMES = {
     "WhereFaster": "planner.where_faster",
     "accelerate": "runtime.accelerate",
     "check": "verification",
+    "compare": "comparison",
     "evaluate": "evaluation.perplexity",
     "load": "packed.load",
     "pack": "packed.write:pack_checkpoint",
@@ -62,15 +72,19 @@ _HOMES = {
 
 __all__ = [
     "Acceleration",
+    "Calibration",
     "CheckResult",
+    "Comparison",
     "Evaluation",
     "GramAccumulator",
     "HalveError",
+    "Loading",
     "Objective",
     "Outcome",
     "PackResult",
     "Pattern",
     "Perplexity",
+    "Placement",
     "Pruned",
     "Reconstruction",
     "SpeedPlan",
@@ -79,6 +93,7 @@ __all__ = [
     "WhereFaster",
     "accelerate",
     "check",
+    "compare",
     "evaluate",
     "load",
     "pack",

@@ -5,89 +5,40 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from halve.checkpoint import write as store
+from halve.checkpoint import load, write
 from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.room import check_destination
-from halve.device import forward_precision, resolve_device
 from halve.errors import HalveError, InputError
 from halve.evaluation.perplexity import Perplexity, perplexity
-from halve.maths.pattern import Pattern
 from halve.model.reconstruct import BLOCK, parse_reconstruction
 from halve.report.measured import add_perplexity
 from halve.report.page import COMPARISON, write_comparison
 from halve.report.record import finite, settings_json
+from halve.run.contender import Contender
 from halve.run.directory import open_run
 from halve.run.environment import environment
-from halve.run.events import Progress, RunReport
-from halve.run.settings import MIN_EXPERT_TOKENS, Settings
-from halve.solve import methods, refit
-from halve.solve.objective import Objective
-from halve.solve.settings import OBJECTIVE_OPTIONS
+from halve.run.events import Progress
+from halve.run.phases import Phase
+from halve.run.request import Request
 from halve.text import tokens
 from halve.text.tokens import TokenSet
-from halve.whole_model import Request, prune_loaded, report_notes
+from halve.whole_model import prune_loaded, report_notes
 
 DENSE = "dense"
+METHODS = ("magnitude", "wanda", "wanda+cg", "sparsegpt", "sparsegpt+cg", "auto+cg")
+"""What is compared where nobody says."""
+
+CompareListener = Callable[[Contender | None, Progress], None]
+"""Called with the contender that runs, None before the first, and its progress."""
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A method with what follows it, written ``method[+refit][+block]``; ``method`` alone is as published.
-
-    Attributes:
-        method: name in `halve.solve.methods`.
-        refit: ``none``, ``cg``, ``gd`` or ``swap``.
-        reconstruct: whether blocks are reconstructed.
-    """
-
-    method: str
-    refit: str
-    reconstruct: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Contender":
-        """Parse ``wanda``, ``wanda+cg``, ``wanda+block`` or ``wanda+cg+block``."""
-        method, *rest = (part.strip() for part in text.split("+"))
-        reconstruct = rest[-1:] == [BLOCK]
-        rest = rest[:-1] if reconstruct else rest
-        if not method or len(rest) > 1 or not all(rest):
-            raise InputError(
-                f"{text!r} is not a method to compare: write a method (wanda), method+refit (wanda+cg), "
-                "or either with +block at the end (wanda+cg+block)"
-            )
-        return cls(method, rest[0] if rest else "none", reconstruct)
-
-    def check_option_names(self, names: Iterable[str]) -> None:
-        """Refuse options that neither the method nor the refit has.
-
-        Args:
-            names: of the method's options, and of the refit's with the prefix ``refit_``.
-
-        Raises:
-            InputError: the method or the refit is unknown, or has no such option.
-        """
-        of_refit = [f"refit_{field.name}" for field in fields(refit.get(self.refit).options)]
-        known = [*(field.name for field in fields(methods.get(self.method).options)), *of_refit]
-        for name in names:
-            if name in OBJECTIVE_OPTIONS:
-                raise InputError(f"{name} is not an option of {self}: write --{name.replace('_', '-')}")
-            if name not in known:
-                choice = f"its options are {', '.join(known)}" if known else "it takes none"
-                raise InputError(f"{self} has no option {name!r}: {choice}")
-
-    def __str__(self) -> str:
-        parts = [self.method, *([self.refit] if self.refit != "none" else []), *([BLOCK] if self.reconstruct else [])]
-        return "+".join(parts)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """What one contender achieved.
 
@@ -103,30 +54,19 @@ class Row:
     """
 
     name: str
-    perplexities: tuple[Perplexity, ...]
-    mean_relative_loss: float | None
-    seconds: float
-    fallbacks: int
-    warnings: tuple[str, ...]
+    perplexities: tuple[Perplexity, ...] = ()
+    mean_relative_loss: float | None = None
+    seconds: float = 0.0
+    fallbacks: int = 0
+    warnings: tuple[str, ...] = ()
     error: str = ""
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
-def compare(
-    loaded: LoadedModel,
-    requests: Mapping[Contender, Request],
-    calibration: TokenSet,
-    evaluation: Sequence[TokenSet],
-    *,
-    out: Path | None = None,
-    seed: int = 0,
-    forward_dtype: str = "auto",
-    listen: Callable[[Contender, Progress], None] | None = None,
-) -> Iterator[Row]:
-    """Return an iterator over one `Row` for the dense model and one for each contender, as each is finished.
+class Comparison:
+    """What `compare` returns: iterate over it for the rows, the dense model's first, as each is finished.
 
-    The arguments are checked at the call, before the first row is asked for. A contender that fails has a row with
-    its ``error``, and the others go on.
+    A contender that fails has a row with its ``error``, and the others go on.
 
     Args:
         loaded: the dense model; it stays as it is, a copy is pruned (so twice its memory is needed).
@@ -135,24 +75,185 @@ def compare(
         evaluation: texts to evaluate on.
         out: directory under which each pruned checkpoint is written, and ``comparison.html`` in the end; None to
             write none.
-        seed: that chose the calibration data, for the record.
-        forward_dtype: of the evaluation: ``auto``, ``float32`` or ``bfloat16``.
-        listen: called with the contender that runs, at every step of pruning.
+        listen: called at every step of pruning.
+
+    Attributes:
+        calibration: see above.
+        evaluation: see above.
+        rows: what is finished so far.
 
     Raises:
         InputError: there is nothing to compare or to evaluate on, tokens do not fit the model, or ``out`` cannot be
             written to (`check_destinations`).
     """
-    if not requests or not evaluation:
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        requests: Mapping[Contender, Request],
+        calibration: TokenSet,
+        evaluation: Sequence[TokenSet],
+        *,
+        out: Path | None = None,
+        listen: CompareListener | None = None,
+    ) -> None:
+        if not requests or not evaluation:
+            raise InputError("there is nothing to compare: give at least one contender and one evaluation text")
+        for texts in (calibration, *evaluation):
+            tokens.check_length(texts.seq_len, loaded.model)
+            tokens.check_vocabulary(texts.ids, loaded.model, texts.source)
+        self.calibration = calibration
+        self.evaluation = tuple(evaluation)
+        self.rows: list[Row] = []
+        self._loaded = loaded
+        self._requests = requests
+        self._any = next(iter(requests.values()))  # they differ in their settings alone
+        self._out = out
+        self._listen = listen
+        self._complete: list[Path] = []
+        self._dense: tuple[Perplexity, ...] = ()
+        if out is not None:
+            needed = write.output_bytes(loaded, self._any.loading.dtype)
+            check_destinations(out, requests, loaded.source, needed)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Measure the dense model, then prune and measure for one contender after the other."""
+        self.rows.clear()
+        self._dense = self._measure(self._loaded.model)
+        yield self._finished(Row(name=DENSE, perplexities=self._dense))
+        for contender, request in self._requests.items():
+            yield self._finished(self._compete(contender, request))
+
+    @property
+    def pattern(self) -> str:
+        """What all prune to."""
+        return self._any.settings.pattern.text
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record of what is finished as plain JSON values; numbers that are not finite become None."""
+        source = self._loaded.source
+        return {
+            "model": type(self._loaded.model).__name__ if source is None else source.name,
+            "pattern": self.pattern,
+            "calibration": {
+                "source": self.calibration.source,
+                "samples": self.calibration.samples,
+                "seq_len": self.calibration.seq_len,
+                "sha256": self.calibration.sha256,
+                "seed": self._any.calibration.seed,
+            },
+            "environment": environment(),
+            "contenders": {
+                str(contender): settings_json(request.settings) for contender, request in self._requests.items()
+            },
+            "rows": [_row_json(row) for row in self.rows],
+        }
+
+    def _finished(self, row: Row) -> Row:
+        self.rows.append(row)
+        return row
+
+    def _measure(self, model: nn.Module) -> tuple[Perplexity, ...]:
+        placement = self._any.placement
+        return tuple(
+            perplexity(model, text, device=placement.target, forward_dtype=placement.forward_dtype)
+            for text in self.evaluation
+        )
+
+    def _compete(self, contender: Contender, request: Request) -> Row:
+        gc.collect()  # the previous copy, should it sit in a reference cycle: at most two models at a time
+        place = None if self._out is None else checkpoint_directory(self._out, contender)
+        candidate = LoadedModel(copy.deepcopy(self._loaded.model), self._loaded.tokenizer, self._loaded.source)
+        row = Row(name=str(contender))
+
+        def tell(step: Progress) -> None:
+            if self._listen is not None:
+                self._listen(contender, step)
+
+        try:
+            with nullcontext() if place is None else open_run(place) as run:
+                report = prune_loaded(candidate, self.calibration, request, run, listen=tell).report
+            row = replace(
+                row,
+                mean_relative_loss=finite(report.mean_relative_loss),
+                seconds=report.seconds_of_pruning,
+                fallbacks=len(report.fallbacks),
+                warnings=report.warnings,
+                phases=report.seconds,
+            )
+            row = replace(row, perplexities=self._measure(candidate.model))
+            if place is not None:
+                row = replace(row, warnings=(*row.warnings, *self._put_on_record(place, row.perplexities)))
+        except HalveError as error:
+            row = replace(row, error=str(error))
+        return row
+
+    def _put_on_record(self, place: Path, after: tuple[Perplexity, ...]) -> tuple[str, ...]:
+        """Write what was measured of a checkpoint; what stands in the way of that is no failure of the contender."""
+        self._complete.append(place)
+        try:
+            add_perplexity(place, self._dense, after)
+            notes = report_notes(place)
+            if len(self._complete) > 1 and self._out is not None:
+                write_comparison(self._complete, self._out / COMPARISON)
+        except HalveError as error:
+            return (f"pruned and measured, but not put on record: {error}",)
+        return notes
+
+
+def compare(
+    model: nn.Module | str | Path,
+    data: Sequence[str | Path],
+    *,
+    methods: Sequence[str | Contender] = METHODS,
+    out: str | Path | None = None,
+    method_options: Mapping[str, Mapping[str, Any]] | None = None,
+    tokenizer: Any = None,
+    listen: CompareListener | None = None,
+    **options: Any,
+) -> Comparison:
+    """Prune a model with several methods, calibrated on the same tokens, and measure each on the same texts.
+
+    Everything is checked, the model loaded and the texts tokenised at the call; the work is done as the rows of the
+    result are asked for: ``for row in halve.compare(…)``.
+
+    Args:
+        model: a model in memory, which stays as it is, a local directory, a ``.gguf`` file, or a hub id.
+        data: texts to measure perplexity on.
+        methods: ``wanda`` is as published, ``wanda+cg`` adds a refit, ``+block`` tunes blocks.
+        out: directory under which each pruned checkpoint is written, to ``out/METHOD``, and ``comparison.html``; new
+            or empty. None writes nothing.
+        method_options: options by name of a method, a refit (``{"cg": {"max_iterations": 200}}``) or ``block``.
+        tokenizer: for a model in memory; otherwise the checkpoint's own.
+        listen: called at every step.
+        **options: those of `halve.prune` that do not belong to one method, such as ``samples`` and ``device``, and
+            ``eval_seq_len`` and ``eval_max_windows`` for the windows of the texts.
+
+    Raises:
+        InputError: an argument cannot be used as given; nothing was done.
+        HalveError: as `halve.prune`.
+    """
+    contenders = [each if isinstance(each, Contender) else Contender.parse(each) for each in methods]
+    requests = make_requests(contenders, method_options or {}, eval_data=list(data), **options)
+    asked = next(iter(requests.values()), None)
+    if asked is None or asked.evaluation is None:
         raise InputError("there is nothing to compare: give at least one contender and one evaluation text")
-    for texts in (calibration, *evaluation):
-        tokens.check_length(texts.seq_len, loaded.model)
-        tokens.check_vocabulary(texts.ids, loaded.model, texts.source)
-    forward_precision(forward_dtype, next(iter(requests.values())).device)
-    if out is not None:
-        needed = store.output_bytes(loaded, next(iter(requests.values())).dtype)
-        check_destinations(out, requests, loaded.source, needed)
-    return _rows(loaded, requests, calibration, evaluation, out, seed, forward_dtype, listen)
+    asked.check_texts()
+    place = None if out is None else Path(out)
+    if isinstance(model, nn.Module):
+        loaded = LoadedModel(model, tokenizer, None)  # type: ignore[arg-type]
+    else:
+        source = load.resolve(model, trust_remote_code=asked.loading.trust_remote_code)
+        if place is not None:
+            check_destinations(place, requests, source, source.size)
+        loaded = load.load_model(source)
+    texts = asked.evaluation.texts(loaded, asked.calibration.length)
+    if asked.calibration.is_self_written and listen is not None:
+        listen(None, Progress(0, 0, Phase.GENERATE, 0, 0))
+    found = asked.calibration.data(loaded)
+    if not isinstance(found, TokenSet):
+        raise InputError("calibration is a list of batches, and a comparison needs tokens: give text or token ids")
+    return Comparison(loaded, requests, found, texts, out=place, listen=listen)
 
 
 def check_destinations(out: Path, contenders: Iterable[Contender], source: Source | None, size: int) -> None:
@@ -174,95 +275,15 @@ def check_destinations(out: Path, contenders: Iterable[Contender], source: Sourc
         raise InputError(f"{out / COMPARISON} is a directory, where a file is going to be written: remove it")
 
 
-def _rows(
-    loaded: LoadedModel,
-    requests: Mapping[Contender, Request],
-    calibration: TokenSet,
-    evaluation: Sequence[TokenSet],
-    out: Path | None,
-    seed: int,
-    forward_dtype: str,
-    listen: Callable[[Contender, Progress], None] | None,
-) -> Iterator[Row]:
-    def measure(model: nn.Module, device: torch.device) -> tuple[Perplexity, ...]:
-        return tuple(perplexity(model, texts, device=device, dtype=forward_dtype) for texts in evaluation)
-
-    def compete(contender: Contender, request: Request) -> Row:
-        gc.collect()  # the previous copy, should it sit in a reference cycle: at most two models at a time
-        place = None if out is None else checkpoint_directory(out, contender)
-        candidate = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source)
-        report: RunReport | None = None
-        scores: tuple[Perplexity, ...] = ()
-        notes: tuple[str, ...] = ()
-        failure = ""
-
-        def tell(step: Progress) -> None:
-            if listen is not None:
-                listen(contender, step)
-
-        try:
-            with nullcontext() if place is None else open_run(place) as run:
-                report = prune_loaded(candidate, calibration, request, run, seed=seed, listen=tell).report
-            scores = measure(candidate.model, request.device)
-            if place is not None and out is not None:
-                complete.append(place)
-                notes = _put_on_record(complete, dense, scores, out)
-        except HalveError as error:
-            failure = str(error)
-        if report is None:
-            return Row(str(contender), (), None, 0.0, 0, (), failure)
-        loss = finite(report.mean_relative_loss)
-        seconds, fallbacks = report.seconds_of_pruning, len(report.fallbacks)
-        warnings = (*report.warnings, *notes)
-        return Row(str(contender), scores, loss, seconds, fallbacks, warnings, failure, report.seconds)
-
-    dense = measure(loaded.model, next(iter(requests.values())).device)
-    complete: list[Path] = []
-    yield Row(DENSE, dense, None, 0.0, 0, ())
-    for contender, request in requests.items():
-        yield compete(contender, request)
-
-
-def _put_on_record(
-    complete: Sequence[Path], before: tuple[Perplexity, ...], after: tuple[Perplexity, ...], out: Path
-) -> tuple[str, ...]:
-    """Write what was measured of the last checkpoint; what stands in the way of that is no failure of the contender."""
-    try:
-        add_perplexity(complete[-1], before, after)
-        notes = report_notes(complete[-1])
-        if len(complete) > 1:
-            write_comparison(complete, out / COMPARISON)
-    except HalveError as error:
-        return (f"pruned and measured, but not put on record: {error}",)
-    return notes
-
-
 def make_requests(
-    contenders: Sequence[Contender],
-    options: Mapping[str, Mapping[str, Any]],
-    *,
-    pattern: str | Pattern = "2:4",
-    skip: Sequence[str] = (),
-    fallback: str | None = None,
-    min_expert_tokens: int = MIN_EXPERT_TOKENS,
-    objective: Objective | None = None,
-    device: str = "auto",
-    forward_dtype: str = "auto",
-    dtype: torch.dtype | None = None,
+    contenders: Sequence[Contender], method_options: Mapping[str, Mapping[str, Any]], **options: Any
 ) -> dict[Contender, Request]:
     """Check every contender's settings before any work.
 
     Args:
         contenders: what to compare.
-        options: options by name of a method, a refit or ``block``; each contender gets those that concern it.
-        pattern: see `halve.prune`, as for the others.
-        skip: parameters that stay dense.
-        fallback: method for matrices that a contender fails on.
-        min_expert_tokens: with a fallback, experts that see fewer tokens are pruned by magnitude.
-        objective: shrinkage of the statistics and targets from the dense model, the same for all.
-        device: ``auto``, ``cpu``, ``cuda``, …
-        forward_dtype: ``auto``, ``float32`` or ``bfloat16``.
-        dtype: of written checkpoints, for GGUF input.
+        method_options: options by name of a method, a refit or ``block``; each contender gets those that concern it.
+        **options: those of `halve.prune` that all have in common.
 
     Raises:
         InputError: a contender is named twice, an option belongs to none, or any setting is not usable.
@@ -272,64 +293,20 @@ def make_requests(
     known = {name for contender in contenders for name in (contender.method, contender.refit)} - {"none"}
     if any(contender.reconstruct for contender in contenders):
         known.add(BLOCK)
-    if stray := sorted(set(options) - known):
+    if stray := sorted(set(method_options) - known):
         raise InputError(f"options for {stray[0]!r} belong to none of the compared: {', '.join(sorted(known))}")
-    target = resolve_device(device)
-    precision = forward_precision(forward_dtype, target)
+    common = Request.of(options)
     found = {}
     for contender in contenders:
-        of_refit = {f"refit_{name}": value for name, value in options.get(contender.refit, {}).items()}
-        own = {**options.get(contender.method, {}), **of_refit}
+        of_refit = {f"refit_{name}": value for name, value in method_options.get(contender.refit, {}).items()}
+        own = {**method_options.get(contender.method, {}), **of_refit}
         contender.check_option_names(own)
-        tuning = parse_reconstruction(BLOCK, **options.get(BLOCK, {})) if contender.reconstruct else None
-        settings = Settings(
-            Pattern.parse(pattern),
-            contender.method,
-            contender.refit,
-            own,
-            tuple(skip),
-            fallback,
-            min_expert_tokens,
-            tuning,
-            Objective.of(objective),
+        tuning = parse_reconstruction(BLOCK, **method_options.get(BLOCK, {})) if contender.reconstruct else None
+        settings = replace(
+            common.settings, method=contender.method, refit=contender.refit, options=own, reconstruction=tuning
         )
-        found[contender] = Request(settings, target, precision, dtype)
+        found[contender] = replace(common, settings=settings)
     return found
-
-
-def as_json(
-    rows: Sequence[Row],
-    requests: Mapping[Contender, Request],
-    *,
-    model: str,
-    pattern: str | Pattern,
-    calibration: TokenSet,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the record of a comparison as plain JSON values; numbers that are not finite become None.
-
-    Args:
-        rows: what is finished.
-        requests: how each contender prunes.
-        model: what the user named.
-        pattern: the sparsity pattern.
-        calibration: the tokens that all were pruned with.
-        seed: that chose them.
-    """
-    return {
-        "model": model,
-        "pattern": Pattern.parse(pattern).text,
-        "calibration": {
-            "source": calibration.source,
-            "samples": calibration.samples,
-            "seq_len": calibration.seq_len,
-            "sha256": calibration.sha256,
-            "seed": seed,
-        },
-        "environment": environment(),
-        "contenders": {str(contender): settings_json(request.settings) for contender, request in requests.items()},
-        "rows": [_row_json(row) for row in rows],
-    }
 
 
 def _row_json(row: Row) -> dict[str, Any]:

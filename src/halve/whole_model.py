@@ -1,6 +1,6 @@
 """One model, loaded, with its calibration data: prune it, then write, verify and publish what comes out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +26,8 @@ from halve.run.events import Listener, Progress, RunReport
 from halve.run.fingerprint import files_sha256, fingerprint
 from halve.run.log import RunLog
 from halve.run.loop import prune_blocks
-from halve.run.phases import Phases
-from halve.run.settings import Settings
+from halve.run.phases import Phase, Phases
+from halve.run.request import Request
 from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, calibration_record, token_batches
 from halve.text.tokens import TokenSet
 from halve.verification import check
@@ -56,36 +56,16 @@ class Pruned:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Request:
-    """How to prune, all of it checked.
-
-    Attributes:
-        settings: what to do to every matrix.
-        device: where blocks run and matrices are solved.
-        precision: dtype of the forward products.
-        dtype: of the written checkpoint, only for GGUF input and models in memory.
-        offload: an existing directory for hidden states, None for memory.
-    """
-
-    settings: Settings
-    device: torch.device
-    precision: torch.dtype
-    dtype: torch.dtype | None = None
-    offload: Path | None = None
-
-
 def prune_loaded(
     loaded: LoadedModel,
     data: TokenSet | Sequence[Batch],
     request: Request,
     run: RunDirectory | None,
     *,
-    seed: int,
     listen: Listener | None = None,
     call: Mapping[str, Any] | None = None,
-    asked: Mapping[str, Any] | None = None,
     phases: Phases | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Pruned:
     """Prune a loaded model in place, then write and verify it if there is a directory to.
 
@@ -94,22 +74,21 @@ def prune_loaded(
         data: calibration tokens or batches; an empty list for a method and refit that need none.
         request: how to prune.
         run: where finished blocks and the checkpoint go, new or stopped; None writes nothing.
-        seed: that chose the calibration data, for the record.
         listen: called at every step.
-        call: arguments of `prune` that would repeat this, for `resume`; None if they cannot be written down.
-        asked: how the calibration tokens were asked for.
+        call: what would repeat this, for `halve.resume`; None if it cannot be written down.
         phases: what already counts towards the run's seconds and memory; None begins at nothing.
+        before: called once, when the run has begun, its plan is accepted, and nothing has been changed yet.
 
     Raises:
-        InputError, UnsupportedModelError, CalibrationError, LayerFailedError, CorruptFileError: as `prune`.
+        InputError, UnsupportedModelError, CalibrationError, LayerFailedError, CorruptFileError: as `halve.prune`.
     """
-    phases = phases or Phases(request.device)
+    phases = phases or Phases(request.placement.target)
     if run is None:
-        done = _prune(loaded, data, request, None, listen, phases)
-        return Pruned(loaded.model, done, _record(loaded, data, request, done, seed, None), None)
-    settings, device, precision, dtype = request.settings, request.device, request.precision, request.dtype
-    mark = fingerprint(loaded, data, settings, device=device, precision=precision, dtype=dtype) | {"seed": str(seed)}
-    run.begin(mark, call, data if isinstance(data, TokenSet) else None, asked or {}, settings.fallback)
+        done = _prune(loaded, data, request, None, listen, phases, before)
+        return Pruned(loaded.model, done, _record(loaded, data, request, done, None), None)
+    mark = fingerprint(loaded, data, request)
+    kept = data if isinstance(data, TokenSet) else None
+    run.begin(mark, call, kept, request.calibration.asked, request.settings.fallback)
     log = RunLog(run.home)
 
     def tell(step: Progress) -> None:
@@ -118,10 +97,10 @@ def prune_loaded(
             listen(step)
 
     try:
-        done = _prune(loaded, data, request, run, tell, phases)
-        content = _record(loaded, data, request, done, seed, run.out)
+        done = _prune(loaded, data, request, run, tell, phases, before)
+        content = _record(loaded, data, request, done, run.out)
         content["source"]["sha256"] = files_sha256(mark)
-        done, notes = _publish(loaded, done, content, run, dtype, phases)
+        done, notes = _publish(loaded, done, content, run, request.loading.dtype, phases)
     except HalveError as error:
         # To call again would not help against damage.
         helps = isinstance(error, UnreadableFileError) or not isinstance(error, CorruptFileError)
@@ -146,9 +125,9 @@ def _publish(
     files: dict[str, str] | None = None
     notes: tuple[str, ...] = ()
     if not run.verified:
-        with phases.timing("write"):
+        with phases.timing(Phase.WRITE):
             files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, content, dtype=dtype)
-        with phases.timing("verify"):
+        with phases.timing(Phase.VERIFY):
             _verify(run.staging, loaded.source)
         done = replace(
             done,
@@ -188,25 +167,28 @@ def _prune(
     run: RunDirectory | None,
     listen: Listener | None,
     phases: Phases,
+    before: Callable[[], None] | None,
 ) -> RunReport:
+    placement, settings = request.placement, request.settings
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(loaded.model))
         folder = None
-        if request.offload is not None:
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=request.offload)))
-        most = BATCH_TOKENS if request.settings.reconstruction is None else STEP_TOKENS
+        if placement.offload is not None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=placement.offload)))
+        most = BATCH_TOKENS if settings.reconstruction is None else STEP_TOKENS
         batches = token_batches(data.ids, most) if isinstance(data, TokenSet) else data
         return prune_blocks(
             loaded.model,
             batches or [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}],
-            request.settings,
-            device=request.device,
-            precision=request.precision,
+            settings,
+            device=placement.target,
+            precision=placement.precision,
             offload=folder,
             listen=listen,
             collect=bool(batches),
             ledger=run,
             phases=phases,
+            before=before,
         )
 
 
@@ -215,19 +197,18 @@ def _record(
     data: TokenSet | Sequence[Batch],
     request: Request,
     done: RunReport,
-    seed: int,
     out: Path | None,
 ) -> dict[str, Any]:
     return record.to_json(
         done,
         request.settings,
         {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
-        record.masks(loaded.model, done, request.settings.pattern, request.dtype),
+        record.masks(loaded.model, done, request.settings.pattern, request.loading.dtype),
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
-        calibration={"seed": seed, **calibration_record(data)},
-        device=str(request.device),
-        precision=str(request.precision).removeprefix("torch."),
+        calibration={"seed": request.calibration.seed, **calibration_record(data)},
+        device=str(request.placement.target),
+        precision=str(request.placement.precision).removeprefix("torch."),
     )
 
 

@@ -51,7 +51,7 @@ def test_code_is_not_run_unless_it_is_trusted(own):
 def test_trusted_code_is_run_and_goes_with_the_pruned_model(own):
     path, marker = own
     out = path.parent / "out"
-    dense = evaluate(path, some_tokens(), trust_remote_code=True, dtype="float32")
+    dense = evaluate(path, some_tokens(), trust_remote_code=True, forward_dtype="float32")
     assert marker.exists()
     pruned = prune(path, out, calibration=tokens(4), method="wanda", trust_remote_code=True)
     assert type(pruned.model).__name__ == "OwnForCausalLM"
@@ -64,7 +64,7 @@ def test_trusted_code_is_run_and_goes_with_the_pruned_model(own):
     again = tf.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     ids = tokens(1)
     assert torch.equal(again(ids).logits, pruned.model(ids).logits)
-    assert evaluate(out, some_tokens(), trust_remote_code=True, dtype="float32").value != dense.value
+    assert evaluate(out, some_tokens(), trust_remote_code=True, forward_dtype="float32").value != dense.value
 
 
 def test_a_stopped_run_goes_on_with_the_code_it_was_begun_with(own):

@@ -44,7 +44,7 @@ def test_check_fails_on_a_dense_model(model, tmp_path, text):
 def test_compare_prints_a_row_each(model, text):
     arguments = ["compare", model, "--data", text, "--calibration", text, "--samples", "4", "--seq-len", "16"]
     arguments += ["--methods", "magnitude,prox-gradient+gd", "-o", "prox-gradient.beta=1.5", "-o", "gd.steps=5"]
-    result = run(app, [*arguments, "--max-windows", "2"])
+    result = run(app, [*arguments, "--eval-max-windows", "2"])
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
     for name in ("dense", "magnitude", "prox-gradient+gd", "perplexity text.txt", "2 windows of 16 tokens"):
@@ -52,7 +52,7 @@ def test_compare_prints_a_row_each(model, text):
 
 
 def compare_arguments(model, text, *more):
-    fixed = ["--calibration", text, "--samples", "4", "--seq-len", "16", "--max-windows", "2"]
+    fixed = ["--calibration", text, "--samples", "4", "--seq-len", "16", "--eval-max-windows", "2"]
     return ["compare", model, "--data", text, *fixed, *more]
 
 

@@ -97,7 +97,7 @@ def test_one_model_in_memory_at_a_time(model, other, asked, monkeypatch):
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr("halve.checkpoint.load.load_model", load)
+    monkeypatch.setattr("halve.cli.eval.load_model", load)
     gc.disable()  # a model must not wait for the next collection
     try:
         result = run(app, ["eval", model, other, model, *asked, "--limit", "1"])
@@ -114,7 +114,7 @@ def test_what_is_finished_is_printed(model, other, text, monkeypatch, flags):
             raise KeyboardInterrupt
         return load_model(source)
 
-    monkeypatch.setattr("halve.checkpoint.load.load_model", load)
+    monkeypatch.setattr("halve.cli.eval.load_model", load)
     result = run(app, ["eval", model, other, "--data", text, *WINDOWS, *flags])
     assert result.exit_code == 130
     assert result.stderr == "interrupted\n"

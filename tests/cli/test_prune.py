@@ -26,7 +26,7 @@ HALVE = [
 
 def test_reconstruction_is_reported_recorded_and_verified(model, text, tmp_path):
     out = tmp_path / "out"
-    asked = ["--reconstruct", "block", "--reconstruct-epochs", "2", "--reconstruct-lr", "0.001"]
+    asked = ["--reconstruct", "block", "--reconstruct-epochs", "2", "--reconstruct-learning-rate", "0.001"]
     result = run(app, ["prune", model, "--out", str(out), "--calibration", text, *FAST, *asked])
     assert result.exit_code == 0, result.output
     assert "3 of 3 blocks gained by reconstruction: training error times" in result.output
@@ -143,7 +143,10 @@ def test_too_little_text_is_refused(model, tmp_path):
         (["--match-dense", "nan"], "match_dense must be a number from 0 to 1, got nan"),
         (["--match-ridge", "0"], "match_ridge must be a finite number above 0, got 0.0"),
         (["--reconstruct-epochs", "2"], "'epochs' is an option of the reconstruction"),
-        (["--effort", "best", "--reconstruct", "none", "--reconstruct-lr", "1"], "'learning_rate' is an option of the"),
+        (
+            ["--effort", "best", "--reconstruct", "none", "--reconstruct-learning-rate", "1"],
+            "'learning_rate' is an option of the",
+        ),
         (["--only-where-faster", "0"], "only_where_faster must be a finite number above 0, got 0.0"),
         (["--only-where-faster", "nan"], "only_where_faster must be a finite number above 0, got nan"),
         (["--only-where-faster", "1.1", "--faster-at-batch", "0"], "faster_at_batch must be a whole number of at"),

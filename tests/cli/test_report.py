@@ -20,7 +20,7 @@ def run():
 def test_a_run_leaves_its_report_and_says_where(run, model, text, tmp_path):
     out = tmp_path / "out"
     arguments = ["prune", model, "--out", str(out), "--calibration", text, *FAST]
-    result = run(app, [*arguments, "--eval-data", text, "--max-windows", "2"])
+    result = run(app, [*arguments, "--eval-data", text, "--eval-max-windows", "2"])
     assert result.exit_code == 0, result.output
     (entry,) = json.loads((out / "halve-measured.json").read_text())["perplexity"]
     line = (
@@ -70,8 +70,8 @@ def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
         (["report", "nowhere", "--max-windows", "2"], "go with a text to measure on: give --data"),
         (["report", "nowhere", "--dense", "none"], "go with a text to measure on: give --data"),
         (["report", "a", "a"], "is given twice"),
-        (["prune", "m", "--out", "o", "--max-windows", "2"], "go with a text to measure perplexity on"),
-        (["prune", "m", "--out", "o", "--eval-seq-len", "2"], "go with a text to measure perplexity on"),
+        (["prune", "m", "--out", "o", "--eval-max-windows", "2"], "--eval-max-windows goes with --eval-data, which is"),
+        (["prune", "m", "--out", "o", "--eval-seq-len", "2"], "--eval-seq-len goes with --eval-data, which is not"),
     ],
 )
 def test_what_cannot_be_is_refused(run, arguments, words):

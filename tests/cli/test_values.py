@@ -8,9 +8,9 @@ from halve.cli.values import (
     merge_options,
     on_threads,
     parse_dtype,
+    parse_number,
     parse_options,
     parse_options_by_method,
-    parse_shrinkage,
 )
 from halve.errors import InputError
 
@@ -66,11 +66,10 @@ def test_dtypes():
 
 
 def test_a_shrinkage_is_a_number_or_a_word_left_to_the_objective():
-    assert parse_shrinkage(None) is None
-    assert parse_shrinkage("0.25") == 0.25
-    assert parse_shrinkage("1e-3") == 1e-3
-    assert parse_shrinkage("auto") == "auto"
-    assert parse_shrinkage("much") == "much"
+    assert parse_number("0.25") == 0.25
+    assert parse_number("1e-3") == 1e-3
+    assert parse_number("auto") == "auto"
+    assert parse_number("much") == "much"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def reference(model, ids):
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_every_family_against_float64(family):
-    found = perplexity(decoder(family), windows(), dtype="float32")
+    found = perplexity(decoder(family), windows(), forward_dtype="float32")
     expected = reference(decoder(family), windows().ids)
     assert found.nll == pytest.approx(expected, rel=1e-5)
     assert found.value == pytest.approx(math.exp(expected), rel=1e-4)
@@ -52,7 +52,7 @@ def test_it_is_the_loss_of_transformers():
     model = decoder("llama")
     with torch.no_grad():
         expected = model(input_ids=windows().ids, labels=windows().ids).loss.item()
-    assert perplexity(model, windows(), dtype="float32").nll == pytest.approx(expected, rel=1e-6)
+    assert perplexity(model, windows(), forward_dtype="float32").nll == pytest.approx(expected, rel=1e-6)
 
 
 def granite(**scales):
@@ -62,7 +62,7 @@ def granite(**scales):
 
 
 def test_scaled_logits_use_the_models_own_forward():
-    found = perplexity(granite(logits_scaling=0.25), windows(), dtype="float32")
+    found = perplexity(granite(logits_scaling=0.25), windows(), forward_dtype="float32")
     assert found.note == "the model changes its logits after the output head, so its own forward was used"
     assert found.nll == pytest.approx(reference(granite(logits_scaling=0.25), windows().ids), rel=1e-5)
     assert found.nll != pytest.approx(perplexity(granite(logits_scaling=1.0), windows()).nll, rel=1e-2)
@@ -103,7 +103,7 @@ class Doubled(nn.Module):
     ],
 )
 def test_what_lies_between_base_and_head_is_noticed(model, note):
-    found = perplexity(model, windows(), dtype="float32")
+    found = perplexity(model, windows(), forward_dtype="float32")
     assert found.note.startswith(note)
     assert bool(found.note) == bool(note)
     assert found.nll == pytest.approx(reference(model, windows().ids), rel=1e-5)
@@ -121,7 +121,7 @@ class Unigram(nn.Module):
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
-    found = perplexity(Unigram([0.0] * VOCAB), windows(), dtype="float32")
+    found = perplexity(Unigram([0.0] * VOCAB), windows(), forward_dtype="float32")
     assert found.value == pytest.approx(VOCAB, rel=1e-6)
     assert "no plain linear output head" in found.note
 
@@ -135,7 +135,7 @@ def test_the_softmax_of_narrow_logits_is_float32():
 
 
 def test_perplexity_that_overflows_is_infinite():
-    found = perplexity(Unigram([1e5] + [0.0] * (VOCAB - 1)), windows(), dtype="float32")
+    found = perplexity(Unigram([1e5] + [0.0] * (VOCAB - 1)), windows(), forward_dtype="float32")
     assert found.value == math.inf
     assert found.nll == pytest.approx(1e5)
 
@@ -147,7 +147,11 @@ def test_batches_and_slices_change_nothing(family, batch_size, monkeypatch):
     monkeypatch.setattr(halve.evaluation.perplexity, "_LOGITS_AT_ONCE", 7 * VOCAB)
     calls = []
     found = perplexity(
-        decoder(family), windows(), batch_size=batch_size, dtype="float32", progress=lambda *done: calls.append(done)
+        decoder(family),
+        windows(),
+        batch_size=batch_size,
+        forward_dtype="float32",
+        progress=lambda *done: calls.append(done),
     )
     assert found.nll == pytest.approx(expected, rel=1e-5)
     step = 1 if family == "gemma2" else min(batch_size or 5, 5)
@@ -166,7 +170,7 @@ def test_logits_are_never_held_at_once(monkeypatch):
 
 
 def test_bfloat16_products_are_close_and_recorded():
-    found = perplexity(decoder("llama"), windows(), dtype="bfloat16")
+    found = perplexity(decoder("llama"), windows(), forward_dtype="bfloat16")
     exact = reference(decoder("llama"), windows().ids)
     assert found.dtype == "bfloat16"
     assert found.note == ""
@@ -188,7 +192,7 @@ def test_float32_is_forced_on_narrow_weights(family):
     model = decoder(family).bfloat16()
     model.config._attn_implementation = "eager"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = perplexity(model, windows(), dtype="float32")
+    found = perplexity(model, windows(), forward_dtype="float32")
     assert found.dtype == "float32"
     assert found.nll == pytest.approx(reference(decoder(family).bfloat16(), windows().ids), rel=1e-5)
     assert all(tensor.dtype == before[name].dtype for name, tensor in model.state_dict().items())
@@ -197,10 +201,10 @@ def test_float32_is_forced_on_narrow_weights(family):
 
 def test_the_model_is_left_as_it_was():
     model = decoder("llama", attention_dropout=0.5).train().requires_grad_(False)
-    found = perplexity(model, windows(), dtype="float32")
+    found = perplexity(model, windows(), forward_dtype="float32")
     assert found.nll == pytest.approx(reference(decoder("llama"), windows().ids), rel=1e-5)  # no dropout
     assert model.training
-    perplexity(model, windows(), dtype="bfloat16")
+    perplexity(model, windows(), forward_dtype="bfloat16")
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.lm_head._forward_hooks
     assert not model.model._forward_hooks
@@ -209,7 +213,7 @@ def test_the_model_is_left_as_it_was():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_agrees_and_the_model_comes_back():
     model = decoder("llama")
-    found = perplexity(model, windows(), device="cuda", dtype="float32")
+    found = perplexity(model, windows(), device="cuda", forward_dtype="float32")
     assert found.nll == pytest.approx(reference(decoder("llama"), windows().ids), rel=1e-4)
     assert model.device == torch.device("cpu")
 
@@ -234,7 +238,7 @@ def test_refusals():
     with pytest.raises(InputError, match="batch_size = 0"):
         perplexity(model, windows(), batch_size=0)
     with pytest.raises(InputError, match="'half' is not understood"):
-        perplexity(model, windows(), dtype="half")
+        perplexity(model, windows(), forward_dtype="half")
     with pytest.raises(InputError, match="device 'tpu2x' is not understood"):
         perplexity(model, windows(), device="tpu2x")
     data = windows()
@@ -261,7 +265,7 @@ def directory(tmp_path):
 
 
 def test_evaluate_a_directory(directory, text):
-    found = evaluate(str(directory), text, seq_len=16, max_windows=4, dtype="float32", device="cpu")
+    found = evaluate(str(directory), text, seq_len=16, max_windows=4, forward_dtype="float32", device="cpu")
     data = evaluation_tokens(text, word_level(), seq_len=16)
     assert data.samples > 4
     assert found.nll == pytest.approx(reference(decoder("llama"), data.ids[:4]), rel=1e-5)
@@ -270,9 +274,9 @@ def test_evaluate_a_directory(directory, text):
 
 def test_evaluate_a_model_in_memory(text):
     data = evaluation_tokens(text, word_level(), seq_len=16)
-    found = evaluate(decoder("llama"), text, seq_len=16, tokenizer=word_level(), dtype="float32")
+    found = evaluate(decoder("llama"), text, seq_len=16, tokenizer=word_level(), forward_dtype="float32")
     assert found.nll == pytest.approx(reference(decoder("llama"), data.ids), rel=1e-5)
-    assert evaluate(decoder("llama"), data, dtype="float32").nll == found.nll
+    assert evaluate(decoder("llama"), data, forward_dtype="float32").nll == found.nll
 
 
 def test_evaluate_refuses_before_loading(directory, text, monkeypatch):
@@ -290,7 +294,7 @@ def test_evaluate_refuses_before_loading(directory, text, monkeypatch):
         ({"data": "self"}, "'self' is for calibration"),
         ({"seq_len": 0}, "seq_len = 0"),
         ({"max_windows": 0}, "max_windows = 0"),
-        ({"dtype": "int8"}, "'int8' is not understood"),
+        ({"forward_dtype": "int8"}, "'int8' is not understood"),
         ({"device": "abacus"}, "'abacus' is not understood"),
     ):
         with pytest.raises(InputError, match=message):

@@ -75,7 +75,7 @@ def by_key(results):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_accuracy_is_that_of_the_models_own_logits(defined, batch_size):
     model = llama()
-    options = {"batch_size": batch_size, "dtype": "float32"}  # as the oracle has it, on any processor
+    options = {"batch_size": batch_size, "forward_dtype": "float32"}  # as the oracle has it, on any processor
     results = evaluate_tasks(model, ["mc"], tokenizer=TOKENIZER, tasks_path=defined, **options)
     plain, normalised = (correct(model, documents(), normalised=flag) for flag in (False, True))
     assert 0 < sum(plain) < 10  # so that an error would show
@@ -110,7 +110,7 @@ def test_rolling_log_likelihood(tmp_path):
     changes = {"doc_to_text": "", "doc_to_target": "{{question}}", "doc_to_choice": None, "metric_list": [metric]}
     write_task(tmp_path / "tasks", "roll", output_type="loglikelihood_rolling", **changes)
     model = llama()
-    options = {"num_fewshot": 2, "dtype": "float32"}  # as the oracle has it, on any processor
+    options = {"num_fewshot": 2, "forward_dtype": "float32"}  # as the oracle has it, on any processor
     results = evaluate_tasks(model, ["roll"], tokenizer=TOKENIZER, tasks_path=tmp_path / "tasks", **options)
     total = sum(log_likelihood(model, "<s>", question) for question in QUESTIONS)
     (score,) = results.scores
@@ -165,10 +165,10 @@ def test_products_are_made_in_the_dtype_asked_for(defined):
     model = llama()
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        results = evaluate_tasks(model, ["mc"], tokenizer=TOKENIZER, tasks_path=defined, limit=2, dtype=name)
+        results = evaluate_tasks(model, ["mc"], tokenizer=TOKENIZER, tasks_path=defined, limit=2, forward_dtype=name)
         assert (results.dtype, seen) == (name, {dtype})
         seen.clear()
-    evaluate_tasks(model.bfloat16(), ["mc"], tokenizer=TOKENIZER, tasks_path=defined, limit=2, dtype="float32")
+    evaluate_tasks(model.bfloat16(), ["mc"], tokenizer=TOKENIZER, tasks_path=defined, limit=2, forward_dtype="float32")
     assert seen == {torch.float32}
     assert model.lm_head.weight.dtype == torch.bfloat16
 

@@ -69,7 +69,7 @@ def shard() -> bytes:
 
 def manifest() -> bytes:
     content = {
-        "format": 2,
+        "format": 3,
         "fingerprint": {"a": "b"},
         "call": {"model": "m"},
         "fallback": None,

@@ -208,7 +208,7 @@ def test_without_the_kernels_it_says_so(tmp_path, monkeypatch):
 
 def test_is_measured_like_any_model_and_not_pruned_again(tmp_path):
     ours, plain = load(packed(tmp_path, dtype=torch.float32)), load_model(tmp_path / "plain")
-    found, expected = (perplexity(each.model, some_tokens(), dtype="float32").nll for each in (ours, plain))
+    found, expected = (perplexity(each.model, some_tokens(), forward_dtype="float32").nll for each in (ours, plain))
     assert found == pytest.approx(expected, rel=1e-4)
     assert has_tokenizer(ours.source)
     with pytest.raises(UnsupportedModelError, match="halve unpack"):

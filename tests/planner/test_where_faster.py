@@ -12,6 +12,7 @@ from halve.errors import InputError, ResumeMismatchError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Matrix
 from halve.planner.where_faster import WhereFaster
+from halve.run import request
 from halve.run.settings import Settings
 from halve.runtime import speed
 from halve.runtime.speed import Speed
@@ -181,13 +182,13 @@ def test_a_run_without_it_cannot_go_on_with_it(tmp_path, measured, monkeypatch):
 
 def test_the_reason_of_a_matrix():
     found = WhereFaster(1.1, 1, {"8x4": 1.09, "4x8": 1.1})
-    settings = Settings(PATTERN, "wanda", "none", only_where_faster=found)
+    settings = Settings(pattern=PATTERN, method="wanda", refit="none", only_where_faster=found)
     assert settings.why_dense(Matrix("a", "a", 0, 4, 8)) == ""
     reason = "2:4 is 1.09 times as fast as dense at batch 1 on this machine, less than the 1.1 asked for"
     assert settings.why_dense(Matrix("a", "a", 0, 8, 4)) == reason
     assert reason in found.reasons(PATTERN)
     assert len(found.reasons(PATTERN)) == 2
-    assert Settings(PATTERN, "wanda", "none").why_dense(Matrix("a", "a", 0, 8, 4)) == ""
+    assert Settings(pattern=PATTERN, method="wanda", refit="none").why_dense(Matrix("a", "a", 0, 8, 4)) == ""
 
 
 def test_a_shape_without_a_product_stays_dense_and_is_not_measured(measured, monkeypatch):
@@ -208,7 +209,7 @@ def test_a_factor_is_enough():
 
 
 def test_where_there_are_no_sparse_products_nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr(pruning, "resolve_device", lambda _name: torch.device("cuda"))
+    monkeypatch.setattr(request, "resolve_device", lambda _name: torch.device("cuda"))
     monkeypatch.setattr(pruning, "_find", lambda *_arguments, **_options: pytest.fail("looked for the model"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"no sparse products on cuda"):

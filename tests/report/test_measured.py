@@ -6,19 +6,23 @@ import pytest
 from halve.errors import CorruptFileError, HalveError
 from halve.evaluation.perplexity import Perplexity
 from halve.report.measured import add_perplexity, measured_json, read_measured, write_measured
-from halve.run.events import MatrixReport, RunReport
-from halve.solve.outcome import Status
+from halve.run.events import RunReport
+from reported import matrix_report
 
 SCORE = Perplexity(12.5, 3, 64, "float32", "a/text.txt", "00ff", 1.0, 2.5, "")
 
 
 def report():
     facts = [{"seconds": 0.25, "relative_loss": 0.1}, {"relative_loss": 0.2}]
-    matrices = [
-        MatrixReport(name, name, None, (4, 8), "out_in", "wanda", "wanda", "cg", Status.OK, "", fact)
-        for name, fact in zip("ab", facts, strict=True)
-    ]
-    return RunReport(tuple(matrices), (), 2, {"solve": 1.5}, (), None, 1, {"solve": 1000}, {})
+    matrices = [matrix_report(name, fact) for name, fact in zip("ab", facts, strict=True)]
+    return RunReport(
+        matrices=tuple(matrices),
+        excluded=(),
+        blocks=2,
+        seconds={"solve": 1.5},
+        resumed_blocks=1,
+        peak_memory={"solve": 1000},
+    )
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -5,21 +5,20 @@ import math
 import torch
 from safetensors.torch import load_file
 
-from halve.maths.pattern import Pattern
 from halve.pruning import prune
 from halve.report.record import finite, mask_sha256, settings_json, to_json
 from halve.run.environment import environment
-from halve.run.events import MatrixReport, RunReport
+from halve.run.events import RunReport
 from halve.run.settings import Settings
 from halve.solve.objective import Objective
-from halve.solve.outcome import Status
 from models import decoder, tokens
+from reported import matrix_report
 
 
 def record(facts, objective):
-    matrix = MatrixReport("a", "a", None, (4, 8), "out_in", "wanda", "wanda", "cg", Status.OK, "", facts)
-    asked = Settings(Pattern("2:4"), "wanda", "cg", objective=objective)
-    report = RunReport((matrix,), (), 1, {"solve": 1.0})
+    matrix = matrix_report("a", facts)
+    asked = Settings(method="wanda", refit="cg", objective=objective)
+    report = RunReport(matrices=(matrix,), excluded=(), blocks=1, seconds={"solve": 1.0})
     return to_json(report, asked, {}, {}, {}, source={}, calibration={}, device="cpu", precision="float32")
 
 
@@ -39,7 +38,7 @@ def test_the_objective_is_told_as_it_was_followed():
         "match_ridge": 0.1,
     }
     assert record({}, asked)["objective"]["match_dense"] == 0.0  # nothing could be paired
-    assert settings_json(Settings(Pattern("2:4"), "auto", "cg"))["objective"]["shrinkage"] == "auto"
+    assert settings_json(Settings())["objective"]["shrinkage"] == "auto"
 
 
 def test_the_environment_names_what_can_change_a_result():

@@ -138,7 +138,7 @@ def test_damage_is_named(tmp_path):
         "[]",
         json.dumps({"sha256": "", "content": {}}),
         json.dumps({"sha256": "0", "content": []}),
-        manifest.replace('"format": 2', '"format": 3'),
+        manifest.replace('"format": 3', '"format": 4'),
     ):
         (home / "run.json").write_text(bad, encoding="utf-8")
         with pytest.raises(CorruptFileError, match=r"run\.json"), open_run(tmp_path / "out"):

@@ -3,17 +3,18 @@ from dataclasses import replace
 import pytest
 
 from halve.model.reconstruct import Tuned
-from halve.run.events import BlockReport, MatrixReport, RunReport
+from halve.run.events import BlockReport, RunReport
 from halve.solve.outcome import Status
+from reported import matrix_report
 
 
 def matrix(name, status=Status.OK, tokens=100.0, reason=""):
     facts = {"relative_loss": 0.25, "tokens": tokens}
-    return MatrixReport(name, name, None, (4, 64), "out_in", "wanda", "wanda", "cg", status, reason, facts)
+    return matrix_report(name, facts, shape=(4, 64), status=status, reason=reason)
 
 
 def report(matrices, blocks=()):
-    return RunReport(tuple(matrices), (), 2, {}, tuple(blocks))
+    return RunReport(matrices=tuple(matrices), excluded=(), blocks=2, seconds={}, reconstructions=tuple(blocks))
 
 
 def test_warnings_name_what_went_otherwise():

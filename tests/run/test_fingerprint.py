@@ -7,12 +7,13 @@ from halve.checkpoint.load import LoadedModel, load_model
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction
 from halve.run.fingerprint import differences, fingerprint
+from halve.run.request import Loading, Placement, Request
 from halve.run.settings import Settings
 from halve.solve.objective import Objective
 from halve.text.tokens import TokenSet, hash_ids
 from models import decoder
 
-SETTINGS = Settings(Pattern("2:4"), "prox-gradient", "cg", {"beta": 1.02})
+SETTINGS = Settings(method="prox-gradient", options={"beta": 1.02})
 
 
 def token_set(seed=0):
@@ -20,11 +21,10 @@ def token_set(seed=0):
     return TokenSet(ids, "tokens", hash_ids(ids), 2)
 
 
-def mark(model=None, data=None, settings=SETTINGS, device="cpu", precision=torch.float32, dtype=None):
+def mark(model=None, data=None, settings=SETTINGS, device="cpu", precision="float32", dtype=None):
     loaded = LoadedModel(model or decoder("llama"), None, None)
-    return fingerprint(
-        loaded, data or token_set(), settings, device=torch.device(device), precision=precision, dtype=dtype
-    )
+    request = Request(settings=settings, placement=Placement(device, precision), loading=Loading(dtype=dtype))
+    return fingerprint(loaded, data or token_set(), request)
 
 
 def test_the_same_run_has_the_same_fingerprint():
@@ -52,7 +52,7 @@ def other_model():
         ({"settings": replace(SETTINGS, min_expert_tokens=5)}, "min_expert_tokens"),
         ({"settings": replace(SETTINGS, objective=Objective(match_dense=0.5))}, "objective.match_dense"),
         ({"settings": replace(SETTINGS, reconstruction=Reconstruction())}, "reconstruction.epochs"),
-        ({"precision": torch.bfloat16}, "forward_dtype"),
+        ({"precision": "bfloat16"}, "forward_dtype"),
         ({"dtype": torch.float16}, "dtype"),
     ],
 )
@@ -82,13 +82,13 @@ def test_threads_and_versions_are_part_of_it(monkeypatch):
 def test_files_are_named_one_by_one(tmp_path):
     decoder("llama").save_pretrained(tmp_path / "a", max_shard_size="40KB")
     loaded = load_model(tmp_path / "a")
-    options = {"device": torch.device("cpu"), "precision": torch.float32, "dtype": None}
-    before = fingerprint(loaded, token_set(), SETTINGS, **options)
+    request = Request(settings=SETTINGS, placement=Placement("cpu", "float32"))
+    before = fingerprint(loaded, token_set(), request)
     shard = sorted((tmp_path / "a").glob("*.safetensors"))[1]
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    found = differences(before, fingerprint(loaded, token_set(), SETTINGS, **options))
+    found = differences(before, fingerprint(loaded, token_set(), request))
     assert [phrase.split(" was ")[0] for phrase in found] == [f"model.{shard.name}"]
     assert "model.config.json" in before
     assert "model.model.safetensors.index.json" in before

@@ -4,16 +4,14 @@ import pytest
 
 from halve.checkpoint.directory import HOME
 from halve.pruning import prune
-from halve.run.events import MatrixReport, Progress
+from halve.run.events import Progress
 from halve.run.log import LOG, RunLog
-from halve.solve.outcome import Status
 from models import decoder, tokens
+from reported import matrix_report
 
 
 def test_a_line_a_step_with_time_and_memory(tmp_path):
-    matrix = MatrixReport(
-        "a", "a", None, (4, 8), "out_in", "wanda", "wanda", "cg", Status.OK, "", {"relative_loss": 0.25}
-    )
+    matrix = matrix_report("a", {"relative_loss": 0.25})
     RunLog(tmp_path)(Progress(0, 2, "collect", 0, 3))
     RunLog(tmp_path)(Progress(1, 2, "solve", 1, 3, matrix))
     first, second = (json.loads(line) for line in (tmp_path / LOG).read_text().splitlines())

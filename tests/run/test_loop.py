@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def settings(method="wanda", refit="none", pattern="2:4", **changes):
-    return Settings(Pattern(pattern), method, refit, **changes)
+    return Settings(pattern=Pattern(pattern), method=method, refit=refit, **changes)
 
 
 def batches(count=2, rows=4):

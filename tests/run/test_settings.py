@@ -10,7 +10,7 @@ from halve.solve.objective import Objective
 
 
 def settings(method="wanda", refit="none", pattern="2:4", **changes):
-    return Settings(Pattern(pattern), method, refit, **changes)
+    return Settings(pattern=Pattern(pattern), method=method, refit=refit, **changes)
 
 
 def test_the_defaults_leave_the_problem_as_it_is():

@@ -10,6 +10,7 @@ import typer
 
 from halve.cli.terminal import err, say
 from halve.errors import AlreadyCompleteError, CorruptFileError, HalveError, InputError, UnsupportedModelError
+from halve.option_groups import OptionError
 
 EXIT_FAILED = 1
 """A check found problems, or a run stopped because a matrix or the data failed."""
@@ -44,7 +45,8 @@ def reporting(out: Path | None = None) -> Iterator[None]:
         fell_back = out is not None and _has_fallbacks(out)
         raise typer.Exit(EXIT_FALLBACKS if fell_back else 0) from error
     except HalveError as error:
-        say(err, str(error), label="error", style="red")
+        message = error.with_flags() if isinstance(error, OptionError) else str(error)
+        say(err, message, label="error", style="red")
         if error.unfinished is not None:
             _say_how_to_resume(error.unfinished)
             raise typer.Exit(EXIT_STOPPED) from error

@@ -13,14 +13,19 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from halve.checkpoint.load import Source, has_tokenizer, load_model, resolve
 from halve.cli.errors import reporting
-from halve.cli.options import DeviceOption, FieldOption, ForwardOption, JsonOption, TrustOption
+from halve.cli.groups import taking
+from halve.cli.options import DeviceOption, JsonOption, TrustOption
 from halve.cli.terminal import err, out, progress_bar, say
+from halve.device import forward_precision, resolve_device
 from halve.errors import InputError
+from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.request import Evaluation
+from halve.report.record import finite
+from halve.text.tokens import check_counts
 
 if TYPE_CHECKING:
-    from halve.checkpoint.load import Source
-    from halve.evaluation.perplexity import Perplexity
     from halve.evaluation.tasks import TaskResults, TaskScore, TaskSet
 
 
@@ -29,20 +34,14 @@ class _Measured:
     """What one model came to."""
 
     model: str
-    perplexities: "list[Perplexity]"
+    perplexities: list[Perplexity]
     tasks: "TaskResults | None"
 
 
+@taking(Evaluation)
 def evaluate_command(
     models: Annotated[list[str], typer.Argument(help="Directories, .gguf files or hub ids, one or more to compare.")],
-    data: Annotated[
-        list[str] | None, typer.Option(help="For perplexity: wikitext2, c4, or a file. Repeatable.")
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Window length; perplexities at other lengths cannot be compared.")
-    ] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Only the first windows.")] = None,
-    field: FieldOption = "text",
+    given: dict[str, Any],
     tasks: Annotated[
         str | None, typer.Option(help="For accuracy: tasks of lm-eval, comma-separated, such as arc_easy,hellaswag.")
     ] = None,
@@ -56,30 +55,26 @@ def evaluate_command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Of --tasks: requests in one forward.")] = 8,
     device: DeviceOption = "auto",
-    forward_dtype: ForwardOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity (--data), accuracy on tasks (--tasks), or both, of one model or of several side by side."""
     measured: list[_Measured] = []
     with reporting():
-        from halve.device import forward_precision, resolve_device
-        from halve.text.tokens import check_counts, check_texts
-
         place = resolve_device(device)
-        forward_precision(forward_dtype, place)
+        forward_precision(given.get("forward_dtype", Evaluation.forward_dtype), place)
         check_counts(batch_size=batch_size)
-        _check_wanted(
-            data, seq_len, max_windows, tasks, {"tasks-path": tasks_path, "limit": limit, "num-fewshot": num_fewshot}
-        )
-        check_texts(data or [], seq_len=seq_len, max_windows=max_windows, field=field)
+        of_tasks = {"tasks-path": tasks_path, "limit": limit, "num-fewshot": num_fewshot}
+        _check_wanted(given, tasks, of_tasks)
+        evaluation = Evaluation(**given) if given.get("data") else None
+        if evaluation is not None:
+            evaluation.check(place)
         sources = [_resolve(model, trust_remote_code=trust_remote_code) for model in models]
         opened = None if tasks is None else _open_tasks(tasks, tasks_path, limit, num_fewshot)
         try:
             for source in sources:
-                texts = {"seq_len": seq_len, "max_windows": max_windows, "field": field}
-                settings = {"device": place, "dtype": forward_dtype}
-                measured.append(_measure(source, data or [], texts, opened, batch_size, settings))
+                settings = {"device": place, "forward_dtype": given.get("forward_dtype", Evaluation.forward_dtype)}
+                measured.append(_measure(source, evaluation, opened, batch_size, settings))
         finally:  # what is finished is worth having, whatever stopped the rest
             if as_json and measured:
                 out.print_json(json.dumps([entry for one in measured for entry in _entries(one)]))
@@ -87,25 +82,19 @@ def evaluate_command(
                 _show(measured)
 
 
-def _check_wanted(
-    data: list[str] | None, seq_len: int | None, max_windows: int | None, tasks: str | None, of_tasks: dict[str, Any]
-) -> None:
-    if not data and tasks is None:
+def _check_wanted(given: dict[str, Any], tasks: str | None, of_tasks: dict[str, Any]) -> None:
+    if not given.get("data") and tasks is None:
         raise InputError("nothing to measure: give --data for perplexity, --tasks for accuracy, or both")
-    if data and seq_len is None:
+    if given.get("data") and "seq_len" not in given:
         raise InputError("--data needs --seq-len: perplexities depend on it, so there is no default")
-    of_data = {"seq-len": seq_len, "max-windows": max_windows}
-    idle = [name for name, value in of_data.items() if not data and value is not None]
-    if idle:
-        raise InputError(f"--{idle[0]} is for --data, which is not given: leave it out, or give --data")
-    idle = [name for name, value in of_tasks.items() if tasks is None and value is not None]
-    if idle:
-        raise InputError(f"--{idle[0]} is for --tasks, which is not given: leave it out, or give --tasks")
+    of_data = {name.replace("_", "-"): given.get(name) for name in ("seq_len", "max_windows")}
+    for flag, wanted, others in (("--data", given.get("data"), of_data), ("--tasks", tasks, of_tasks)):
+        idle = [name for name, value in others.items() if not wanted and value is not None]
+        if idle:
+            raise InputError(f"--{idle[0]} is for {flag}, which is not given: leave it out, or give {flag}")
 
 
-def _resolve(model: str, *, trust_remote_code: bool) -> "Source":
-    from halve.checkpoint.load import has_tokenizer, resolve
-
+def _resolve(model: str, *, trust_remote_code: bool) -> Source:
     source = resolve(model, trust_remote_code=trust_remote_code)
     if not has_tokenizer(source):
         raise InputError(f"{model} has no tokenizer, and text needs one: put its files beside the weights")
@@ -121,18 +110,13 @@ def _open_tasks(tasks: str, tasks_path: Path | None, limit: int | None, num_fews
 
 
 def _measure(
-    source: "Source",
-    data: list[str],
-    texts: dict[str, Any],
-    tasks: "TaskSet | None",
-    batch_size: int,
-    settings: dict[str, Any],
+    source: Source, evaluation: Evaluation | None, tasks: "TaskSet | None", batch_size: int, settings: dict[str, Any]
 ) -> _Measured:
-    from halve.checkpoint.load import load_model
-    from halve.evaluation.perplexity import evaluate
-
     loaded = load_model(source)
-    perplexities = [evaluate(loaded.model, text, tokenizer=loaded.tokenizer, **texts, **settings) for text in data]
+    perplexities: list[Perplexity] = []
+    if evaluation is not None:
+        texts = evaluation.texts(loaded, None)
+        perplexities += evaluation.measure(loaded.model, texts, settings["device"])
     if tasks is None:
         return _Measured(source.name, perplexities, None)
     from halve.evaluation.tasks import measure_tasks
@@ -160,8 +144,6 @@ def _progress(model: str) -> Iterator[Any]:
 
 def _entries(measured: _Measured) -> Iterator[dict[str, Any]]:
     """Return what ``--json`` prints of a model: an entry a perplexity, and one with the scores of all tasks."""
-    from halve.report.record import finite
-
     for result in measured.perplexities:
         entry = asdict(result)
         yield {"model": measured.model, **entry, "value": finite(result.value), "nll": finite(result.nll)}

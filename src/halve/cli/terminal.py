@@ -78,6 +78,11 @@ def say(console: Console, sentence: str, *, label: str = "", style: str = "") ->
     console.print(text, highlight=False, soft_wrap=not console.is_terminal)
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number with what it counts, in the plural where that is due."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def say_row(row: Any) -> None:
     """Print what became of one contender of a comparison (`halve.comparison.Row`), as soon as it is known."""
     for warning in row.warnings:

@@ -48,10 +48,10 @@ def on_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def parse_shrinkage(text: str | None) -> float | str | None:
-    """Parse the value of ``--shrinkage``: a number, or a word that `halve.solve.objective.Objective` judges."""
+def parse_number(text: str) -> float | str:
+    """Parse an option that is a number or a word, which its group judges."""
     try:
-        return None if text is None else float(text)
+        return float(text)
     except ValueError:
         return text
 

@@ -58,7 +58,7 @@ def perplexity(
     *,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
-    dtype: str = "auto",
+    forward_dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a model on windows of tokens.
@@ -74,9 +74,9 @@ def perplexity(
         tokens: what to measure on; ids (windows, seq_len).
         batch_size: windows in one forward; None is as many as make 4096 tokens.
         device: where to run; the model is moved there meanwhile. None leaves it where it is.
-        dtype: ``"auto"`` multiplies float32 weights in bfloat16 where the hardware does so natively, and takes other
-            weights as they are; ``"float32"`` computes in float32 whatever the weights are (they get a float32 copy
-            meanwhile); ``"bfloat16"`` multiplies float32 weights in bfloat16.
+        forward_dtype: ``"auto"`` multiplies float32 weights in bfloat16 where the hardware does so natively, and takes
+            other weights as they are; ``"float32"`` computes in float32 whatever the weights are (they get a float32
+            copy meanwhile); ``"bfloat16"`` multiplies float32 weights in bfloat16.
         progress: called with the windows done and the windows in all, after each batch.
 
     Raises:
@@ -91,7 +91,7 @@ def perplexity(
     check_vocabulary(tokens.ids, model, tokens.source)
     place = model_device(model) if device is None else resolve_device(device)
     started = time.perf_counter()
-    with ready(model, place, dtype) as used:
+    with ready(model, place, forward_dtype) as used:
         total, note = _total_nll(model, tokens, place, batch_size, progress)
     nll = total / (tokens.samples * (tokens.seq_len - 1))
     return Perplexity(
@@ -114,10 +114,10 @@ def evaluate(
     seq_len: int = 2048,
     max_windows: int | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    field: str = "text",
+    text_field: str = "text",
     batch_size: int | None = None,
     device: str | torch.device = "auto",
-    dtype: str = "auto",
+    forward_dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
@@ -129,10 +129,10 @@ def evaluate(
         seq_len: tokens in a window, for text.
         max_windows: only the first windows, for text; None takes all.
         tokenizer: for text; None takes the checkpoint's own.
-        field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
+        text_field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
         batch_size: see `perplexity`, as for the others.
         device: ``"auto"`` is where a model in memory lies, and the GPU if there is one for a checkpoint.
-        dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+        forward_dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         trust_remote_code: whether to run Python code that comes with the checkpoint.
         progress: called with the windows done and the windows in all.
 
@@ -141,9 +141,9 @@ def evaluate(
         HalveError: the checkpoint cannot be loaded, see `halve.checkpoint.load.load_model`.
     """
     place = model_device(model) if isinstance(model, nn.Module) and device == "auto" else resolve_device(device)
-    forward_precision(dtype, place)
+    forward_precision(forward_dtype, place)
     if not isinstance(data, TokenSet):
-        evaluation_corpus(data, seq_len=seq_len, max_windows=max_windows, field=field)  # before a long load
+        evaluation_corpus(data, seq_len=seq_len, max_windows=max_windows, text_field=text_field)  # before a long load
     if isinstance(model, nn.Module):
         network: nn.Module = model
     else:
@@ -158,27 +158,29 @@ def evaluate(
         raise InputError("text needs a tokenizer, and the model has none: give tokenizer, or a TokenSet as data")
     else:
         check_length(seq_len, network)
-        tokens = evaluation_tokens(data, tokenizer, seq_len=seq_len, max_windows=max_windows, field=field)
-    return perplexity(network, tokens, batch_size=batch_size, device=place, dtype=dtype, progress=progress)
+        tokens = evaluation_tokens(data, tokenizer, seq_len=seq_len, max_windows=max_windows, text_field=text_field)
+    return perplexity(
+        network, tokens, batch_size=batch_size, device=place, forward_dtype=forward_dtype, progress=progress
+    )
 
 
 @contextmanager
-def ready(model: nn.Module, device: torch.device, dtype: str) -> Iterator[torch.dtype]:
+def ready(model: nn.Module, device: torch.device, forward_dtype: str) -> Iterator[torch.dtype]:
     """Make a model ready to be measured, as it was again afterwards; yield the dtype its matrices are multiplied in.
 
     Args:
         model: any model.
         device: where to run.
-        dtype: see `perplexity`.
+        forward_dtype: see `perplexity`.
 
     Raises:
         InputError: there is no such dtype.
     """
-    products = forward_precision(dtype, device)
+    products = forward_precision(forward_dtype, device)
     with ExitStack() as modes:
         modes.enter_context(_placed(model, device))
         modes.enter_context(evaluation_mode(model))
-        if dtype == "float32":
+        if forward_dtype == "float32":
             modes.enter_context(_float32_weights(model))
         yield modes.enter_context(autocast(model, products))
 
@@ -203,7 +205,7 @@ def evaluation_texts(
         raise InputError("the model has no tokenizer, so perplexity of text cannot be measured: give another model")
     check_length(seq_len, loaded.model)
     return [
-        evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, field=text_field)
+        evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, text_field=text_field)
         for source in sources
     ]
 

@@ -11,6 +11,7 @@ from halve.checkpoint.load import LoadedModel
 from halve.device import forward_precision
 from halve.errors import InputError
 from halve.evaluation.perplexity import Perplexity, evaluation_texts, perplexity
+from halve.option_groups import option
 from halve.text.calibration import default_length
 from halve.text.tokens import TokenSet, check_texts
 
@@ -20,18 +21,26 @@ class Evaluation:
     """What to measure perplexity on, before and after, and how.
 
     Attributes:
-        data: texts, each as `halve.text.tokens.evaluation_tokens` takes it.
-        seq_len: tokens in a window; None is as many as the calibration sequences have.
-        max_windows: only the first windows of each text; None takes all.
-        text_field: field of ``.jsonl`` and ``.parquet`` files.
-        forward_dtype: ``auto``, ``float32`` or ``bfloat16``.
+        data: texts to measure the perplexity of the dense and the pruned model on: ``wikitext2``, ``c4``, or files.
+        seq_len: tokens in a window; as many as the calibration sequences have, where nobody says.
+        max_windows: only the first windows of each text.
+        text_field: name of the text in ``.jsonl`` and ``.parquet`` files.
+        forward_dtype: products of forward passes: ``auto``, ``float32`` or ``bfloat16``.
     """
 
     data: Sequence[str | Path]
     seq_len: int | None = None
     max_windows: int | None = None
-    text_field: str = "text"
-    forward_dtype: str = "auto"
+    text_field: str = option("text", shared=True)
+    forward_dtype: str = option("auto", shared=True)
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """Return what float32 matrices are multiplied in there.
+
+        Raises:
+            InputError: the dtype is unknown.
+        """
+        return forward_precision(self.forward_dtype, device)
 
     def check(self, device: torch.device) -> None:
         """Look for the texts, before anything is loaded.
@@ -39,12 +48,12 @@ class Evaluation:
         Raises:
             InputError: a text or a setting is not usable.
         """
-        forward_precision(self.forward_dtype, device)
+        self.precision(device)
         if isinstance(self.data, str) or not self.data:
             raise InputError(
                 f"the evaluation's data = {self.data!r} is not a list of texts: give at least one, in a list"
             )
-        check_texts(self.data, seq_len=self.seq_len, max_windows=self.max_windows, field=self.text_field)
+        check_texts(self.data, seq_len=self.seq_len, max_windows=self.max_windows, text_field=self.text_field)
 
     def texts(self, loaded: LoadedModel, calibrated_with: int | None) -> list[TokenSet]:
         """Tokenise the texts for a model.
@@ -63,4 +72,4 @@ class Evaluation:
 
     def measure(self, model: nn.Module, texts: Sequence[TokenSet], device: torch.device) -> tuple[Perplexity, ...]:
         """Return the perplexity of a model on every text."""
-        return tuple(perplexity(model, text, device=device, dtype=self.forward_dtype) for text in texts)
+        return tuple(perplexity(model, text, device=device, forward_dtype=self.forward_dtype) for text in texts)

@@ -145,7 +145,7 @@ def measure_tasks(
     *,
     batch_size: int = 8,
     device: str | torch.device | None = None,
-    dtype: str = "auto",
+    forward_dtype: str = "auto",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TaskResults:
     """Measure a causal language model of transformers on tasks. Softmax in float32, float64 for float64 logits.
@@ -156,7 +156,7 @@ def measure_tasks(
         tasks: what to measure.
         batch_size: requests (a question with one of its answers) in one forward.
         device: where to run; the model is moved there meanwhile. None leaves it where it is.
-        dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``, see `halve.evaluation.perplexity.perplexity`.
+        forward_dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``, see `halve.evaluation.perplexity.perplexity`.
         progress: called with the name asked for, its requests done, and its requests in all.
 
     Raises:
@@ -165,12 +165,12 @@ def measure_tasks(
     """
     check_counts(batch_size=batch_size)
     place = model_device(model) if device is None else resolve_device(device)
-    forward_precision(dtype, place)
+    forward_precision(forward_dtype, place)
     scores: list[TaskScore] = []
     started = time.perf_counter()
     with (
         without_noise() as listener,
-        ready(model, place, dtype) as used,
+        ready(model, place, forward_dtype) as used,
         adapt(model, tokenizer, used, batch_size) as lm,
     ):
         for name, loaded in tasks.loaded.items():
@@ -196,7 +196,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     device: str | torch.device = "auto",
-    dtype: str = "auto",
+    forward_dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TaskResults:
@@ -211,7 +211,7 @@ def evaluate_tasks(
         num_fewshot: solved examples before each question.
         batch_size: see `measure_tasks`, as for ``progress``.
         device: ``"auto"`` is where a model in memory lies, and the GPU if there is one for a checkpoint.
-        dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+        forward_dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         trust_remote_code: whether to run Python code that comes with the checkpoint.
         progress: called with a name, its requests done, and its requests in all.
 
@@ -220,7 +220,7 @@ def evaluate_tasks(
         HalveError: see `measure_tasks` and `halve.checkpoint.load.load_model`.
     """
     place = model_device(model) if isinstance(model, nn.Module) and device == "auto" else resolve_device(device)
-    forward_precision(dtype, place)
+    forward_precision(forward_dtype, place)
     check_counts(batch_size=batch_size)
     opened = open_tasks(tasks, tasks_path=tasks_path, limit=limit, num_fewshot=num_fewshot)
     if isinstance(model, nn.Module):
@@ -231,7 +231,7 @@ def evaluate_tasks(
         loaded = load_model(model, trust_remote_code=trust_remote_code)
         network, tokenizer = loaded.model, tokenizer or loaded.tokenizer
     return measure_tasks(
-        network, tokenizer, opened, batch_size=batch_size, device=place, dtype=dtype, progress=progress
+        network, tokenizer, opened, batch_size=batch_size, device=place, forward_dtype=forward_dtype, progress=progress
     )
 
 

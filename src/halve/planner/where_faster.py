@@ -4,7 +4,7 @@ What was measured is part of the run's fingerprint, so that a run that goes on g
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from halve.checks import check_count, check_positive
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, Matrix, make_plan
+from halve.option_groups import internal, option
 
 _RATIOS = "only_where_faster.ratios."
 """How the fields of a fingerprint begin that hold what was measured."""
@@ -23,8 +24,9 @@ class WhereFaster:
     """Prune only matrices whose products are measured to be faster sparse on this machine.
 
     Attributes:
-        factor: how many times as fast as dense they have to be.
-        batch: rows of the product that is measured: sequences decoded at once, or tokens of a prompt.
+        factor: leave matrices dense whose products are not this many times as fast sparse on this machine, measured
+            before anything is pruned; a run that goes on does not measure again.
+        batch: rows of the products that are measured: sequences decoded at once, or tokens of a prompt.
         ratios: how many times as fast they are, to two decimals, by shape (``"576x1536"``: d_out, d_in); 0 where
             there is no sparse product of that shape. What is given is measured anew.
 
@@ -32,9 +34,9 @@ class WhereFaster:
         InputError: a number is out of range.
     """
 
-    factor: float
-    batch: int = 1
-    ratios: Mapping[str, float] = field(default_factory=dict)
+    factor: float = option(name="only_where_faster")
+    batch: int = option(1, name="faster_at_batch")
+    ratios: Mapping[str, float] = internal(factory=dict)
 
     def __post_init__(self) -> None:
         check_positive("only_where_faster", self.factor)

@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from halve.maths.pattern import Pattern
 from halve.model.layers import matrix_view
 from halve.run.environment import environment
 from halve.run.events import BlockReport, MatrixReport, RunReport
+from halve.run.serial import to_plain
 from halve.run.settings import Settings
-from halve.solve.objective import AUTO
 
 FORMAT = 1
 """Version of the layout of ``halve.json``."""
@@ -119,28 +118,8 @@ def _allowed(kept: list[int], pattern: Pattern, matrix: MatrixReport) -> list[in
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:
-    """Return what was asked for, every default filled in, as plain JSON values.
-
-    ``match_dense`` is what is done where the dense model's inputs can be paired with the pruned model's, which is not
-    so in mixtures of experts.
-    """
-    objective = settings.objective
-    return {
-        "pattern": settings.pattern.text,
-        "method": settings.method,
-        "refit": settings.refit,
-        "options": settings.all_options,
-        "skip": list(settings.skip),
-        "fallback": settings.fallback,
-        "min_expert_tokens": settings.min_expert_tokens,
-        "reconstruction": None if settings.reconstruction is None else asdict(settings.reconstruction),
-        "objective": {
-            "shrinkage": AUTO if objective.chooses_shrinkage(settings.defaults) else objective.shrinkage or 0.0,
-            "match_dense": objective.blend(settings.defaults),
-            "match_ridge": objective.match_ridge,
-        },
-        "only_where_faster": None if settings.only_where_faster is None else asdict(settings.only_where_faster),
-    }
+    """Return what was asked for, every default filled in (`Settings.as_followed`), as plain JSON values."""
+    return dict(to_plain(settings.as_followed))
 
 
 def _matrix(matrix: MatrixReport, location: Location | None) -> dict[str, Any]:

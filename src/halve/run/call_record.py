@@ -1,32 +1,36 @@
-"""The arguments of `halve.prune` as JSON values, and back: what `halve.resume` goes by."""
+"""What `halve.prune` was called with as JSON values, and back: what `halve.resume` goes by."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from halve.errors import InputError
-from halve.evaluation.request import Evaluation
-from halve.maths.pattern import Pattern
-from halve.model.reconstruct import Reconstruction
-from halve.planner.where_faster import WhereFaster
-from halve.solve.objective import Objective
-
-_NOT_KEPT = {"out", "tokenizer", "listen", "work"}
-"""Arguments that a run that goes on is given anew, finds in its directory, or cannot do with."""
-_PLACES = ("model", "calibration", "offload")
-"""Arguments that may be paths."""
-_DIRECTORY = "directory"
+from halve.run.request import Request
+from halve.run.serial import from_plain, to_plain
 
 
-def written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments of `halve.prune` as JSON values, and the directory that relative paths among them are of.
+@dataclass(frozen=True)
+class Call:
+    """A call that can be repeated.
+
+    Attributes:
+        model: a directory, a file, or a name on the hub.
+        request: what was asked for.
+    """
+
+    model: str
+    request: Request
+
+
+def written_down(model: Any, tokenizer: Any, request: Request) -> dict[str, Any] | None:
+    """Return a call as JSON values, and the directory that relative paths in it are of.
 
     Args:
-        arguments: checked ones, by name; options of method and refit under ``options``.
+        model: as `halve.prune` was given it.
+        tokenizer: likewise.
+        request: what was asked for.
 
     Returns:
         dict[str, Any] | None: None if model, tokenizer or data are objects in memory.
@@ -34,25 +38,15 @@ def written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         InputError: a value is none that JSON has.
     """
-    places = {name: arguments[name] for name in _PLACES}
-    if arguments["tokenizer"] is not None or not all(
-        value is None or isinstance(value, str | Path) for value in places.values()
-    ):
+    source = request.calibration.source
+    named = isinstance(model, str | Path) and (source is None or isinstance(source, str | Path))
+    if tokenizer is not None or not named:
         return None
-    objective, tuning, dtype = (arguments[name] for name in ("objective", "reconstruct", "dtype"))
-    evaluation, faster = arguments["evaluation"], WhereFaster.of(arguments["only_where_faster"])
-    texts = [] if evaluation is None else [str(text) for text in evaluation.data]
+    relative = any(_is_relative(place) for place in (str(model), *_places(request)))
     call = {
-        **{name: value for name, value in arguments.items() if name not in _NOT_KEPT},
-        **{name: None if value is None else str(value) for name, value in places.items()},
-        "pattern": Pattern.parse(arguments["pattern"]).text,
-        "device": str(arguments["device"]),
-        "objective": asdict(objective or Objective()),
-        "reconstruct": asdict(tuning) if isinstance(tuning, Reconstruction) else tuning,
-        "evaluation": None if evaluation is None else asdict(evaluation) | {"data": texts},
-        "only_where_faster": None if faster is None else asdict(faster),
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        _DIRECTORY: str(Path.cwd()) if any(_is_relative(value) for value in (*places.values(), *texts)) else None,
+        "model": str(model),
+        "request": to_plain(replace(request, placement=replace(request.placement, work=None))),  # the run knows it
+        "directory": str(Path.cwd()) if relative else None,
     }
     try:
         return dict(json.loads(json.dumps(call)))
@@ -62,30 +56,26 @@ def written_down(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         ) from error
 
 
-def read_back(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of `halve.prune` that `written_down` has kept, options among them.
+def read_back(call: dict[str, Any]) -> Call:
+    """Return the call that `written_down` has kept.
 
     Raises:
-        InputError: relative paths among them are of another directory than the current one.
+        InputError: relative paths in it are of another directory than the current one.
     """
-    arguments = dict(call)
-    directory = arguments.pop(_DIRECTORY)
+    directory = call["directory"]
     if directory is not None and directory != str(Path.cwd()):
         raise InputError(f"the run was begun in {directory}, with paths relative to it: resume it from there")
-    objective, tuning, dtype = (arguments.pop(name) for name in ("objective", "reconstruct", "dtype"))
-    evaluation, options = arguments.pop("evaluation"), arguments.pop("options")
-    faster = arguments.pop("only_where_faster", None)  # runs begun before there was such an argument have none
-    return {
-        **arguments,
-        **options,
-        "objective": Objective(**objective),
-        "reconstruct": Reconstruction(**tuning) if isinstance(tuning, dict) else tuning,
-        "evaluation": None if evaluation is None else Evaluation(**evaluation),
-        "only_where_faster": None if faster is None else WhereFaster(**faster),
-        "dtype": None if dtype is None else getattr(torch, dtype),
-    }
+    return Call(call["model"], from_plain(Request, call["request"]))
 
 
-def _is_relative(value: str | Path | None) -> bool:
+def _places(request: Request) -> Iterator[str]:
+    """Yield what may be paths."""
+    texts = () if request.evaluation is None else request.evaluation.data
+    for place in (request.calibration.source, request.placement.offload, *texts):
+        if isinstance(place, str | Path):
+            yield str(place)
+
+
+def _is_relative(value: str) -> bool:
     """Whether this is a path that depends on the current directory; names on the hub are none."""
-    return value is not None and not Path(value).expanduser().is_absolute() and Path(value).exists()
+    return not Path(value).expanduser().is_absolute() and Path(value).exists()

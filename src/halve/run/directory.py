@@ -145,6 +145,25 @@ class RunDirectory:
         check_hash(path, kept["sha256"])
         return TokenSet(load_file(path)["ids"], **kept["facts"])
 
+    def measured(self, asked: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """Return the dense model's perplexities that were kept; None if none were, or they were asked for otherwise."""
+        kept = None if self._manifest is None else self._manifest.measured
+        return None if kept is None or kept["asked"] != dict(asked) else kept["scores"]
+
+    def keep_measured(self, asked: Mapping[str, Any], scores: list[dict[str, Any]]) -> None:
+        """Keep the dense model's perplexities for a run that is continued.
+
+        Args:
+            asked: on which texts and how, as plain JSON values.
+            scores: likewise, one a text.
+
+        Raises:
+            HalveError: the volume is full or failed.
+        """
+        manifest = self._present()
+        manifest.measured = {"asked": dict(asked), "scores": scores}
+        manifest.write(self.state)
+
     def begin(
         self,
         fingerprint: Fingerprint,

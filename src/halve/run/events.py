@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 
 from halve.model.layers import Excluded, Layout, Plan
 from halve.model.reconstruct import Tuned
+from halve.run.phases import Phase
 from halve.solve.outcome import Status
 
-AROUND = ("load", "evaluate", "calibrate", "commit", "write", "verify")
+AROUND = (Phase.LOAD, Phase.EVALUATE, Phase.CALIBRATE, Phase.COMMIT, Phase.WRITE, Phase.VERIFY)
 """Phases of a run that are not pruning: reading the model, measuring its perplexity, its calibration text; and, where
 there is an output directory, keeping finished blocks, the checkpoint, and reading that again."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MatrixReport:
     """What was done to one matrix.
 
@@ -59,7 +60,7 @@ class BlockReport:
     tuned: Tuned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What a run did.
 
@@ -121,10 +122,8 @@ class Progress:
 
     Attributes:
         block: index of the current block.
-        blocks: number of blocks.
-        phase: ``evaluate`` (perplexity), ``generate`` (the model writes its calibration text), ``plan``, ``capture``,
-            ``collect``, ``solve``, ``reconstruct``, ``restore``, ``replay`` or ``done``. ``blocks`` is 0 in the first
-            two.
+        blocks: number of blocks; 0 before the first is looked at, and after the last.
+        phase: what is being done, or about to be.
         finished: matrices finished so far.
         matrices: matrices in all.
         matrix: the matrix just finished, in phase ``solve``, or taken over from an earlier process, in ``restore``.
@@ -133,7 +132,7 @@ class Progress:
 
     block: int
     blocks: int
-    phase: str
+    phase: Phase
     finished: int
     matrices: int
     matrix: MatrixReport | None = None

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from halve.checkpoint.load import LoadedModel, Source, source_files
 from halve.checkpoint.shards import tensor_bytes
 from halve.model.blocks import Batch
 from halve.run.environment import environment
-from halve.run.settings import Settings
+from halve.run.request import Request
+from halve.run.serial import to_plain
 from halve.text.tokens import TokenSet
 
 Fingerprint = dict[str, str]
@@ -38,41 +38,30 @@ _ENVIRONMENT = (
 )
 
 
-def fingerprint(
-    loaded: LoadedModel,
-    data: TokenSet | Sequence[Batch],
-    settings: Settings,
-    *,
-    device: torch.device,
-    precision: torch.dtype,
-    dtype: torch.dtype | None,
-) -> Fingerprint:
+def fingerprint(loaded: LoadedModel, data: TokenSet | Sequence[Batch], request: Request) -> Fingerprint:
     """Return the fingerprint of a run that is about to start.
 
-    What cannot change a finished block is not in it: where hidden states are kept, and ``fallback``, which may be added
-    to a run that stopped without one, and is compared by itself.
+    What cannot change a finished block is not in it: where hidden states are kept, what is measured before and after,
+    and ``fallback``, which may be added to a run that stopped without one, and is compared by itself.
 
     Args:
         loaded: the dense model.
         data: calibration tokens or batches.
-        settings: what to do to every matrix.
-        device: where it is done.
-        precision: of the forward products.
-        dtype: of the written checkpoint, None for the model's own.
+        request: what is asked for.
     """
-    asked = asdict(settings)
+    settings, device = request.settings, request.placement.target
+    asked = to_plain(settings)
     asked.pop("fallback")
     options = asked.pop("options") | settings.all_options
-    pattern = asked.pop("pattern")
     fields: dict[str, Any] = {
         **_flat("model", _model(loaded)),
         "calibration": _calibration(data),
-        "pattern": pattern["text"],
+        "seed": request.calibration.seed,
         **_flat("options", options),
         **_flat("", asked),
-        "dtype": dtype,
+        "dtype": request.loading.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device,
-        "forward_dtype": precision,
+        "forward_dtype": request.placement.precision,
         **_flat("environment", {key: value for key, value in environment().items() if key in _ENVIRONMENT}),
         "environment.deterministic": torch.are_deterministic_algorithms_enabled(),
         "environment.code": _code(),

@@ -27,7 +27,7 @@ from halve.run.block_record import from_record, to_record
 from halve.run.bundles import prune_stack, share_of_time, stacks
 from halve.run.directory import RunDirectory
 from halve.run.events import BlockReport, Listener, MatrixReport, Progress, RunReport
-from halve.run.phases import Phases
+from halve.run.phases import Phase, Phases
 from halve.run.settings import Settings
 from halve.solve.outcome import Outcome, Status
 
@@ -83,6 +83,7 @@ def prune_blocks(
     collect: bool = True,
     ledger: RunDirectory | None = None,
     phases: Phases | None = None,
+    before: Callable[[], None] | None = None,
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
 
@@ -100,6 +101,7 @@ def prune_blocks(
         ledger: where every block is kept as it is finished; blocks that it has already are taken from it. None keeps
             nothing.
         phases: what already counts towards the run's seconds and memory; None begins at nothing.
+        before: called once, when the plan is accepted and nothing has been changed yet.
 
     Raises:
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
@@ -119,7 +121,7 @@ def prune_blocks(
     tell = listen or (lambda _progress: None)
     loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases or Phases(device), collect=collect)
     with stream_of.eager_experts(model):
-        return loop.run(batches, returns, offload)
+        return loop.run(batches, returns, offload, before)
 
 
 class _Loop:
@@ -155,13 +157,21 @@ class _Loop:
         self._matching = settings.matches_dense and not any(matrix.routed for matrix in plan.matrices)
         self._phases = phases
 
-    def run(self, batches: Sequence[Batch], returns: Sequence[Any], offload: Path | None) -> RunReport:
+    def run(
+        self,
+        batches: Sequence[Batch],
+        returns: Sequence[Any],
+        offload: Path | None,
+        before: Callable[[], None] | None,
+    ) -> RunReport:
         members = [self._model.get_submodule(name) for name in self._plan.blocks]
-        self._tell(0, "plan", plan=self._plan)
+        self._tell(0, Phase.PLAN, plan=self._plan)
+        if before is not None:
+            before()
         if self._kept < len(members):
-            self._tell(0, "capture")
+            self._tell(0, Phase.CAPTURE)
             paired = self._matching or self._tuning is not None
-            with self._phases.timing("capture"):
+            with self._phases.timing(Phase.CAPTURE):
                 stream = stream_of.capture(self._model, members, batches, returns, offload, copies=1 + paired)
                 dense = stream.hidden.copy("dense") if paired else None
             for index, block in enumerate(members):
@@ -169,17 +179,17 @@ class _Loop:
         else:
             for index in range(len(members)):
                 self._restore(index)
-        self._tell(len(members), "done")
+        self._tell(len(members), Phase.DONE)
         return RunReport(
-            tuple(self._reports),
-            self._plan.excluded,
-            len(members),
-            dict(self._phases.seconds),
-            tuple(self._blocks),
-            self._settings.options.get("time_limit"),
-            self._kept,
-            dict(self._phases.peak_memory),
-            dict(self._phases.peak_device_memory),
+            matrices=tuple(self._reports),
+            excluded=self._plan.excluded,
+            blocks=len(members),
+            seconds=dict(self._phases.seconds),
+            reconstructions=tuple(self._blocks),
+            time_limit=self._settings.options.get("time_limit"),
+            resumed_blocks=self._kept,
+            peak_memory=dict(self._phases.peak_memory),
+            peak_device_memory=dict(self._phases.peak_device_memory),
         )
 
     def _pass_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
@@ -198,7 +208,7 @@ class _Loop:
                     "or another device"
                 ) from error
             if self._ledger is not None:
-                with self._phases.timing("commit"):
+                with self._phases.timing(Phase.COMMIT):
                     self._commit(index, self._ledger)
         if self._collecting and index < self._last:
             self._advance(index, work, stream, stream.hidden)
@@ -209,18 +219,18 @@ class _Loop:
         matching = dense if self._matching else None
         statistics: dict[str, Statistics | None] = {}
         if matrices and self._collecting:
-            self._tell(index, "collect")
-            with self._phases.timing("collect"):
+            self._tell(index, Phase.COLLECT)
+            with self._phases.timing(Phase.COLLECT):
                 statistics = self._collect(index, work, matrices, stream, matching)
         if dense is not None and index <= self._last and (matching is None or not statistics):
             self._advance(index, work, stream, dense)
         if matrices:
-            with self._phases.timing("solve"):
+            with self._phases.timing(Phase.SOLVE):
                 for stack in stacks(matrices, statistics):
                     self._solve(stack, statistics.get(stack[0].name), work)
             if dense is not None and self._tuning is not None:
-                self._tell(index, "reconstruct")
-                with self._phases.timing("reconstruct"):
+                self._tell(index, Phase.RECONSTRUCT)
+                with self._phases.timing(Phase.RECONSTRUCT):
                     tuned = self._reconstruct(index, work, matrices, stream, dense, self._tuning)
                 self._choose_rate(tuned)
 
@@ -252,15 +262,15 @@ class _Loop:
         self._phases.add(spent)
         for report in matrices:
             self._reports.append(report)
-            self._tell(index, "restore", report)
+            self._tell(index, Phase.RESTORE, report)
         if tuned is not None:
             self._blocks.append(tuned)
             self._choose_rate(tuned.tuned)
 
     def _advance(self, index: int, work: nn.Module, stream: Stream, hidden: HiddenStates) -> None:
         """Take hidden states through the block, in place."""
-        self._tell(index, "replay")
-        with self._phases.timing("replay"), autocast(work, self._precision):
+        self._tell(index, Phase.REPLAY)
+        with self._phases.timing(Phase.REPLAY), autocast(work, self._precision):
             for batch in range(len(hidden)):
                 hidden[batch] = self._forward(index, batch, work, stream, hidden)
 
@@ -379,21 +389,21 @@ class _Loop:
 
     def _report(self, matrix: Matrix, outcome: Outcome) -> None:
         report = MatrixReport(
-            matrix.name,
-            matrix.parameter,
-            matrix.expert,
-            (matrix.d_out, matrix.d_in),
-            matrix.layout,
-            self._settings.method,
-            outcome.method,
-            self._settings.refit,
-            outcome.status,
-            outcome.reason,
-            outcome.facts,
+            name=matrix.name,
+            parameter=matrix.parameter,
+            expert=matrix.expert,
+            shape=(matrix.d_out, matrix.d_in),
+            layout=matrix.layout,
+            asked=self._settings.method,
+            method=outcome.method,
+            refit=self._settings.refit,
+            status=outcome.status,
+            reason=outcome.reason,
+            facts=outcome.facts,
         )
         self._reports.append(report)
-        self._tell(matrix.block, "solve", report)
+        self._tell(matrix.block, Phase.SOLVE, report)
 
-    def _tell(self, block: int, phase: str, matrix: MatrixReport | None = None, plan: Plan | None = None) -> None:
+    def _tell(self, block: int, phase: Phase, matrix: MatrixReport | None = None, plan: Plan | None = None) -> None:
         finished, total = len(self._reports), len(self._plan.matrices)
         self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, plan))

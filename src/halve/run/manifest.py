@@ -13,7 +13,7 @@ from halve.errors import CorruptFileError
 from halve.run.fingerprint import Fingerprint
 
 MANIFEST = "run.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Manifest:
         tokens: the file of the calibration tokens and how they were asked for, None if none are kept.
         blocks: file and sha256 of every finished block.
         files: sha256 of every file of the finished, verified checkpoint, by name; None before.
+        measured: perplexities of the dense model and how they were asked for, None if none were measured.
     """
 
     fingerprint: Fingerprint
@@ -35,6 +36,7 @@ class Manifest:
     tokens: dict[str, Any] | None
     blocks: list[tuple[str, str]] = field(default_factory=list)
     files: dict[str, str] | None = None
+    measured: dict[str, Any] | None = None
 
     def write(self, state: Path) -> None:
         """Replace the manifest in ``state``.
@@ -64,7 +66,7 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest(**content, blocks=blocks)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path} was damaged ({type(error).__name__}): {remedy}") from error
-    kept = (manifest.call, manifest.tokens, manifest.files)
+    kept = (manifest.call, manifest.tokens, manifest.files, manifest.measured)
     if not isinstance(manifest.fingerprint, dict) or not all(isinstance(each, dict | None) for each in kept):
         raise CorruptFileError(f"{path} does not hold what a manifest holds: {remedy}")
     return manifest

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any
 
 import psutil
@@ -11,6 +12,38 @@ import torch
 
 _INTERVAL = 0.05
 """Seconds between two looks at the memory."""
+
+
+class Phase(StrEnum):
+    """What a run is doing; its seconds and memory are counted by these, and listeners are told.
+
+    Seconds are counted for those from ``LOAD`` to ``VERIFY``; the others only tell what is about to happen.
+    """
+
+    LOAD = "load"
+    MEASURE = "measure"
+    """Which matrices are faster sparse."""
+    CALIBRATE = "calibrate"
+    EVALUATE = "evaluate"
+    """Perplexity, of the dense model and of the pruned one."""
+    CAPTURE = "capture"
+    """What enters the first block."""
+    COLLECT = "collect"
+    """Forward passes that gather statistics."""
+    SOLVE = "solve"
+    RECONSTRUCT = "reconstruct"
+    REPLAY = "replay"
+    """Forward passes through the pruned block, and through the dense one."""
+    COMMIT = "commit"
+    """Keeping a finished block."""
+    WRITE = "write"
+    VERIFY = "verify"
+    GENERATE = "generate"
+    """The model is going to write its calibration text."""
+    PLAN = "plan"
+    RESTORE = "restore"
+    """A matrix is taken over from an earlier process."""
+    DONE = "done"
 
 
 class Phases:

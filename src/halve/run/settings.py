@@ -1,7 +1,7 @@
 """What to do to every matrix of a model, checked before anything is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from halve.checks import check_count
@@ -9,10 +9,11 @@ from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Matrix
 from halve.model.reconstruct import BLOCK, Reconstruction
+from halve.option_groups import group, internal
 from halve.planner.where_faster import WhereFaster
 from halve.solve import methods
 from halve.solve.defaults import Defaults
-from halve.solve.objective import Objective
+from halve.solve.objective import AUTO, Objective
 from halve.solve.settings import effective_options, method_defaults, validate_settings
 
 MIN_EXPERT_TOKENS = 32
@@ -29,35 +30,34 @@ def default_reconstruction(method: str, options: Mapping[str, Any]) -> str:
     return BLOCK if method_defaults(method, options).reconstruct else "none"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What to do to every matrix.
 
     Attributes:
-        pattern: the sparsity pattern.
-        method: name in `halve.solve.methods`.
-        refit: ``none``, ``cg``, ``gd`` or ``swap``.
+        pattern: ``N:M`` keeps N of every M consecutive weights; ``S%`` zeroes S percent of each row.
+        method: what chooses the weights to keep; see ``halve methods``.
+        refit: re-adjustment of the kept weights: ``none``, ``cg``, ``gd`` or ``swap``.
         options: further options of method and refit.
-        skip: shell-style patterns of parameters that stay dense.
-        fallback: the method to use where the asked one fails; None stops the run instead, also at an expert that saw
-            too few tokens.
+        skip: shell-style patterns of parameters that stay dense, such as ``*.down_proj.*``.
+        fallback: ``magnitude`` or ``wanda``, where the asked method fails; without one the run stops there, also at an
+            expert that saw too few tokens.
+        min_expert_tokens: with a fallback, an expert that saw fewer tokens is pruned by magnitude, and reported.
         reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
-        min_expert_tokens: an expert that saw fewer tokens is pruned by magnitude and reported as fallen back, if there
-            is a fallback.
         objective: shrinkage of the statistics, and targets from the dense model.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
     """
 
-    pattern: Pattern
-    method: str
-    refit: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    pattern: Pattern = Pattern("2:4")
+    method: str = "auto"
+    refit: str = "cg"
+    options: Mapping[str, Any] = internal(factory=dict)
     skip: tuple[str, ...] = ()
     fallback: str | None = None
     min_expert_tokens: int = MIN_EXPERT_TOKENS
-    reconstruction: Reconstruction | None = None
-    objective: Objective = field(default_factory=Objective)
-    only_where_faster: WhereFaster | None = None
+    reconstruction: Reconstruction | None = group(None, prefix="reconstruct_")
+    objective: Objective = group(factory=Objective)
+    only_where_faster: WhereFaster | None = group(None)
 
     def why_dense(self, matrix: Matrix) -> str:
         """Return why a matrix that could be pruned stays dense, as half a sentence; empty if it is pruned."""
@@ -98,6 +98,21 @@ class Settings:
         if self.objective.match_ridge != Objective().match_ridge and not self.matches_dense:
             raise InputError("match_ridge goes with targets from the dense model: give match_dense too")
 
+    @property
+    def as_followed(self) -> "Settings":
+        """The same with every default filled in that depends on the method.
+
+        ``match_dense`` is what is done where the dense model's inputs can be paired with the pruned model's, which is
+        not so in mixtures of experts.
+        """
+        objective, defaults = self.objective, self.defaults
+        shrinkage = AUTO if objective.chooses_shrinkage(defaults) else objective.shrinkage or 0.0
+        followed = replace(objective, shrinkage=shrinkage, match_dense=objective.blend(defaults))
+        return replace(self, options=self.all_options, objective=followed)
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
+        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        Objective.of(self.objective)
         check_count("min_expert_tokens", self.min_expert_tokens)
         validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)

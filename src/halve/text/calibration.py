@@ -1,6 +1,7 @@
 """What a model is calibrated on: from what the user names to token ids, and to batches."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from halve.checkpoint.load import LoadedModel
 from halve.errors import InputError
 from halve.model.blocks import Batch
+from halve.option_groups import option
 from halve.text import tokens
 from halve.text.documents import is_on_hub, open_corpus
 from halve.text.tokens import TokenSet
@@ -20,110 +22,123 @@ BATCH_TOKENS = 4096
 STEP_TOKENS = 512
 """The same where blocks are reconstructed, which takes one optimiser step a batch."""
 
-Calibration = str | Path | TokenSet | Tensor | Sequence[Batch] | None
+CalibrationSource = str | Path | TokenSet | Tensor | Sequence[Batch] | None
 """A file, directory, ``c4``, ``wikitext2`` or ``self`` (None); tokens (samples, seq_len); or ready batches."""
 
 
-def check_source(calibration: Calibration, *, samples: int, seq_len: int | None, text_field: str) -> None:
-    """Refuse what can be known to be unusable without the model, before it is loaded.
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated on.
 
-    Args:
-        calibration: see `prune`, as for the others.
+    Attributes:
+        source: text: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a directory of them, ``c4``, ``wikitext2``, or
+            ``self``, which lets the model write. In Python also tokens (samples, seq_len), or ready batches.
         samples: number of sequences.
-        seq_len: tokens in each.
-        text_field: field of ``.jsonl`` and ``.parquet`` files.
-
-    Raises:
-        InputError: there is no such text, or a number is not usable.
+        seq_len: tokens in each; 2048, or the model's maximum if that is less, where nobody says.
+        seed: of the choice among documents; a ``.txt`` file is one document, and read from its start.
+        text_field: name of the text in ``.jsonl`` and ``.parquet`` files.
     """
-    if calibration is None or isinstance(calibration, str | Path):
-        tokens.check_counts(samples=samples, seq_len=1 if seq_len is None else seq_len)
-    if not isinstance(calibration, str | Path) or calibration == tokens.SELF:
-        return
-    if isinstance(calibration, Path) or not is_on_hub(calibration):
-        open_corpus(calibration, use="calibration", field=text_field)
 
+    source: CalibrationSource = option(None, name="calibration")
+    samples: int = DEFAULT_SAMPLES
+    seq_len: int | None = None
+    seed: int = 0
+    text_field: str = option("text", shared=True)
 
-def calibration_data(
-    loaded: LoadedModel,
-    calibration: Calibration,
-    *,
-    samples: int = DEFAULT_SAMPLES,
-    seq_len: int | None = None,
-    seed: int = 0,
-    text_field: str = "text",
-) -> TokenSet | list[Batch]:
-    """Turn what the user named into calibration tokens; ready batches pass through.
+    @property
+    def is_self_written(self) -> bool:
+        """Whether the model is to write its own text."""
+        return self.source is None or (isinstance(self.source, str) and self.source == tokens.SELF)
 
-    Args:
-        loaded: the model, and its tokenizer.
-        calibration: see `prune`.
-        samples: as for `prune`.
-        seq_len: as for `prune`.
-        seed: as for `prune`.
-        text_field: as for `prune`.
+    @property
+    def is_far(self) -> bool:
+        """Whether it costs much to get the tokens again: the model writes them, or the hub is asked."""
+        return self.is_self_written or (isinstance(self.source, str) and is_on_hub(self.source))
 
-    Raises:
-        InputError: the source is not usable, or its tokens do not fit the model.
-        CalibrationError: the model that writes its own text gives logits that are not finite.
-    """
-    if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.is_floating_point() or not calibration.numel():
+    @property
+    def asked(self) -> dict[str, Any]:
+        """How the tokens are asked for, as plain JSON values: the same words name the same tokens."""
+        source = str(self.source) if isinstance(self.source, str | Path) else None
+        return {"source": source, "samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
+
+    @property
+    def length(self) -> int | None:
+        """Tokens in a sequence, None where the model decides or batches have their own."""
+        if isinstance(self.source, Tensor) and self.source.ndim == 2:
+            return self.source.shape[1]
+        return self.source.seq_len if isinstance(self.source, TokenSet) else self.seq_len
+
+    def check(self) -> None:
+        """Refuse what can be known to be unusable without the model, before it is loaded.
+
+        Raises:
+            InputError: there is no such text, or a number is not usable.
+        """
+        if self.source is None or isinstance(self.source, str | Path):
+            tokens.check_counts(samples=self.samples, seq_len=1 if self.seq_len is None else self.seq_len)
+        if not isinstance(self.source, str | Path) or self.is_self_written:
+            return
+        if isinstance(self.source, Path) or not is_on_hub(self.source):
+            open_corpus(self.source, use="calibration", text_field=self.text_field)
+
+    def data(self, loaded: LoadedModel) -> TokenSet | list[Batch]:
+        """Turn the source into tokens for a model; ready batches pass through.
+
+        Args:
+            loaded: the model, and its tokenizer.
+
+        Raises:
+            InputError: the source is not usable, or its tokens do not fit the model.
+            CalibrationError: the model that writes its own text gives logits that are not finite.
+        """
+        if isinstance(self.source, Tensor | TokenSet):
+            found = _token_set(self.source)
+            tokens.check_vocabulary(found.ids, loaded.model, found.source)
+            tokens.check_length(found.seq_len, loaded.model)
+            return found
+        if self.source is not None and not isinstance(self.source, str | Path):
+            return _checked_batches(self.source)
+        return self.text_tokens(loaded)
+
+    def text_tokens(self, loaded: LoadedModel) -> TokenSet:
+        """Tokenise text for a model, or let it write.
+
+        Args:
+            loaded: the model, and its tokenizer.
+
+        Raises:
+            InputError: no tokenizer, or the source or the length is not usable.
+            CalibrationError: the model that writes its own text gives logits that are not finite.
+        """
+        if self.source is not None and not isinstance(self.source, str | Path):
+            raise InputError("calibration must name a text here, not hand over tokens or batches")
+        if loaded.tokenizer is None:
             raise InputError(
-                f"calibration is a tensor of shape {tuple(calibration.shape)} and {calibration.dtype}: "
-                "give token ids of shape (samples, seq_len), or batches as dictionaries"
+                "the model has no tokenizer, so text cannot be used: put its tokenizer files beside it, or in Python "
+                "give tokenizer, or tokens as calibration"
             )
-        calibration = TokenSet(calibration, "tokens", tokens.hash_ids(calibration), calibration.shape[0])
-    if isinstance(calibration, TokenSet):
-        tokens.check_vocabulary(calibration.ids, loaded.model, calibration.source)
-        tokens.check_length(calibration.seq_len, loaded.model)
-        return calibration
-    if calibration is not None and not isinstance(calibration, str | Path):
-        return _checked_batches(calibration)
-    return text_tokens(
-        loaded,
-        tokens.SELF if calibration is None else calibration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        text_field=text_field,
-    )
-
-
-def text_tokens(
-    loaded: LoadedModel, source: str | Path, *, samples: int, seq_len: int | None, seed: int, text_field: str
-) -> TokenSet:
-    """Tokenise calibration text for a model.
-
-    Args:
-        loaded: the model, and its tokenizer.
-        source: see `prune`; ``self`` lets the model write.
-        samples: as for `prune`.
-        seq_len: as for `prune`.
-        seed: as for `prune`.
-        text_field: as for `prune`.
-
-    Raises:
-        InputError: no tokenizer, or the source or the length is not usable.
-        CalibrationError: the model that writes its own text gives logits that are not finite.
-    """
-    if loaded.tokenizer is None:
-        raise InputError(
-            "the model has no tokenizer, so text cannot be used: put its tokenizer files beside it, or in Python give "
-            "tokenizer, or tokens as calibration"
+        seq_len = default_length(loaded) if self.seq_len is None else self.seq_len
+        tokens.check_length(seq_len, loaded.model)
+        return tokens.calibration_tokens(
+            tokens.SELF if self.source is None else self.source,
+            loaded.tokenizer,
+            samples=self.samples,
+            seq_len=seq_len,
+            seed=self.seed,
+            text_field=self.text_field,
+            model=loaded.model,
         )
-    if seq_len is None:
-        seq_len = default_length(loaded)
-    tokens.check_length(seq_len, loaded.model)
-    return tokens.calibration_tokens(
-        source,
-        loaded.tokenizer,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        field=text_field,
-        model=loaded.model,
-    )
+
+
+def _token_set(source: Tensor | TokenSet) -> TokenSet:
+    if isinstance(source, TokenSet):
+        return source
+    if source.ndim != 2 or source.is_floating_point() or not source.numel():
+        raise InputError(
+            f"calibration is a tensor of shape {tuple(source.shape)} and {source.dtype}: "
+            "give token ids of shape (samples, seq_len), or batches as dictionaries"
+        )
+    return TokenSet(source, "tokens", tokens.hash_ids(source), source.shape[0])
 
 
 def default_length(loaded: LoadedModel) -> int:

@@ -56,7 +56,7 @@ def is_on_hub(source: str) -> bool:
     return source in _HUB
 
 
-def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"], field: str = "text") -> Corpus:
+def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"], text_field: str = "text") -> Corpus:
     """Find the text a user named.
 
     Args:
@@ -65,7 +65,7 @@ def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"]
             are streamed from the Hugging Face hub. The two names win over files so called: write ``./c4`` for those.
         use: the split to take of a corpus on the hub: train for calibration; validation (C4) or test (WikiText-2)
             for evaluation.
-        field: the key or column that holds the text, for ``.jsonl`` and ``.parquet``.
+        text_field: the key or column that holds the text, for ``.jsonl`` and ``.parquet``.
 
     Raises:
         InputError: there is no such file or name, the suffix is unknown, the directory has no text, a package to read
@@ -87,7 +87,7 @@ def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"]
             f"text source {str(source)!r} does not exist: give a file, a directory, or one of {', '.join(_HUB)}"
         )
     joined = len(files) > 1 or path.suffix.lower() != ".txt"
-    return Corpus(str(source), partial(_read_files, files, field), joined=joined, local=True)
+    return Corpus(str(source), partial(_read_files, files, text_field), joined=joined, local=True)
 
 
 def pieces(document: Document) -> Iterator[str]:

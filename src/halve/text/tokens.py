@@ -81,7 +81,7 @@ def calibration_tokens(
     samples: int = 128,
     seq_len: int = 2048,
     seed: int = 0,
-    field: str = "text",
+    text_field: str = "text",
     model: nn.Module | None = None,
 ) -> TokenSet:
     """Pack text into ``samples`` sequences of ``seq_len`` tokens, without padding.
@@ -102,7 +102,7 @@ def calibration_tokens(
         samples: sequences, at least 1.
         seq_len: tokens in each, at least 1.
         seed: of the shuffling or sampling.
-        field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
+        text_field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
         model: needed for ``"self"``; for other sources, the ids are checked against its vocabulary if it is given.
 
     Raises:
@@ -121,7 +121,7 @@ def calibration_tokens(
         check_vocabulary(first, model, SELF)
         ids = sample_text(model, first, seq_len, vocabulary, generator)
         return TokenSet(ids, SELF, hash_ids(ids), samples)
-    corpus = open_corpus(source, use="calibration", field=field)
+    corpus = open_corpus(source, use="calibration", text_field=text_field)
     ids, documents = _pack(corpus, tokenizer, samples, seq_len, seed)
     if model is not None:
         check_vocabulary(ids, model, corpus.name)
@@ -135,7 +135,7 @@ def evaluation_tokens(
     *,
     seq_len: int,
     max_windows: int | None = None,
-    field: str = "text",
+    text_field: str = "text",
 ) -> TokenSet:
     """Cut text into consecutive windows of ``seq_len`` tokens, as perplexities are usually measured.
 
@@ -149,12 +149,12 @@ def evaluation_tokens(
         tokenizer: of the model to evaluate.
         seq_len: tokens in a window, at least 2. Perplexities at different lengths are not comparable.
         max_windows: upper bound on the windows, at least 1; None means all, but 256 for ``"c4"``.
-        field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
+        text_field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
 
     Raises:
         InputError: an argument or a file is not usable, or the text is shorter than one window.
     """
-    corpus = evaluation_corpus(source, seq_len=seq_len, max_windows=max_windows, field=field)
+    corpus = evaluation_corpus(source, seq_len=seq_len, max_windows=max_windows, text_field=text_field)
     if max_windows is None and source == "c4":
         max_windows = C4_WINDOWS
     reading = _Joined(corpus.documents(), "\n\n")
@@ -173,7 +173,7 @@ def evaluation_tokens(
     )
 
 
-def evaluation_corpus(source: str | Path, *, seq_len: int, max_windows: int | None, field: str) -> Corpus:
+def evaluation_corpus(source: str | Path, *, seq_len: int, max_windows: int | None, text_field: str) -> Corpus:
     """Check the arguments of `evaluation_tokens` that can be checked without a tokenizer, and find its text.
 
     Raises:
@@ -184,17 +184,19 @@ def evaluation_corpus(source: str | Path, *, seq_len: int, max_windows: int | No
         raise InputError("seq_len = 1 leaves no token to predict: give at least 2")
     if source == SELF:
         raise InputError("source 'self' is for calibration: a model's own text says nothing about its perplexity")
-    return open_corpus(source, use="evaluation", field=field)
+    return open_corpus(source, use="evaluation", text_field=text_field)
 
 
-def check_texts(sources: Iterable[str | Path], *, seq_len: int | None, max_windows: int | None, field: str) -> None:
+def check_texts(
+    sources: Iterable[str | Path], *, seq_len: int | None, max_windows: int | None, text_field: str
+) -> None:
     """Look for evaluation texts, before a model is loaded.
 
     Args:
         sources: of the texts, as for `evaluation_tokens`.
         seq_len: tokens in a window, None where that is not known yet.
         max_windows: see `evaluation_tokens`.
-        field: of ``.jsonl`` and ``.parquet`` files.
+        text_field: of ``.jsonl`` and ``.parquet`` files.
 
     Raises:
         InputError: a text cannot be found, or a number is not usable.
@@ -202,7 +204,7 @@ def check_texts(sources: Iterable[str | Path], *, seq_len: int | None, max_windo
     if seq_len is not None:
         check_counts(seq_len=seq_len)
     for source in sources:
-        evaluation_corpus(source, seq_len=seq_len or 2, max_windows=max_windows, field=field)
+        evaluation_corpus(source, seq_len=seq_len or 2, max_windows=max_windows, text_field=text_field)
 
 
 def check_vocabulary(ids: Tensor, model: nn.Module, source: str) -> None:

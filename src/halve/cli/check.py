@@ -1,0 +1,47 @@
+"""The command that judges: ``halve check``."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halve.checkpoint.directory import PACKED, REPORT, is_unfinished
+from halve.cli.errors import EXIT_FAILED, reporting
+from halve.cli.options import JsonOption
+from halve.cli.terminal import counted, out, say
+from halve.errors import InputError
+from halve.verification import check as check_checkpoint
+
+
+def check(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    against: Annotated[str | None, typer.Option(help="The model it was pruned from.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="For a checkpoint that has no halve.json.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Accept Python code beside the model; none of it is run.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Re-read the bytes on disk: the pattern holds, all values are finite, nothing is missing or touched."""
+    with reporting():
+        finished = directory.is_dir() and not is_unfinished(directory)
+        recorded = any((directory / name).exists() for name in (REPORT, PACKED))
+        if pattern is None and finished and not recorded:
+            raise InputError(f"{directory} has no {REPORT}: give --pattern")
+        result = check_checkpoint(directory, against=against, pattern=pattern, trust_remote_code=trust_remote_code)
+    if as_json:
+        out.print_json(json.dumps(asdict(result)))
+    else:
+        for note in result.notes:
+            say(out, note, label="note")
+        for problem in result.problems:
+            say(out, problem, label="problem", style="red")
+        what = f"{result.matrices} matrices at {result.pattern}, {result.sparsity:.1%} zeros in them; "
+        looked_at = f": {what}{result.tensors} tensors in all" if result.tensors else ""
+        verdict = "ok" if result.ok else counted(len(result.problems), "problem")
+        compared = "" if against is None else f", {result.compared} of them the same as in {against}"
+        say(out, f"{verdict}{looked_at}{compared}")
+    if not result.ok:
+        raise typer.Exit(EXIT_FAILED)

@@ -1,0 +1,85 @@
+"""The command that sets methods side by side: ``halve compare``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halve.cli.errors import EXIT_FAILED, EXIT_FALLBACKS, reporting
+from halve.cli.groups import taking
+from halve.cli.options import JsonOption, ModelArgument, StrictOption
+from halve.cli.terminal import comparison_table, out, progress, say_row, warn_of_overlap
+from halve.cli.values import allowed_fallback, parse_options_by_method
+from halve.comparison import METHODS
+from halve.comparison import compare as compare_methods
+from halve.run.request import Request
+
+_OF_ONE_METHOD = (
+    "method",
+    "refit",
+    "reconstruct",
+    "reconstruct_epochs",
+    "reconstruct_learning_rate",
+    "reconstruct_held_out",
+    "eval_data",
+    "only_where_faster",
+    "faster_at_batch",
+    "work",
+    "revision",
+)
+
+
+@taking(Request, without=_OF_ONE_METHOD)
+def compare(
+    model: ModelArgument,
+    data: Annotated[list[str], typer.Option(help="Texts for perplexity: wikitext2, c4, or a file. Repeatable.")],
+    given: dict[str, Any],
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; wanda is as published, wanda+cg adds a refit, +block tunes blocks.")
+    ] = ",".join(METHODS),
+    strict: StrictOption = True,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-o",
+            "--option",
+            help="METHOD.NAME=VALUE, REFIT.NAME=VALUE or block.NAME=VALUE, such as auto.effort=best. Repeatable.",
+        ),
+    ] = None,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", help="Also write each pruned checkpoint, to OUT/METHOD; must be new or empty."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune with several methods, calibrated on the same tokens, and print one table."""
+    with reporting():
+        given["fallback"] = allowed_fallback(given.get("fallback"), strict=strict)
+        with progress() as show:
+            found = compare_methods(
+                model,
+                data,
+                methods=methods.split(","),
+                out=out_dir,
+                method_options=parse_options_by_method(option or []),
+                listen=lambda contender, step: show(step, "" if contender is None else str(contender)),
+                **given,
+            )
+            warn_of_overlap(found.calibration, found.evaluation)
+            try:
+                for row in found:
+                    say_row(row)
+            finally:  # what is finished is worth having, whatever stopped the rest
+                _show(found, as_json=as_json)
+    if any(row.error for row in found.rows):
+        raise typer.Exit(EXIT_FAILED)
+    if any(row.fallbacks for row in found.rows):
+        raise typer.Exit(EXIT_FALLBACKS)
+
+
+def _show(found: Any, *, as_json: bool) -> None:
+    if as_json:
+        out.print_json(json.dumps(found.as_json()))
+    elif found.rows:
+        out.print(comparison_table(found.rows, found.pattern))

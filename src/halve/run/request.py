@@ -1,0 +1,159 @@
+"""What a run is asked for, all of it: groups of options, checked as far as that is possible without a model.
+
+A new option of `halve.prune` is a field of one of these groups, or of those that they hold. The keywords of the Python
+functions, the flags of the command line, what a resumed run goes by, the fingerprint and ``halve.json`` follow from it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halve.device import forward_precision, resolve_device
+from halve.errors import InputError
+from halve.evaluation.request import Evaluation
+from halve.model.reconstruct import Reconstruction, parse_reconstruction
+from halve.option_groups import fill, group, known_names, option
+from halve.run.settings import Settings, default_reconstruction
+from halve.runtime.speed import check_measurable
+from halve.solve import methods, refit
+from halve.text.calibration import Calibration
+
+_RECONSTRUCT = "reconstruct"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run computes and keeps what it works with.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, …
+        forward_dtype: products of forward passes: ``auto``, ``float32`` or ``bfloat16``. Statistics and solves are
+            float32.
+        offload: keep hidden states in this directory, not in memory; a temporary folder is made in it.
+        work: keep finished blocks in this directory, new or empty, while the run lasts, not in the output directory.
+
+    Raises:
+        InputError: a device or dtype is unknown, or ``offload`` is not there.
+    """
+
+    device: str | torch.device = "auto"
+    forward_dtype: str = option("auto", shared=True)
+    offload: str | Path | None = None
+    work: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        forward_precision(self.forward_dtype, self.target)
+        if self.offload is not None and not Path(self.offload).is_dir():
+            raise InputError(f"offload directory {self.offload} does not exist: create it, or leave offload out")
+
+    @cached_property
+    def target(self) -> torch.device:
+        """The device itself."""
+        return resolve_device(self.device)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What float32 matrices are multiplied in, in forward passes."""
+        return forward_precision(self.forward_dtype, self.target)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is found and loaded, and in which dtype it is written.
+
+    Attributes:
+        revision: branch, tag or commit of a model on the hub; a run that goes on takes the commit it began with.
+        trust_remote_code: run Python code that comes with the model, which is copied to the output. Read it first.
+        dtype: written dtype where the input has none of its own (GGUF): ``float32`` (default), ``bfloat16``,
+            ``float16``.
+    """
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a run is asked for.
+
+    Attributes:
+        settings: what to do to every matrix.
+        reconstruct: ``block``: after a block's matrices are pruned, tune what survived, norms and biases included,
+            against the dense model's output of that block; ``none`` leaves it. Where nobody says, it is ``block`` for
+            method ``auto`` with effort ``best``, else ``none``.
+        calibration: on what.
+        placement: where.
+        loading: of the model.
+        evaluation: what to measure before and after; None measures nothing.
+
+    Raises:
+        InputError: a part of what is asked for would have no effect.
+    """
+
+    settings: Settings = group(factory=Settings)
+    reconstruct: str | Reconstruction | None = option(None, transient=True)
+    calibration: Calibration = group(factory=Calibration)
+    placement: Placement = group(factory=Placement)
+    loading: Loading = group(factory=Loading)
+    evaluation: Evaluation | None = group(None, prefix="eval_")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Request":
+        """Return what flat keywords ask for.
+
+        Args:
+            given: options of all groups by their flat names, ready groups by theirs, and options of the method and
+                the refit; None is the same as not given.
+
+        Raises:
+            InputError: an option is unknown, given twice or refused by its group.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        known = known_names(cls)
+        options = {name: given.pop(name) for name in list(given) if name not in known}
+        _suggest(options, given, known)
+        prefix = f"{_RECONSTRUCT}_"
+        tuning = {name.removeprefix(prefix): given.pop(name) for name in list(given) if name.startswith(prefix)}
+        asked = fill(cls, given)
+        settings = replace(asked.settings, options={**asked.settings.options, **options})
+        word = default_reconstruction(settings.method, options) if asked.reconstruct is None else asked.reconstruct
+        settings = replace(settings, reconstruction=parse_reconstruction(word, **tuning))
+        return replace(asked, settings=settings)
+
+    def check(self) -> None:
+        """Refuse what can be known to be unusable before the model is looked for.
+
+        Raises:
+            InputError: a text is not there, or something cannot be measured on this machine.
+        """
+        self.settings.check_objective()
+        self.check_texts()
+        if self.settings.only_where_faster is not None:  # the model's dtype is known later
+            check_measurable(self.settings.pattern, torch.bfloat16, self.placement.target)
+
+    def check_texts(self) -> None:
+        """Refuse texts that are not there, and numbers that they cannot be cut by.
+
+        Raises:
+            InputError: one of them is not usable.
+        """
+        self.calibration.check()
+        if self.evaluation is not None:
+            self.evaluation.check(self.placement.target)
+
+
+def _suggest(options: Mapping[str, Any], given: Mapping[str, Any], known: Any) -> None:
+    """Refuse names that are no options of method and refit, and look like one of ours."""
+    row = methods.get(given.get("method", Settings.method))
+    of_refit = refit.get(given.get("refit", Settings.refit))
+    taken = {each.name for each in fields(row.options)} | {f"refit_{each.name}" for each in fields(of_refit.options)}
+    for name in options:
+        close = get_close_matches(name, [*taken, *known], n=1)
+        if name not in taken and close:
+            raise InputError(f"there is no option {name!r}: did you mean {close[0]!r}?")
