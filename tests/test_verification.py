@@ -34,7 +34,7 @@ def pruned(tmp_path, family="llama", pattern="2:4", **options):
             layout = "in_out" if flip != location.transposed else "out_in"
             matrices.append({"name": name, "tensors": location.tensors, "layout": layout, "status": "ok"})
             names.append(name)
-    write_checkpoint(out, loaded, names, {"pattern": pattern, "matrices": matrices}, **options)
+    write_checkpoint(out, loaded, names, record={"pattern": pattern, "matrices": matrices}, **options)
     return before, out
 
 
@@ -56,9 +56,9 @@ def rewrite(directory, name, change):
 
 def forget(directory):
     """Make the record agree with the files again."""
-    report = json.loads((directory / "halve.json").read_text())
-    report["files"] = {name: sha256((directory / name).read_bytes()).hexdigest() for name in report["files"]}
-    (directory / "halve.json").write_text(json.dumps(report))
+    record = json.loads((directory / "halve.json").read_text())
+    record["files"] = {name: sha256((directory / name).read_bytes()).hexdigest() for name in record["files"]}
+    (directory / "halve.json").write_text(json.dumps(record))
 
 
 def edit(path, **changes):
@@ -109,10 +109,10 @@ def test_a_group_with_fewer_weights_is_fine(tmp_path):
 
 def test_orientation_matters(tmp_path):
     _, out = pruned(tmp_path, "gpt2")
-    report = json.loads((out / "halve.json").read_text())
-    report["matrices"] = [{**matrix, "layout": "out_in"} for matrix in report["matrices"]]
-    (out / "halve.json").write_text(json.dumps(report))
-    assert len(check(out).problems) == len(report["matrices"])
+    record = json.loads((out / "halve.json").read_text())
+    record["matrices"] = [{**matrix, "layout": "out_in"} for matrix in record["matrices"]]
+    (out / "halve.json").write_text(json.dumps(record))
+    assert len(check(out).problems) == len(record["matrices"])
 
 
 def test_a_given_pattern_overrules_the_record(tmp_path):
@@ -160,10 +160,10 @@ def test_a_tensor_that_should_not_have_changed_is_found(tmp_path):
 
 def test_a_failed_matrix_must_be_untouched(tmp_path):
     before, out = pruned(tmp_path)
-    report = json.loads((out / "halve.json").read_text())
-    (matrix,) = (matrix for matrix in report["matrices"] if matrix["name"] == NAME)
+    record = json.loads((out / "halve.json").read_text())
+    (matrix,) = (matrix for matrix in record["matrices"] if matrix["name"] == NAME)
     matrix["status"] = "failed"
-    (out / "halve.json").write_text(json.dumps(report))
+    (out / "halve.json").write_text(json.dumps(record))
     assert check(out).matrices == 20
     one_problem(check(out, against=before), f"{NAME!r} was neither pruned nor tuned and differs")
 
@@ -254,9 +254,9 @@ def test_a_record_that_lies_is_a_problem(tmp_path, changes, text):
 
 def test_a_shard_left_out_of_the_record_is_a_problem(tmp_path):
     _, out = pruned(tmp_path)
-    report = json.loads((out / "halve.json").read_text())
-    del report["files"]["config.json"]
-    (out / "halve.json").write_text(json.dumps(report))
+    record = json.loads((out / "halve.json").read_text())
+    del record["files"]["config.json"]
+    (out / "halve.json").write_text(json.dumps(record))
     one_problem(check(out), "config.json is not among the files recorded")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint.directory import CONFIG, PACKED, REPORT, forbidden_fields, is_unfinished, read_shards
+from halve.checkpoint.directory import CONFIG, PACKED, RECORD, forbidden_fields, is_unfinished, read_shards
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
@@ -184,24 +184,24 @@ def _check_config(directory: Path, found: _Findings, *, code: bool) -> None:
 
 
 def _read_record(directory: Path, found: _Findings) -> _Record | None:
-    if not (directory / REPORT).exists():
+    if not (directory / RECORD).exists():
         found.notes.append(
-            f"there is no {REPORT}: neither the files' sha256 nor which tensors were pruned is on record"
+            f"there is no {RECORD}: neither the files' sha256 nor which tensors were pruned is on record"
         )
         return None
     try:
-        text = read_json(directory / REPORT)
+        text = read_json(directory / RECORD)
         pattern = None if text.get("pattern") is None else Pattern(text["pattern"])
     except (CorruptFileError, PatternError) as error:
-        found.problems.append(f"{REPORT} is not usable: {error}")
+        found.problems.append(f"{RECORD} is not usable: {error}")
         return None
     files = text.get("files")
     if not isinstance(files, dict) or not files:
-        found.problems.append(f"{REPORT} does not record the sha256 of the files")
+        found.problems.append(f"{RECORD} does not record the sha256 of the files")
         files = {}
     layouts = _recorded_layouts(text.get("matrices"), found)
     if pattern is None and layouts:
-        found.problems.append(f"{REPORT} records pruned matrices and no pattern")
+        found.problems.append(f"{RECORD} records pruned matrices and no pattern")
     return _Record(pattern, layouts, _recorded_tuning(text.get("blocks", []), found), files)
 
 
@@ -212,7 +212,7 @@ def _recorded_tuning(blocks: Any, found: _Findings) -> set[str]:
             case {"tensors": [*names]} if all(isinstance(name, str) for name in names):
                 tuned |= set(names)
             case _:
-                found.problems.append(f"{REPORT} has a malformed entry under 'blocks': {str(block)[:80]}")
+                found.problems.append(f"{RECORD} has a malformed entry under 'blocks': {str(block)[:80]}")
     return tuned
 
 
@@ -227,22 +227,22 @@ def _recorded_layouts(matrices: Any, found: _Findings) -> dict[str, str]:
             ):
                 layouts |= dict.fromkeys(names, rest.get("layout", "out_in"))
             case _:
-                found.problems.append(f"{REPORT} has a malformed entry under 'matrices': {str(matrix)[:80]}")
+                found.problems.append(f"{RECORD} has a malformed entry under 'matrices': {str(matrix)[:80]}")
     return layouts
 
 
 def _check_files(directory: Path, record: _Record, shards: set[str], found: _Findings) -> None:
     if record.files:
         found.problems += [
-            f"{name} is not among the files recorded in {REPORT}"
+            f"{name} is not among the files recorded in {RECORD}"
             for name in sorted({*shards, CONFIG} - record.files.keys())
         ]
     for name, expected in record.files.items():
         path = directory / name
         if not path.resolve().is_relative_to(directory.resolve()):
-            found.problems.append(f"{REPORT} records the file {name!r}, which is outside the directory")
+            found.problems.append(f"{RECORD} records the file {name!r}, which is outside the directory")
         elif not path.is_file():
-            found.problems.append(f"{name} is recorded in {REPORT} and is missing")
+            found.problems.append(f"{name} is recorded in {RECORD} and is missing")
         elif sha256_of(path) != expected:
             found.problems.append(f"{name} does not have the sha256 recorded when it was written: it has been changed")
 

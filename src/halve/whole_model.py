@@ -126,7 +126,7 @@ def _publish(
     notes: tuple[str, ...] = ()
     if not run.verified:
         with phases.timing(Phase.WRITE):
-            files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, content, dtype=dtype)
+            files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, record=content, dtype=dtype)
         with phases.timing(Phase.VERIFY):
             _verify(run.staging, loaded.source)
         done = replace(

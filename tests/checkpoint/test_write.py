@@ -141,14 +141,14 @@ def test_zeros_are_positive_and_the_dtype_is_the_inputs(tmp_path):
     assert torch.signbit(tensor).sum() == 1
 
 
-def test_report_records_the_files(tmp_path):
+def test_record_lists_the_files(tmp_path):
     loaded = load_model(save(models.decoder("llama"), tmp_path / "in", max_shard_size="40KB"))
     out = tmp_path / "out"
     sums = write_checkpoint(out, loaded, prune(loaded), {"pattern": "2:4", "name": "é"})
-    report = json.loads((out / "halve.json").read_text())
-    assert (report["pattern"], report["name"]) == ("2:4", "é")
+    record = json.loads((out / "halve.json").read_text())
+    assert (record["pattern"], record["name"]) == ("2:4", "é")
     assert sums == {name: hashlib.sha256(content).hexdigest() for name, content in contents(out).items()}
-    assert report["files"] == {name: digest for name, digest in sums.items() if name != "halve.json"}
+    assert record["files"] == {name: digest for name, digest in sums.items() if name != "halve.json"}
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "mixtral", "gpt2", "bert", "vit"])
@@ -213,9 +213,9 @@ def test_arguments_that_cannot_be_meant(tmp_path):
         write_checkpoint(out, loaded, [], {}, dtype=torch.bfloat16)
     with pytest.raises(InputError, match="no parameter 'nothing'"):
         write_checkpoint(out, loaded, ["nothing"], {})
-    for report in ({"loss": float("nan")}, {"x": object()}):
-        with pytest.raises(InputError, match="report cannot be written"):
-            write_checkpoint(out, loaded, [], report)
+    for record in ({"loss": float("nan")}, {"x": object()}):
+        with pytest.raises(InputError, match="record cannot be written"):
+            write_checkpoint(out, loaded, [], record)
     assert not out.exists()
 
 

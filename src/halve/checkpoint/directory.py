@@ -11,12 +11,12 @@ from halve.errors import CorruptFileError, InputError, UnsupportedModelError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-REPORT = "halve.json"
-"""What Halve says beside a checkpoint that it wrote."""
+RECORD = "halve.json"
+"""The record: what was done to a checkpoint that Halve wrote, beside it."""
 MEASURED = "halve-measured.json"
-"""What it measured of the run."""
+"""What was measured of the run."""
 PAGE = "report.html"
-"""Both for people."""
+"""The report: both, for people."""
 PACKED = "halve-packed.json"
 """The manifest of a packed checkpoint, which only a packed one has."""
 HOME = ".halve"
@@ -56,7 +56,7 @@ def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
     kept = [
         path
         for path in found
-        if path.name not in {CONFIG, REPORT, MEASURED, PACKED, "adapter_config.json", "requirements.txt"}
+        if path.name not in {CONFIG, RECORD, MEASURED, PACKED, "adapter_config.json", "requirements.txt"}
         and not path.name.endswith(".index.json")
         and path.is_file()
     ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from halve.checkpoint.directory import CONFIG, INDEX, LAST, REPORT, WEIGHTS, companions
+from halve.checkpoint.directory import CONFIG, INDEX, LAST, RECORD, WEIGHTS, companions
 from halve.checkpoint.disk_layout import DiskTensor
 from halve.checkpoint.durable import Content, file_chunks, filling
 from halve.checkpoint.load import LoadedModel, Source
@@ -42,7 +42,7 @@ def write_checkpoint(
     out: Path,
     loaded: LoadedModel,
     changed: Collection[str],
-    report: Mapping[str, Any],
+    record: Mapping[str, Any],
     *,
     dtype: torch.dtype | None = None,
 ) -> dict[str, str]:
@@ -56,7 +56,7 @@ def write_checkpoint(
         out: the directory, absent or empty; removed again if anything fails.
         loaded: the model, with its pruned weights in place.
         changed: names, in the model's ``state_dict()``, of the parameters that were pruned or tuned.
-        report: what is written to ``halve.json``; ``files``, the sha256 of every other file, is added to it.
+        record: what is written to ``halve.json``; ``files``, the sha256 of every other file, is added to it.
         dtype: of the floating-point tensors written, only for a model from a GGUF file or from memory; None keeps the
             model's.
 
@@ -75,7 +75,7 @@ def write_checkpoint(
         raise InputError("dtype was given, but a safetensors checkpoint keeps its own dtypes: leave dtype out")
     check_destination(out, source, output_bytes(loaded, dtype))
     _check_finite(loaded, changed, dtype)
-    facts = _plain_json(report)
+    facts = _plain_json(record)
     with filling(out) as write:
         plan = _written_whole(loaded, changed, dtype) if original is None else _rewritten(loaded, original, changed)
         last = {name: b"".join(plan.pop(name)) for name in LAST if name in plan}
@@ -85,7 +85,7 @@ def write_checkpoint(
         sums |= {name: hashlib.sha256(content).hexdigest() for name, content in last.items()}
         facts["files"] = dict(sorted(sums.items()))
         text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-        for name, content in {REPORT: text.encode(), **last}.items():
+        for name, content in {RECORD: text.encode(), **last}.items():
             sums[name] = write(name, [content], name)
     return sums
 
@@ -208,8 +208,8 @@ def _check_finite(loaded: LoadedModel, changed: Collection[str], dtype: torch.dt
             )
 
 
-def _plain_json(report: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_json(record: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return dict(json.loads(json.dumps(dict(report), allow_nan=False)))
+        return dict(json.loads(json.dumps(dict(record), allow_nan=False)))
     except (TypeError, ValueError) as error:
-        raise InputError(f"the report cannot be written as JSON ({error}): give plain finite values") from error
+        raise InputError(f"the record cannot be written as JSON ({error}): give plain finite values") from error

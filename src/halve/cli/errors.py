@@ -69,11 +69,11 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def _has_fallbacks(out: Path) -> bool:
     """Whether the checkpoint's record has matrices that were pruned by another method than asked."""
-    from halve.checkpoint.directory import REPORT
+    from halve.checkpoint.directory import RECORD
     from halve.checkpoint.shards import read_json
     from halve.solve.outcome import Status
 
-    matrices = read_json(out / REPORT).get("matrices", [])
+    matrices = read_json(out / RECORD).get("matrices", [])
     return any(matrix.get("status") == Status.FELL_BACK for matrix in matrices)
 
 

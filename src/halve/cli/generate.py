@@ -120,11 +120,11 @@ def _accelerate(loaded: "LoadedModel") -> str:
 
 def _pattern(loaded: "LoadedModel") -> str:
     """Return the pattern that a checkpoint's record says it was pruned to, 2:4 if it has none."""
-    from halve.checkpoint.directory import REPORT
+    from halve.checkpoint.directory import RECORD
     from halve.checkpoint.shards import read_json
 
     directory = None if loaded.source is None else loaded.source.path
-    if directory is None or not (directory / REPORT).is_file():
+    if directory is None or not (directory / RECORD).is_file():
         return "2:4"
-    pattern = read_json(directory / REPORT).get("pattern")
+    pattern = read_json(directory / RECORD).get("pattern")
     return pattern if isinstance(pattern, str) else "2:4"

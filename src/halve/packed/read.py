@@ -18,7 +18,7 @@ from halve.checkpoint.directory import (
     MEASURED,
     PACKED,
     PAGE,
-    REPORT,
+    RECORD,
     check_config,
     companions,
     contained,
@@ -37,7 +37,7 @@ from halve.runtime.packed_matrix import OVERREAD, PackedMatrix, kept_per_row, pa
 MASK = ".mask"
 VALUES = ".values"
 """What is added to the name of a packed tensor for the names of its two parts."""
-_OTHERS = (REPORT, MEASURED, PAGE, "README.md")
+_OTHERS = (RECORD, MEASURED, PAGE, "README.md")
 
 
 @dataclass(frozen=True)
@@ -283,16 +283,16 @@ def _restoring_problems(checkpoint: PackedCheckpoint) -> Iterator[str]:
     for name, sha256 in found.items():
         if sha256 != sums[name]:
             yield f"{name} would not be restored with the sha256 in {PACKED}"
-    if not (place / REPORT).exists():
+    if not (place / RECORD).exists():
         return
     try:
-        recorded = read_json(place / REPORT).get("files")
+        recorded = read_json(place / RECORD).get("files")
     except CorruptFileError as error:
         yield str(error)
         return
     for name, sha256 in recorded.items() if isinstance(recorded, dict) else ():
         if sums.get(name) != sha256:
-            yield f"{name} was not packed with the sha256 recorded in {REPORT}: the plain checkpoint had been changed"
+            yield f"{name} was not packed with the sha256 recorded in {RECORD}: the plain checkpoint had been changed"
 
 
 def hashed(chunks: Iterable[bytes | memoryview]) -> str:

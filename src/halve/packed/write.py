@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halve.checkpoint.directory import INDEX, PACKED, REPORT, WEIGHTS, contained, is_unfinished, read_shards
+from halve.checkpoint.directory import INDEX, PACKED, RECORD, WEIGHTS, contained, is_unfinished, read_shards
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.durable import file_chunks, filling, sha256_of
 from halve.checkpoint.load import Source, resolve, skeleton
@@ -151,16 +151,16 @@ class _Asked:
 
 
 def _asked(source: Source, entries: Mapping[str, TensorEntry], pattern: Pattern | None) -> _Asked:
-    if (source.path / REPORT).exists():
+    if (source.path / RECORD).exists():
         return _recorded(source.path, entries, pattern)
     if pattern is None:
-        raise InputError(f"{source.name} has no {REPORT}: give the pattern of its matrices (--pattern 2:4)")
+        raise InputError(f"{source.name} has no {RECORD}: give the pattern of its matrices (--pattern 2:4)")
     return _Asked(pattern, _linear_tensors(source, entries), {}, recorded=False)
 
 
 def _recorded(directory: Path, entries: Mapping[str, TensorEntry], pattern: Pattern | None) -> _Asked:
     """Return what ``halve.json`` lists."""
-    path = contained(directory, directory / REPORT)
+    path = contained(directory, directory / RECORD)
     match read_json(path):
         case {"pattern": str(text), "matrices": [*matrices]}:
             pass
@@ -222,7 +222,7 @@ def _choose(asked: _Asked, entries: Mapping[str, TensorEntry]) -> tuple[dict[str
         left[name] = next((reason for reason in reasons.values() if reason != _DENSER), _DENSER)
         if asked.recorded and left[name] == _DENSER:
             raise InputError(
-                f"tensor {name!r} is not in pattern {asked.pattern}, though {REPORT} lists it: the checkpoint was "
+                f"tensor {name!r} is not in pattern {asked.pattern}, though {RECORD} lists it: the checkpoint was "
                 "changed after pruning, prune it again"
             )
     return chosen, left

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.directory import REPORT
+from halve.checkpoint.directory import RECORD
 from halve.checkpoint.load import Source, load_model, resolve
 from halve.device import resolve_device
 from halve.errors import CorruptFileError, InputError
@@ -92,7 +92,7 @@ def dense_source(place: Path, dense: str | Path | None, *, trust_remote_code: bo
                 )
             return resolve(name, trust_remote_code=trust_remote_code)
         case _:
-            raise CorruptFileError(f"{place / REPORT} does not say what was pruned: give dense (--dense)")
+            raise CorruptFileError(f"{place / RECORD} does not say what was pruned: give dense (--dense)")
 
 
 def _check_same(original: Source, record: Mapping[str, Any]) -> None:

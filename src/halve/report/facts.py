@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.directory import REPORT, is_unfinished, refuse_packed
+from halve.checkpoint.directory import RECORD, is_unfinished, refuse_packed
 from halve.checkpoint.shards import read_json
 from halve.errors import CorruptFileError, InputError
 from halve.evaluation.perplexity import measured_as
@@ -220,7 +220,7 @@ def read_run(directory: Path) -> RunFacts:
         return _facts(directory, record, measured)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
-            f"{directory / REPORT} is not as Halve writes it ({type(error).__name__}: {error}): "
+            f"{directory / RECORD} is not as Halve writes it ({type(error).__name__}: {error}): "
             "restore it, or prune again"
         ) from error
 
@@ -233,11 +233,11 @@ def read_record(directory: Path) -> dict[str, Any]:
         CorruptFileError: it is not a JSON object.
     """
     refuse_packed(directory)
-    path = directory / REPORT
+    path = directory / RECORD
     if not path.exists():
         if is_unfinished(directory):
             raise InputError(f"{directory} holds an unfinished run: complete it with `halve resume {directory}`")
-        raise InputError(f"{directory} has no {REPORT}: give a checkpoint that halve prune has written")
+        raise InputError(f"{directory} has no {RECORD}: give a checkpoint that halve prune has written")
     return read_json(path)
 
 
