@@ -80,7 +80,7 @@ def test_rows_do_not_depend_on_their_company(monkeypatch):
     start, original, gram = problem(rows=9, d_in=32, seed=3)
     expected, facts = refine(start, original, gram, Pattern("2:4"), 200, 1e-5)
     monkeypatch.setitem(swap._BYTES_AT_ONCE, "cpu", 1)
-    monkeypatch.setattr(swap, "_REPACK_BELOW", 1.0)
+    monkeypatch.setattr(swap, "_REPACK_SHARE", 0.0)
     alone, other = refine(start, original, gram, Pattern("2:4"), 200, 1e-5)
     assert facts["swaps"] == other["swaps"]
     assert torch.equal(expected != 0, alone != 0)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from halve.checks import check_count, check_not_negative
 from halve.errors import FactorisationError, PatternError
+from halve.maths.active_rows import ActiveRows
 from halve.maths.pattern import Pattern
 from halve.maths.quadratic import Scaled, row_losses
 
@@ -28,8 +29,8 @@ _RIDGES = ((1e-5, torch.float32), (1e-5, torch.float64), (1e-3, torch.float64))
 """What is added to the unit diagonal, in which precision, until every row's matrix has a factor."""
 _BYTES_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 30}
 """Memory for the inverses of the rows treated side by side: on a CPU, little enough for a last-level cache."""
-_REPACK_BELOW = 0.75
-"""Share of rows still active below which the others are left out."""
+_REPACK_SHARE = 0.25
+"""Share of ended rows at which the others are packed together (`ActiveRows`)."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,6 @@ class _Search:
         self._shape, self._group = (n, d), (d // size, size - keep, keep)
         order = torch.sort(pattern.groups(mask).to(torch.uint8), dim=-1, descending=True, stable=True).indices
         order = order + torch.arange(0, d, size, device=gram.device).unsqueeze(-1)
-        self._rows = torch.arange(n, device=gram.device)
         self._kept, self._pruned = order[..., :keep].reshape(n, -1), order[..., keep:].reshape(n, -1)
         self._gram, self._inverse = _inverses(gram, self._kept)  # with a ridge; P, (n, k, k)
         gram = self._gram
@@ -160,31 +160,23 @@ class _Search:
     def run(self, max_swaps: int, tolerance: float) -> tuple[Tensor, Tensor, int]:
         """Swap until nothing helps; return each row's weights (n, d) and swaps (n,), and how many hit the limit."""
         n = self._shape[0]
-        result, swaps = self._gram.new_empty(self._shape), torch.zeros_like(self._rows)
-        active = torch.ones(n, dtype=torch.bool, device=self._gram.device)
+        active = ActiveRows(self._gram.new_empty(self._shape), _REPACK_SHARE)
+        swaps = torch.full((n,), max_swaps, device=self._gram.device)
         for made in range(max_swaps + 1):
             change, out, into = self._best()
-            useful = active & (change < -tolerance * self._loss)
-            unconverged = int(useful.sum()) if made == max_swaps else 0
-            ended = active & ~useful if made < max_swaps else active
-            result[self._rows[ended]] = self._scattered()[ended]
-            swaps[self._rows[ended]] = made
-            active = active & ~ended
-            left = int(active.sum())
-            if not left:
+            ended = active.finish(~(change < -tolerance * self._loss), self._scattered())
+            swaps[ended] = made
+            if not active.unfinished or made == max_swaps:
                 break
-            if left <= _REPACK_BELOW * len(active):  # until then the ended rows go on, to no effect
-                change, out, into = change[active], out[active], into[active]
-                self._select(active)
-                active = active[active]
+            change, out, into = self._pack(active, change, out, into)
             self._exchange(out, into)
             self._loss += change
-        return result, swaps, unconverged
+        return active.result(self._scattered()), swaps, active.unfinished
 
     def _best(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return each row's best change of loss, and the places of what goes out and what comes in."""
         groups, drop, keep = self._group
-        n = len(self._rows)
+        n = len(self._kept)
         pivot = self._inverse.diagonal(dim1=1, dim2=2).reshape(n, groups, 1, keep)
         weight = self._weight.view(n, groups, 1, keep)
         own = self._cross.view(n, groups, drop, groups, keep).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
@@ -232,9 +224,13 @@ class _Search:
         self._kept[each, out], self._pruned[each, into] = entering, leaving
 
     def _scattered(self) -> Tensor:
-        wide = self._weight.new_zeros(len(self._rows), self._shape[1])
+        wide = self._weight.new_zeros(len(self._kept), self._shape[1])
         return wide.scatter_(1, self._kept, self._weight)
 
-    def _select(self, rows: Tensor) -> None:
-        for name in ("_rows", "_kept", "_pruned", "_inverse", "_cross", "_schur", "_weight", "_slope", "_loss"):
-            setattr(self, name, getattr(self, name)[rows])
+    def _pack(self, active: ActiveRows, *best: Tensor) -> tuple[Tensor, ...]:
+        """Leave ended rows out of the state and of what is best for each, once that pays; return the latter."""
+        names = ("_kept", "_pruned", "_inverse", "_cross", "_schur", "_weight", "_slope", "_loss")
+        state = active.pack(*(getattr(self, name) for name in names), *best)
+        for name, part in zip(names, state, strict=False):
+            setattr(self, name, part)
+        return state[len(names) :]

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from halve.checks import check_count, check_not_negative
 from halve.lookup import build_options, find_row
+from halve.maths.active_rows import ActiveRows
 from halve.maths.pattern import apply_mask
 from halve.maths.quadratic import Scaled, Slope, row_losses, spectral_bound
 from halve.solve.exact_swaps import SwapOptions, refine
 
 REPACK_SHARE = 0.1
-"""Share of converged rows at which the others are packed together."""
+"""Share of converged rows at which the others are packed together (`ActiveRows`)."""
 _ROUNDING = torch.finfo(torch.float32).eps
 _LOSSLESS = 1e-6
 """Share of a row's dense output below which its loss counts as none: with fewer tokens than inputs it has no floor."""
@@ -188,8 +189,6 @@ def _conjugate_gradients(
     start: Tensor, target: Tensor, gram: Tensor, mask: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int, int, int]:
     """Return the solution (d_out, d_in) float32, the iterations, their sum over rows, and the unconverged rows."""
-    result = start.clone()
-    rows = torch.arange(start.shape[0], device=start.device)
     keep = mask.float()
     difference = start - target
     product = difference @ gram
@@ -202,38 +201,31 @@ def _conjugate_gradients(
     direction = residual.clone()
     square = (residual * residual).sum(-1)
     history = torch.full((start.shape[0], WINDOW), torch.inf, device=start.device)
-    finished = (square <= negligible) | (loss <= lossless)
+    active = ActiveRows(start.clone(), REPACK_SHARE)
+    active.finish((square <= negligible) | (loss <= lossless), value)
     iterations = row_iterations = 0
-    while iterations < max_iterations:
-        left = int(finished.sum())
-        if left == len(rows):
-            break
-        if left >= REPACK_SHARE * len(rows):
-            live = ~finished
-            result[rows] = value
-            rows, value, residual, direction, keep, square, loss, history, negligible, lossless = (
-                part[live]
-                for part in (rows, value, residual, direction, keep, square, loss, history, negligible, lossless)
-            )
-            finished = torch.zeros_like(rows, dtype=torch.bool)
+    while active.unfinished and iterations < max_iterations:
+        value, residual, direction, keep, square, loss, history, negligible, lossless = active.pack(
+            value, residual, direction, keep, square, loss, history, negligible, lossless
+        )
         product = direction @ gram
         curvature = (direction * product).sum(-1)
         # Along a null direction of H̃ rounding decides the curvature: nothing is to be gained there.
         flat = curvature <= _ROUNDING * (direction * direction).sum(-1)
-        alpha = torch.where(finished | flat, 0.0, square / curvature)
+        alpha = torch.where(active.finished | flat, 0.0, square / curvature)
         value.addcmul_(alpha.unsqueeze(-1), direction)
         residual.addcmul_(alpha.unsqueeze(-1), product.mul_(keep), value=-1.0)
         decrease = 0.5 * alpha * square
         loss -= decrease
         history[:, iterations % WINDOW] = decrease
         previous, square = square, (residual * residual).sum(-1)
-        finished |= flat | (square <= negligible) | (loss <= lossless) | (history.sum(-1) <= tolerance * loss)
-        beta = torch.where(finished, 0.0, square / previous)
+        converged = (square <= negligible) | (loss <= lossless) | (history.sum(-1) <= tolerance * loss)
+        active.finish(flat | converged, value)
+        beta = torch.where(active.finished, 0.0, square / previous)
         direction.mul_(beta.unsqueeze(-1)).add_(residual)
         iterations += 1
-        row_iterations += len(rows)
-    result[rows] = value
-    return result, iterations, row_iterations, int((~finished).sum())
+        row_iterations += len(active)
+    return active.result(value), iterations, row_iterations, active.unfinished
 
 
 def _never_worse(problem: Scaled, solution: Tensor, given: Tensor, mask: Tensor, gram: Tensor) -> tuple[Tensor, int]:

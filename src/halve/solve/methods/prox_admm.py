@@ -17,6 +17,7 @@ from torch import Tensor
 
 from halve.checks import check_count, check_positive, is_number
 from halve.errors import InputError, PatternError
+from halve.maths.active_rows import ActiveRows
 from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern
 from halve.maths.proximal import prox
@@ -31,7 +32,7 @@ RHO_EVERY = 5
 CHECK_EVERY = 4
 """Iterations between two looks for finished rows."""
 REPACK_SHARE = 0.1
-"""Share of finished rows at which the others are packed together."""
+"""Share of finished rows at which the others are packed together (`ActiveRows`)."""
 _LARGEST = 1e12
 
 
@@ -131,9 +132,7 @@ class _Iteration:
         self.row_iterations = 0
         self._resolvent = resolvent
         self._pattern = pattern
-        self._result = start.clone()
-        self._rows = torch.arange(len(start), device=start.device)
-        self._done = torch.zeros_like(self._rows, dtype=torch.bool)
+        self._active = ActiveRows(start.clone(), REPACK_SHARE)
         self._target = target
         self._sparse = start
         self._dual = torch.zeros_like(start)
@@ -142,7 +141,7 @@ class _Iteration:
 
     @property
     def finished(self) -> bool:
-        return len(self._rows) == 0
+        return not self._active.unfinished
 
     def rescale_dual(self, factor: float) -> None:
         """Keep ``ρ U`` when ρ changes."""
@@ -154,29 +153,20 @@ class _Iteration:
         self._sparse = prox(moved, lam / rho, self._pattern)
         self._dual = moved.sub_(self._sparse)
         self.count += 1
-        self.row_iterations += len(self._rows)
+        self.row_iterations += len(self._active)
         if self.count % CHECK_EVERY == 0:
             self._retire()
 
     def result(self) -> Tensor:
         """Return the sparse copies, those of unfinished rows as they are."""
-        open_rows = ~self._done
-        self._result[self._rows[open_rows]] = self._sparse[open_rows]
-        return self._result
+        return self._active.result(self._sparse)
 
     def _retire(self) -> None:
         """Note the rows whose mask has the pattern and has not changed, and pack the others once that pays."""
         support = self._sparse != 0
         reached = ~self._pattern.violating_groups(self._sparse).any(-1)
         same = (support == self._support).all(-1)
-        self._support = support
-        newly = reached & same & ~self._done
-        self._result[self._rows[newly]] = self._sparse[newly]
-        self._done |= newly
-        left = int((~self._done).sum())
-        if left and left > (1.0 - REPACK_SHARE) * len(self._rows):
-            return
-        keep = ~self._done
-        self._rows, self._done = self._rows[keep], self._done[keep]
-        self._support = support[keep]
-        self._target, self._sparse, self._dual = self._target[keep], self._sparse[keep], self._dual[keep]
+        self._active.finish(reached & same, self._sparse)
+        self._support, self._target, self._sparse, self._dual = self._active.pack(
+            support, self._target, self._sparse, self._dual
+        )

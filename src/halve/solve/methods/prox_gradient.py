@@ -8,11 +8,11 @@ product may be taken in bfloat16 (`quadratic.Slope`).
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from halve.checks import check_count, check_positive
 from halve.errors import PatternError
+from halve.maths.active_rows import ActiveRows
 from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern
 from halve.maths.proximal import prox
@@ -22,7 +22,7 @@ from halve.solve.outcome import Outcome, Status
 CHECK_EVERY = 8
 """Iterations between two looks for finished rows; at β = 1.01, λ grows by 8 % in between."""
 REPACK_SHARE = 0.1
-"""Share of finished rows at which the others are packed together."""
+"""Share of finished rows at which the others are packed together (`ActiveRows`)."""
 _LARGEST_LAMBDA = 1e30
 
 
@@ -112,31 +112,20 @@ def _descend(
     target: Tensor, start: Tensor, gram: Tensor, lipschitz: float, pattern: Pattern, options: ProxGradientOptions
 ) -> _Descent:
     """Run the iteration on (d_out, d_in) float32 ``start`` towards ``target`` V0, rows leaving as they finish."""
-    result = start.clone()
     step = 1.0 / lipschitz
     slope = Slope(gram, -step)
-    rows = torch.arange(start.shape[0], device=start.device)
+    active = ActiveRows(start.clone(), REPACK_SHARE)
     current = start
-    finished = torch.zeros_like(rows, dtype=torch.bool)
     lam = options.lambda0
     iterations = row_iterations = 0
     while True:
         if iterations % CHECK_EVERY == 0 or iterations == options.max_iterations:
-            ready = ~pattern.violating_groups(current).any(-1)
-            newly = ready & ~finished
-            if iterations == options.max_iterations:
-                newly = ~finished
-            result[rows[newly]] = current[newly]
-            finished |= newly
-            left = int(finished.sum())
-            if left == len(rows):
-                return _Descent(result, iterations, row_iterations, lam)
-            if left >= REPACK_SHARE * len(rows):
-                keep = ~finished
-                rows, current, target = rows[keep], current[keep], target[keep]
-                finished = torch.zeros_like(rows, dtype=torch.bool)
+            active.finish(~pattern.violating_groups(current).any(-1), current)
+            if not active.unfinished or iterations == options.max_iterations:
+                return _Descent(active.result(current), iterations, row_iterations, lam)
+            current, target = active.pack(current, target)
         if iterations:
             lam = min(lam * options.beta, _LARGEST_LAMBDA)
         current = prox(slope.step(current, target), lam * step, pattern)
         iterations += 1
-        row_iterations += len(rows)
+        row_iterations += len(active)
