@@ -10,6 +10,11 @@ def first_few(names: Sequence[str], few: int = 3) -> str:
     return ", ".join(names[:few]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with what it counts: ``counted(1, "row")``, ``counted(2, "matrix", "matrices")``."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 class HalveError(Exception):
     """Root of every error that Halve raises on purpose; its message is one sentence for the user.
 

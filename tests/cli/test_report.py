@@ -55,7 +55,7 @@ def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
     halve.prune(checkpoint, out, calibration=text, samples=8, seq_len=16, method="magnitude", refit="none")
     result = run(app, ["report", str(out), "--data", text, "--seq-len", "32", "--max-windows", "1"])
     assert result.exit_code == 0, result.output
-    assert f"(1 windows of 32 tokens, {FORWARD_DTYPE})" in result.output
+    assert f"(1 window of 32 tokens, {FORWARD_DTYPE})" in result.output
     assert "perplexity text.txt" in result.output
     assert "32 tokens" in (out / "report.html").read_text()
     result = run(app, ["report", str(out), "--data", text, "--max-windows", "1", "--dense", "none"])

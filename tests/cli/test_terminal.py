@@ -7,7 +7,16 @@ import pytest
 from rich.console import Console
 
 from halve.cli import terminal
-from halve.cli.terminal import announce, comparison_table, progress, progress_bar, say, summary_table, warn_of_overlap
+from halve.cli.terminal import (
+    announce,
+    comparison_table,
+    progress,
+    progress_bar,
+    say,
+    summary_table,
+    warn_if_crowded,
+    warn_of_overlap,
+)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -42,7 +51,7 @@ def test_a_plan_names_the_parameters_that_stay_dense_if_they_are_few(capsys):
         show(SimpleNamespace(plan=plan, phase="plan", blocks=1, matrix=None))
     plan_line = capsys.readouterr().err.splitlines()[-1]
     assert plan_line == (
-        "plan: 2 matrices in 1 blocks; left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
+        "plan: 2 matrices in 1 block; left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
     )
 
 
@@ -90,7 +99,7 @@ def test_the_summary_names_the_worst_of_every_kind(width):
         [cell.strip() for cell in line.split("│")[1:-1]]
         for line in printed(summary_table(SimpleNamespace(matrices=matrices)), width).splitlines()
     ]
-    assert ["mlp.down_proj", "3", "0.0200", "0.0300", "1", "1"] in rows
+    assert ["mlp.down_proj", "3", "0.0200", "0.0300", "layers.1", "1"] in rows
     assert ["self_attn.q_proj", "1", "", "", "", ""] in rows
 
 
@@ -115,3 +124,11 @@ def test_a_pipe_gets_whole_tables():
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "a" * 120 in printed
     assert "b" * 120 in printed
+
+
+def test_more_threads_than_processors_are_warned_of(capsys):
+    warn_if_crowded(3, 2)
+    assert "3 threads on 2 processors wait for one another" in capsys.readouterr().err
+    for threads, processors in ((2, 2), (1, 2), (8, None)):
+        warn_if_crowded(threads, processors)
+    assert not capsys.readouterr().err

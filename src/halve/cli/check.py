@@ -10,8 +10,8 @@ import typer
 from halve.checkpoint.directory import PACKED, RECORD, is_unfinished
 from halve.cli.errors import EXIT_FAILED, reporting
 from halve.cli.options import JsonOption
-from halve.cli.terminal import counted, out, say
-from halve.errors import InputError
+from halve.cli.terminal import out, say
+from halve.errors import InputError, counted
 from halve.verification import check as check_checkpoint
 
 
@@ -38,8 +38,9 @@ def check(
             say(out, note, label="note")
         for problem in result.problems:
             say(out, problem, label="problem", style="red")
-        what = f"{result.matrices} matrices at {result.pattern}, {result.sparsity:.1%} zeros in them; "
-        looked_at = f": {what}{result.tensors} tensors in all" if result.tensors else ""
+        matrices = counted(result.matrices, "matrix", "matrices")
+        what = f"{matrices} at {result.pattern}, {result.sparsity:.1%} zeros in them; "
+        looked_at = f": {what}{counted(result.tensors, 'tensor')} in all" if result.tensors else ""
         verdict = "ok" if result.ok else counted(len(result.problems), "problem")
         compared = "" if against is None else f", {result.compared} of them the same as in {against}"
         say(out, f"{verdict}{looked_at}{compared}")

@@ -1,6 +1,8 @@
 """How a command ends: Halve's errors as one sentence, and the exit code."""
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,9 @@ def reporting(out: Path | None = None) -> Iterator[None]:
             raise typer.Exit(EXIT_STOPPED) from error
         refused = isinstance(error, InputError | UnsupportedModelError | CorruptFileError)
         raise typer.Exit(EXIT_REFUSED if refused else EXIT_FAILED) from error
+    except BrokenPipeError:  # whoever reads has read enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - flushed as Python ends
+        raise typer.Exit(0) from None
     except KeyboardInterrupt:
         if out is not None and is_unfinished(out):
             say(err, "interrupted")

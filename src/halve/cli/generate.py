@@ -10,7 +10,7 @@ from halve.cli.errors import reporting
 from halve.cli.options import DeviceOption, ModelArgument, ThreadsOption, TrustOption
 from halve.cli.terminal import err, say
 from halve.cli.values import on_threads, parse_dtype
-from halve.errors import InputError
+from halve.errors import InputError, counted
 
 if TYPE_CHECKING:
     from halve.checkpoint.load import LoadedModel
@@ -69,17 +69,13 @@ def generate(
         speed = done.tokens_per_second
         if done.new_tokens == 1 < max_new_tokens:
             say(err, "the model ended its answer at once: try another prompt, or --raw", label="note", style="yellow")
-        count = _counted(done.new_tokens, "token")
+        count = counted(done.new_tokens, "token")
         rate = "" if speed is None else f" at {speed:.1f} a second"
         say(
             err,
             f"{count}{rate}, the first after {done.first_seconds:.2f} s "
-            f"({done.prompt_tokens} tokens of prompt); {_counted(torch.get_num_threads(), 'thread')}; {how}",
+            f"({counted(done.prompt_tokens, 'token')} of prompt); {counted(torch.get_num_threads(), 'thread')}; {how}",
         )
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _device_of(model: str, device: str, *, dense: bool) -> str:
@@ -108,14 +104,14 @@ def _accelerate(loaded: "LoadedModel") -> str:
 
     layers = [module for module in loaded.model.modules() if isinstance(module, SparseLinear)]
     if layers:
-        return f"{len(layers)} packed layers; {describe(loaded.model.device)}"
+        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device)}"
     try:
         done = accelerate(loaded.model, pattern=_pattern(loaded))
     except InputError as error:
         return f"dense: {error}"
     saved = 1 - done.bytes_after / done.bytes_before
     dense = f", {len(done.slower)} left dense that would be no faster" if done.slower else ""
-    return f"{len(done.swapped)} layers run sparse, their weights {saved:.0%} smaller{dense}; {done.kernel}"
+    return f"{counted(len(done.swapped), 'layer')} run sparse, their weights {saved:.0%} smaller{dense}; {done.kernel}"
 
 
 def _pattern(loaded: "LoadedModel") -> str:

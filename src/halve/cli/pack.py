@@ -10,7 +10,7 @@ from rich.text import Text
 from halve.cli.errors import reporting
 from halve.cli.options import TrustOption
 from halve.cli.terminal import out, say
-from halve.errors import first_few
+from halve.errors import counted, first_few
 
 if TYPE_CHECKING:
     from halve.packed.write import PackResult
@@ -35,10 +35,11 @@ def pack(
         say(out, f"left dense, {reason}: {first_few(names)}", label="note")
     if result.left_out:
         say(out, f"not taken along, no files of a model: {', '.join(result.left_out)}", label="note")
+    matrices = counted(len(result.matrices), "matrix", "matrices")
     say(
         out,
-        f"packed: {len(result.matrices)} matrices, {_megabytes(result.bytes_before)} MB of weights are now "
-        f"{_megabytes(result.bytes_after)} MB ({result.ratio:.3f}), in {result.out}",
+        f"packed: {matrices}, {_megabytes(result.bytes_before)} MB of weights "
+        f"are now {_megabytes(result.bytes_after)} MB ({result.ratio:.3f}), in {result.out}",
     )
 
 
@@ -52,7 +53,7 @@ def unpack(
 
     with reporting():
         sums = unpack_checkpoint(directory, out_dir, trust_remote_code=trust_remote_code)
-    say(out, f"restored: {len(sums)} files, each with the sha256 that it had before packing, in {out_dir}")
+    say(out, f"restored: {counted(len(sums), 'file')}, each with the sha256 that it had before packing, in {out_dir}")
 
 
 def _sizes(result: "PackResult") -> Table:

@@ -14,6 +14,7 @@ from halve.cli.options import ModelArgument, StrictOption
 from halve.cli.report import say_scores
 from halve.cli.terminal import err, out, progress, say, summary_table
 from halve.cli.values import allowed_fallback, merge_options, parse_options
+from halve.errors import counted
 from halve.maths.pattern import Pattern
 from halve.model.layers import place_of
 from halve.planner.where_faster import WhereFaster
@@ -84,11 +85,8 @@ def _finish(pruned: Pruned, out_dir: Path) -> None:
     having = sum("relative_loss" in matrix.facts for matrix in report.matrices)
     which = "" if having == len(report.matrices) else f" of the {having} that have one"
     measured = f": mean relative loss {loss:.4f}{which}" if math.isfinite(loss) else ""
-    say(
-        out,
-        f"{len(report.matrices)} matrices at {record['pattern']} by {record['method']}, refit {record['refit']}"
-        f"{measured}",
-    )
+    matrices = counted(len(report.matrices), "matrix", "matrices")
+    say(out, f"{matrices} at {record['pattern']} by {record['method']}, refit {record['refit']}{measured}")
     out.print(summary_table(report))
     for sentence in left_dense(record):
         say(out, sentence, label="left dense")

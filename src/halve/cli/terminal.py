@@ -6,14 +6,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from halve.errors import counted
+from halve.run.phases import Phase
+
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as ProgressBar
+
+    from halve.comparison import Row
+    from halve.model.layers import Plan
+    from halve.run.events import MatrixReport, Progress, RunReport
+    from halve.text.tokens import TokenSet
 
 _FEW = 3
 """Parameters that are named in a line rather than counted only."""
@@ -27,7 +35,7 @@ out = Console() if Console().is_terminal else Console(width=_PIPE_WIDTH)
 err = Console(stderr=True)
 
 
-def comparison_table(rows: list[Any], pattern: str) -> Table:
+def comparison_table(rows: "Sequence[Row]", pattern: str) -> Table:
     """Return the table of a comparison, `halve.comparison.Row` by row."""
     from halve.evaluation.perplexity import measured_as
 
@@ -49,27 +57,33 @@ def comparison_table(rows: list[Any], pattern: str) -> Table:
     return table
 
 
-def summary_table(report: Any) -> Table:
+def summary_table(report: "RunReport") -> Table:
     """Return what became of every kind of matrix (`halve.run.events.RunReport`): how many, their losses, the worst."""
     from halve.model.layers import place_of
 
-    numbers = ("count", "mean loss", "worst loss", "in block", "fell back")
+    numbers = ("count", "mean loss", "worst loss", "worst in", "fell back")
     table = Table(
         Column("matrices", overflow="fold"), *[Column(name, justify="right", no_wrap=True) for name in numbers]
     )
-    kinds: dict[str, list[Any]] = {}
+    kinds: dict[str, list[MatrixReport]] = {}
     for matrix in report.matrices:
         kinds.setdefault(place_of(matrix.name)[1], []).append(matrix)
     for kind, found in kinds.items():
-        losses = [(m.facts["relative_loss"], place_of(m.name)[0]) for m in found if "relative_loss" in m.facts]
+        losses = [(m.facts["relative_loss"], _block_of(m)) for m in found if "relative_loss" in m.facts]
         fallen = sum(matrix.status == "fell_back" for matrix in found)
         cells = ["", "", ""]
         if losses:
             worst, block = max(losses, key=lambda pair: pair[0])
             mean = sum(loss for loss, _ in losses) / len(losses)
-            cells = [f"{mean:.4f}", f"{worst:.4f}", "" if block is None else str(block)]
+            cells = [f"{mean:.4f}", f"{worst:.4f}", block]
         table.add_row(Text(kind), str(len(found)), *cells, Text(str(fallen), style="bold red") if fallen else "")
     return table
+
+
+def _block_of(matrix: "MatrixReport") -> str:
+    """Return the name of a matrix's block, such as ``layers.0``: what counts from 0 is never shown as a bare number."""
+    found = re.match(r"(?:.*\.)?(\w+\.\d+)\.", matrix.name)
+    return found[1] if found else ""
 
 
 def say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
@@ -78,12 +92,7 @@ def say(console: Console, sentence: str, *, label: str = "", style: str = "") ->
     console.print(text, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def counted(number: int, what: str) -> str:
-    """Return a number with what it counts, in the plural where that is due."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def say_row(row: Any) -> None:
+def say_row(row: "Row") -> None:
     """Print what became of one contender of a comparison (`halve.comparison.Row`), as soon as it is known."""
     for warning in row.warnings:
         say(err, warning, label=f"warning ({row.name})", style="yellow")
@@ -94,14 +103,14 @@ def say_row(row: Any) -> None:
     say(err, f"{row.name}: {scores} ({row.seconds:.0f} s of pruning)")
 
 
-def announce(phase: str) -> None:
+def announce(phase: Phase) -> None:
     """Say what is about to take a while outside the blocks."""
     sentences = {
-        "generate": "the model writes its calibration text …",
-        "evaluate": "measuring perplexity …",
-        "measure": "measuring which matrices are faster sparse …",
+        Phase.GENERATE: "the model writes its calibration text …",
+        Phase.EVALUATE: "measuring perplexity …",
+        Phase.MEASURE: "measuring which matrices are faster sparse …",
     }
-    if phase == "measure" and hasattr(os, "getloadavg"):
+    if phase == Phase.MEASURE and hasattr(os, "getloadavg"):
         warn_if_busy(os.getloadavg()[0], os.cpu_count())
     say(err, sentences[phase])
 
@@ -111,13 +120,26 @@ def warn_if_busy(load: float | None, processors: int | None) -> None:
     if load is not None and load > _BUSY * (processors or 1):
         say(
             err,
-            f"the load is {load:.2f} on {processors or 1} processors: while other programs run, times are doubtful",
+            f"the load is {load:.2f} on {counted(processors or 1, 'processor')}: while other programs run, times are "
+            "doubtful",
             label="warning",
             style="yellow",
         )
 
 
-def warn_of_overlap(calibration: Any, evaluation: Sequence[Any]) -> None:
+def warn_if_crowded(threads: int, processors: int | None) -> None:
+    """Warn where more threads are asked for than there are processors for them."""
+    if processors is not None and threads > processors:
+        say(
+            err,
+            f"{counted(threads, 'thread')} on {counted(processors, 'processor')} wait for one another, and are slower "
+            "than one on each",
+            label="warning",
+            style="yellow",
+        )
+
+
+def warn_of_overlap(calibration: "TokenSet", evaluation: "Sequence[TokenSet]") -> None:
     """Warn where a model is measured on the very text that it was calibrated on (`halve.text.tokens.TokenSet` each)."""
     if any(text.source == calibration.source for text in evaluation):
         say(
@@ -131,7 +153,7 @@ def warn_of_overlap(calibration: Any, evaluation: Sequence[Any]) -> None:
 class Show(Protocol):
     """A display of progress, as `progress` yields it."""
 
-    def __call__(self, step: Any, runner: str = "") -> None:
+    def __call__(self, step: "Progress", runner: str = "") -> None:
         """Display one `halve.run.events.Progress`; ``runner`` names what is running where there are several."""
 
 
@@ -148,7 +170,7 @@ def progress() -> Iterator[Show]:
     with progress_bar(err) as bar:
         task = bar.add_task("reading", total=None, last="")
 
-        def show(step: Any, runner: str = "") -> None:
+        def show(step: "Progress", runner: str = "") -> None:
             if not step.blocks:
                 announce(step.phase)
                 return
@@ -163,7 +185,7 @@ def progress() -> Iterator[Show]:
         yield show
 
 
-def progress_bar(console: Console) -> "Progress":
+def progress_bar(console: Console) -> "ProgressBar":
     """Return the bar of a run: what runs, the count and the remaining time keep their width; the last matrix yields."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -180,14 +202,14 @@ def progress_bar(console: Console) -> "Progress":
     return Progress(*columns, console=console, transient=True, expand=roomy)
 
 
-def _plain_progress(step: Any, runner: str = "") -> None:
+def _plain_progress(step: "Progress", runner: str = "") -> None:
     prefix = _prefix(runner)
     if not step.blocks:
         announce(step.phase)
         return
     if step.plan is not None:
         sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")
-    if step.phase == "solve" and step.matrix is not None:
+    if step.phase == Phase.SOLVE and step.matrix is not None:
         sys.stderr.write(f"{prefix}block {step.block + 1}/{step.blocks} {step.matrix.name} {_loss(step.matrix)}\n")
         sys.stderr.flush()
 
@@ -196,13 +218,14 @@ def _prefix(runner: str) -> str:
     return f"{runner}: " if runner else ""
 
 
-def _plan(plan: Any) -> str:
+def _plan(plan: "Plan") -> str:
     """Say how many parameters will be pruned, and why the others stay dense (halve.json names each)."""
     reasons: dict[str, list[str]] = {}
     for entry in plan.excluded:
         reasons.setdefault(entry.reason, []).append(entry.name)
     dense = "; ".join(_dense(reason, names) for reason, names in reasons.items()) or "none"
-    return f"plan: {len(plan.matrices)} matrices in {len(plan.blocks)} blocks; left dense: {dense}"
+    matrices, blocks = counted(len(plan.matrices), "matrix", "matrices"), counted(len(plan.blocks), "block")
+    return f"plan: {matrices} in {blocks}; left dense: {dense}"
 
 
 def _dense(reason: str, names: list[str]) -> str:
@@ -211,7 +234,7 @@ def _dense(reason: str, names: list[str]) -> str:
     return f"{len(names)} × {reason}{named}"  # noqa: RUF001 - a times sign
 
 
-def _loss(matrix: Any) -> str:
+def _loss(matrix: "MatrixReport") -> str:
     if matrix.status == "fell_back":
         return f"fell back to {matrix.method}"
     loss = matrix.facts.get("relative_loss")

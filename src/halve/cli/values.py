@@ -1,10 +1,12 @@
 """What users write on the command line, turned into values."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from halve.cli.terminal import warn_if_crowded
 from halve.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def parse_dtype(name: str | None) -> "torch.dtype | None":
 
 @contextmanager
 def on_threads(count: int | None) -> Iterator[None]:
-    """Run on as many threads as ``--threads`` says, None for as many as torch takes.
+    """Run on as many threads as ``--threads`` says, None for as many as torch takes; warn of more than processors.
 
     Raises:
         InputError: no number of threads.
@@ -41,6 +43,7 @@ def on_threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     if count is not None:
         check_count("threads", count)
+        warn_if_crowded(count, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         torch.set_num_threads(count)
     try:
         yield

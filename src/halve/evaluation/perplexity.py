@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
 from halve.device import autocast, evaluation_mode, forward_precision, model_device, resolve_device
-from halve.errors import InputError
+from halve.errors import InputError, counted
 from halve.text.tokens import TokenSet, check_length, check_vocabulary, evaluation_corpus, evaluation_tokens
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def evaluation_texts(
 
 def measured_as(windows: int, seq_len: int, dtype: str) -> str:
     """Say how a perplexity was measured, without which it says nothing."""
-    return f"{windows} windows of {seq_len} tokens, {dtype}"
+    return f"{counted(windows, 'window')} of {seq_len} tokens, {dtype}"
 
 
 def _total_nll(
