@@ -1,6 +1,6 @@
 import pytest
 
-from halve.errors import counted, first_few
+from halve.errors import InputError, counted, first_few, one_line
 
 
 @pytest.mark.parametrize(
@@ -13,3 +13,16 @@ def test_of_many_names_the_first_are_said_and_the_others_counted(names, said):
 def test_one_is_not_counted_in_the_plural():
     assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
     assert (counted(1, "matrix", "matrices"), counted(5, "matrix", "matrices")) == ("1 matrix", "5 matrices")
+
+
+def test_an_error_of_others_is_part_of_a_sentence():
+    assert one_line(ValueError("two\n  lines")) == "ValueError: two lines"
+    assert one_line(KeyError()) == "KeyError: no reason given"
+    assert len(one_line(ValueError("x" * 1000))) < 320
+
+
+def test_details_are_what_led_to_an_error():
+    found, near = InputError("no network"), ValueError("name")
+    found.__cause__, near.__context__ = near, OSError("cable")
+    assert found.details == "ValueError: name\nOSError: cable"
+    assert InputError("bad").details == ""

@@ -15,6 +15,11 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error of somebody else's code as part of a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no reason given'}"
+
+
 class HalveError(Exception):
     """Root of every error that Halve raises on purpose; its message is one sentence for the user.
 
@@ -23,6 +28,25 @@ class HalveError(Exception):
     """
 
     unfinished: Path | None = None
+
+    @property
+    def details(self) -> str:
+        """What the message leaves out: the errors that led to this one, a line for each; empty if there are none."""
+        lines: list[str] = []
+        error = _behind(self)
+        while error is not None and len(lines) < _MOST_CAUSES:
+            lines.append(one_line(error))
+            error = _behind(error)
+        return "\n".join(lines)
+
+
+_MOST_CAUSES = 10
+
+
+def _behind(error: BaseException) -> BaseException | None:
+    if error.__cause__ is not None or error.__suppress_context__:
+        return error.__cause__
+    return error.__context__
 
 
 class InputError(HalveError, ValueError):

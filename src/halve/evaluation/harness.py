@@ -176,11 +176,6 @@ def adapt(model: nn.Module, tokenizer: Any, dtype: torch.dtype, batch_size: int)
         del model.tie_weights
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error of somebody else's code as part of a sentence."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no reason given'}"
-
-
 def _check_model(model: Any, tokenizer: Any) -> None:
     from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerFast
 

@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from halve.device import forward_precision, model_device, resolve_device
-from halve.errors import HalveError, InputError
+from halve.errors import HalveError, InputError, one_line
 from halve.evaluation.harness import (
     SEED,
     Listener,
     adapt,
-    one_line,
     require_harness,
     seeded,
     unreadable_definitions,
