@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 
 
 def fake_cpu(monkeypatch, *, amx, avx512):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    known = {"amx_bf16": amx, "avx512_bf16": avx512}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
 
 
 def test_auto_is_the_gpu_if_there_is_one(monkeypatch):
@@ -57,9 +57,18 @@ def test_a_cpu_with_bfloat16_units_uses_them(monkeypatch, amx, avx512):
 def test_a_cpu_without_bfloat16_units(monkeypatch):
     fake_cpu(monkeypatch, amx=False, avx512=False)
     assert compute_dtype(CPU) == torch.float32
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    for query in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, query, raising=False)
     assert compute_dtype(CPU) == torch.float32
+
+
+@pytest.mark.parametrize("query", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_an_old_torch_is_asked_in_its_own_way(monkeypatch, query):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == query, raising=False)
+    assert compute_dtype(CPU) == torch.bfloat16
 
 
 def test_other_devices(monkeypatch):

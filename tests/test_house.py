@@ -12,6 +12,8 @@ import halve
 PACKAGE = Path(halve.__file__).parent
 FLOORS = (
     ("errors",),
+    ("leaning",),
+    ("torch_internals", "transformers_internals"),
     ("device", "memory", "checks", "lookup", "option_groups", "checkpoint"),
     ("maths",),
     ("solve",),

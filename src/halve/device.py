@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halve.errors import InputError
+from halve.torch_internals import processor_has
 
 _PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,15 +52,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        native = _cpu_has("_is_amx_tile_supported") or _cpu_has("_is_avx512_bf16_supported")
+        native = processor_has("amx_bf16") or processor_has("avx512_bf16")
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_has(query: str) -> bool:
-    # Private queries of torch: they come and go between versions, and are missing on some architectures.
-    return bool(getattr(torch.cpu, query, lambda: False)())
 
 
 def forward_precision(name: str, device: torch.device) -> torch.dtype:

@@ -180,8 +180,8 @@ def test_bfloat16_products_are_close_and_recorded():
 
 def test_auto_follows_the_hardware(monkeypatch):
     for native in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native, raising=False)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+        known = {"amx_bf16": native, "avx512_bf16": False}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         assert perplexity(decoder("llama"), windows()).dtype == ("bfloat16" if native else "float32")
     assert perplexity(decoder("llama").double(), windows()).dtype == "float64"
     assert perplexity(decoder("llama").bfloat16(), windows()).dtype == "bfloat16"

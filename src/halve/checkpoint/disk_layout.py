@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError, UnsupportedModelError
+from halve.transformers_internals import conversions_when_loaded, left_out_when_saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,9 +154,9 @@ class DiskLayout:
 
     def _plan(self) -> list[_Group]:
         """Lay out a checkpoint that does not exist yet."""
-        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+        from halve.transformers_internals import remove_tied_weights_from_state_dict
 
-        ignored = set(self._model._keys_to_ignore_on_save or ())  # noqa: SLF001 - what save_pretrained leaves out
+        ignored = left_out_when_saved(self._model)
         state = {name: value for name, value in self._model.state_dict().items() if name not in ignored}
         groups = []
         for names in self._rules.together(remove_tied_weights_from_state_dict(state, self._model)):
@@ -232,26 +233,26 @@ class DiskLayout:
 
 
 class _Rules:
-    """The renaming and conversion rules of one model, both ways; the only code that knows transformers' internals."""
+    """The renaming and conversion rules of one model, both ways."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
-        from transformers.core_model_loading import WeightConverter
+        from halve.transformers_internals import WeightConverter
 
         self._model = model
-        used = getattr(model, "_weight_conversions", None)
+        used = conversions_when_loaded(model)
         conversions = self._load_rules() if used is None else used
         self._reverse = [
             rule.reverse_transform() for rule in reversed(conversions) if isinstance(rule, WeightConverter)
         ]
 
     def _load_rules(self) -> list[Any]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        from halve.transformers_internals import get_model_conversion_mapping
 
         return list(get_model_conversion_mapping(self._model))
 
     def forward(self, names: Collection[str]) -> dict[str, tuple[str, str | None]]:
         """Map disk names, in natural order, to (state-dict name, pattern of the converter or None), as loading does."""
-        from transformers.core_model_loading import (
+        from halve.transformers_internals import (
             WeightConverter,
             WeightRenaming,
             dot_natural_key,
@@ -278,13 +279,13 @@ class _Rules:
 
     def revert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn parameters into disk tensors, under the names transformers gives them."""
-        from transformers.core_model_loading import revert_weight_conversion
+        from halve.transformers_internals import revert_weight_conversion
 
         return dict(revert_weight_conversion(self._model, state))
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn the disk tensors of one group into parameters, as loading does."""
-        from transformers.core_model_loading import WeightConverter
+        from halve.transformers_internals import WeightConverter
 
         of_pattern = {
             pattern: rule
@@ -307,7 +308,7 @@ class _Rules:
 
     def together(self, names: Collection[str]) -> list[tuple[str, ...]]:
         """Partition state-dict names into those that are turned into disk tensors in one go."""
-        from transformers.core_model_loading import dot_natural_key
+        from halve.transformers_internals import dot_natural_key
 
         groups: defaultdict[str, list[str]] = defaultdict(list)
         for name in sorted(names, key=dot_natural_key):
@@ -320,7 +321,7 @@ class _Rules:
 
     def transposes(self, name: str) -> bool:
         """Whether writing this parameter swaps its last two dimensions."""
-        from transformers.core_model_loading import Transpose
+        from halve.transformers_internals import Transpose
 
         converter = self._converter(name)[1]
         operations = [] if converter is None else converter.operations

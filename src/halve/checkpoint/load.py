@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
+from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +35,13 @@ from halve.checkpoint.directory import (
 )
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.shards import read_json, read_shard
-from halve.errors import CorruptFileError, InputError, UnsupportedModelError, first_few
+from halve.errors import CorruptFileError, InputError, UnsupportedModelError, first_few, one_line
+from halve.transformers_internals import (
+    build,
+    dequantising,
+    forget_quantisation,
+    without_progress_bars,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,8 +132,10 @@ def resolve(
             shards = _validate_directory(path, code=trust_remote_code, weights=weights)
             return Source("directory", path, name, None, shards, trust_remote_code)
         return _resolve_gguf(path, name)
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
-        raise InputError(f"{name} does not exist: give a directory, a .gguf file, or a model name such as org/model")
+    if isinstance(source, Path) or _is_clearly_a_path(name):
+        raise InputError(
+            f"{name} does not exist: {_similar(path)}give a directory, a .gguf file, or a model name such as org/model"
+        )
     path = _download(name, revision, code=trust_remote_code, weights=weights)
     shards = _validate_directory(path, code=trust_remote_code, weights=weights)
     return Source("hub", path, name, path.name, shards, trust_remote_code)
@@ -151,8 +161,9 @@ def load_model(
     found = source if isinstance(source, Source) else resolve(source, trust_remote_code=trust_remote_code)
     with _validated_files(found) as directory:
         gguf = {"gguf_file": found.path.name} if found.kind == "gguf" else {}
-        model = _load_weights(found, directory, dtype, gguf)
-        tokenizer = _load_tokenizer(found, directory, gguf)
+        with without_progress_bars():
+            model = _load_weights(found, directory, dtype, gguf)
+            tokenizer = _load_tokenizer(found, directory, gguf)
     freeze(model, found.name)
     loaded = LoadedModel(model, tokenizer, found)
     _ = loaded.layout  # a checkpoint that could not be written back is refused now, not after the work
@@ -208,11 +219,11 @@ def skeleton(source: Source) -> "PreTrainedModel":
             model: PreTrainedModel
             with torch.device("meta"):
                 if issubclass(model_class, PreTrainedModel):
-                    model = model_class._from_config(config)  # noqa: SLF001 - the classes have no public way
+                    model = build(model_class, config)
                 else:
                     model = model_class.from_config(config, trust_remote_code=source.trust_remote_code)
         except Exception as error:  # a foreign config can provoke any error in there
-            raise UnsupportedModelError(f"transformers could not build {source.name}: {_one_line(error)}") from error
+            raise UnsupportedModelError(f"transformers could not build {source.name}: {one_line(error)}") from error
     return model.eval()  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -234,6 +245,22 @@ def source_files(source: Source) -> list[Path]:
 def has_tokenizer(source: Source) -> bool:
     """Whether a model comes with a tokenizer."""
     return source.kind == "gguf" or any(path.name.startswith(_TOKENIZER_FILES) for path in source_files(source))
+
+
+def _is_clearly_a_path(name: str) -> bool:
+    """Whether a name is for the disk alone: no model on the hub is called so, or the folder it would be in is here."""
+    return not _HUB_ID.fullmatch(name) or name.endswith(".gguf") or ("/" in name and Path(name).parent.is_dir())
+
+
+def _similar(path: Path) -> str:
+    """Ask whether a neighbour of a path that does not exist was meant, if one is called nearly so."""
+    folder = path.parent
+    try:
+        neighbours = {entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".gguf"}
+    except OSError:  # the folder is not there, or not for us to read
+        return ""
+    close = get_close_matches(path.name, neighbours, n=1)
+    return f"did you mean {folder / close[0]}? " if close else ""
 
 
 def _validate_directory(directory: Path, *, code: bool, weights: bool) -> tuple[Path, ...]:
@@ -260,24 +287,54 @@ def _resolve_gguf(path: Path, name: str) -> Source:
 def _download(name: str, revision: str | None, *, code: bool, weights: bool) -> Path:
     """Fetch settings first, and the weights they name only once nothing in them is refused."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(patterns: list[str], commit: str | None) -> Path:
         offline = bool(constants.HF_HUB_OFFLINE)
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline))
+        try:
+            return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline))
+        except Exception as error:  # of the hub's client, of what carries its requests, or of the disk
+            raise InputError(_why_not_downloaded(name, revision, error, offline=offline)) from error
 
-    try:
-        path = fetch([*COMPANIONS, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision)
-        check_config(path, code=code)
-        if not weights:
-            return path
-        index = path / INDEX
-        names = sorted(set(weight_map_of(contained(path, index)).values())) if index.exists() else [WEIGHTS]
-        return fetch(names, path.name)
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise InputError(
-            f"{name} is no file or directory here, and the hub did not give it: {_one_line(error)}"
-        ) from error
+    path = fetch([*COMPANIONS, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision)
+    check_config(path, code=code)
+    if not weights:
+        return path
+    index = path / INDEX
+    names = sorted(set(weight_map_of(contained(path, index)).values())) if index.exists() else [WEIGHTS]
+    return fetch(names, path.name)
+
+
+def _why_not_downloaded(name: str, revision: str | None, error: Exception, *, offline: bool) -> str:
+    """Return one sentence on why the hub did not give a model; the error itself is for those who ask for details."""
+    from huggingface_hub import errors
+
+    nothing_here = f"{name} is no file or directory here, and"
+    response = getattr(error if isinstance(error, errors.HfHubHTTPError) else error.__cause__, "response", None)
+    status = getattr(response, "status_code", None)
+    match error:
+        case errors.GatedRepoError():
+            return f"{name} is gated on the hub and needs a login: accept its terms there, then `hf auth login`"
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{nothing_here} the hub does not know it, or only to those logged in: check the spelling, or log in "
+                "with `hf auth login`"
+            )
+        case errors.RevisionNotFoundError():
+            return f"the hub has {name}, but no revision {revision!r} of it: give one of its branches, tags or commits"
+        case errors.HFValidationError():
+            return f"{nothing_here} the hub has no names like that: give a directory, a .gguf file, or org/model"
+        case errors.HfHubHTTPError() if status == HTTPStatus.UNAUTHORIZED:
+            return f"{nothing_here} the hub refuses the login it was given: log in anew with `hf auth login`"
+        case errors.LocalEntryNotFoundError() if offline:
+            return (
+                f"{nothing_here} its files are not all in the local cache: the hub is not asked while HF_HUB_OFFLINE "
+                "is set"
+            )
+    if status is not None:
+        return f"{nothing_here} the hub answers with an error ({status}): try again later"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{name} cannot be stored in the local cache: {one_line(error)}"
+    return f"{nothing_here} the hub cannot be reached: check the name, and the network"
 
 
 @contextmanager
@@ -297,7 +354,7 @@ def _load_weights(
     options: dict[str, Any] = {**gguf, "local_files_only": True, "trust_remote_code": source.trust_remote_code}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf:
-        options |= {"dtype": dtype or torch.float32, **_dequantising()}
+        options |= {"dtype": dtype or torch.float32, **dequantising()}
     else:
         options |= {"dtype": dtype or "auto", "use_safetensors": True}
     model_class = _model_class(source, directory, gguf)
@@ -308,7 +365,7 @@ def _load_weights(
             model_class, settings = _without_files(directory, model_class, code=source.trust_remote_code)
             model, info = model_class.from_pretrained(None, state_dict=dict(tensors), **settings, **options)
     except Exception as error:  # a foreign config can provoke any error in there
-        raise UnsupportedModelError(f"transformers could not load {source.name}: {_one_line(error)}") from error
+        raise UnsupportedModelError(f"transformers could not load {source.name}: {one_line(error)}") from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched})
     if random:
@@ -317,15 +374,16 @@ def _load_weights(
             f"random: {first_few(random)}"
         )
     if gguf:
-        _forget_quantisation(model)
-    model.config._name_or_path = source.name  # noqa: SLF001 - else the name of a temporary directory
+        forget_quantisation(model)
+    model.config.name_or_path = source.name  # else the name of a temporary directory
     return model.eval()  # type: ignore[no-any-return]
 
 
 def _without_files(directory: Path, model_class: Any, *, code: bool) -> tuple[Any, dict[str, Any]]:
     """Return the class itself, and the settings that it would have read from files had it been given a directory."""
     from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    from halve.transformers_internals import get_class_from_dynamic_module
 
     if issubclass(model_class, PreTrainedModel):
         config = model_class.config_class.from_pretrained(directory, local_files_only=True)
@@ -365,21 +423,6 @@ def _auto_class(config: Mapping[str, Any], architecture: str) -> str:
     return next((key for key, path in entries if str(path).endswith(f".{architecture}") and key.startswith("Auto")), "")
 
 
-def _dequantising() -> dict[str, Any]:
-    """Ask for plain weights: transformers could also keep the blocks."""
-    import transformers
-
-    configure = getattr(transformers, "GgufConfig", None)
-    return {} if configure is None else {"quantization_config": configure(dequantize=True)}
-
-
-def _forget_quantisation(model: "PreTrainedModel") -> None:
-    """A dequantised model is an ordinary one: what is written from it must not say otherwise."""
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-
-
 def _load_tokenizer(source: Source, directory: Path, gguf: dict[str, str]) -> Any | None:
     if not has_tokenizer(source):
         return None
@@ -390,10 +433,6 @@ def _load_tokenizer(source: Source, directory: Path, gguf: dict[str, str]) -> An
             directory, **gguf, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
     except Exception as error:  # a foreign config can provoke any error in there
-        raise InputError(f"the tokenizer of {source.name} could not be loaded: {_one_line(error)}") from error
+        raise InputError(f"the tokenizer of {source.name} could not be loaded: {one_line(error)}") from error
     tokenizer.name_or_path = source.name
     return tokenizer
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no reason given'}"

@@ -109,7 +109,7 @@ class Plan:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' ``Conv1D``: a linear layer whose weight is stored as (d_in, d_out)."""
-    from transformers.pytorch_utils import Conv1D
+    from halve.transformers_internals import Conv1D
 
     return isinstance(module, Conv1D)
 
@@ -133,11 +133,11 @@ def layer_matrix(layer: nn.Module) -> Tensor:
 
 def plain_layer(matrix: Tensor, bias: nn.Parameter | None, layout: Layout) -> nn.Module:
     """Return the ``Linear`` or ``Conv1D`` that multiplies by ``matrix`` (d_out, d_in); no weight gets a gradient."""
-    from transformers.pytorch_utils import Conv1D
+    from halve.transformers_internals import Conv1D
 
     d_out, d_in = matrix.shape
     with torch.device("meta"):
-        made = nn.Linear(d_in, d_out) if layout == "out_in" else Conv1D(d_out, d_in)  # type: ignore[no-untyped-call]
+        made = nn.Linear(d_in, d_out) if layout == "out_in" else Conv1D(d_out, d_in)
     made.weight = nn.Parameter(matrix_view(matrix, None, layout).contiguous(), requires_grad=False)
     made.register_parameter("bias", bias)
     return made

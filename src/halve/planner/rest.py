@@ -24,6 +24,8 @@ from halve.planner.outline import why_dense
 from halve.runtime.timing import CACHES, last_level_cache
 from halve.text.generation import text_config
 from halve.text.tokens import longest
+from halve.torch_internals import keep_gpu_busy
+from halve.transformers_internals import build, skipped_initialisation
 
 DECODED = 64
 """Batches up to this are decoding steps, larger ones prompts."""
@@ -189,13 +191,11 @@ def _affordable(total: int, block_bytes: int, room: int | None, device: torch.de
 
 
 def _build(skeleton: Any, count: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    from transformers.initialization import no_init_weights
-
     config = copy.deepcopy(skeleton.config)
     config.get_text_config().num_hidden_layers = count
     try:
-        with torch.device(device), no_init_weights():
-            model = type(skeleton)._from_config(config, dtype=dtype)  # noqa: SLF001 - no public way
+        with torch.device(device), skipped_initialisation():
+            model = build(type(skeleton), config, dtype=dtype)
         model.tie_weights()
         _fill(model)
         built = len(find_stack(model)[1])
@@ -279,8 +279,7 @@ def _gpu_pass(call: Callable[[], object], modules: Sequence[nn.Module]) -> tuple
     launching = time.perf_counter() - start
     torch.cuda.synchronize()
     spans: list[tuple[torch.Event, torch.Event]] = []
-    sleep: Callable[[int], None] = torch.cuda._sleep  # noqa: SLF001 - Python gets ahead: launches cost no device time
-    sleep(int(_CYCLES * launching))
+    keep_gpu_busy(int(_CYCLES * launching))  # Python gets ahead: launches cost no device time
     with _marking(modules, spans, mark):
         begin = mark()
         call()

@@ -25,6 +25,7 @@ from halve.runtime.linear import SparseLinear
 from halve.runtime.probe import Probe, difference, noting_calls
 from halve.runtime.semi_structured import SemiStructuredLinear
 from halve.runtime.speed import Speed
+from halve.torch_internals import children_with_repeats, has_hooks
 
 _PRODUCT = {torch.float32: 2.0**-14, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 """Error that rounding explains: this share of an element, and a 16th of it of the magnitudes that were summed up."""
@@ -187,7 +188,7 @@ def _why_dense(layer: nn.Module, pattern: Pattern, *, shared: bool) -> str:
     assert isinstance(weight, Tensor)  # noqa: S101 - is_linear
     if not is_plain_linear(layer):
         return f"a {type(layer).__name__}, which may use its weight in its own way"
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):  # noqa: SLF001 - no public way
+    if has_hooks(layer) or "forward" in vars(layer):
         return "hooks are on it, which another layer would not have"
     if shared:
         return "its weight is shared with another module"
@@ -349,6 +350,6 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put one module wherever another is."""
     new.train(old.training)
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # noqa: SLF001 - named_children names one of several alike
+        for name, child in children_with_repeats(parent):
             if child is old:
                 setattr(parent, name, new)

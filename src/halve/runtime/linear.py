@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
@@ -16,6 +15,7 @@ from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
 from halve.runtime.native import expand, sparse_linear
 from halve.runtime.packed_matrix import PackedMatrix, pack
+from halve.torch_internals import has_tangent, is_recorded
 
 
 @torch.library.custom_op("halve::sparse_linear", mutates_args=(), device_types="cpu")
@@ -62,13 +62,7 @@ def _fake_unpack(mask: Tensor, values: Tensor, d_in: int, pattern: str) -> Tenso
 
 def _watched(x: Tensor) -> bool:
     """Whether something records or transforms what is computed, and so has to see the operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None  # noqa: SLF001 - no public way to ask
-        or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001
-        or torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
-    )
+    return torch.compiler.is_compiling() or type(x) is not Tensor or is_recorded()
 
 
 class SparseLinear(CompressedLinear):
@@ -136,7 +130,7 @@ class SparseLinear(CompressedLinear):
         return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]  # noqa: SLF001
+        if has_tangent(x):
             raise InputError("a SparseLinear has no forward-mode derivative: restore the plain layer for that")
         bias = self.bias
         wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

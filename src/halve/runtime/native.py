@@ -16,6 +16,7 @@ from torch import Tensor
 from halve.errors import InputError
 from halve.runtime.compiled import broken, instruction_sets, library
 from halve.runtime.packed_matrix import DTYPES, PackedMatrix, unpack
+from halve.torch_internals import has_dense_products, processor_has
 
 REFERENCE = "reference"
 """In place of an instruction set: compute with PyTorch what the kernels are held to."""
@@ -212,15 +213,14 @@ def _multiplies(dtype: torch.dtype) -> bool:
     """Return whether PyTorch's product of this dtype is faster here than that of float32."""
     if dtype == torch.float32:
         return True
-    onednn = torch.ops.mkldnn
-    supported = onednn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else onednn._is_mkldnn_fp16_supported  # noqa: SLF001
-    return bool(supported())
+    return has_dense_products(dtype)
 
 
 def _amx(dtype: torch.dtype) -> bool:
     """Return whether the processor multiplies tiles of this dtype."""
-    names = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
-    return bool(dtype in names and torch.cpu.get_capabilities().get(names[dtype]))
+    if dtype == torch.bfloat16:
+        return processor_has("amx_bf16")
+    return dtype == torch.float16 and processor_has("amx_fp16")
 
 
 @cache

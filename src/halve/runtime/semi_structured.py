@@ -21,6 +21,7 @@ from halve.errors import HalveError, InputError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
+from halve.torch_internals import default_algorithm, fastest_algorithm, shape_multiples
 
 DTYPES = (torch.float16, torch.bfloat16)
 _CAPABILITY = (8, 0)
@@ -44,8 +45,7 @@ def unusable(device: torch.device | None = None) -> str:
 
 def unfit(d_out: int, d_in: int, dtype: torch.dtype) -> str:
     """Return why sparse tensor cores do not take a matrix of this shape, as half a sentence; empty if they do."""
-    limits = _layout_type()._DTYPE_SHAPE_CONSTRAINTS[dtype]  # noqa: SLF001 - nothing public tells
-    rows, columns = limits.sparse_min_rows, limits.sparse_min_cols
+    rows, columns = shape_multiples(_layout_type(), dtype)
     if d_out % rows == 0 and d_in % columns == 0:
         return ""
     return f"sparse tensor cores take multiples of {rows} x {columns} in {str(dtype).removeprefix('torch.')}"
@@ -94,7 +94,7 @@ def _fastest(compressed: SparseSemiStructuredTensor, rows: int) -> int:
     packed = compressed.packed
     assert packed is not None  # noqa: S101 - of cuSPARSELt's layout it never is
     inputs = torch.zeros(rows, compressed.shape[1], dtype=packed.dtype, device=packed.device)
-    return torch._cslt_sparse_mm_search(packed, inputs.t(), transpose_result=True)  # noqa: SLF001
+    return fastest_algorithm(packed, inputs.t())
 
 
 def _multiplied(matrix: Tensor) -> bool:
@@ -172,7 +172,7 @@ class SemiStructuredLinear(CompressedLinear):
         if not rows:
             return x.new_empty(*x.shape[:-1], self.out_features)
         flat = pad(x.reshape(rows, self.in_features), (0, 0, 0, padded_rows(rows) - rows))
-        held.alg_id_cusparselt = self._algorithm if len(flat) == self.rows else held._DEFAULT_ALG_ID  # noqa: SLF001
+        held.alg_id_cusparselt = self._algorithm if len(flat) == self.rows else default_algorithm(held)
         return linear(flat, held, self.bias)[:rows].view(*x.shape[:-1], self.out_features)
 
     def _dense(self) -> Tensor:
@@ -202,7 +202,7 @@ class SemiStructuredLinear(CompressedLinear):
 
 def _expanded(compressed: SparseSemiStructuredTensor) -> Tensor:
     """Return the dense matrix. cuSPARSELt's layout gives it as a product, of other rows than were searched for."""
-    compressed.alg_id_cusparselt = compressed._DEFAULT_ALG_ID  # noqa: SLF001 - nothing public tells
+    compressed.alg_id_cusparselt = default_algorithm(compressed)
     return cast("Tensor", compressed.to_dense())  # type: ignore[no-untyped-call]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from halve.errors import InputError
+from halve.torch_internals import keep_gpu_busy
 
 CACHES = 4
 """How many last-level caches the copies of a weight fill together."""
@@ -106,12 +107,11 @@ def _cpu_turn(call: Callable[[], object]) -> tuple[float, float]:
 
 def _gpu_turn() -> Callable[[Callable[[], object]], tuple[float, float]]:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    sleep: Callable[[int], None] = torch.cuda._sleep  # noqa: SLF001 - keeps the GPU busy without touching memory
 
     def turn(call: Callable[[], object]) -> tuple[float, float]:
         begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
         flush.zero_()
-        sleep(_WAIT_CYCLES)
+        keep_gpu_busy(_WAIT_CYCLES)
         begin.record()
         call()
         end.record()

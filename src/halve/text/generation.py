@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from halve.device import autocast, compute_dtype, evaluation_mode, model_device, weight_dtype
 from halve.errors import CalibrationError, UnsupportedModelError
+from halve.transformers_internals import DynamicCache, DynamicLayer
 
 _BATCH = 32
 _CACHE_BYTES = 2**31  # bound on the keys and values held
@@ -68,14 +68,14 @@ def _sample(model: nn.Module, first: Tensor, uniform: Tensor, vocabulary: int) -
     return torch.stack(ids, dim=1).cpu()
 
 
-class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one layer in memory taken once; the growing kind copies everything at each token.
 
     Under autocast they are kept in the dtype that attention converts them to anyway.
     """
 
     def __init__(self, room: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._room = room
         self._filled = 0
         self._memory: list[Tensor] = []

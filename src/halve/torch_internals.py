@@ -1,0 +1,211 @@
+"""Everything private of PyTorch that Halve uses, in one place: `LEANINGS` says what for and what breaks without it."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.sparse import SparseSemiStructuredTensor
+
+from halve.leaning import Leaning
+
+_LINEAR = "tests/runtime/test_linear.py"
+_GPU = "tests/runtime/test_semi_structured.py"
+
+LEANINGS = (
+    Leaning(
+        path="torch.cpu.get_capabilities",
+        use="which numbers the processor multiplies natively",
+        breaks="the older queries below are asked, and without them float32 is multiplied everywhere",
+        test="tests/test_device.py",
+        optional=True,
+    ),
+    Leaning(
+        path="torch.cpu._is_amx_tile_supported",
+        use="the same, before torch has get_capabilities",
+        breaks="processors with AMX multiply float32 under an old torch",
+        test="tests/test_device.py",
+        optional=True,
+    ),
+    Leaning(
+        path="torch.cpu._is_amx_fp16_supported",
+        use="the same, before torch has get_capabilities",
+        breaks="packed products choose as if there were no AMX for float16 under an old torch",
+        test="tests/runtime/test_native.py",
+        optional=True,
+    ),
+    Leaning(
+        path="torch.cpu._is_avx512_bf16_supported",
+        use="the same, before torch has get_capabilities",
+        breaks="processors with AVX512-BF16 multiply float32 under an old torch",
+        test="tests/test_device.py",
+        optional=True,
+    ),
+    Leaning(
+        path="torch.ops.mkldnn._is_mkldnn_bf16_supported",
+        use="whether dense products of bfloat16 are native",
+        breaks="packed products of many rows cannot choose between 16 bits and float32",
+        test="tests/runtime/test_native.py",
+    ),
+    Leaning(
+        path="torch.ops.mkldnn._is_mkldnn_fp16_supported",
+        use="whether dense products of float16 are native",
+        breaks="packed products of many rows cannot choose between 16 bits and float32",
+        test="tests/runtime/test_native.py",
+    ),
+    Leaning(
+        path="torch._C._get_tracing_state",
+        use="whether torch.jit traces",
+        breaks="a traced SparseLinear would be recorded as a constant",
+        test=_LINEAR,
+    ),
+    Leaning(
+        path="torch._C._len_torch_dispatch_stack",
+        use="whether a dispatch mode watches",
+        breaks="counters of operations and fake tensors would miss the products of a SparseLinear",
+        test=_LINEAR,
+    ),
+    Leaning(
+        path="torch._C._functorch.peek_interpreter_stack",
+        use="whether torch.func transforms",
+        breaks="vmap and grad over a SparseLinear would give wrong results",
+        test=_LINEAR,
+    ),
+    Leaning(
+        path="torch.autograd.forward_ad._current_level",
+        use="whether forward-mode derivatives are asked for",
+        breaks="a SparseLinear would drop them without a word",
+        test=_LINEAR,
+    ),
+    Leaning(
+        path="torch.Tensor._version",
+        use="whether a tensor was written in place",
+        breaks="blocks that change their own input would be pruned on wrong statistics",
+        test="tests/model/test_blocks.py",
+    ),
+    Leaning(
+        path="torch.nn.Module._forward_hooks",
+        use="whether hooks are on a layer",
+        breaks="a layer would be replaced by a sparse one that does not call its hooks",
+        test="tests/runtime/test_accelerate.py",
+        on_instances=True,
+    ),
+    Leaning(
+        path="torch.nn.Module._forward_pre_hooks",
+        use="whether hooks are on a layer",
+        breaks="a layer would be replaced by a sparse one that does not call its hooks",
+        test="tests/runtime/test_accelerate.py",
+        on_instances=True,
+    ),
+    Leaning(
+        path="torch.nn.Module._modules",
+        use="all places of one module",
+        breaks="a layer that stands in two places would be replaced in one of them",
+        test="tests/runtime/test_accelerate.py",
+        on_instances=True,
+    ),
+    Leaning(
+        path="torch.nn.modules.conv._ConvNd",
+        use="what all convolutions have in common",
+        breaks="convolutions could not be told from unknown layers",
+        test="tests/model/test_layers.py",
+    ),
+    Leaning(
+        path="torch.cuda._sleep",
+        use="keeping a GPU busy until Python is ahead of it",
+        breaks="measured times would hold what launches cost",
+        test="tests/runtime/test_timing.py",
+        parameters=("cycles",),
+    ),
+    Leaning(
+        path="torch._cslt_sparse_mm_search",
+        use="trying all algorithms of cuSPARSELt",
+        breaks="products on sparse tensor cores would take the default algorithm, which is rarely the fastest",
+        test=_GPU,
+    ),
+    Leaning(
+        path="torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS",
+        use="which shapes sparse tensor cores take",
+        breaks="matrices of other shapes would be refused only when they are compressed",
+        test=_GPU,
+    ),
+    Leaning(
+        path="torch.sparse.SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS",
+        use="which shapes sparse tensor cores take, without cuSPARSELt",
+        breaks="matrices of other shapes would be refused only when they are compressed",
+        test=_GPU,
+    ),
+    Leaning(
+        path="torch.sparse.SparseSemiStructuredTensor._DEFAULT_ALG_ID",
+        use="the algorithm for numbers of rows that were not searched",
+        breaks="a searched algorithm would be used for other numbers of rows",
+        test=_GPU,
+    ),
+)
+
+
+_OLDER_QUERIES = {
+    "amx_bf16": "_is_amx_tile_supported",
+    "amx_fp16": "_is_amx_fp16_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+}
+
+
+def processor_has(capability: Literal["amx_bf16", "amx_fp16", "avx512_bf16"]) -> bool:
+    """Whether this processor has the instructions for products of such numbers."""
+    query = getattr(torch.cpu, "get_capabilities", None)
+    if query is not None:
+        return bool(query().get(capability))
+    return bool(getattr(torch.cpu, _OLDER_QUERIES[capability], lambda: False)())
+
+
+def has_dense_products(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of bfloat16 or float16 natively on this processor."""
+    onednn = torch.ops.mkldnn
+    supported = onednn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else onednn._is_mkldnn_fp16_supported  # noqa: SLF001
+    return bool(supported())
+
+
+def is_recorded() -> bool:
+    """Whether something traces, dispatches or transforms what is computed now."""
+    return (
+        torch._C._get_tracing_state() is not None  # noqa: SLF001
+        or torch._C._len_torch_dispatch_stack() > 0  # noqa: SLF001
+        or torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
+    )
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether a forward-mode derivative goes with ``x``."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether forward hooks are on a layer."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)  # noqa: SLF001
+
+
+def children_with_repeats(parent: nn.Module) -> list[tuple[str, nn.Module | None]]:
+    """Return the children of a module by name; ``named_children`` names one of several alike."""
+    return list(parent._modules.items())  # noqa: SLF001
+
+
+def keep_gpu_busy(cycles: int) -> None:
+    """Let the current GPU wait for so many cycles of its clock, without touching memory."""
+    torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+
+def shape_multiples(layout: type[SparseSemiStructuredTensor], dtype: torch.dtype) -> tuple[int, int]:
+    """Return the multiples that rows and columns of a matrix for sparse tensor cores must be."""
+    limits = layout._DTYPE_SHAPE_CONSTRAINTS[dtype]  # noqa: SLF001
+    return limits.sparse_min_rows, limits.sparse_min_cols
+
+
+def default_algorithm(compressed: SparseSemiStructuredTensor) -> int:
+    """Return the number of cuSPARSELt's default algorithm."""
+    return compressed._DEFAULT_ALG_ID  # noqa: SLF001
+
+
+def fastest_algorithm(packed: Tensor, inputs: Tensor) -> int:
+    """Try all algorithms of cuSPARSELt on a product with ``inputs`` (d_in, rows), and return the fastest."""
+    return torch._cslt_sparse_mm_search(packed, inputs, transpose_result=True)  # noqa: SLF001
