@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
+from halve.device import compute_dtype
 from halve.errors import CalibrationError, InputError, UnsupportedModelError
 from halve.text import generation
 from halve.text.tokens import calibration_tokens, evaluation_tokens, hash_ids
@@ -102,7 +103,8 @@ def test_generation_batches_are_bounded_by_the_cache(monkeypatch):
     model.register_forward_pre_hook(
         lambda _module, _args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    one = 2 * 3 * 32 * 4 * 16  # keys and values, layers, width, bytes, tokens
+    size = compute_dtype(torch.device("cpu")).itemsize
+    one = 2 * 3 * 2 * 8 * size * 16  # keys and values, layers, heads of keys, width, bytes, tokens
     monkeypatch.setattr(generation, "_CACHE_BYTES", 2 * one)
     calibration_tokens("self", word_level(), samples=5, seq_len=16, model=model)
     assert widths[::15] == [2, 2, 1]
@@ -120,3 +122,47 @@ def test_a_roomy_cache_changes_nothing_but_the_time(family, monkeypatch):
     assert torch.equal(*texts)
     layers = getattr(replaced[0], "layers", [])
     assert not any(type(layer) is DynamicLayer for layer in layers)
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(5, [2, 2, 1]), (6, [2, 2, 2]), (4, [2, 2]), (1, [1])])
+def test_batches_are_as_equal_as_they_can_be(monkeypatch, samples, expected):
+    monkeypatch.setattr(generation, "_CACHE_BYTES", 25)
+    batch = generation._batch_size(samples, 10, torch.device("cpu"))
+    assert [min(batch, samples - start) for start in range(0, samples, batch)] == expected
+    monkeypatch.setattr(generation, "_CACHE_BYTES", 1 << 40)
+    assert generation._batch_size(300, 10, torch.device("cpu")) == 100
+    monkeypatch.setattr(generation, "virtual_memory", lambda: SimpleNamespace(total=120))
+    assert generation._batch_size(300, 10, torch.device("cpu")) == 3
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 256, 257, 1000, 49152])
+def test_a_draw_is_where_the_whole_distribution_function_passes(vocabulary):
+    """Against the running sum over all tokens in float64; at a boundary, a token may be off by one for rounding."""
+    random = torch.Generator().manual_seed(vocabulary)
+    probabilities = (4 * torch.randn(64, vocabulary, generator=random)).softmax(-1)
+    probabilities[:, ::3] = 0.0
+    probabilities[:, 0] += 1e-3
+    uniform = 1 - torch.rand(64, 1, generator=random, dtype=torch.float64)
+    uniform[0], uniform[1] = 1.0, 2.0**-53
+    found = generation._draw(probabilities, uniform)[:, None]
+    upper = probabilities.double().cumsum(-1)
+    point = uniform * upper[:, -1:]
+    assert (probabilities.gather(1, found) > 0).all()
+    assert (point <= upper.gather(1, found) + 1e-6).all()
+    assert (point >= upper.gather(1, found) - probabilities.gather(1, found) - 1e-6).all()
+    assert generation._draw(probabilities.fill_(float("nan")), uniform) is None
+
+
+def test_who_listens_hears_how_long_it_will_take(monkeypatch):
+    heard, moments = [], iter(range(100))
+    monkeypatch.setattr(generation, "time", SimpleNamespace(monotonic=lambda: float(next(moments))))
+    calibration_tokens(
+        "self",
+        word_level(),
+        samples=2,
+        seq_len=21,
+        model=decoder("llama"),
+        listen=lambda done, total, left: heard.append((done, total, left)),
+    )
+    # A second a step: the first word after 2 of 20, the next 15 later, the last at the end.
+    assert heard == [(4, 40, 18.0), (34, 40, 3.0), (40, 40, 0.0)]

@@ -13,6 +13,7 @@ from halve.model.blocks import Batch
 from halve.option_groups import option
 from halve.text import tokens
 from halve.text.documents import is_on_hub, open_corpus
+from halve.text.generation import Listen
 from halve.text.tokens import TokenSet
 
 DEFAULT_SAMPLES = 128
@@ -81,11 +82,12 @@ class Calibration:
         if isinstance(self.source, Path) or not is_on_hub(self.source):
             open_corpus(self.source, use="calibration", text_field=self.text_field)
 
-    def data(self, loaded: LoadedModel) -> TokenSet | list[Batch]:
+    def data(self, loaded: LoadedModel, listen: Listen | None = None) -> TokenSet | list[Batch]:
         """Turn the source into tokens for a model; ready batches pass through.
 
         Args:
             loaded: the model, and its tokenizer.
+            listen: told how long it takes where the model writes, as by `halve.text.generation.sample_text`.
 
         Raises:
             InputError: the source is not usable, or its tokens do not fit the model.
@@ -98,13 +100,14 @@ class Calibration:
             return found
         if self.source is not None and not isinstance(self.source, str | Path):
             return _checked_batches(self.source)
-        return self.text_tokens(loaded)
+        return self.text_tokens(loaded, listen)
 
-    def text_tokens(self, loaded: LoadedModel) -> TokenSet:
+    def text_tokens(self, loaded: LoadedModel, listen: Listen | None = None) -> TokenSet:
         """Tokenise text for a model, or let it write.
 
         Args:
             loaded: the model, and its tokenizer.
+            listen: told how long it takes where the model writes, as by `halve.text.generation.sample_text`.
 
         Raises:
             InputError: no tokenizer, or the source or the length is not usable.
@@ -127,6 +130,7 @@ class Calibration:
             seed=self.seed,
             text_field=self.text_field,
             model=loaded.model,
+            listen=listen,
         )
 
 

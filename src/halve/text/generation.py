@@ -1,20 +1,36 @@
 """Text that a model writes itself, for calibration without a corpus."""
 
+import time
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
 import torch
+from psutil import virtual_memory
 from torch import Tensor, nn
 
-from halve.device import autocast, compute_dtype, evaluation_mode, model_device, weight_dtype
+from halve.device import autocast, compute_dtype, evaluation_mode, model_device
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.transformers_internals import DynamicCache, DynamicLayer
 
-_BATCH = 32
-_CACHE_BYTES = 2**31  # bound on the keys and values held
+Listen = Callable[[int, int, float], None]
+"""Called with the tokens written, the tokens wanted, and the seconds that the rest takes at the mean speed so far."""
+
+_BATCH = 128
+_CACHE_BYTES = 2**33  # bound on the keys and values held, as is a quarter of the memory
+_CHUNK = 256  # tokens summed up together, to find the one drawn without running sums over the whole vocabulary
+_FIRST_WORD = 2.0  # seconds until the first estimate
+_NEXT_WORD = 15.0
 
 
-def sample_text(model: nn.Module, first: Tensor, seq_len: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+def sample_text(
+    model: nn.Module,
+    first: Tensor,
+    seq_len: int,
+    vocabulary: int,
+    generator: torch.Generator,
+    listen: Listen | None = None,
+) -> Tensor:
     """Continue texts at temperature 1, in batches as large as the key-value cache allows.
 
     Args:
@@ -23,6 +39,7 @@ def sample_text(model: nn.Module, first: Tensor, seq_len: int, vocabulary: int, 
         seq_len: length of the texts, the first token included.
         vocabulary: only ids below are drawn: rows that pad the model's output have no text.
         generator: on the CPU; the texts do not depend on the size of the batches or on the device but for rounding.
+        listen: told of the progress after the first seconds, a few times a minute, and at the end.
 
     Returns:
         Tensor: (samples, seq_len) int64 on the CPU.
@@ -32,19 +49,54 @@ def sample_text(model: nn.Module, first: Tensor, seq_len: int, vocabulary: int, 
         UnsupportedModelError: the model cannot generate with a key-value cache.
     """
     uniform = 1.0 - torch.rand(len(first), seq_len, generator=generator, dtype=torch.float64)
-    batch = max(1, min(_BATCH, _CACHE_BYTES // (_cache_bytes_per_token(model) * seq_len)))
-    with evaluation_mode(model), autocast(model, compute_dtype(model_device(model))):
+    progress = _Progress(len(first) * (seq_len - 1), listen)
+    device = model_device(model)
+    with evaluation_mode(model), autocast(model, compute_dtype(device)) as dtype:
+        batch = _batch_size(len(first), _cache_bytes_per_token(model, dtype) * seq_len, device)
         parts = [
-            _sample(model, first[start : start + batch], uniform[start : start + batch], vocabulary)
+            _sample(model, first[start : start + batch], uniform[start : start + batch], vocabulary, progress)
             for start in range(0, len(first), batch)
         ]
     return torch.cat(parts)
 
 
-def _sample(model: nn.Module, first: Tensor, uniform: Tensor, vocabulary: int) -> Tensor:
+def _batch_size(samples: int, cache_bytes: int, device: torch.device) -> int:
+    """Return how many texts are written at once: as many as may be, in batches of the same size but for the last.
+
+    It follows the memory there is, not what is free of it, so that the same machine always writes the same text.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
+    most = max(1, min(_BATCH, min(_CACHE_BYTES, total // 4) // max(1, cache_bytes)))
+    batches = -(-samples // most)
+    return -(-samples // batches)
+
+
+class _Progress:
+    """Tells a listener how much is written, and how long the rest will take."""
+
+    def __init__(self, total: int, listen: Listen | None) -> None:
+        self._total = total
+        self._listen = listen
+        self._done = 0
+        self._begin = time.monotonic()
+        self._next = self._begin + _FIRST_WORD
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that have been written."""
+        self._done += tokens
+        if self._listen is None:
+            return
+        now = time.monotonic()
+        if now >= self._next or self._done == self._total:
+            self._next = now + _NEXT_WORD
+            self._listen(self._done, self._total, (now - self._begin) * (self._total - self._done) / self._done)
+
+
+def _sample(model: nn.Module, first: Tensor, uniform: Tensor, vocabulary: int, progress: _Progress) -> Tensor:
     """Continue ``first`` (batch,) by inverting the distribution function at ``uniform`` (batch, len)."""
     device = model_device(model)
     ids = [first.to(device)]
+    points = uniform.to(device)
     cache = None
     # transformers called it past_key_values until 5.24.
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
@@ -58,14 +110,37 @@ def _sample(model: nn.Module, first: Tensor, uniform: Tensor, vocabulary: int) -
             )
         if position == 1:
             _make_room(cache, uniform.shape[1])
-        cumulative = output.logits[:, -1, :vocabulary].float().softmax(-1).cumsum(-1)
-        total = cumulative[:, -1:]
-        if not bool(total.isfinite().all()):
+        probabilities = output.logits[:, -1, :vocabulary].softmax(-1, dtype=torch.float32)
+        drawn = _draw(probabilities, points[:, position, None])
+        if drawn is None:
             raise CalibrationError(f"the model's logits are not finite after {position} tokens of its own text")
-        # At least the smallest float, as a token of probability 0 must never be drawn.
-        point = (uniform[:, position, None].to(device, total.dtype) * total).clamp_min(torch.finfo(total.dtype).tiny)
-        ids.append(torch.searchsorted(cumulative, point).squeeze(-1))
+        ids.append(drawn)
+        progress.add(len(first))
     return torch.stack(ids, dim=1).cpu()
+
+
+def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor | None:
+    """Return where the distribution functions pass ``uniform`` (batch, 1), (batch,); None if one is not finite.
+
+    ``probabilities``, (batch, vocabulary), are summed up by chunks, and then token by token in one chunk of each row. A
+    token of probability 0 is never drawn.
+    """
+    vocabulary = probabilities.shape[1]
+    chunks = vocabulary // _CHUNK
+    whole, tail = probabilities[:, : chunks * _CHUNK], probabilities[:, chunks * _CHUNK :]
+    sums = torch.cat((whole.reshape(len(whole), chunks, _CHUNK).sum(-1), tail.sum(-1, keepdim=True)), dim=1)
+    upper = sums.double().cumsum(-1)
+    total = upper[:, -1:]
+    if not bool(total.isfinite().all()):
+        return None
+    point = (uniform * total).clamp_min(torch.finfo(total.dtype).tiny)  # beyond 0, so that no empty chunk is found
+    chunk = torch.searchsorted(upper, point)
+    before = nn.functional.pad(upper, (1, 0)).gather(1, chunk)
+    ids = chunk * _CHUNK + torch.arange(_CHUNK, device=chunk.device)
+    inside = probabilities.gather(1, ids.clamp_max(vocabulary - 1)).double().masked_fill_(ids >= vocabulary, 0.0)
+    cumulative = inside.cumsum(-1)
+    rest = torch.minimum(point - before, cumulative[:, -1:])  # the chunk's sum was rounded in another order
+    return ids.gather(1, torch.searchsorted(cumulative, rest)).squeeze(1)
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -118,8 +193,15 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _cache_bytes_per_token(model: nn.Module) -> int:
-    """Bytes of keys and values that one token adds, at most: as if every attention head had its own."""
+def _cache_bytes_per_token(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token adds, at most: as if every block attended to the whole text."""
     config = text_config(model)
-    layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
-    return int(2 * layers * width * weight_dtype(model).itemsize)
+
+    def known(*names: str, default: int = 1) -> int:
+        values = [getattr(config, name, None) for name in names]
+        return max((value for value in values if isinstance(value, int) and value > 0), default=default)
+
+    attending = known("num_attention_heads")
+    heads = known("num_key_value_heads", default=attending)
+    width = known("head_dim", "qk_head_dim", "v_head_dim", default=-(-known("hidden_size") // attending))
+    return 2 * known("num_hidden_layers") * heads * width * dtype.itemsize

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halve.errors import InputError
 from halve.text.documents import Corpus, Document, open_corpus, pieces, shuffled
-from halve.text.generation import sample_text, text_config
+from halve.text.generation import Listen, sample_text, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +83,7 @@ def calibration_tokens(
     seed: int = 0,
     text_field: str = "text",
     model: nn.Module | None = None,
+    listen: Listen | None = None,
 ) -> TokenSet:
     """Pack text into ``samples`` sequences of ``seq_len`` tokens, without padding.
 
@@ -104,6 +105,7 @@ def calibration_tokens(
         seed: of the shuffling or sampling.
         text_field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
         model: needed for ``"self"``; for other sources, the ids are checked against its vocabulary if it is given.
+        listen: told how long writing ``"self"`` takes, as by `halve.text.generation.sample_text`.
 
     Raises:
         InputError: an argument or a file is not usable; the message names it.
@@ -119,7 +121,7 @@ def calibration_tokens(
         generator = torch.Generator().manual_seed(seed)
         first = _first_tokens(tokenizer, samples, generator)
         check_vocabulary(first, model, SELF)
-        ids = sample_text(model, first, seq_len, vocabulary, generator)
+        ids = sample_text(model, first, seq_len, vocabulary, generator, listen)
         return TokenSet(ids, SELF, hash_ids(ids), samples)
     corpus = open_corpus(source, use="calibration", text_field=text_field)
     ids, documents = _pack(corpus, tokenizer, samples, seq_len, seed)
