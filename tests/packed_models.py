@@ -1,6 +1,7 @@
 """Tiny checkpoints, pruned and packed."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,11 @@ def prune_layers(model: Any, pattern: str = "2:4") -> Any:
             if is_linear(layer) and "head" not in name:
                 layer_matrix(layer).copy_(Pattern(pattern).project(layer_matrix(layer)))
     return model.requires_grad_(False)
+
+
+def record_again(directory: Path) -> None:
+    """Make the record of a plain checkpoint, if it has one, agree with the files as they are now."""
+    path = directory / "halve.json"
+    if path.exists():
+        record, now = json.loads(path.read_text()), sums(directory)
+        path.write_text(json.dumps(record | {"files": {name: now[name] for name in record["files"]}}))

@@ -1,6 +1,15 @@
 import pytest
 
-from halve.errors import InputError, counted, first_few, one_line
+from halve.errors import (
+    CorruptFileError,
+    HalveError,
+    InputError,
+    UnreadableFileError,
+    counted,
+    first_few,
+    noting,
+    one_line,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,3 +35,18 @@ def test_details_are_what_led_to_an_error():
     found.__cause__, near.__context__ = near, OSError("cable")
     assert found.details == "ValueError: name\nOSError: cable"
     assert InputError("bad").details == ""
+
+
+def test_a_file_that_cannot_be_read_is_not_called_corrupt():
+    assert not issubclass(UnreadableFileError, CorruptFileError)
+    assert issubclass(UnreadableFileError, HalveError)
+
+
+def test_what_stops_a_step_is_noted_and_anything_else_is_not_caught():
+    faults = []
+    for error in (UnreadableFileError("a"), CorruptFileError("b")):
+        with noting(faults):
+            raise error
+    assert list(map(str, faults)) == ["a", "b"]
+    with pytest.raises(ValueError, match="c"), noting(faults):
+        raise ValueError("c")

@@ -18,7 +18,7 @@ FLOORS = (
     ("maths",),
     ("solve",),
     ("model",),
-    ("text",),
+    ("text", "recorded"),
     ("evaluation", "runtime"),
     ("packed", "planner"),
     ("run",),

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
+from halve import recorded
 from halve.checkpoint.load import LoadedModel, load_model
 from halve.checkpoint.shards import read_shard
 from halve.checkpoint.write import write_checkpoint
-from halve.errors import CorruptFileError, InputError, PatternError
+from halve.errors import CorruptFileError, InputError, PatternError, UnreadableFileError
 from halve.maths.pattern import Pattern
 from halve.verification import check
 
@@ -214,7 +215,9 @@ def test_missing_truncated_and_swapped_files_are_problems(tmp_path):
         (damaged() / first.name).write_bytes(first.read_bytes()[:size])
         one_problem(check(broken), f"{first.name} is corrupt")
     shutil.copy(first, damaged() / second.name)
-    one_problem(check(broken), "is in both")
+    both, changed = check(broken).problems
+    assert f"is in both {first.name} and {second.name}" in both
+    assert f"{second.name} does not have the sha256" in changed
     (damaged() / "config.json").unlink()
     assert any("config.json" in problem for problem in check(broken).problems)
     (damaged() / "generation_config.json").unlink()
@@ -231,14 +234,14 @@ def test_a_config_that_is_not_plain_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"matrices": [{"tensors": "x"}]}, "malformed entry"),
-        ({"matrices": [{"tensors": [3]}]}, "malformed entry"),
-        ({"matrices": [{"tensors": ["a"], "layout": "up"}]}, "malformed entry"),
-        ({"matrices": 3}, "malformed entry"),
+        ({"matrices": [{"tensors": "x"}]}, "`matrices[0].tensors`: expected `array`, got `str`"),
+        ({"matrices": [{"tensors": [3]}]}, "`matrices[0].tensors[0]`: expected `str`, got `int`"),
+        ({"matrices": [{"tensors": ["a"], "layout": "up"}]}, "`matrices[0].layout`: invalid enum value 'up'"),
+        ({"matrices": 3}, "`matrices`: expected `array`, got `int`"),
         ({"matrices": [{"tensors": ["ghost"]}]}, "'ghost' is recorded as pruned and is missing"),
         ({"matrices": [{"tensors": ["model.norm.weight"]}]}, "which is no matrix"),
-        ({"pattern": "4:2"}, "halve.json is not usable"),
-        ({"pattern": ["2:4"]}, "halve.json is not usable"),
+        ({"pattern": "4:2"}, "halve.json is not as Halve writes it: pattern '4:2' is not understood"),
+        ({"pattern": ["2:4"]}, "halve.json is not as Halve writes it: `pattern`: expected"),
         ({"pattern": None}, "no pattern"),
         ({"files": None}, "does not record the sha256"),
         ({"files": {"../outside": "0"}}, "outside the directory"),
@@ -263,7 +266,7 @@ def test_a_shard_left_out_of_the_record_is_a_problem(tmp_path):
 def test_halves_own_json_may_be_garbage(tmp_path):
     _, out = pruned(tmp_path)
     (out / "halve.json").write_bytes(b"\x00garbage")
-    one_problem(check(out), "halve.json is not usable")
+    one_problem(check(out), "halve.json is corrupt: its JSON is malformed")
 
 
 def test_bad_arguments_are_refused(tmp_path):
@@ -294,3 +297,67 @@ def test_a_dequantised_original_is_compared_by_value(tmp_path, monkeypatch):
     one_problem(check(out, against=gguf), "'model.norm.weight' was neither pruned nor tuned and differs")
     rewrite(out, "model.norm.weight", lambda tensor: tensor[:8].clone())
     one_problem(check(out, against=gguf), "has shape (8,)")
+
+
+def test_every_damaged_file_is_told_and_the_others_are_judged(tmp_path):
+    _, out = pruned(tmp_path)
+    first, second, *_, last = sorted(out.glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.unlink()
+    name = next(entry.name for entry in read_shard(last).tensors)
+    rewrite_only(last, name, lambda tensor: tensor * float("nan"))
+    (out / "generation_config.json").unlink()
+    problems = check(out).problems
+    for text in (
+        f"{first.name} is corrupt: its tensors end at byte",
+        f"{second.name} is missing",
+        f"tensor {name!r} holds NaN",
+        f"{last.name} does not have the sha256",
+        "generation_config.json is recorded in halve.json and is missing",
+    ):
+        assert sum(text in problem for problem in problems) == 1, (text, problems)
+    assert len(problems) == 5
+    result = check(out)
+    assert 0 < result.tensors < 30
+    assert 0 < result.matrices < 21
+
+
+def test_without_a_sound_index_the_shards_are_judged_all_the_same(tmp_path):
+    before, out = pruned(tmp_path)
+    sound = check(out)
+    (out / "model.safetensors.index.json").write_text("{")
+    first, *_ = sorted(out.glob("*.safetensors"))
+    result = check(out, against=before)
+    assert result.matrices == sound.matrices
+    assert [problem.split(": ")[0].rsplit("/", 1)[-1] for problem in result.problems] == [
+        "model.safetensors.index.json is corrupt",
+        "model.safetensors.index.json does not have the sha256 recorded when it was written",
+    ]
+    (out / "model.safetensors.index.json").unlink()
+    first.write_bytes(b"")
+    problems = check(out).problems
+    assert any("has neither model.safetensors nor" in problem for problem in problems)
+    assert any(f"{first.name} is corrupt" in problem for problem in problems)
+    assert not any("is recorded as pruned and is missing" in problem for problem in problems)
+
+
+def test_a_file_that_cannot_be_read_is_a_problem_and_not_the_end(tmp_path, monkeypatch):
+    _, out = pruned(tmp_path)
+    (out / "generation_config.json").unlink()
+    read = recorded.sha256_of
+
+    def failing(path):
+        if path.name == "config.json":
+            raise UnreadableFileError(f"{path} cannot be read")
+        return read(path)
+
+    monkeypatch.setattr(recorded, "sha256_of", failing)
+    assert sorted(problem.rsplit("/", 1)[-1] for problem in check(out).problems) == [
+        "config.json cannot be read",
+        "generation_config.json is recorded in halve.json and is missing",
+    ]
+
+
+def rewrite_only(path, name, change):
+    tensors = load_file(path)
+    save_file(tensors | {name: change(tensors[name])}, path, {"format": "pt"})

@@ -1,6 +1,7 @@
 """What can go wrong, named by what the user can do about it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -77,7 +78,7 @@ class CorruptFileError(HalveError):
     """A file is truncated, malformed or contradicts another one: fetch or write it again."""
 
 
-class UnreadableFileError(CorruptFileError):
+class UnreadableFileError(HalveError):
     """The system does not give a file's bytes: a volume is gone or fails, or permissions; the file may be sound."""
 
 
@@ -87,3 +88,12 @@ class AlreadyCompleteError(InputError):
 
 class ResumeMismatchError(InputError):
     """An unfinished run was begun with other inputs, options or versions than it would now be continued with."""
+
+
+@contextmanager
+def noting(faults: list[HalveError]) -> Iterator[None]:
+    """Add the error that stops a block of statements to a list, for work that goes on after what is wrong."""
+    try:
+        yield
+    except HalveError as error:
+        faults.append(error)

@@ -3,23 +3,31 @@
 Nothing is taken from memory or from the run that wrote it, and one tensor is held at a time.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from halve.checkpoint.directory import CONFIG, PACKED, RECORD, forbidden_fields, is_unfinished, read_shards
-from halve.checkpoint.durable import sha256_of
+from halve.checkpoint.directory import (
+    CONFIG,
+    RECORD,
+    Weights,
+    forbidden_fields,
+    is_packed,
+    refuse_unfinished,
+    survey_weights,
+)
 from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
-from halve.errors import CorruptFileError, HalveError, InputError, PatternError
+from halve.errors import HalveError, InputError, PatternError, noting
 from halve.maths.pattern import Pattern
+from halve.recorded import Record, change_of, pattern_of, read_record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckResult:
     """What was found.
 
@@ -54,6 +62,27 @@ class _Findings:
     tensors: int = 0
     compared: int = 0
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Take an error for a problem, and go on."""
+        faults: list[HalveError] = []
+        with noting(faults):
+            yield
+        self.problems += map(str, faults)
+
+    def result(self, pattern: str | None) -> CheckResult:
+        """Return what was found of a checkpoint that was checked for a pattern."""
+        return CheckResult(
+            ok=not self.problems,
+            problems=tuple(self.problems),
+            notes=tuple(self.notes),
+            pattern=pattern,
+            matrices=self.matrices,
+            sparsity=self.zeros / self.weights if self.weights else 0.0,
+            tensors=self.tensors,
+            compared=self.compared,
+        )
+
 
 def check(
     path: str | Path,
@@ -63,6 +92,8 @@ def check(
     trust_remote_code: bool = False,
 ) -> CheckResult:
     """Check a checkpoint on disk.
+
+    What is damaged or missing does not stop it: everything that can still be read is judged, and every fault told.
 
     Checked: the files' sha256 and the matrices' pattern as ``halve.json`` records them, that every floating-point
     tensor is finite, that shards and index agree, that ``config.json`` is a plain one; with ``against`` also that
@@ -86,7 +117,7 @@ def check(
         HalveError: as ``halve.checkpoint.load.resolve``, about ``against``.
     """
     directory = _finished_directory(path)
-    if (directory / PACKED).exists():
+    if is_packed(directory):
         return _check_packed(directory, alone=against is None and pattern is None, code=trust_remote_code)
     wanted = None if pattern is None else Pattern.parse(pattern)
     original = (
@@ -95,188 +126,155 @@ def check(
         else resolve(against, trust_remote_code=trust_remote_code)
     )
     found = _Findings()
-    _check_config(directory, found, code=trust_remote_code)
+    weights = survey_weights(directory)
+    entries = {entry.name: entry for shard in weights.shards for entry in shard.tensors}
+    told = {*weights.unsound, *([] if _check_config(directory, found, code=trust_remote_code) else [CONFIG])}
     record = _read_record(directory, found)
     if wanted is None and record is not None:
-        wanted = record.pattern
-    try:
-        shards = read_shards(directory)
-    except HalveError as error:
-        found.problems.append(str(error))
-    else:
-        entries = {entry.name: entry for shard in shards for entry in shard.tensors}
-        found.tensors = len(entries)
-        if record is not None:
-            _check_files(directory, record, {shard.path.name for shard in shards}, found)
-        changed = _check_tensors(entries, record, wanted, found) | set(() if record is None else record.tuned)
-        if original is not None and original.kind == "gguf":
-            _compare_dequantised(entries, original, changed, found)
-        elif original is not None:
-            _compare(entries, original, changed, found)
-    return CheckResult(
-        ok=not found.problems,
-        problems=tuple(found.problems),
-        notes=tuple(found.notes),
-        pattern=None if wanted is None else wanted.text,
-        matrices=found.matrices,
-        sparsity=found.zeros / found.weights if found.weights else 0.0,
-        tensors=found.tensors,
-        compared=found.compared,
-    )
+        with found.noting():
+            wanted = pattern_of(record, directory)
+            if wanted is None and record.layouts:
+                found.problems.append(f"{RECORD} records pruned matrices and no pattern")
+    found.problems += map(str, weights.faults)
+    found.tensors = len(entries)
+    if record is not None:
+        _check_files(directory, record, {*weights.unsound, *(shard.path.name for shard in weights.shards)}, told, found)
+    tensors = _Tensors(entries, weights)
+    changed = _check_tensors(tensors, record, wanted, found) | (set() if record is None else record.tuned)
+    if original is not None and original.kind == "gguf":
+        _compare_dequantised(tensors, original, changed, found)
+    elif original is not None:
+        _compare(tensors, original, changed, found)
+    return found.result(None if wanted is None else wanted.text)
 
 
 def _finished_directory(path: str | Path) -> Path:
     directory = Path(path).expanduser()
     if not directory.is_dir():
         raise InputError(f"{path} is not a directory: give the directory of a checkpoint")
-    if is_unfinished(directory):
-        raise InputError(f"{path} holds an unfinished run: complete it with `halve resume {path}`")
+    refuse_unfinished(directory)
     return directory
 
 
 def _check_packed(directory: Path, *, alone: bool, code: bool) -> CheckResult:
-    from halve.packed.read import open_packed, verify
+    from halve.packed.read import restoring_problems, survey_packed, verify
 
     if not alone:
         raise InputError(
             f"{directory} is packed, and can be checked only by itself: restore the plain checkpoint with "
             f"`halve unpack {directory} --out DIR`, and check that"
         )
-    try:
-        checkpoint = open_packed(directory, trust_remote_code=code)
-    except HalveError as error:
-        return CheckResult(False, (str(error),), (), None, 0, 0.0, 0, 0)
-    found = verify(checkpoint)
+    checkpoint, faults = survey_packed(directory, trust_remote_code=code)
+    found = _Findings(problems=[str(fault) for fault in faults])
+    if checkpoint is None:
+        return found.result(None)
+    verified = verify(checkpoint)
+    found.problems += verified.problems
+    if not found.problems:  # else it does not come out, and the reason has been told
+        with found.noting():
+            found.problems += restoring_problems(checkpoint)
     matrices = checkpoint.manifest.matrices
-    return CheckResult(
-        ok=not found.problems,
-        problems=tuple(found.problems),
-        notes=(),
-        pattern=", ".join(sorted({matrix.pattern for matrix in matrices.values()})) or None,
-        matrices=len(matrices),
-        sparsity=found.zeros / found.weights if found.weights else 0.0,
-        tensors=sum(len(shard.tensors) for shard in checkpoint.plain),
-        compared=0,
-    )
+    found.matrices, found.zeros, found.weights = len(matrices), verified.zeros, verified.weights
+    found.tensors = sum(len(shard.tensors) for shard in checkpoint.plain)
+    return found.result(", ".join(sorted({matrix.pattern for matrix in matrices.values()})) or None)
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What ``halve.json`` claims: the pattern, the layout of every pruned tensor, and the sha256 of every file.
-
-    ``tuned`` are the tensors that a reconstruction may have changed, pruned or not.
-    """
-
-    pattern: Pattern | None
-    layouts: Mapping[str, str]
-    tuned: Collection[str]
-    files: Mapping[str, str]
+def _check_config(directory: Path, found: _Findings, *, code: bool) -> bool:
+    """Return whether the config can be read."""
+    with found.noting():
+        for name in forbidden_fields(read_json(directory / CONFIG), code=code):
+            found.problems.append(f"{CONFIG} has {name!r}, which a plain checkpoint does not")
+        return True
+    return False
 
 
-def _check_config(directory: Path, found: _Findings, *, code: bool) -> None:
-    try:
-        config = read_json(directory / CONFIG)
-    except CorruptFileError as error:
-        found.problems.append(str(error))
-        return
-    for name in forbidden_fields(config, code=code):
-        found.problems.append(f"{CONFIG} has {name!r}, which a plain checkpoint does not")
-
-
-def _read_record(directory: Path, found: _Findings) -> _Record | None:
+def _read_record(directory: Path, found: _Findings) -> Record | None:
     if not (directory / RECORD).exists():
         found.notes.append(
             f"there is no {RECORD}: neither the files' sha256 nor which tensors were pruned is on record"
         )
         return None
-    try:
-        text = read_json(directory / RECORD)
-        pattern = None if text.get("pattern") is None else Pattern(text["pattern"])
-    except (CorruptFileError, PatternError) as error:
-        found.problems.append(f"{RECORD} is not usable: {error}")
-        return None
-    files = text.get("files")
-    if not isinstance(files, dict) or not files:
-        found.problems.append(f"{RECORD} does not record the sha256 of the files")
-        files = {}
-    layouts = _recorded_layouts(text.get("matrices"), found)
-    if pattern is None and layouts:
-        found.problems.append(f"{RECORD} records pruned matrices and no pattern")
-    return _Record(pattern, layouts, _recorded_tuning(text.get("blocks", []), found), files)
+    with found.noting():
+        record = read_record(directory, Record)
+        if not record.files:
+            found.problems.append(f"{RECORD} does not record the sha256 of the files")
+        return record
+    return None
 
 
-def _recorded_tuning(blocks: Any, found: _Findings) -> set[str]:
-    tuned: set[str] = set()
-    for block in blocks if isinstance(blocks, list) else [blocks]:
-        match block:
-            case {"tensors": [*names]} if all(isinstance(name, str) for name in names):
-                tuned |= set(names)
-            case _:
-                found.problems.append(f"{RECORD} has a malformed entry under 'blocks': {str(block)[:80]}")
-    return tuned
-
-
-def _recorded_layouts(matrices: Any, found: _Findings) -> dict[str, str]:
-    layouts: dict[str, str] = {}
-    for matrix in matrices if isinstance(matrices, list) else [matrices]:
-        match matrix:
-            case {"status": "failed"}:
-                pass  # reported as left dense
-            case {"tensors": [*names], **rest} if all(isinstance(name, str) for name in names) and (
-                rest.get("layout", "out_in") in {"out_in", "in_out"}
-            ):
-                layouts |= dict.fromkeys(names, rest.get("layout", "out_in"))
-            case _:
-                found.problems.append(f"{RECORD} has a malformed entry under 'matrices': {str(matrix)[:80]}")
-    return layouts
-
-
-def _check_files(directory: Path, record: _Record, shards: set[str], found: _Findings) -> None:
-    if record.files:
+def _check_files(directory: Path, record: Record, shards: set[str], told: set[str], found: _Findings) -> None:
+    """Compare the files with the sums on record, but for those of which something worse has been told."""
+    files = record.files or {}
+    if files:
         found.problems += [
-            f"{name} is not among the files recorded in {RECORD}"
-            for name in sorted({*shards, CONFIG} - record.files.keys())
+            f"{name} is not among the files recorded in {RECORD}" for name in sorted({*shards, CONFIG} - files.keys())
         ]
-    for name, expected in record.files.items():
-        path = directory / name
-        if not path.resolve().is_relative_to(directory.resolve()):
-            found.problems.append(f"{RECORD} records the file {name!r}, which is outside the directory")
-        elif not path.is_file():
-            found.problems.append(f"{name} is recorded in {RECORD} and is missing")
-        elif sha256_of(path) != expected:
-            found.problems.append(f"{name} does not have the sha256 recorded when it was written: it has been changed")
+    for name in files.keys() - told:
+        with found.noting():
+            if change := change_of(directory, name, files[name]):
+                found.problems.append(change)
 
 
-def _check_tensors(
-    entries: Mapping[str, TensorEntry], record: _Record | None, pattern: Pattern | None, found: _Findings
-) -> set[str]:
+@dataclass
+class _Tensors:
+    """The tensors on disk.
+
+    Attributes:
+        entries: those of readable files, by name.
+        weights: the files, readable or not.
+        unread: names of tensors that could not be read after all.
+    """
+
+    entries: Mapping[str, TensorEntry]
+    weights: Weights
+    unread: set[str] = field(default_factory=set)
+
+    def missing(self, names: Collection[str]) -> list[str]:
+        """Return which of these tensors are not there, but for those whose absence has been explained."""
+        return sorted(name for name in set(names) - self.entries.keys() if not self.weights.told(name))
+
+
+def _check_tensors(tensors: _Tensors, record: Record | None, pattern: Pattern | None, found: _Findings) -> set[str]:
     """Judge every tensor by itself, and return the names of those that count as pruned."""
     layouts = {} if record is None else record.layouts
-    found.problems += [
-        f"tensor {name!r} is recorded as pruned and is missing" for name in sorted(layouts.keys() - entries.keys())
-    ]
+    found.problems += [f"tensor {name!r} is recorded as pruned and is missing" for name in tensors.missing(layouts)]
     pruned = set(layouts)
-    for name, entry in entries.items():
-        tensor = read_tensor(entry)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            found.problems.append(f"tensor {name!r} holds NaN or infinity")
-        if pattern is None:
-            continue
-        if name in layouts:
-            problem = _violation(tensor, pattern, layouts[name])
-            if problem:
-                found.problems.append(f"tensor {name!r} is not {pattern}: {problem}")
-                continue
-        elif record is None and _has_pattern(tensor, pattern):
-            pruned.add(name)
-        else:
-            continue
-        found.matrices += 1
-        found.zeros += int((tensor == 0).sum())
-        found.weights += tensor.numel()
+    for name, entry in tensors.entries.items():
+        tensors.unread.add(name)
+        with found.noting():
+            tensor = read_tensor(entry)
+            tensors.unread.remove(name)
+            if _check_tensor(name, tensor, layouts, pattern, found, recorded=record is not None):
+                pruned.add(name)
     if pattern is not None and record is None and not pruned:
         found.problems.append(f"no tensor has the pattern {pattern}")
     return pruned
+
+
+def _check_tensor(
+    name: str,
+    tensor: Tensor,
+    layouts: Mapping[str, str],
+    pattern: Pattern | None,
+    found: _Findings,
+    *,
+    recorded: bool,
+) -> bool:
+    """Judge one tensor, and return whether it is in the pattern and is meant to be."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        found.problems.append(f"tensor {name!r} holds NaN or infinity")
+    if pattern is None:
+        return False
+    if name in layouts:
+        if problem := _violation(tensor, pattern, layouts[name]):
+            found.problems.append(f"tensor {name!r} is not {pattern}: {problem}")
+            return False
+    elif recorded or not _has_pattern(tensor, pattern):
+        return False
+    found.matrices += 1
+    found.zeros += int((tensor == 0).sum())
+    found.weights += tensor.numel()
+    return True
 
 
 def _violation(tensor: Tensor, pattern: Pattern, layout: str) -> str:
@@ -299,13 +297,13 @@ def _has_pattern(tensor: Tensor, pattern: Pattern) -> bool:
     )
 
 
-def _compare(entries: Mapping[str, TensorEntry], original: Source, changed: set[str], found: _Findings) -> None:
+def _compare(tensors: _Tensors, original: Source, changed: set[str], found: _Findings) -> None:
     """Compare with a safetensors original, byte by byte."""
     theirs = {entry.name: entry for path in original.shards for entry in read_shard(path).tensors}
-    _compare_names(entries, theirs.keys(), found)
+    _compare_names(tensors, theirs.keys(), found)
     for name, other in theirs.items():
-        entry = entries.get(name)
-        if entry is None:
+        entry = tensors.entries.get(name)
+        if entry is None or name in tensors.unread:
             continue
         if (entry.dtype, entry.shape) != (other.dtype, other.shape):
             found.problems.append(
@@ -317,20 +315,18 @@ def _compare(entries: Mapping[str, TensorEntry], original: Source, changed: set[
             found.problems.append(f"tensor {name!r} was neither pruned nor tuned and differs from the original")
 
 
-def _compare_dequantised(
-    entries: Mapping[str, TensorEntry], original: Source, changed: set[str], found: _Findings
-) -> None:
+def _compare_dequantised(tensors: _Tensors, original: Source, changed: set[str], found: _Findings) -> None:
     """Compare with what a GGUF original dequantises to."""
     found.notes.append(
         f"{original.name} is a GGUF file, whose quantised bytes have no counterpart here: tensors were compared with "
         "its dequantised values, rounded to the dtype written; config and tokenizer were not compared"
     )
     layout = load_model(original).layout
-    _compare_names(entries, layout.tensors.keys(), found)
+    _compare_names(tensors, layout.tensors.keys(), found)
     for parameters in layout.everything():
         for name, tensor in layout.convert(parameters[:1]):
-            entry = entries.get(name)
-            if entry is None:
+            entry = tensors.entries.get(name)
+            if entry is None or name in tensors.unread:
                 continue
             if entry.shape != tuple(tensor.shape):
                 found.problems.append(
@@ -342,6 +338,8 @@ def _compare_dequantised(
                 found.problems.append(f"tensor {name!r} was neither pruned nor tuned and differs from the original")
 
 
-def _compare_names(entries: Mapping[str, TensorEntry], theirs: Collection[str], found: _Findings) -> None:
-    found.problems += [f"tensor {name!r} of the original is missing" for name in sorted(set(theirs) - entries.keys())]
-    found.problems += [f"tensor {name!r} is not in the original" for name in sorted(entries.keys() - set(theirs))]
+def _compare_names(tensors: _Tensors, theirs: Collection[str], found: _Findings) -> None:
+    found.problems += [f"tensor {name!r} of the original is missing" for name in tensors.missing(theirs)]
+    found.problems += [
+        f"tensor {name!r} is not in the original" for name in sorted(tensors.entries.keys() - set(theirs))
+    ]

@@ -15,7 +15,7 @@ from halve.checkpoint.directory import MEASURED, PAGE
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import LoadedModel, Source
 from halve.device import evaluation_mode
-from halve.errors import CorruptFileError, HalveError, UnreadableFileError
+from halve.errors import CorruptFileError, HalveError
 from halve.evaluation.perplexity import Perplexity
 from halve.model.blocks import Batch
 from halve.report import record
@@ -102,8 +102,7 @@ def prune_loaded(
         content["source"]["sha256"] = files_sha256(mark)
         done, notes = _publish(loaded, done, content, run, request.loading.dtype, phases)
     except HalveError as error:
-        # To call again would not help against damage.
-        helps = isinstance(error, UnreadableFileError) or not isinstance(error, CorruptFileError)
+        helps = not isinstance(error, CorruptFileError)  # to call again would not help against damage
         error.unfinished = run.out if helps and run.worth_keeping else None
         raise
     return Pruned(loaded.model, done, content, run.out, notes=notes)

@@ -10,7 +10,7 @@ import models
 from halve.checkpoint.directory import companions, forbidden_fields
 from halve.checkpoint.load import resolve
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
-from halve.report.facts import read_record
+from halve.report.facts import read_run
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,6 @@ def test_companions_are_the_files_a_model_needs(llama):
 def test_a_packed_checkpoint_is_refused_with_the_way_to_the_plain_one(llama):
     (llama / "halve-packed.json").write_text("{}")
     assert not any(path.name == "halve-packed.json" for path in companions(llama))
-    for read in (resolve, read_record):
+    for read in (resolve, read_run):
         with pytest.raises(InputError, match=r"is a packed checkpoint: .*`halve unpack .*llama --out DIR`"):
             read(llama)

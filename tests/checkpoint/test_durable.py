@@ -9,7 +9,7 @@ import pytest
 
 from halve.checkpoint import durable
 from halve.checkpoint.durable import file_chunks, filling, make_directory, move_file, sha256_of, write_file, writing
-from halve.errors import CorruptFileError, HalveError
+from halve.errors import HalveError, UnreadableFileError
 
 
 def test_a_file_is_what_was_given_and_its_hash_is_returned(tmp_path):
@@ -125,7 +125,7 @@ def test_a_directory_that_cannot_be_filled_is_taken_back(tmp_path):
 def test_what_cannot_be_read_while_writing_is_named_and_not_what_is_written(tmp_path):
     source = tmp_path / "source"
     for read in (lambda: fill(tmp_path / "new", file_chunks(source)), lambda: sha256_of(source)):
-        with pytest.raises(CorruptFileError, match=r"source cannot be read \(No such file or directory\): make"):
+        with pytest.raises(UnreadableFileError, match=r"source cannot be read \(No such file or directory\): make"):
             read()
     assert not (tmp_path / "new").exists()
 

@@ -8,7 +8,7 @@ import torch
 
 from halve.checkpoint import shards
 from halve.checkpoint.shards import build_header, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
-from halve.errors import CorruptFileError, UnsupportedModelError
+from halve.errors import CorruptFileError, UnreadableFileError, UnsupportedModelError
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -126,7 +126,7 @@ def test_unknown_dtype_is_named(tmp_path):
 
 
 def test_missing_file_and_a_file_cut_after_its_header_was_read(tmp_path):
-    with pytest.raises(CorruptFileError, match="cannot be read"):
+    with pytest.raises(UnreadableFileError, match="cannot be read"):
         read_shard(tmp_path / "absent.safetensors")
     path = craft(tmp_path / "x.safetensors", {"a": spec()}, bytes(4))
     entry = read_shard(path).tensors[0]
@@ -138,7 +138,7 @@ def test_missing_file_and_a_file_cut_after_its_header_was_read(tmp_path):
     path.unlink()
     for read in (read_tensor, lambda entry: list(read_chunks(entry))):
         with pytest.raises(
-            CorruptFileError, match=r"x\.safetensors cannot be read \(No such file or directory\): make it readable"
+            UnreadableFileError, match=r"x\.safetensors cannot be read \(No such file or directory\): make it readable"
         ):
             read(entry)
 
@@ -150,5 +150,5 @@ def test_json_is_read_within_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "MAX_JSON", 4)
     with pytest.raises(CorruptFileError, match="larger"):
         read_json(path)
-    with pytest.raises(CorruptFileError, match="cannot be read"):
+    with pytest.raises(UnreadableFileError, match="cannot be read"):
         read_json(tmp_path / "absent.json")

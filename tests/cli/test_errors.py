@@ -13,7 +13,14 @@ from halve.cli.errors import (
     EXIT_STOPPED,
     reporting,
 )
-from halve.errors import AlreadyCompleteError, CalibrationError, InputError, UnsupportedModelError
+from halve.errors import (
+    AlreadyCompleteError,
+    CalibrationError,
+    CorruptFileError,
+    InputError,
+    UnreadableFileError,
+    UnsupportedModelError,
+)
 
 
 def ended(error, out=None):
@@ -44,8 +51,14 @@ def test_what_can_be_resumed_says_so(tmp_path, capsys):
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("fell_back", EXIT_FALLBACKS)])
 def test_a_run_that_is_complete_already_has_the_code_of_its_record(tmp_path, status, code):
-    (tmp_path / "halve.json").write_text(json.dumps({"matrices": [{"status": status}]}))
+    (tmp_path / "halve.json").write_text(json.dumps({"matrices": [{"tensors": [], "status": status}]}))
     assert ended(AlreadyCompleteError("done"), tmp_path) == code
+
+
+def test_a_run_that_is_complete_with_a_damaged_record_says_so(tmp_path, capsys):
+    (tmp_path / "halve.json").write_text('{"matrices": [{"status": "ok"}]}')
+    assert ended(AlreadyCompleteError("done"), tmp_path) == EXIT_REFUSED
+    assert "halve.json is not as Halve writes it: `matrices[0]`: object missing" in capsys.readouterr().err
 
 
 def test_a_termination_is_an_interruption_and_the_handler_goes_again():
@@ -54,3 +67,7 @@ def test_a_termination_is_an_interruption_and_the_handler_goes_again():
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.exit_code == EXIT_INTERRUPTED
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_file_that_cannot_be_read_is_refused_as_a_damaged_one_is():
+    assert ended(UnreadableFileError("gone")) == ended(CorruptFileError("cut")) == EXIT_REFUSED

@@ -14,20 +14,28 @@ SIZE = 8 + len(HEADER) + 2 * 8 * 16 + 4 * 2
 INDEX = b'{"weight_map": {"a": "model-1.safetensors", "\xc3\xa9": "model-1.safetensors"}}\n'
 
 
+def file(size=SIZE):
+    return File(size=size, sha256=SUM)
+
+
+def plain_shard(name, packed, header=HEADER, size=SIZE):
+    return PlainShard(name=name, packed=packed, header=header, file=file(size))
+
+
 def manifest(**changes):
     made = Manifest(
-        {"a": PackedTensor("2:4", (8, 16), torch.bfloat16, "out_in")},
-        {"b": "a reason"},
-        (PlainShard("model.safetensors", "packed.safetensors", HEADER, File(SIZE, SUM)),),
-        None,
-        "",
-        {"config.json": File(1, SUM), "packed.safetensors": File(2, SUM)},
+        matrices={"a": PackedTensor(pattern="2:4", shape=(8, 16), dtype=torch.bfloat16, layout="out_in")},
+        left_dense={"b": "a reason"},
+        shards=(plain_shard("model.safetensors", "packed.safetensors"),),
+        index=None,
+        index_sha256="",
+        files={"config.json": file(1), "packed.safetensors": file(2)},
     )
     return replace(made, **changes)
 
 
 def indexed(**changes):
-    shard = PlainShard("model-1.safetensors", "packed.safetensors", HEADER, File(SIZE, SUM))
+    shard = plain_shard("model-1.safetensors", "packed.safetensors")
     return manifest(shards=(shard,), index=INDEX, index_sha256=SUM, **changes)
 
 
@@ -48,7 +56,7 @@ def test_comes_back_as_it_was_written(made, tmp_path):
 
 def test_names_what_is_restored():
     assert set(manifest().restored()) == {"config.json", "model.safetensors"}
-    assert indexed().restored()["model.safetensors.index.json"] == File(len(INDEX), SUM)
+    assert indexed().restored()["model.safetensors.index.json"] == file(len(INDEX))
 
 
 @pytest.mark.parametrize(
@@ -57,23 +65,32 @@ def test_names_what_is_restored():
         ({"format": 1}, "its format is 1, not 'halve-packed'"),
         ({"version": 0}, "its version is 0"),
         ({"version": "1"}, "its version is '1'"),
-        ({"more": 1}, "a key is missing, not known"),
-        ({"matrices": []}, "wrong type"),
-        ({"left_dense": {"a": 1}}, "wrong type"),
-        ({"index": {"text": 1, "sha256": SUM}}, "wrong type"),
-        ({"shards": []}, "wrong type"),
-        ({"shards": [1]}, "the entry 1 under 'shards' is not one"),
-        ({"shards": [{"name": "model.safetensors", "packed": "p", "header": "{}", "size": 1}]}, "'model.safetensors'"),
-        ({"matrices": {"a": {"pattern": "2:4"}}}, "the entry of matrix 'a' is {'pattern'"),
+        ({"more": 1}, "object contains unknown field `more`"),
+        ({"matrices": []}, "`matrices`: expected `object`, got `array`"),
+        ({"left_dense": {"a": 1}}, "`left_dense[...]`: expected `str`, got `int`"),
+        ({"index": {"text": 1, "sha256": SUM}}, "`index.text`: expected `str`, got `int`"),
+        ({"shards": []}, "`shards`: expected `array` of length >= 1"),
+        ({"shards": [1]}, "`shards[0]`: expected `object`, got `int`"),
+        (
+            {"shards": [{"name": "model.safetensors", "packed": "p", "header": "{}", "size": 1}]},
+            "`shards[0]`: object missing",
+        ),
+        ({"matrices": {"a": {"pattern": "2:4"}}}, "`matrices['a']`: object missing required field `shape`"),
         (
             {"matrices": {"a": {"pattern": "2:4", "shape": [8, 18], "dtype": "BF16", "layout": "out_in"}}},
             "matrix 'a': pattern 2:4 needs d_in divisible by 4",
         ),
-        ({"matrices": {"a": {"pattern": "2:4", "shape": [8, 16], "dtype": "BF16", "layout": "up"}}}, "matrix 'a' is"),
+        (
+            {"matrices": {"a": {"pattern": "2:4", "shape": [8, 16], "dtype": "BF16", "layout": "up"}}},
+            "`matrices['a'].layout`",
+        ),
         ({"files": {}}, "'packed.safetensors' is not the name of a packed file that it lists"),
-        ({"files": {"config.json": 1}}, "the entry of file 'config.json' is 1"),
-        ({"files": {"packed.safetensors": {"size": True, "sha256": SUM}}}, "the entry of file"),
-        ({"files": {"packed.safetensors": {"size": 1, "sha256": "x"}}}, "the entry of file"),
+        ({"files": {"config.json": 1}}, "`files['config.json']`: expected `object`, got `int`"),
+        (
+            {"files": {"packed.safetensors": {"size": True, "sha256": SUM}}},
+            "`files['packed.safetensors'].size`: expected `int`",
+        ),
+        ({"files": {"packed.safetensors": {"size": 1, "sha256": "x"}}}, "`files['packed.safetensors'].sha256`"),
     ],
 )
 def test_anything_else_is_refused_in_one_sentence(changes, says, tmp_path):
@@ -96,9 +113,9 @@ def test_half_of_a_surrogate_pair_is_refused(tmp_path):
 
 
 def two(first, second):
-    shards = tuple(PlainShard(*names, HEADER, File(SIZE, SUM)) for names in (first, second))
-    files = {shard.packed: File(1, SUM) for shard in shards}
-    return indexed(files={"config.json": File(1, SUM), **files}), shards
+    shards = tuple(plain_shard(*names) for names in (first, second))
+    files = {shard.packed: file(1) for shard in shards}
+    return indexed(files={"config.json": file(1), **files}), shards
 
 
 @pytest.mark.parametrize(
@@ -125,8 +142,8 @@ def test_no_file_is_written_over_another(first, second, tmp_path):
         (replace(indexed(), index=INDEX.replace(b'"a"', b'"c"')), "says that tensor 'c' is in model-1"),
         (replace(indexed(), index=INDEX.replace(b"model-1", b"../model")), "is not a plain"),
         (replace(indexed(), index=b"[]"), "its JSON is a list"),
-        (manifest(shards=(PlainShard("model.safetensors", "p", HEADER, File(SIZE + 1, SUM)),)), "its tensors end"),
-        (manifest(shards=(PlainShard("model.safetensors", "p", b"[]", File(SIZE, SUM)),)), "its JSON is a list"),
+        (manifest(shards=(plain_shard("model.safetensors", "p", size=SIZE + 1),)), "its tensors end"),
+        (manifest(shards=(plain_shard("model.safetensors", "p", b"[]"),)), "its JSON is a list"),
     ],
 )
 def test_headers_and_index_must_agree(made, says, tmp_path):

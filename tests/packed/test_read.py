@@ -11,13 +11,13 @@ from torch.testing import assert_close
 
 import models
 from halve.checkpoint import durable
-from halve.checkpoint.load import load_model
+from halve.checkpoint.load import load_model, resolve
 from halve.errors import CorruptFileError, HalveError, InputError, UnsupportedModelError
 from halve.packed.load import load
 from halve.packed.read import as_matrix, as_tensor, matrix_shape, open_packed, unpack_checkpoint
 from halve.packed.write import pack_checkpoint
 from halve.verification import check
-from packed_models import edit_tensor, packed, pruned, sums
+from packed_models import edit_tensor, packed, pruned, record_again, sums
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -57,6 +57,7 @@ def test_a_fused_tensor_of_experts_is_packed_as_one(tmp_path):
     weight = load_file(plain / "model.safetensors")[UP]
     fused = torch.stack([weight, weight.flip(0), weight]).transpose(-1, -2)  # (experts, d_in, d_out)
     edit_tensor(plain / "model.safetensors", UP, lambda tensor: fused)
+    record_again(plain)
     record = json.loads((plain / "halve.json").read_text())
     next(matrix for matrix in record["matrices"] if matrix["tensors"] == [UP])["layout"] = "in_out"
     (plain / "halve.json").write_text(json.dumps(record))
@@ -303,3 +304,63 @@ def test_loads_what_the_plain_one_is(made):
         assert_close(
             load(made).model(x).logits, load_model(made.parent / "plain").model(x).logits, rtol=0.05, atol=0.05
         )
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return packed(tmp_path, max_shard_size="10KB")
+
+
+def test_every_damaged_file_is_told_and_the_others_are_judged(sharded):
+    first, second, third, *_ = sorted(sharded.glob("packed-*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.unlink()
+    data = bytearray(third.read_bytes())
+    data[2] = 255  # the length of the header
+    third.write_bytes(data)
+    (sharded / "tokenizer.json").unlink()
+    path = sharded / "generation_config.json"
+    path.write_bytes(path.read_bytes().replace(b"{", b"["))
+    whole, result = check(packed(sharded.parent / "whole", max_shard_size="10KB")), check(sharded)
+    for text in (
+        f"{first.name} has ",
+        f"{second.name} is missing",
+        f"{third.name} is corrupt: its header claims",
+        f"{third.name} does not have the sha256",
+        "tokenizer.json is listed in halve-packed.json and missing",
+        "generation_config.json does not have the sha256",
+    ):
+        assert sum(text in problem for problem in result.problems) == 1, (text, result.problems)
+    assert len(result.problems) == 6
+    assert (result.matrices, result.tensors) == (whole.matrices, whole.tensors)
+    assert result.sparsity > 0.4  # of the matrices in sound files
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_without_its_manifest_it_is_still_no_plain_checkpoint(directory, recorded):
+    (directory / "halve-packed.json").unlink()
+    if not recorded:
+        (directory / "halve.json").unlink()
+    for call in (open_packed, load):
+        with pytest.raises(
+            CorruptFileError, match=r"is a packed checkpoint without its halve-packed\.json: fetch that"
+        ):
+            call(directory)
+    with pytest.raises(InputError, match="is a packed checkpoint: restore the plain one"):
+        resolve(directory)
+    (problem,) = check(directory).problems
+    assert "is a packed checkpoint without its halve-packed.json" in problem
+    (directory / "config.json").unlink()
+    (directory / "packed.safetensors").write_bytes(b"")
+    manifest, config, weights = check(directory).problems
+    assert "without its halve-packed.json" in manifest
+    assert "without its config.json" in config
+    assert "packed.safetensors is corrupt" in weights
+
+
+def test_without_its_config_it_is_told_as_what_it_is(directory):
+    (directory / "config.json").unlink()
+    with pytest.raises(CorruptFileError, match=r"is a packed checkpoint without its config\.json"):
+        open_packed(directory)
+    (problem,) = check(directory).problems
+    assert "is a packed checkpoint without its config.json: fetch it again" in problem

@@ -12,12 +12,19 @@ from transformers import AutoModelForCausalLM
 import models
 from halve.checkpoint import durable
 from halve.checkpoint.shards import build_header, read_shard, tensor_bytes
-from halve.errors import CorruptFileError, HalveError, InputError, PatternError, UnsupportedModelError
+from halve.errors import (
+    CorruptFileError,
+    HalveError,
+    InputError,
+    PatternError,
+    UnreadableFileError,
+    UnsupportedModelError,
+)
 from halve.packed import write as packing
 from halve.packed.read import unpack_checkpoint
 from halve.packed.write import pack_checkpoint
 from halve.runtime.packed_matrix import PackedMatrix, pack, unpack
-from packed_models import edit_tensor, pruned, sums
+from packed_models import edit_tensor, pruned, record_again, sums
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -82,6 +89,7 @@ def test_every_tensor_begins_at_a_multiple_of_its_element_size(plain, tmp_path):
     tensors = {"odd": torch.ones(3, dtype=torch.uint8), **load_file(path), "wide": torch.ones(2)}  # in this order
     header = build_header([(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
     path.write_bytes(header + b"".join(tensor_bytes(tensor) for tensor in tensors.values()))
+    record_again(plain)
     pack_checkpoint(plain, tmp_path / "packed")
     entries = read_shard(tmp_path / "packed" / "packed.safetensors").tensors
     assert {entry.dtype.itemsize for entry in entries} == {1, 2, 4}
@@ -91,6 +99,7 @@ def test_every_tensor_begins_at_a_multiple_of_its_element_size(plain, tmp_path):
 
 def edit_weights(plain, change, name=UP):
     edit_tensor(plain / "model.safetensors", name, change)
+    record_again(plain)
 
 
 def test_a_listed_matrix_that_is_not_in_the_pattern_is_refused_by_name(plain, tmp_path):
@@ -151,6 +160,7 @@ def test_without_a_record_what_cannot_be_packed_is_left_dense_and_named(plain, t
 def test_a_tensor_that_has_the_name_of_a_part_leaves_the_matrix_dense(plain, tmp_path):
     tensors = load_file(plain / "model.safetensors")
     save_file(tensors | {f"{UP}.mask": torch.zeros(1)}, plain / "model.safetensors", {"format": "pt"})
+    record_again(plain)
     assert "of the name that a part" in pack_checkpoint(plain, tmp_path / "packed").left_dense[UP]
 
 
@@ -255,7 +265,7 @@ def vanish(monkeypatch, path, when):
 )
 def test_a_source_that_cannot_be_read_is_named_and_not_the_output(plain, tmp_path, monkeypatch, when, name):
     vanish(monkeypatch, plain / name, when)
-    with pytest.raises(CorruptFileError, match=rf"plain/{name} cannot be read \(No such file or directory\)"):
+    with pytest.raises(UnreadableFileError, match=rf"plain/{name} cannot be read \(No such file or directory\)"):
         pack_checkpoint(plain, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 
@@ -272,7 +282,7 @@ def test_an_index_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(packing, "contained", then_gone)
-    with pytest.raises(CorruptFileError, match=r"index\.json cannot be read \(No such file or directory\)"):
+    with pytest.raises(UnreadableFileError, match=r"index\.json cannot be read \(No such file or directory\)"):
         pack_checkpoint(plain, tmp_path / "packed")
 
 
@@ -280,14 +290,16 @@ def test_an_index_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_a_packed_checkpoint_that_cannot_be_read_is_named_and_not_the_output(plain, tmp_path, monkeypatch, name):
     pack_checkpoint(plain, tmp_path / "packed")
     vanish(monkeypatch, tmp_path / "packed" / name, "unpacked.start")
-    with pytest.raises(CorruptFileError, match=rf"packed/{name} cannot be read \(No such file or directory\)"):
+    with pytest.raises(UnreadableFileError, match=rf"packed/{name} cannot be read \(No such file or directory\)"):
         unpack_checkpoint(tmp_path / "packed", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
 def test_a_record_with_no_pattern_that_can_be_is_named(plain, tmp_path):
     models.edit_json(plain / "halve.json", pattern="4:2")
-    with pytest.raises(CorruptFileError, match=r"halve\.json is malformed: pattern '4:2' is not understood"):
+    with pytest.raises(
+        CorruptFileError, match=r"halve\.json is not as Halve writes it: pattern '4:2' is not understood"
+    ):
         pack_checkpoint(plain, tmp_path / "packed")
 
 
@@ -323,3 +335,32 @@ def test_one_matrix_is_in_memory_at_a_time(plain, tmp_path):
     for peak in (packing.peak, unpacking.peak):
         # One as it is read, packed, unpacked again, and bits spread out; all of them are 13.5 times the largest.
         assert largest < peak <= 4 * largest < result.matrix_bytes_before / 3
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.json", "config.json", "model.safetensors"])
+def test_what_was_changed_since_pruning_is_refused_by_name(plain, tmp_path, name):
+    path = plain / name
+    if name == "model.safetensors":
+        edit_tensor(path, "model.norm.weight", lambda tensor: tensor * 2)
+    else:
+        path.write_bytes(path.read_bytes() + b"\n")
+    says = rf"{name} does not have the sha256 recorded .*: it has been changed; restore it, or, .* remove halve\.json"
+    with pytest.raises(CorruptFileError, match=says):
+        pack_checkpoint(plain, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    (plain / "halve.json").unlink()
+    assert pack_checkpoint(plain, tmp_path / "packed", "2:4").matrices
+
+
+def test_what_is_missing_since_pruning_is_refused_by_name(plain, tmp_path):
+    (plain / "generation_config.json").unlink()
+    with pytest.raises(CorruptFileError, match=r"generation_config\.json is recorded in halve\.json and is missing"):
+        pack_checkpoint(plain, tmp_path / "packed")
+
+
+def test_a_damaged_record_is_refused_by_its_field(plain, tmp_path):
+    record = json.loads((plain / "halve.json").read_text())
+    record["matrices"][3]["tensors"] = [1]
+    (plain / "halve.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptFileError, match=r"`matrices\[3\]\.tensors\[0\]`: expected `str`, got `int`; restore it"):
+        pack_checkpoint(plain, tmp_path / "packed")

@@ -150,7 +150,7 @@ def test_a_model_that_was_in_memory_has_no_before(text, checkpoint, tmp_path):
 def test_only_what_halve_has_written_is_measured(checkpoint, text, tmp_path):
     with pytest.raises(InputError, match=r"has no halve\.json"):
         measure(checkpoint, Evaluation([text]))
-    with pytest.raises(CorruptFileError, match="does not say what was pruned"):
+    with pytest.raises(CorruptFileError, match=r"is not as Halve writes it: `source`: expected `object`, got `str`"):
         measure(write_record(tmp_path / "record", source="?"), Evaluation([text]))
 
 

@@ -79,7 +79,7 @@ def test_a_block_index_is_never_a_fraction(run):
 
 
 def test_reconstruction_before_and_after(run):
-    figure = charts.reconstruction(replace(run, blocks=(BlockFacts("b0", 0.2, 0.1, undone=False),)))
+    figure = charts.reconstruction(replace(run, blocks=(BlockFacts(name="b0", before=0.2, after=0.1, undone=False),)))
     assert_sound(figure)
     assert [(series["name"], series["y"]) for series in figure["data"]] == [("before", [0.2]), ("after", [0.1])]
 

@@ -75,7 +75,7 @@ def broken(matrix):
 
 
 def sound(**changes):
-    given = {"name": "x", "facts": {}, "shape": [1, 2], "method": "", "status": "", "reason": ""}
+    given = {"name": "x", "tensors": [], "facts": {}, "shape": [1, 2], "method": "", "status": "ok", "reason": ""}
     return broken(given | changes)
 
 
@@ -85,10 +85,9 @@ def sound(**changes):
         {"matrices": None},
         {"matrices": ["x"]},
         broken({"name": "x"}),
-        broken({"name": "x", "facts": {}, "shape": [1], "method": "", "status": "", "reason": ""}),
-        broken(
-            {"name": "x", "facts": {"relative_loss": "low"}, "shape": [1, 2], "method": "", "status": "", "reason": ""}
-        ),
+        sound(shape=[1]),
+        sound(status="splendid"),
+        sound(facts={"relative_loss": "low"}),
         {"objective": None},
         {"source": "x"},
         {"blocks": [{"name": "x"}]},
@@ -108,6 +107,28 @@ def sound(**changes):
 def test_a_damaged_record_is_told(tmp_path, damage):
     with pytest.raises(CorruptFileError, match=r"halve\.json is not as Halve writes it"):
         read_run(write_record(tmp_path, **damage))
+
+
+def test_the_record_that_is_damaged_above_is_sound_without_the_damage(tmp_path):
+    assert len(read_run(write_record(tmp_path, **sound())).matrices) == 1
+
+
+def test_the_field_is_named(tmp_path):
+    matrices = json.loads((write_record(tmp_path) / "halve.json").read_text())["matrices"]
+    matrices[3]["shape"] = [4, "8"]
+    with pytest.raises(CorruptFileError, match=r"`matrices\[3\]\.shape\[1\]`: expected `int`, got `str`; restore it"):
+        read_run(write_record(tmp_path, matrices=matrices))
+
+
+def test_a_record_of_before_some_fields_were_added_is_read(tmp_path):
+    record = json.loads((write_record(tmp_path) / "halve.json").read_text())
+    assert "only_where_faster" not in record
+    del record["files"]
+    for matrix in record["matrices"]:
+        del matrix["kept_per_group"], matrix["mask_sha256"]
+    (tmp_path / "halve.json").write_text(json.dumps(record))
+    run = read_run(tmp_path)
+    assert (run.kept(), run.files, len(run.matrices)) == ((), {}, 6)
 
 
 def test_counts_of_different_lengths_are_damage(tmp_path):

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from msgspec import to_builtins
 
 from halve.errors import CorruptFileError, HalveError
 from halve.evaluation.perplexity import Perplexity
@@ -10,6 +11,10 @@ from halve.run.events import RunReport
 from reported import matrix_report
 
 SCORE = Perplexity(12.5, 3, 64, "float32", "a/text.txt", "00ff", 1.0, 2.5, "")
+
+
+def on_disk(directory):
+    return json.loads((directory / "halve-measured.json").read_text())
 
 
 def report():
@@ -28,7 +33,10 @@ def report():
 def test_what_is_written_is_read(tmp_path):
     content = measured_json(report())
     write_measured(tmp_path, content)
-    assert read_measured(tmp_path) == content
+    assert on_disk(tmp_path) == content
+    found = read_measured(tmp_path)
+    assert to_builtins(found) == content | {"perplexity": ()}
+    assert (found.seconds, found.matrix_seconds) == ({"solve": 1.5}, {"a": 0.25})
     assert content["seconds"] == {"solve": 1.5}
     assert content["peak_memory"] == {"solve": 1000}
     assert content["matrix_seconds"] == {"a": 0.25}
@@ -36,7 +44,8 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_a_checkpoint_without_the_file_has_measured_nothing(tmp_path):
-    assert read_measured(tmp_path) == {"format": 1, "perplexity": []}
+    found = read_measured(tmp_path)
+    assert (found.format, found.seconds, found.perplexity) == (1, {}, ())
 
 
 def test_perplexities_of_the_same_windows_are_replaced_and_others_kept(tmp_path):
@@ -45,10 +54,11 @@ def test_perplexities_of_the_same_windows_are_replaced_and_others_kept(tmp_path)
     shorter = replace(SCORE, tokens_sha256="aa", windows=1, value=30.0)
     add_perplexity(tmp_path, (), (shorter,))
     add_perplexity(tmp_path, (SCORE,), (replace(SCORE, value=21.0),))
-    found = read_measured(tmp_path)
+    found = on_disk(tmp_path)
+    read_measured(tmp_path)
     assert [(entry["before"], entry["after"]) for entry in found["perplexity"]] == [(None, 30.0), (12.5, 21.0)]
     add_perplexity(tmp_path, (), (replace(SCORE, value=22.0),))
-    last = read_measured(tmp_path)["perplexity"][-1]
+    last = on_disk(tmp_path)["perplexity"][-1]
     assert (last["before"], last["before_nll"], last["dtype_before"], last["after"]) == (12.5, 2.5, "float32", 22.0)
     assert found["seconds"] == {"solve": 1.5}
     assert {"source", "seq_len", "windows", "dtype", "tokens_sha256"} <= found["perplexity"][0].keys()
@@ -56,7 +66,7 @@ def test_perplexities_of_the_same_windows_are_replaced_and_others_kept(tmp_path)
 
 def test_a_perplexity_that_is_not_finite_is_null(tmp_path):
     add_perplexity(tmp_path, (), (replace(SCORE, value=float("inf")),))
-    (entry,) = read_measured(tmp_path)["perplexity"]
+    (entry,) = on_disk(tmp_path)["perplexity"]
     assert (entry["after"], entry["after_nll"]) == (None, 2.5)
 
 

@@ -7,6 +7,7 @@ import torch
 from halve.checkpoint.directory import HOME, is_unfinished
 from halve.errors import AlreadyCompleteError, CorruptFileError, HalveError, InputError, ResumeMismatchError
 from halve.run.directory import open_run, recorded_call
+from halve.run.manifest import hash_of
 from halve.text.tokens import TokenSet, hash_ids
 
 MARK = {"pattern": "2:4", "environment.threads": "2"}
@@ -150,6 +151,26 @@ def test_damage_is_named(tmp_path):
         run.read(0)
         with pytest.raises(CorruptFileError, match=r"block-00001\.safetensors was changed"):
             run.read(1)
+
+
+def test_the_damaged_field_is_named(tmp_path):
+    begin(tmp_path / "out", 2)
+    path = tmp_path / "out" / HOME / "run.json"
+    content = json.loads(path.read_text(encoding="utf-8"))["content"]
+    content["blocks"][1] = ["block-00001.safetensors"]
+    path.write_text(json.dumps({"sha256": hash_of(content), "content": content}), encoding="utf-8")
+    with pytest.raises(
+        CorruptFileError, match=r"`content\.blocks\[1\]`: expected `array` of length 2, got 1; no finished"
+    ):
+        recorded_call(tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["{}", '{"work": 3}', "[]", "{"])
+def test_a_damaged_note_of_where_blocks_are_is_named(tmp_path, damage):
+    begin(tmp_path / "out", 2, tmp_path / "work")
+    (tmp_path / "out" / HOME / "work.json").write_text(damage)
+    with pytest.raises(CorruptFileError, match=r"work\.json is "):
+        recorded_call(tmp_path / "out")
 
 
 def test_blocks_kept_elsewhere_that_are_gone_are_missed(tmp_path):

@@ -1,12 +1,17 @@
 """The files of a checkpoint directory that nobody here wrote: which belong to it, and which are refused."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from msgspec import Struct
 
 from halve.checkpoint.shards import Shard, read_json, read_shard
-from halve.errors import CorruptFileError, InputError, UnsupportedModelError
+from halve.checkpoint.validated import shown, validated
+from halve.errors import CorruptFileError, HalveError, InputError, UnsupportedModelError, first_few, noting
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -19,6 +24,8 @@ PAGE = "report.html"
 """The report: both, for people."""
 PACKED = "halve-packed.json"
 """The manifest of a packed checkpoint, which only a packed one has."""
+PACKED_WEIGHTS = "packed*.safetensors"
+"""The weight files of a packed checkpoint."""
 HOME = ".halve"
 """Name of the directory in an output directory that holds a run until it is complete."""
 LAST = (INDEX, CONFIG)
@@ -50,6 +57,11 @@ def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
     Raises:
         CorruptFileError: one of them is a link that leaves the checkpoint.
     """
+    return tuple(contained(directory, path) for path in companion_paths(directory, code=code))
+
+
+def companion_paths(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
+    """Return the paths of `companions`, links that leave the checkpoint among them."""
     found = {path for pattern in COMPANIONS for path in directory.glob(pattern)}
     found |= set(directory.glob(f"{TEMPLATES}/*.jinja"))
     found |= set(directory.glob(CODE)) if code else set()
@@ -60,12 +72,22 @@ def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
         and not path.name.endswith(".index.json")
         and path.is_file()
     ]
-    return tuple(contained(directory, path) for path in sorted(kept))
+    return tuple(sorted(kept))
 
 
 def is_unfinished(directory: Path) -> bool:
     """Whether a directory holds a run that was not completed."""
     return (directory / HOME).is_dir()
+
+
+def refuse_unfinished(directory: Path) -> None:
+    """Refuse a directory in which a run was not completed, where a finished checkpoint is needed.
+
+    Raises:
+        InputError: it is one.
+    """
+    if is_unfinished(directory):
+        raise InputError(f"{directory} holds an unfinished run: complete it with `halve resume {directory}`")
 
 
 def forbidden_fields(config: Mapping[str, Any], *, code: bool = False) -> dict[str, str]:
@@ -91,6 +113,27 @@ def forbidden_fields(config: Mapping[str, Any], *, code: bool = False) -> dict[s
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weight files of a checkpoint, as far as they can be read.
+
+    Attributes:
+        shards: the headers of those that can, in the order of their names.
+        unsound: names of the others.
+        weight_map: the file of every tensor, as the index has it; empty where there is none, or none to be trusted.
+        faults: what is wrong, in the order in which it was found.
+    """
+
+    shards: tuple[Shard, ...]
+    unsound: frozenset[str]
+    weight_map: Mapping[str, str]
+    faults: tuple[HalveError, ...]
+
+    def told(self, tensor: str) -> bool:
+        """Whether `faults` say already why a tensor is not there: its file cannot be read, or does not hold it."""
+        return tensor in self.weight_map or bool(self.unsound and not self.weight_map)
+
+
 def read_shards(directory: Path) -> tuple[Shard, ...]:
     """Read the headers of the safetensors files of a checkpoint directory, and check them against the index.
 
@@ -98,44 +141,71 @@ def read_shards(directory: Path) -> tuple[Shard, ...]:
         InputError: there are none.
         UnsupportedModelError: the weights are pickled, or of an unknown dtype.
         CorruptFileError: a file is absent, malformed, outside the directory, or contradicts the index.
+        UnreadableFileError: a file cannot be read.
     """
+    weights = survey_weights(directory)
+    if weights.faults:
+        raise weights.faults[0]
+    return weights.shards
+
+
+def survey_weights(directory: Path) -> Weights:
+    """Do what `read_shards` does, and go on after what is wrong.
+
+    Where there is no index to be trusted, all safetensors files of the directory are taken for weight files.
+    """
+    faults: list[HalveError] = []
     weight_map: dict[str, str] = {}
     if (directory / WEIGHTS).exists():  # first, as transformers has it
         names = {WEIGHTS}
-    elif (directory / INDEX).exists():
-        weight_map = weight_map_of(contained(directory, directory / INDEX))
-        names = set(weight_map.values())
     else:
+        with noting(faults):
+            weight_map = _index_of(directory)
+        names = set(weight_map.values()) or {path.name for path in directory.glob("*.safetensors")}
+    shards: list[Shard] = []
+    for name in sorted(names):
+        with noting(faults):
+            shards.append(read_shard(contained(directory, directory / name)))
+    unsound = names - {shard.path.name for shard in shards}
+    faults += disagreements(shards, weight_map, directory / INDEX, unsound)
+    return Weights(shards=tuple(shards), unsound=frozenset(unsound), weight_map=weight_map, faults=tuple(faults))
+
+
+def _index_of(directory: Path) -> dict[str, str]:
+    if not (directory / INDEX).exists():
         raise _no_weights(directory)
-    shards = tuple(read_shard(contained(directory, directory / name)) for name in sorted(names))
-    check_agreement(shards, weight_map, directory / INDEX)
-    return shards
+    return weight_map_of(contained(directory, directory / INDEX))
 
 
-def check_agreement(shards: Sequence[Shard], weight_map: Mapping[str, str], index: Path) -> None:
-    """Check that no tensor is in two shards, and every one in the shard where the index says it is.
+def disagreements(
+    shards: Sequence[Shard], weight_map: Mapping[str, str], index: Path, unsound: Collection[str] = ()
+) -> Iterator[CorruptFileError]:
+    """Say of every two shards that they hold the same tensors, and of every other that it lacks some of the index's.
 
     Args:
-        shards: all of them.
+        shards: all of them that can be read.
         weight_map: the file of every tensor, empty where there is no index.
         index: for messages.
-
-    Raises:
-        CorruptFileError: they contradict each other.
+        unsound: names of the files that cannot be read, of which nothing is said.
     """
     holder: dict[str, str] = {}
+    twice: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for shard in shards:
         for entry in shard.tensors:
             if entry.name in holder:
-                raise CorruptFileError(
-                    f"tensor {entry.name!r} is in both {holder[entry.name]} and {shard.path.name}: fetch them again"
-                )
+                twice[holder[entry.name], shard.path.name].append(repr(entry.name))
             holder[entry.name] = shard.path.name
+    for (one, other), names in twice.items():
+        yield CorruptFileError(f"tensor {first_few(names)} is in both {one} and {other}: fetch them again")
+    told = {*unsound, *(name for pair in twice for name in pair)}
+    lacking: defaultdict[str, list[str]] = defaultdict(list)
     for tensor, name in weight_map.items():
-        if holder.get(tensor) != name:
-            raise CorruptFileError(
-                f"{index} says that tensor {tensor!r} is in {name}, which does not hold it: fetch both files again"
-            )
+        if name not in told and holder.get(tensor) != name:
+            lacking[name].append(repr(tensor))
+    for name, tensors in lacking.items():
+        yield CorruptFileError(
+            f"{index} says that tensor {first_few(tensors)} is in {name}, which does not hold it: fetch both again"
+        )
 
 
 def check_config(directory: Path, *, code: bool = False) -> None:
@@ -154,6 +224,8 @@ def check_config(directory: Path, *, code: bool = False) -> None:
         elif name == CONFIG:
             if any(directory.glob("*.gguf")):
                 raise InputError(f"{directory} holds GGUF files and no {CONFIG}: give one .gguf file by its own path")
+            if is_packed(directory):
+                raise CorruptFileError(f"{directory} is a packed checkpoint without its {CONFIG}: fetch it again")
             if (directory / "adapter_config.json").exists():
                 raise UnsupportedModelError(f"{directory} is an adapter: merge it into its base model, then prune that")
             raise InputError(f"{directory} has no {CONFIG}: give the directory of a model saved by transformers")
@@ -164,8 +236,13 @@ def weight_map_of(index: Path) -> dict[str, str]:
 
     Raises:
         CorruptFileError: the index is malformed, or names what is no plain file name.
+        UnreadableFileError: it cannot be read.
     """
     return check_weight_map(read_json(index), index)
+
+
+class _Index(Struct, frozen=True, kw_only=True):
+    weight_map: dict[str, object] = {}  # checked name by name, to name the one that is wrong
 
 
 def check_weight_map(content: Mapping[str, Any], index: Path) -> dict[str, str]:
@@ -174,18 +251,27 @@ def check_weight_map(content: Mapping[str, Any], index: Path) -> dict[str, str]:
     Raises:
         CorruptFileError: as `weight_map_of`.
     """
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{index} has no weight_map: fetch it again")
-    for name in weight_map.values():
+    found: dict[str, str] = {}
+    for tensor, name in validated(content, _Index, index, "fetch it again", fault="is malformed").weight_map.items():
         if not is_plain_name(name) or not name.endswith(".safetensors"):
-            raise CorruptFileError(f"{index} names the weight file {name!r}, which is not a plain *.safetensors name")
-    return weight_map
+            raise CorruptFileError(
+                f"{index} names the weight file {shown(repr(name))}, which is not a plain *.safetensors name"
+            )
+        found[tensor] = name
+    if not found:
+        raise CorruptFileError(f"{index} has no weight_map: fetch it again")
+    return found
 
 
-def is_plain_name(name: object) -> bool:
+def is_plain_name(name: object) -> TypeGuard[str]:
     """Whether this is the name of a file in the directory itself, fit to be shown."""
     return isinstance(name, str) and name.isprintable() and name == Path(name).name
+
+
+def is_packed(directory: Path) -> bool:
+    """Whether a directory holds a packed checkpoint, even one that has lost its manifest."""
+    plain = (directory / WEIGHTS).exists() or (directory / INDEX).exists()
+    return (directory / PACKED).exists() or (not plain and any(directory.glob(PACKED_WEIGHTS)))
 
 
 def refuse_packed(directory: Path) -> None:
@@ -194,7 +280,7 @@ def refuse_packed(directory: Path) -> None:
     Raises:
         InputError: it is one.
     """
-    if (directory / PACKED).exists():
+    if is_packed(directory):
         raise InputError(
             f"{directory} is a packed checkpoint: restore the plain one with `halve unpack {directory} --out DIR`, and "
             "give that"

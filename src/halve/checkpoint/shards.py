@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta, Struct, ValidationError, convert
 from torch import Tensor
 
 from halve.errors import CorruptFileError, UnreadableFileError, UnsupportedModelError
@@ -22,7 +23,7 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_JSON = 1 << 28
 CHUNK = 1 << 24
 _LENGTH = 8
-_MOST = 1 << 40
+LARGEST = 1 << 40
 """Above this no dimension of a tensor is sound, not even of an empty one: products of a few must fit 64 bits."""
 
 _TORCH_DTYPES = {
@@ -112,9 +113,10 @@ def parse_header(text: bytes, path: Path, size: int) -> Shard:
         CorruptFileError, UnsupportedModelError: as `read_shard`.
     """
     header = parse_object(text, path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _corrupt(path, "its __metadata__ is not a map of strings")
+    try:
+        convert(header.pop("__metadata__", {}), dict[str, str])
+    except ValidationError as error:
+        raise _corrupt(path, "its __metadata__ is not a map of strings") from error
     base = _LENGTH + len(text)
     entries = sorted((_entry(path, name, spec, base) for name, spec in header.items()), key=lambda e: (e.start, e.end))
     position = base
@@ -227,21 +229,32 @@ def build_header(
     return len(text).to_bytes(_LENGTH, "little") + text
 
 
-def _entry(path: Path, name: str, spec: Any, base: int) -> TensorEntry:
-    match spec:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if (
-            not rest and 0 <= begin <= end and all(type(n) is int and 0 <= n < _MOST for n in shape)
-        ):
-            pass
-        case _:
-            raise _corrupt(path, f"the header entry of tensor {name!r} is malformed")
-    if dtype not in _TORCH_DTYPES:
+class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor in a header."""
+
+    dtype: str
+    shape: list[Annotated[int, Meta(ge=0, lt=LARGEST)]]
+    data_offsets: tuple[int, int]
+
+
+def _entry(path: Path, name: str, spec: object, base: int) -> TensorEntry:
+    try:
+        found = convert(spec, _Entry)
+    except (ValidationError, UnicodeError) as error:
+        raise _corrupt(path, f"the header entry of tensor {name!r} is malformed") from error
+    begin, end = found.data_offsets
+    if not 0 <= begin <= end:
+        raise _corrupt(path, f"the header entry of tensor {name!r} is malformed")
+    dtype = _TORCH_DTYPES.get(found.dtype)
+    if dtype is None:
         raise UnsupportedModelError(
-            f"tensor {name!r} in {path} has dtype {dtype}: convert the checkpoint to a plain floating-point one"
+            f"tensor {name!r} in {path} has dtype {found.dtype}: convert the checkpoint to a plain floating-point one"
         )
-    if end - begin != math.prod(shape) * _TORCH_DTYPES[dtype].itemsize:
-        raise _corrupt(path, f"tensor {name!r} has {end - begin} bytes, which {dtype} of shape {shape} does not")
-    return TensorEntry(name, _TORCH_DTYPES[dtype], tuple(shape), path, base + begin, base + end)
+    if end - begin != math.prod(found.shape) * dtype.itemsize:
+        raise _corrupt(
+            path, f"tensor {name!r} has {end - begin} bytes, which {found.dtype} of shape {found.shape} does not"
+        )
+    return TensorEntry(name, dtype, tuple(found.shape), path, base + begin, base + end)
 
 
 def _corrupt(path: Path, what: str) -> CorruptFileError:

@@ -11,13 +11,20 @@ from types import FrameType
 import typer
 
 from halve.cli.terminal import err, say
-from halve.errors import AlreadyCompleteError, CorruptFileError, HalveError, InputError, UnsupportedModelError
+from halve.errors import (
+    AlreadyCompleteError,
+    CorruptFileError,
+    HalveError,
+    InputError,
+    UnreadableFileError,
+    UnsupportedModelError,
+)
 from halve.option_groups import OptionError
 
 EXIT_FAILED = 1
 """A check found problems, or a run stopped because a matrix or the data failed."""
 EXIT_REFUSED = 2
-"""Bad arguments, an unsupported model, or a damaged file of a model or a run; nothing was done."""
+"""Bad arguments, an unsupported model, or a damaged or unreadable file of a model or a run; nothing was done."""
 EXIT_FALLBACKS = 3
 """The run is complete, but some matrices were pruned by another method than asked; they are listed."""
 EXIT_STOPPED = 4
@@ -52,7 +59,7 @@ def reporting(out: Path | None = None) -> Iterator[None]:
         if error.unfinished is not None:
             _say_how_to_resume(error.unfinished)
             raise typer.Exit(EXIT_STOPPED) from error
-        refused = isinstance(error, InputError | UnsupportedModelError | CorruptFileError)
+        refused = isinstance(error, InputError | UnsupportedModelError | CorruptFileError | UnreadableFileError)
         raise typer.Exit(EXIT_REFUSED if refused else EXIT_FAILED) from error
     except BrokenPipeError:  # whoever reads has read enough
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - flushed as Python ends
@@ -74,12 +81,13 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def _has_fallbacks(out: Path) -> bool:
     """Whether the checkpoint's record has matrices that were pruned by another method than asked."""
-    from halve.checkpoint.directory import RECORD
-    from halve.checkpoint.shards import read_json
-    from halve.solve.outcome import Status
+    from halve.recorded import Record, read_record
 
-    matrices = read_json(out / RECORD).get("matrices", [])
-    return any(matrix.get("status") == Status.FELL_BACK for matrix in matrices)
+    try:
+        return read_record(out, Record).fell_back
+    except HalveError as error:  # there is no other to end with
+        say(err, str(error), label="error", style="red")
+        raise typer.Exit(EXIT_REFUSED) from error
 
 
 def _say_how_to_resume(out: Path) -> None:

@@ -117,10 +117,9 @@ def _accelerate(loaded: "LoadedModel") -> str:
 def _pattern(loaded: "LoadedModel") -> str:
     """Return the pattern that a checkpoint's record says it was pruned to, 2:4 if it has none."""
     from halve.checkpoint.directory import RECORD
-    from halve.checkpoint.shards import read_json
+    from halve.recorded import Record, read_record
 
     directory = None if loaded.source is None else loaded.source.path
     if directory is None or not (directory / RECORD).is_file():
         return "2:4"
-    pattern = read_json(directory / RECORD).get("pattern")
-    return pattern if isinstance(pattern, str) else "2:4"
+    return read_record(directory, Record).pattern or "2:4"

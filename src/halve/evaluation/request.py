@@ -1,6 +1,6 @@
 """On what the perplexity of a model is to be measured, and how: what users ask for, checked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,3 +73,15 @@ class Evaluation:
     def measure(self, model: nn.Module, texts: Sequence[TokenSet], device: torch.device) -> tuple[Perplexity, ...]:
         """Return the perplexity of a model on every text."""
         return tuple(perplexity(model, text, device=device, forward_dtype=self.forward_dtype) for text in texts)
+
+
+def overlap(calibrated_on: str | None, evaluated_on: Iterable[str]) -> str:
+    """Say that a model is measured on the very text that it was calibrated on; empty where it is not.
+
+    Args:
+        calibrated_on: source of the calibration text (`halve.text.tokens.TokenSet`), None where that is not known.
+        evaluated_on: sources of the texts that perplexity is measured on.
+    """
+    if calibrated_on is None or calibrated_on not in set(evaluated_on):
+        return ""
+    return f"{calibrated_on} is both calibrated on and evaluated on: perplexities on it flatter"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from halve.checkpoint.directory import CONFIG, PACKED
+from halve.checkpoint.directory import CONFIG, is_packed
 from halve.checkpoint.load import LoadedModel, assemble, freeze, load_model
 from halve.checkpoint.shards import TensorEntry, read_json
 from halve.errors import InputError, UnsupportedModelError, first_few
@@ -48,7 +48,7 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remot
         UnsupportedModelError: as `load_model`; a packed checkpoint of a newer version.
         CorruptFileError: as `halve.packed.read.open_packed`; a mask is wrong.
     """
-    if not (Path(directory).expanduser() / PACKED).exists():
+    if not is_packed(Path(directory).expanduser()):
         return load_model(directory, dtype=dtype, trust_remote_code=trust_remote_code)
     checkpoint = open_packed(directory, trust_remote_code=trust_remote_code)
     entries = {entry.name: entry for shard in checkpoint.plain for entry in shard.tensors}

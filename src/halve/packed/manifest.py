@@ -5,17 +5,18 @@
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, TypeVar
 
 import torch
+from msgspec import Meta, Struct
 
-from halve.checkpoint.directory import INDEX, PACKED, WEIGHTS, check_agreement, check_weight_map, is_plain_name
-from halve.checkpoint.shards import DTYPE_NAMES, Shard, parse_header, parse_object, read_json
+from halve.checkpoint.directory import INDEX, PACKED, WEIGHTS, check_weight_map, disagreements, is_plain_name
+from halve.checkpoint.shards import DTYPE_NAMES, LARGEST, Shard, parse_header, parse_object, read_json
+from halve.checkpoint.validated import validated, wrong
 from halve.errors import CorruptFileError, PatternError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
@@ -23,12 +24,16 @@ from halve.runtime.packed_matrix import DTYPES, kept_per_row
 
 FORMAT = "halve-packed"
 VERSION = 1
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_MOST = 1 << 40
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Size = Annotated[int, Meta(ge=0, lt=LARGEST)]
+Dimension = Annotated[int, Meta(ge=1, lt=LARGEST)]
+Part = TypeVar("Part")
 _DTYPES = {DTYPE_NAMES[dtype]: dtype for dtype in DTYPES}
+_FAULT = "is malformed"
+_REMEDY = "fetch it again, or pack the plain checkpoint again"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedTensor:
     """How one tensor of the plain checkpoint is packed.
 
@@ -45,15 +50,14 @@ class PackedTensor:
     layout: Layout
 
 
-@dataclass(frozen=True)
-class File:
+class File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Size in bytes and sha256, in hexadecimal, of a file."""
 
-    size: int
-    sha256: str
+    size: Size
+    sha256: Sha256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlainShard:
     """One weight file of the plain checkpoint.
 
@@ -70,7 +74,7 @@ class PlainShard:
     file: File
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What ``halve-packed.json`` says.
 
@@ -95,7 +99,7 @@ class Manifest:
         packed = {shard.packed for shard in self.shards}
         found = {name: file for name, file in self.files.items() if name not in packed}
         found |= {shard.name: shard.file for shard in self.shards}
-        return found if self.index is None else found | {INDEX: File(len(self.index), self.index_sha256)}
+        return found if self.index is None else found | {INDEX: File(size=len(self.index), sha256=self.index_sha256)}
 
     def plain_shards(self, directory: Path) -> tuple[Shard, ...]:
         """Return the headers of the plain checkpoint's weight files, checked against each other and its index.
@@ -116,7 +120,8 @@ class Manifest:
             raise CorruptFileError(
                 f"the weight files in {directory / PACKED} are not those of its index: pack it again"
             )
-        check_agreement(shards, weight_map, directory / INDEX)
+        for error in disagreements(shards, weight_map, directory / INDEX):
+            raise error
         return shards
 
     def to_bytes(self) -> bytes:
@@ -151,86 +156,93 @@ class Manifest:
         return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+class _Shard(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    packed: str
+    size: Size
+    sha256: Sha256
+    header: str
+
+
+class _Index(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    text: str
+    sha256: Sha256
+
+
+class _Matrix(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pattern: str
+    shape: tuple[Dimension, Dimension]
+    dtype: Literal["F32", "F16", "BF16"]
+    layout: Layout
+
+
+class _Content(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file; its matrices and files are validated one by one, so that a message can name the one that is wrong."""
+
+    format: str
+    version: int
+    halve: str
+    matrices: dict[str, object]
+    left_dense: dict[str, str]
+    shards: Annotated[tuple[_Shard, ...], Meta(min_length=1)]
+    index: _Index | None
+    files: dict[str, object]
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read and validate a manifest; the files beside it are not looked at.
 
     Raises:
         CorruptFileError: it is malformed.
+        UnreadableFileError: it cannot be read.
         UnsupportedModelError: it is of a newer version.
     """
     content = read_json(path)
     if content.get("format") != FORMAT:
-        raise _malformed(path, f"its format is {_short(content.get('format'))}, not {FORMAT!r}")
-    found = content.get("version")
-    if type(found) is not int or found < 1:
-        raise _malformed(path, f"its version is {_short(found)}")
-    if found > VERSION:
+        raise _malformed(path, f"its format is {content.get('format')!r}, not {FORMAT!r}")
+    version = content.get("version")
+    if type(version) is not int or version < 1:
+        raise _malformed(path, f"its version is {version!r}")
+    if version > VERSION:
         raise UnsupportedModelError(
-            f"{path} has version {found} of the packed format, and this version of Halve reads {VERSION}: upgrade Halve"
+            f"{path} has version {version} of the packed format, and this version of Halve reads {VERSION}: upgrade "
+            "Halve"
         )
-    match content:
-        case {
-            "halve": str(),
-            "matrices": dict(matrices),
-            "left_dense": dict(left),
-            "shards": [_, *_] as shards,
-            "index": None | {"text": str(), "sha256": str()} as index,
-            "files": dict(files),
-            "format": _,
-            "version": _,
-            **rest,
-        } if not rest and all(isinstance(reason, str) for reason in left.values()):
-            pass
-        case _:
-            raise _malformed(path, "a key is missing, not known, or has a value of the wrong type")
-    plain = tuple(_shard(path, entry) for entry in shards)
+    found = _part(path, content, _Content)
     manifest = Manifest(
-        {name: _matrix(path, name, entry) for name, entry in matrices.items()},
-        left,
-        plain,
-        None if index is None else _encoded(path, index["text"]),
-        "" if index is None else index["sha256"],
-        {name: _file(path, name, entry) for name, entry in files.items()},
+        matrices={name: _matrix(path, name, entry) for name, entry in found.matrices.items()},
+        left_dense=found.left_dense,
+        shards=tuple(_shard(path, entry) for entry in found.shards),
+        index=None if found.index is None else _encoded(path, found.index.text),
+        index_sha256="" if found.index is None else found.index.sha256,
+        files={name: _part(path, entry, File, f"files[{name!r}]") for name, entry in found.files.items()},
     )
     _check_names(path, manifest)
     return manifest
 
 
-def _matrix(path: Path, name: str, entry: Any) -> PackedTensor:
-    match entry:
-        case {
-            "pattern": str(pattern),
-            "shape": [int(d_out), int(d_in)],
-            "dtype": str(dtype),
-            "layout": "out_in" | "in_out" as layout,
-            **rest,
-        } if not rest and dtype in _DTYPES and 1 <= d_out < _MOST and 1 <= d_in < _MOST:
-            pass
-        case _:
-            raise _malformed(path, f"the entry of matrix {_short(name)} is {_short(entry)}")
+def _part(path: Path, content: object, kind: type[Part], at: str = "") -> Part:
+    return validated(content, kind, path, _REMEDY, at=at, fault=_FAULT)
+
+
+def _matrix(path: Path, name: str, entry: object) -> PackedTensor:
+    found = _part(path, entry, _Matrix, f"matrices[{name!r}]")
     try:
-        kept_per_row(Pattern(pattern), d_in)
+        kept_per_row(Pattern(found.pattern), found.shape[1])
     except PatternError as error:
-        raise _malformed(path, f"matrix {_short(name)}: {error}") from error
-    return PackedTensor(pattern, (int(d_out), int(d_in)), _DTYPES[dtype], layout)
+        raise _malformed(path, f"matrix {name!r}: {error}") from error
+    return PackedTensor(pattern=found.pattern, shape=found.shape, dtype=_DTYPES[found.dtype], layout=found.layout)
 
 
-def _shard(path: Path, entry: Any) -> PlainShard:
-    match entry:
-        case {"name": str(name), "packed": str(packed), "header": str(header), **rest} if is_plain_name(name):
-            return PlainShard(name, packed, _encoded(path, header), _file(path, name, rest))
-        case _:
-            raise _malformed(path, f"the entry {_short(entry)} under 'shards' is not one")
-
-
-def _file(path: Path, name: str, entry: Any) -> File:
-    match entry:
-        case {"size": int(size), "sha256": str(sha256), **rest} if (
-            not rest and type(size) is int and 0 <= size < _MOST and _SHA256.fullmatch(sha256)
-        ):
-            return File(size, sha256)
-        case _:
-            raise _malformed(path, f"the entry of file {_short(name)} is {_short(entry)}")
+def _shard(path: Path, entry: _Shard) -> PlainShard:
+    if not is_plain_name(entry.name):
+        raise _malformed(path, f"{entry.name!r} under `shards` is not the name of a file")
+    return PlainShard(
+        name=entry.name,
+        packed=entry.packed,
+        header=_encoded(path, entry.header),
+        file=File(size=entry.size, sha256=entry.sha256),
+    )
 
 
 def _encoded(path: Path, text: str) -> bytes:
@@ -246,17 +258,12 @@ def _check_names(path: Path, manifest: Manifest) -> None:
     names = [shard.name for shard in manifest.shards]
     for name in packed:
         if not is_plain_name(name) or not name.startswith("packed") or name not in manifest.files:
-            raise _malformed(path, f"{_short(name)} is not the name of a packed file that it lists")
+            raise _malformed(path, f"{name!r} is not the name of a packed file that it lists")
     kept = manifest.files.keys() - set(packed)
     restored = [*names, *kept, *([INDEX] if manifest.index is not None else [])]
     if len(set(packed)) < len(packed) or len(set(restored)) < len(restored) or PACKED in {*restored, *packed}:
         raise _malformed(path, "two files have the same name")
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _malformed(path: Path, what: str) -> CorruptFileError:
-    return CorruptFileError(f"{path} is malformed: {what}; fetch it again, or pack the plain checkpoint again")
+    return wrong(path, what, _REMEDY, fault=_FAULT)

@@ -6,6 +6,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,20 +18,24 @@ from halve.checkpoint.directory import (
     INDEX,
     MEASURED,
     PACKED,
+    PACKED_WEIGHTS,
     PAGE,
     RECORD,
     check_config,
-    companions,
+    companion_paths,
     contained,
+    is_packed,
 )
 from halve.checkpoint.durable import Content, file_chunks, filling, sha256_of
 from halve.checkpoint.load import Source
 from halve.checkpoint.room import check_destination
-from halve.checkpoint.shards import Shard, TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
-from halve.errors import CorruptFileError, InputError
+from halve.checkpoint.shards import Shard, TensorEntry, read_chunks, read_shard, read_tensor, reading, tensor_bytes
+from halve.checkpoint.validated import shown
+from halve.errors import CorruptFileError, HalveError, InputError, first_few, noting
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
 from halve.packed.manifest import Manifest, PackedTensor, read_manifest
+from halve.recorded import Record, read_record
 from halve.runtime.native import expand
 from halve.runtime.packed_matrix import OVERREAD, PackedMatrix, kept_per_row, part_shapes
 
@@ -134,9 +139,16 @@ def carried_files(directory: Path, *, code: bool) -> dict[str, Path]:
     Raises:
         CorruptFileError: one of them is a link that leaves the checkpoint, or no file.
     """
-    names = [CONFIG, *(name for name in _OTHERS if (directory / name).exists())]
-    own = [contained(directory, directory / name) for name in names]
-    return {path.relative_to(directory).as_posix(): path for path in (*own, *companions(directory, code=code))}
+    return {
+        path.relative_to(directory).as_posix(): contained(directory, path)
+        for path in (directory / CONFIG, *_carried(directory, code=code))
+    }
+
+
+def _carried(directory: Path, *, code: bool) -> tuple[Path, ...]:
+    """Return what is there of `carried_files`, links that leave the directory among it."""
+    own = (directory / name for name in (CONFIG, *_OTHERS))
+    return (*(path for path in own if path.exists()), *companion_paths(directory, code=code))
 
 
 def open_packed(directory: str | Path, *, trust_remote_code: bool = False) -> PackedCheckpoint:
@@ -151,50 +163,124 @@ def open_packed(directory: str | Path, *, trust_remote_code: bool = False) -> Pa
         UnsupportedModelError: it is of a newer version; a field of the config is forbidden.
         CorruptFileError: a file is missing, malformed, of another size, a link that leaves the directory, or
             contradicts another one.
+        UnreadableFileError: a file cannot be read.
     """
     place = Path(directory).expanduser()
-    if not (place / PACKED).exists():
+    if not is_packed(place):
         raise InputError(f"{directory} is no packed checkpoint, it has no {PACKED}: `halve pack` writes one")
-    manifest = read_manifest(contained(place, place / PACKED))
-    check_config(place, code=trust_remote_code)
-    _check_files(place, manifest)
-    plain = manifest.plain_shards(place)
+    checkpoint, faults = survey_packed(place, trust_remote_code=trust_remote_code)
+    if faults or checkpoint is None:
+        raise faults[0]
+    return checkpoint
+
+
+def survey_packed(
+    place: Path, *, trust_remote_code: bool = False
+) -> tuple[PackedCheckpoint | None, tuple[HalveError, ...]]:
+    """Do what `open_packed` does, and go on after what is wrong.
+
+    Returns:
+        tuple[PackedCheckpoint | None, tuple[HalveError, ...]]: the checkpoint as far as it can be read, with the
+        tensors of sound files alone, None without a manifest; and what is wrong, in the order in which it was found.
+    """
+    faults: list[HalveError] = []
+    manifest: Manifest | None = None
+    with noting(faults):
+        manifest = _manifest_of(place)
+    with noting(faults):
+        check_config(place, code=trust_remote_code)
+    if manifest is None:
+        for path in sorted(place.glob(PACKED_WEIGHTS)):
+            with noting(faults):
+                read_shard(contained(place, path))
+        return None, tuple(faults)
+    unsound = set()
+    for name, error in _file_faults(place, manifest):
+        unsound.add(name)
+        faults.append(error)
+    plain: tuple[Shard, ...] = ()
+    with noting(faults):
+        plain = manifest.plain_shards(place)
     entries: dict[str, TensorEntry] = {}
-    for shard, named in zip(plain, manifest.shards, strict=True):
-        found = {entry.name: entry for entry in read_shard(place / named.packed).tensors}
-        expected = _expected(place, shard, manifest)
-        if odd := sorted(found.keys() ^ expected.keys()):
-            raise CorruptFileError(
-                f"{place / named.packed} and {PACKED} disagree about tensor {odd[0]!r}: fetch both again"
-            )
-        for name, (dtype, shape) in expected.items():
-            if (found[name].dtype, found[name].shape) != (dtype, shape):
-                raise CorruptFileError(
-                    f"tensor {name!r} in {place / named.packed} is {found[name].dtype} of shape {found[name].shape}, "
-                    f"not {dtype} of shape {shape}: fetch it again"
-                )
-        if again := entries.keys() & found.keys():
-            raise CorruptFileError(f"{place} has tensor {min(again)!r} twice: fetch it again")
-        entries |= found
-    if unused := sorted(manifest.matrices.keys() - {entry.name for shard in plain for entry in shard.tensors}):
-        raise CorruptFileError(f"{place / PACKED} packs {unused[0]!r}, which no weight file holds: fetch it again")
-    return PackedCheckpoint(place, manifest, plain, entries, trust_remote_code)
-
-
-def _check_files(place: Path, manifest: Manifest) -> None:
-    packed = {shard.packed for shard in manifest.shards}
-    carried = carried_files(place, code=True)  # listed whether or not it may be run
-    listed = manifest.files.keys() - packed
-    if extra := sorted(carried.keys() - listed):
-        raise CorruptFileError(f"{place / extra[0]} is not among the files in {PACKED}: remove it")
-    if missing := sorted(listed - carried.keys()):
-        raise CorruptFileError(
-            f"{place / missing[0]} is listed in {PACKED} and missing, or no file of a checkpoint: fetch it again"
+    for index, named in enumerate(manifest.shards):
+        if named.packed not in unsound:
+            with noting(faults):
+                found = {entry.name: entry for entry in read_shard(contained(place, place / named.packed)).tensors}
+                if again := entries.keys() & found.keys():
+                    faults.append(CorruptFileError(f"{place} has tensor {min(again)!r} twice: fetch it again"))
+                entries |= _agreed(place / named.packed, found, plain[index], manifest, faults) if plain else found
+    held = {entry.name for shard in plain for entry in shard.tensors}
+    if plain and (unused := sorted(manifest.matrices.keys() - held)):
+        faults.append(
+            CorruptFileError(f"{place / PACKED} packs {unused[0]!r}, which no weight file holds: fetch it again")
         )
+    return PackedCheckpoint(place, manifest, plain, entries, trust_remote_code), tuple(faults)
+
+
+def _manifest_of(place: Path) -> Manifest:
+    if not (place / PACKED).exists():
+        raise CorruptFileError(f"{place} is a packed checkpoint without its {PACKED}: fetch that again")
+    return read_manifest(contained(place, place / PACKED))
+
+
+def _file_faults(place: Path, manifest: Manifest) -> Iterator[tuple[str, HalveError]]:
+    """Yield the files that are not listed, or missing, of another size, or links that leave the directory; and why."""
+    listed = manifest.files.keys() - {shard.packed for shard in manifest.shards}
+    known = {path.relative_to(place).as_posix() for path in _carried(place, code=True)}  # may be run or not
+    for name in sorted(known - listed):
+        yield name, CorruptFileError(f"{place / name} is not among the files in {PACKED}: remove it")
     for name, file in manifest.files.items():
-        size = contained(place, place / name).stat().st_size
-        if size != file.size:
-            raise CorruptFileError(f"{place / name} has {size} bytes, not {file.size}: fetch it again")
+        if name in listed - known:
+            if name != CONFIG:  # which `check_config` has missed already
+                yield name, _missing(place / name)
+            continue
+        try:
+            with reading(place / name):
+                size = contained(place, place / name).stat().st_size
+        except HalveError as error:
+            yield name, error
+        else:
+            if size != file.size:
+                yield name, CorruptFileError(f"{place / name} has {size} bytes, not {file.size}: fetch it again")
+
+
+def _missing(path: Path) -> CorruptFileError:
+    return CorruptFileError(f"{path} is listed in {PACKED} and missing, or no file of a checkpoint: fetch it again")
+
+
+def _agreed(
+    path: Path, found: Mapping[str, TensorEntry], plain: Shard, manifest: Manifest, faults: list[HalveError]
+) -> dict[str, TensorEntry]:
+    """Return the tensors of a packed file that are what its manifest says, and add to ``faults`` which are not."""
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    left = dict(found)
+    for entry in plain.tensors:
+        with noting(faults):
+            for part in (entry.name, entry.name + MASK, entry.name + VALUES):  # one message is enough
+                left.pop(part, None)
+            parts = _expected(path.parent, entry, manifest)
+            if again := expected.keys() & parts.keys():
+                raise CorruptFileError(f"{path.parent / PACKED} has tensor {min(again)!r} twice: fetch it again")
+            expected |= parts
+    if odd := sorted(left.keys() | (expected.keys() - found.keys())):
+        faults.append(
+            CorruptFileError(
+                f"{path} and {PACKED} disagree about tensor {first_few([repr(name) for name in odd])}: fetch both again"
+            )
+        )
+    agreed = {}
+    for name in expected.keys() & found.keys():
+        entry, (dtype, shape) = found[name], expected[name]
+        if (entry.dtype, entry.shape) == (dtype, shape):
+            agreed[name] = entry
+        else:
+            faults.append(
+                CorruptFileError(
+                    f"tensor {name!r} in {path} is {entry.dtype} of shape {entry.shape}, not {dtype} of shape {shape}: "
+                    "fetch it again"
+                )
+            )
+    return agreed
 
 
 def parts_of(name: str, packed: PackedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -204,24 +290,17 @@ def parts_of(name: str, packed: PackedTensor) -> dict[str, tuple[torch.dtype, tu
     return {name + MASK: (torch.uint8, mask), name + VALUES: (packed.dtype, values)}
 
 
-def _expected(place: Path, shard: Shard, manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Return dtype and shape of every tensor that the packed file of a plain one holds."""
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for entry in shard.tensors:
-        packed = manifest.matrices.get(entry.name)
-        if packed is None:
-            parts = {entry.name: (entry.dtype, entry.shape)}
-        else:
-            if packed.dtype != entry.dtype or matrix_shape(entry.shape, packed.layout) != packed.shape:
-                raise CorruptFileError(
-                    f"{place / PACKED} packs {entry.name!r} as {packed.dtype} of shape {packed.shape}, and its header "
-                    f"has {entry.dtype} of shape {entry.shape}: fetch it again"
-                )
-            parts = parts_of(entry.name, packed)
-        if again := found.keys() & parts.keys():
-            raise CorruptFileError(f"{place / PACKED} has tensor {min(again)!r} twice: fetch it again")
-        found |= parts
-    return found
+def _expected(place: Path, entry: TensorEntry, manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of what a packed file holds for one tensor of the plain checkpoint."""
+    packed = manifest.matrices.get(entry.name)
+    if packed is None:
+        return {entry.name: (entry.dtype, entry.shape)}
+    if packed.dtype != entry.dtype or matrix_shape(entry.shape, packed.layout) != packed.shape:
+        raise CorruptFileError(
+            f"{place / PACKED} packs {entry.name!r} as {packed.dtype} of shape {packed.shape}, and its header "
+            f"has {entry.dtype} of shape {entry.shape}: fetch it again"
+        )
+    return parts_of(entry.name, packed)
 
 
 @dataclass
@@ -238,29 +317,38 @@ class Verified:
     zeros: int = 0
     weights: int = 0
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Take an error for a problem, and go on."""
+        faults: list[HalveError] = []
+        with noting(faults):
+            yield
+        self.problems += map(str, faults)
+
 
 def verify(checkpoint: PackedCheckpoint) -> Verified:
-    """Read everything: sums, masks, values, and that the plain checkpoint comes out with the sums that it had."""
+    """Read everything: sums, masks, values, and that the plain checkpoint comes out with the sums that it had.
+
+    What `survey_packed` has told is not told again: files that are missing or of another size, and their tensors.
+    """
     found = Verified()
     manifest, place = checkpoint.manifest, checkpoint.directory
     for name, file in manifest.files.items():
-        if sha256_of(place / name) != file.sha256:
-            found.problems.append(f"{name} does not have the sha256 in {PACKED}: it has been changed")
+        with found.noting():
+            path = place / name
+            if path.is_file() and path.stat().st_size == file.size and sha256_of(path) != file.sha256:
+                found.problems.append(f"{name} does not have the sha256 in {PACKED}: it has been changed")
     for name in manifest.matrices:
-        try:
-            matrix = checkpoint.matrix(name)
-        except CorruptFileError as error:
-            found.problems.append(str(error))
-        else:
-            _verify_values(name, matrix, found)
+        if {name + MASK, name + VALUES} <= checkpoint.entries.keys():
+            with found.noting():
+                _verify_values(name, checkpoint.matrix(name), found)
     for name, entry in checkpoint.entries.items():
         if entry.dtype.is_floating_point and name.removesuffix(VALUES) not in manifest.matrices:
-            tensor = read_tensor(entry)
-            wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
-            if not bool(torch.isfinite(wide).all()):
-                found.problems.append(f"tensor {name!r} holds NaN or infinity")
-    if not found.problems:  # else it does not, and the reason has been told
-        found.problems += _restoring_problems(checkpoint)
+            with found.noting():
+                tensor = read_tensor(entry)
+                wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+                if not bool(torch.isfinite(wide).all()):
+                    found.problems.append(f"tensor {name!r} holds NaN or infinity")
     return found
 
 
@@ -274,7 +362,12 @@ def _verify_values(name: str, matrix: PackedMatrix, found: Verified) -> None:
         found.problems.append(f"tensor {name + VALUES!r} does not end in {OVERREAD} zeros")
 
 
-def _restoring_problems(checkpoint: PackedCheckpoint) -> Iterator[str]:
+def restoring_problems(checkpoint: PackedCheckpoint) -> Iterator[str]:
+    """Say how the plain checkpoint would not come out as it was, of a packed one in which nothing else is wrong.
+
+    Raises:
+        CorruptFileError, UnreadableFileError: a file was damaged since it was opened.
+    """
     manifest, place = checkpoint.manifest, checkpoint.directory
     sums = {name: file.sha256 for name, file in manifest.restored().items()}
     found = {shard.path.name: hashed(checkpoint.plain_bytes(shard)) for shard in checkpoint.plain}
@@ -283,16 +376,13 @@ def _restoring_problems(checkpoint: PackedCheckpoint) -> Iterator[str]:
     for name, sha256 in found.items():
         if sha256 != sums[name]:
             yield f"{name} would not be restored with the sha256 in {PACKED}"
-    if not (place / RECORD).exists():
-        return
-    try:
-        recorded = read_json(place / RECORD).get("files")
-    except CorruptFileError as error:
-        yield str(error)
-        return
-    for name, sha256 in recorded.items() if isinstance(recorded, dict) else ():
+    recorded = read_record(place, Record).files if (place / RECORD).exists() else None
+    for name, sha256 in (recorded or {}).items():
         if sums.get(name) != sha256:
-            yield f"{name} was not packed with the sha256 recorded in {RECORD}: the plain checkpoint had been changed"
+            yield (
+                f"{shown(name)} was not packed with the sha256 recorded in {RECORD}: the plain checkpoint had been "
+                "changed"
+            )
 
 
 def hashed(chunks: Iterable[bytes | memoryview]) -> str:

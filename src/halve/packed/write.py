@@ -4,14 +4,14 @@ Nothing is selected or changed: what is packed has the pattern already, and ever
 before it is written, every weight file restored and compared before the manifest is.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from halve.checkpoint.directory import INDEX, PACKED, RECORD, WEIGHTS, contained, is_unfinished, read_shards
+from halve.checkpoint.directory import INDEX, PACKED, RECORD, WEIGHTS, contained, read_shards, refuse_unfinished
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.durable import file_chunks, filling, sha256_of
 from halve.checkpoint.load import Source, resolve, skeleton
@@ -21,13 +21,13 @@ from halve.checkpoint.shards import (
     TensorEntry,
     build_header,
     read_chunks,
-    read_json,
     read_shard,
     read_tensor,
     reading,
     tensor_bytes,
 )
-from halve.errors import CorruptFileError, InputError, PatternError
+from halve.checkpoint.validated import wrong
+from halve.errors import CorruptFileError, InputError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, find_stack, is_conv1d, is_fused, is_linear
 from halve.packed.manifest import File, Manifest, PackedTensor, PlainShard
@@ -42,6 +42,7 @@ from halve.packed.read import (
     matrix_shape,
     parts_of,
 )
+from halve.recorded import REMEDY, Record, change_of, pattern_of, read_record
 from halve.runtime.native import expand
 from halve.runtime.packed_matrix import DTYPES, PackedMatrix, pack
 
@@ -49,7 +50,7 @@ _DENSER = "it is not in the pattern"
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackResult:
     """What was packed, and what it takes.
 
@@ -99,19 +100,26 @@ def pack_checkpoint(
         InputError: no matrix to pack; a matrix that was pruned is not in the pattern; ``pattern`` is missing, or is not
             that of ``halve.json``; ``out`` is in use or overlaps the input, or its volume is too full.
         UnsupportedModelError: as `halve.checkpoint.load.resolve`.
-        CorruptFileError: as `halve.checkpoint.load.resolve`; the input changes meanwhile.
+        CorruptFileError: as `halve.checkpoint.load.resolve`; ``halve.json`` is damaged, or has another sha256 of
+            a file; the input changes meanwhile.
         HalveError: the volume is full, or failed.
     """
     place, target = Path(directory).expanduser(), Path(out).expanduser()
     if not place.is_dir():
         raise InputError(f"{directory} is not a directory: give the directory of a pruned checkpoint")
-    if is_unfinished(place):
-        raise InputError(f"{directory} holds an unfinished run: complete it with `halve resume {directory}`")
+    refuse_unfinished(place)
     source = resolve(place, trust_remote_code=trust_remote_code)
     check_new(target, source, 0)
     shards = read_shards(source.path)
     entries = {entry.name: entry for shard in shards for entry in shard.tensors}
-    chosen, left = _choose(_asked(source, entries, None if pattern is None else Pattern.parse(pattern)), entries)
+    record = read_record(source.path, Record) if (source.path / RECORD).exists() else None
+    weights = {shard.path.name for shard in shards}
+    if record is not None:
+        _refuse_changed(record, source.path, (record.files or {}).keys() - weights)
+    wanted = None if pattern is None else Pattern.parse(pattern)
+    chosen, left = _choose(_asked(source, record, entries, wanted), entries)
+    if record is not None:  # the large files last: a matrix that is not in the pattern says more
+        _refuse_changed(record, source.path, weights)
     if not chosen:
         reasons = ", ".join(sorted(set(left.values()))) or "the model has no linear layers in its blocks"
         raise InputError(f"nothing to pack in {directory}: {reasons}")
@@ -122,18 +130,18 @@ def pack_checkpoint(
     _write(target, source, shards, headers, carried, chosen, left)
     packed = [entry for shard in shards for entry in shard.tensors if entry.name in chosen]
     return PackResult(
-        target,
-        tuple(entry.name for entry in packed),
-        left,
-        _left_out(source.path, shards, carried),
-        sum(entry.end - entry.start for entry in packed),
-        sum(_size(_parts_of(entry, chosen)) for entry in packed),
-        source.size,
-        sum(sizes),
+        out=target,
+        matrices=tuple(entry.name for entry in packed),
+        left_dense=left,
+        left_out=_left_out(source.path, shards, carried),
+        matrix_bytes_before=sum(entry.end - entry.start for entry in packed),
+        matrix_bytes_after=sum(_size(_parts_of(entry, chosen)) for entry in packed),
+        bytes_before=source.size,
+        bytes_after=sum(sizes),
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Asked:
     """What to pack.
 
@@ -150,41 +158,46 @@ class _Asked:
     recorded: bool
 
 
-def _asked(source: Source, entries: Mapping[str, TensorEntry], pattern: Pattern | None) -> _Asked:
-    if (source.path / RECORD).exists():
-        return _recorded(source.path, entries, pattern)
+def _asked(
+    source: Source, record: Record | None, entries: Mapping[str, TensorEntry], pattern: Pattern | None
+) -> _Asked:
+    if record is not None:
+        return _recorded(record, source.path, entries, pattern)
     if pattern is None:
         raise InputError(f"{source.name} has no {RECORD}: give the pattern of its matrices (--pattern 2:4)")
-    return _Asked(pattern, _linear_tensors(source, entries), {}, recorded=False)
+    return _Asked(pattern=pattern, layouts=_linear_tensors(source, entries), left={}, recorded=False)
 
 
-def _recorded(directory: Path, entries: Mapping[str, TensorEntry], pattern: Pattern | None) -> _Asked:
+def _recorded(record: Record, directory: Path, entries: Mapping[str, TensorEntry], pattern: Pattern | None) -> _Asked:
     """Return what ``halve.json`` lists."""
-    path = contained(directory, directory / RECORD)
-    match read_json(path):
-        case {"pattern": str(text), "matrices": [*matrices]}:
-            pass
-        case _:
-            raise CorruptFileError(f"{path} does not say what was pruned, and to what: restore it, or remove it")
-    try:
-        recorded = Pattern(text)
-    except PatternError as error:
-        raise CorruptFileError(f"{path} is malformed: {error}; restore it, or remove it") from error
+    path = directory / RECORD
+    recorded = pattern_of(record, directory)
+    if recorded is None:
+        raise wrong(path, "it does not say what was pruned, and to what", REMEDY)
     if pattern is not None and pattern != recorded:
         raise InputError(f"{path} says that the matrices are {recorded}, not {pattern}: leave the pattern out")
-    layouts: dict[str, tuple[Layout, ...]] = {}
-    failed: set[str] = set()
-    for matrix in matrices:
-        match matrix:
-            case {"tensors": [*names], **rest} if all(isinstance(name, str) for name in names):
-                layouts |= dict.fromkeys(names, ("in_out",) if rest.get("layout") == "in_out" else ("out_in",))
-                failed |= set(names if rest.get("status") == "failed" else ())
-            case _:
-                raise CorruptFileError(f"{path} has a malformed entry under 'matrices': {str(matrix)[:80]}")
-    if missing := sorted(layouts.keys() - entries.keys()):
+    if missing := sorted({*record.layouts, *record.failed} - entries.keys()):
         raise InputError(f"{path} lists tensor {missing[0]!r} as pruned, and it is missing: prune the model again")
-    asked = {name: layout for name, layout in layouts.items() if name not in failed}
-    return _Asked(recorded, asked, dict.fromkeys(sorted(failed), "pruning it failed"), recorded=True)
+    layouts = {name: (layout,) for name, layout in record.layouts.items()}
+    return _Asked(
+        pattern=recorded, layouts=layouts, left=dict.fromkeys(record.failed, "pruning it failed"), recorded=True
+    )
+
+
+def _refuse_changed(record: Record, directory: Path, names: Collection[str]) -> None:
+    """Refuse files that are not those that ``halve.json`` records: what is packed would not be what was pruned.
+
+    Args:
+        record: what it says.
+        directory: that it is in.
+        names: of the files to look at, of those on record.
+    """
+    for name in sorted((record.files or {}).keys() & names):
+        if change := change_of(directory, name, (record.files or {})[name]):
+            raise CorruptFileError(
+                f"{directory}: {change}; restore it, or, if the change is meant, remove {RECORD} and give the pattern "
+                "(--pattern)"
+            )
 
 
 def _linear_tensors(source: Source, entries: Mapping[str, TensorEntry]) -> dict[str, tuple[Layout, ...]]:
@@ -217,7 +230,7 @@ def _choose(asked: _Asked, entries: Mapping[str, TensorEntry]) -> tuple[dict[str
         packable = next((layout for layout, reason in reasons.items() if not reason), None)
         if packable is not None:
             shape = matrix_shape(entry.shape, packable)
-            chosen[name] = PackedTensor(asked.pattern.text, shape, entry.dtype, packable)
+            chosen[name] = PackedTensor(pattern=asked.pattern.text, shape=shape, dtype=entry.dtype, layout=packable)
             continue
         left[name] = next((reason for reason in reasons.values() if reason != _DENSER), _DENSER)
         if asked.recorded and left[name] == _DENSER:
@@ -292,11 +305,18 @@ def _write(
         for name, path in carried.items():
             sums[name] = write(name, file_chunks(path), "companion")
         plain = tuple(
-            PlainShard(shard.path.name, name, shard.header[8:], _as_file(shard.path))
+            PlainShard(name=shard.path.name, packed=name, header=shard.header[8:], file=_as_file(shard.path))
             for name, shard in zip(names, shards, strict=True)
         )
-        files = {name: File((out / name).stat().st_size, sha256) for name, sha256 in sums.items()}
-        manifest = Manifest(chosen, left, plain, index, "" if index is None else hashed([index]), files)
+        files = {name: File(size=(out / name).stat().st_size, sha256=sha256) for name, sha256 in sums.items()}
+        manifest = Manifest(
+            matrices=chosen,
+            left_dense=left,
+            shards=plain,
+            index=index,
+            index_sha256="" if index is None else hashed([index]),
+            files=files,
+        )
         entries = {entry.name: entry for name in names for entry in read_shard(out / name).tensors}
         written = PackedCheckpoint(out, manifest, shards, entries)
         for shard, expected in zip(shards, plain, strict=True):
@@ -307,7 +327,7 @@ def _write(
 
 def _as_file(path: Path) -> File:
     with reading(path):
-        return File(path.stat().st_size, sha256_of(path))
+        return File(size=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _packed_bytes(header: bytes, shard: Shard, chosen: Mapping[str, PackedTensor]) -> Iterator[bytes | memoryview]:

@@ -1,17 +1,20 @@
 """Perplexity of a pruned checkpoint and of the model it was made from, on the same tokens, put on record beside it."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from halve.checkpoint.directory import RECORD
 from halve.checkpoint.load import Source, load_model, resolve
+from halve.checkpoint.validated import wrong
 from halve.device import resolve_device
-from halve.errors import CorruptFileError, InputError
+from halve.errors import InputError
 from halve.evaluation.perplexity import Perplexity
 from halve.evaluation.request import Evaluation
-from halve.report.facts import read_record
+from halve.recorded import Record
+from halve.report.facts import Origin, record_of
 from halve.report.measured import add_perplexity, read_measured
 from halve.run.fingerprint import files_sha256, source_fields
 
@@ -50,11 +53,11 @@ def measure(
     place, target = Path(directory), resolve_device(device)
     evaluation.check(target)
     original = dense_source(place, dense, trust_remote_code=trust_remote_code)
-    record = read_record(place)
+    record = record_of(place, _Record)
     if original is not None:
         _check_same(original, record)
     pruned = load_model(place, trust_remote_code=trust_remote_code)
-    texts = evaluation.texts(pruned, _calibrated_with(record))
+    texts = evaluation.texts(pruned, record.calibration.seq_len)
     after = evaluation.measure(pruned.model, texts, target)
     del pruned  # one model in memory at a time
     before = () if original is None else evaluation.measure(load_model(original).model, texts, target)
@@ -73,40 +76,42 @@ def dense_source(place: Path, dense: str | Path | None, *, trust_remote_code: bo
     Raises:
         InputError: as `measure`; also where what would be written to is damaged, or cannot be written.
     """
-    record = read_record(place)
+    source = record_of(place, _Record).source
     read_measured(place)  # a damaged one is to be told now
     if not os.access(place, os.W_OK):
         raise InputError(f"{place} cannot be written to: perplexities are put on record there")
     if dense is not None:
         return None if str(dense) == NO_DENSE else resolve(dense, trust_remote_code=trust_remote_code)
-    match record.get("source"):
-        case {"kind": "memory"}:
-            return None
-        case {"kind": "hub", "name": str(name), "revision": str(revision)}:
-            return resolve(name, revision=revision, trust_remote_code=trust_remote_code)
-        case {"kind": "directory" | "gguf", "name": str(name)}:
-            if not Path(name).expanduser().exists():
-                raise InputError(
-                    f"{place} was made from {name}, which is not here: say where that model is (--dense PATH), "
-                    f"or measure the pruned one alone (--dense {NO_DENSE})"
-                )
-            return resolve(name, trust_remote_code=trust_remote_code)
-        case _:
-            raise CorruptFileError(f"{place / RECORD} does not say what was pruned: give dense (--dense)")
+    if source.kind == "memory":
+        return None
+    if source.kind == "hub" and source.revision is None:
+        raise wrong(place / RECORD, "it does not say which revision was pruned", "give dense (--dense)")
+    if source.kind == "hub":
+        return resolve(source.name, revision=source.revision, trust_remote_code=trust_remote_code)
+    if not Path(source.name).expanduser().exists():
+        raise InputError(
+            f"{place} was made from {source.name}, which is not here: say where that model is (--dense PATH), "
+            f"or measure the pruned one alone (--dense {NO_DENSE})"
+        )
+    return resolve(source.name, trust_remote_code=trust_remote_code)
 
 
-def _check_same(original: Source, record: Mapping[str, Any]) -> None:
+class _Calibration(Struct, frozen=True, kw_only=True):
+    seq_len: Annotated[int, Meta(ge=2)] | None = None
+
+
+class _Record(Record, frozen=True, kw_only=True):
+    """What a measurement needs of a record."""
+
+    source: Origin
+    calibration: _Calibration
+
+
+def _check_same(original: Source, record: _Record) -> None:
     """Refuse a model that is not the one that was pruned: its perplexity would be no "before"."""
-    source = record.get("source")
-    expected = source.get("sha256") if isinstance(source, dict) else None
+    expected = record.source.sha256
     if expected is not None and files_sha256(source_fields(original)) != expected:
         raise InputError(
             f"{original.name} is not the model that was pruned, or was changed since: say where that one is "
             f"(--dense PATH), or measure the pruned one alone (--dense {NO_DENSE})"
         )
-
-
-def _calibrated_with(record: Mapping[str, Any]) -> int | None:
-    calibration = record.get("calibration")
-    length = calibration.get("seq_len") if isinstance(calibration, dict) else None
-    return length if isinstance(length, int) and length > 1 else None

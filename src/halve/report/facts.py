@@ -4,25 +4,27 @@ Both may come from strangers, so every value is brought to its type here; pages 
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from halve.checkpoint.directory import RECORD, is_unfinished, refuse_packed
-from halve.checkpoint.shards import read_json
-from halve.errors import CorruptFileError, InputError
+from msgspec import UNSET, Struct, UnsetType, to_builtins
+
+from halve.checkpoint.directory import RECORD, refuse_packed, refuse_unfinished
+from halve.checkpoint.validated import wrong
+from halve.errors import InputError
 from halve.evaluation.perplexity import measured_as
+from halve.evaluation.request import overlap
 from halve.model.layers import place_of
-from halve.report.measured import read_measured
-from halve.report.record import FORMAT
-from halve.run.events import AROUND
-
-_MOST = 1e18
-"""Numbers on record are smaller, or damaged."""
+from halve.recorded import MOST, REMEDY, Kind, Record, RecordedBlock, RecordedMatrix, read_record
+from halve.report.measured import Measured, Score, read_measured
+from halve.run.events import seconds_of_pruning
+from halve.solve.outcome import Status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MatrixFacts:
     """One pruned matrix.
 
@@ -32,7 +34,7 @@ class MatrixFacts:
         kind: the rest of its name, experts without their number.
         shape: (d_out, d_in).
         method: that made its mask.
-        status: how it ended; ``ok`` or another of `halve.solve.outcome.Status`.
+        status: how it ended.
         reason: if that is not ``ok``.
         loss: relative loss, None if there were no statistics.
         loss_before_refit: the same before the refit, None if there was none.
@@ -47,7 +49,7 @@ class MatrixFacts:
     kind: str
     shape: tuple[int, int]
     method: str
-    status: str
+    status: Status
     reason: str
     loss: float | None
     loss_before_refit: float | None
@@ -59,10 +61,10 @@ class MatrixFacts:
     @property
     def fell_back(self) -> bool:
         """Whether another method was used than asked."""
-        return self.status == "fell_back"
+        return self.status is Status.FELL_BACK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockFacts:
     """One reconstructed block: the relative error of its output, on held-out batches where there were any."""
 
@@ -72,7 +74,7 @@ class BlockFacts:
     undone: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PerplexityFacts:
     """One text; ``before`` is the dense model's, None where it was not measured; infinite where it overflowed."""
 
@@ -99,7 +101,7 @@ class PerplexityFacts:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """A pruned checkpoint.
 
@@ -185,14 +187,13 @@ class RunFacts:
     @property
     def seconds_of_pruning(self) -> float | None:
         """Seconds of all phases but those around pruning."""
-        return sum(value for phase, value in self.seconds.items() if phase not in AROUND) if self.seconds else None
+        return seconds_of_pruning(self.seconds) if self.seconds else None
 
     @property
     def cautions(self) -> tuple[str, ...]:
         """What must be known to read the numbers rightly, a sentence each."""
-        source = self.calibration.get("source")
-        texts = [score.title for score in self.perplexity if score.source == source]
-        return tuple(f"{text} was both calibrated on and evaluated on: its perplexity flatters." for text in texts)
+        found = overlap(self.calibration.get("source"), [score.source for score in self.perplexity])
+        return (f"{found}.",) if found else ()
 
     def mean_losses(self, kind: str | None = None) -> dict[int, float]:
         """Return the mean relative loss by block, of one kind of matrix or of all; -1 stands for no block."""
@@ -215,147 +216,204 @@ def read_run(directory: Path) -> RunFacts:
         InputError: there is no ``halve.json``.
         CorruptFileError: a file is malformed.
     """
-    record, measured = read_record(directory), read_measured(directory)
+    record, measured = record_of(directory, _Record), read_measured(directory)
     try:
         return _facts(directory, record, measured)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(
-            f"{directory / RECORD} is not as Halve writes it ({type(error).__name__}: {error}): "
-            "restore it, or prune again"
-        ) from error
+    except ValueError as error:
+        raise wrong(directory / RECORD, str(error), REMEDY) from error
 
 
-def read_record(directory: Path) -> dict[str, Any]:
-    """Read the ``halve.json`` of a pruned checkpoint, its values unchecked.
+def record_of(directory: Path, kind: type[Kind]) -> Kind:
+    """Read the record of a checkpoint that a user says Halve has pruned.
+
+    Args:
+        directory: of the checkpoint.
+        kind: what is to be read of it, see `halve.recorded.read_record`.
 
     Raises:
-        InputError: there is none, or the checkpoint is packed.
-        CorruptFileError: it is not a JSON object.
+        InputError: there is none, the run is unfinished, or the checkpoint is packed.
+        CorruptFileError, UnreadableFileError: as `halve.recorded.read_record`.
     """
     refuse_packed(directory)
-    path = directory / RECORD
-    if not path.exists():
-        if is_unfinished(directory):
-            raise InputError(f"{directory} holds an unfinished run: complete it with `halve resume {directory}`")
+    if not (directory / RECORD).exists():
+        refuse_unfinished(directory)
         raise InputError(f"{directory} has no {RECORD}: give a checkpoint that halve prune has written")
-    return read_json(path)
+    return read_record(directory, kind)
 
 
-def _facts(directory: Path, record: Mapping[str, Any], measured: Mapping[str, Any]) -> RunFacts:
-    if record["format"] != FORMAT:
-        raise ValueError(f"its format is {record['format']}, and this version of Halve reads {FORMAT}")
-    names = ("pattern", "method", "refit", "skip", "fallback", "min_expert_tokens", "device", "forward_dtype")
-    objective = {f"objective.{name}": value for name, value in record["objective"].items()}
-    tuning = record["reconstruction"]
-    settings = {name: record[name] for name in names} | dict(record["options"]) | objective
-    settings |= {} if tuning is None else {f"reconstruction.{name}": value for name, value in tuning.items()}
-    faster = record.get("only_where_faster") or {}
-    settings |= {f"only_where_faster.{name}": faster[name] for name in ("factor", "batch") if name in faster}
-    seconds = measured.get("matrix_seconds", {})
-    matrices = tuple(_matrix(entry, seconds) for entry in record["matrices"])
+class Origin(Struct, frozen=True, kw_only=True):
+    """What was pruned: its kind, the name that the user gave, a commit of the hub, and the sha256 of its files."""
+
+    kind: Literal["directory", "hub", "gguf", "memory"]
+    name: str
+    revision: str | None = None
+    sha256: str | None = None
+
+
+class _Matrix(RecordedMatrix, frozen=True, kw_only=True):
+    name: str
+    shape: tuple[int, int]
+    method: str
+    reason: str
+    facts: dict[str, float | None]
+    kept_per_group: tuple[int, ...] | None = None
+
+
+class _Block(RecordedBlock, frozen=True, kw_only=True):
+    name: str
+    error_before: float
+    error_after: float
+    epoch: int
+
+
+class _Excluded(Struct, frozen=True, kw_only=True):
+    reason: str
+
+
+class _Objective(Struct, frozen=True, kw_only=True):
+    shrinkage: float | str | UnsetType = UNSET
+    match_dense: float
+    match_ridge: float | UnsetType = UNSET
+
+
+class _Record(Record, frozen=True, kw_only=True):
+    """All that a page shows of a record; what only stands in a table of settings may be any JSON."""
+
+    format: int
+    source: Origin
+    pattern: str
+    method: str
+    refit: str
+    options: dict[str, Any]
+    skip: tuple[str, ...]
+    fallback: str | None
+    min_expert_tokens: int
+    reconstruction: dict[str, Any] | None
+    objective: _Objective
+    only_where_faster: dict[str, Any] | None = None
+    calibration: dict[str, Any]
+    device: str
+    forward_dtype: str
+    mean_relative_loss: float | None
+    matrices: tuple[_Matrix, ...]
+    blocks: tuple[_Block, ...]
+    excluded: tuple[_Excluded, ...]
+    warnings: tuple[str, ...]
+    environment: dict[str, Any]
+
+
+def _facts(directory: Path, record: _Record, measured: Measured) -> RunFacts:
+    matrices = tuple(_matrix(entry, measured.matrix_seconds) for entry in record.matrices)
     if len({len(matrix.kept) for matrix in matrices if matrix.kept}) > 1:
-        raise ValueError("kept_per_group has different lengths")
-    reasons: dict[str, int] = {}
-    for entry in record["excluded"]:
-        reasons[str(entry["reason"])] = reasons.get(str(entry["reason"]), 0) + 1
+        raise ValueError("`kept_per_group` has different lengths")
     return RunFacts(
         directory=directory,
-        model=str(record["source"]["name"]),
-        pattern=str(record["pattern"]),
+        model=record.source.name,
+        pattern=record.pattern,
         method="+".join(_contender(record)),
-        matches_dense=float(record["objective"]["match_dense"]) != 0.0,
-        mean_loss=_number(record["mean_relative_loss"]),
+        matches_dense=record.objective.match_dense != 0.0,
+        mean_loss=_number(record.mean_relative_loss),
         matrices=matrices,
-        blocks=tuple(_block(entry) for entry in record["blocks"]),
-        excluded=reasons,
-        warnings=tuple(str(warning) for warning in record["warnings"]),
-        settings=_texts(settings),
-        calibration=_texts(record["calibration"]),
-        environment=_texts(record["environment"]),
-        files=_texts(record.get("files", {})),
-        seconds={phase: float(value) for phase, value in measured.get("seconds", {}).items()},
-        memory={phase: int(value) for phase, value in measured.get("peak_memory", {}).items()},
-        device_memory={phase: int(value) for phase, value in measured.get("peak_device_memory", {}).items()},
-        resumed_blocks=int(measured.get("resumed_blocks", 0)),
-        finished=str(measured.get("finished", "")),
-        perplexity=tuple(_perplexity(entry) for entry in measured["perplexity"]),
+        blocks=tuple(_block(entry) for entry in record.blocks),
+        excluded=Counter(entry.reason for entry in record.excluded),
+        warnings=record.warnings,
+        settings=_texts(_settings(record)),
+        calibration=_texts(record.calibration),
+        environment=_texts(record.environment),
+        files=record.files or {},
+        seconds=measured.seconds,
+        memory={phase: int(value) for phase, value in measured.peak_memory.items()},
+        device_memory={phase: int(value) for phase, value in measured.peak_device_memory.items()},
+        resumed_blocks=int(measured.resumed_blocks),
+        finished=measured.finished,
+        perplexity=tuple(_perplexity(entry) for entry in measured.perplexity),
     )
 
 
-def _contender(record: Mapping[str, Any]) -> list[str]:
+def _settings(record: _Record) -> dict[str, Any]:
+    """Return what was asked for, value by name; what belongs together has its group before the name."""
+    names = ("pattern", "method", "refit", "skip", "fallback", "min_expert_tokens", "device", "forward_dtype")
+    settings = {name: getattr(record, name) for name in names} | record.options
+    faster = record.only_where_faster or {}
+    groups = {
+        "objective": to_builtins(record.objective),
+        "reconstruction": record.reconstruction or {},
+        "only_where_faster": {name: faster[name] for name in ("factor", "batch") if name in faster},
+    }
+    return settings | {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+
+
+def _contender(record: _Record) -> list[str]:
     """Return the method and what followed it, as `halve compare` names them."""
-    refit = [] if record["refit"] == "none" else [str(record["refit"])]
-    return [str(record["method"]), *refit, *([] if record["reconstruction"] is None else ["block"])]
+    refit = [] if record.refit == "none" else [record.refit]
+    return [record.method, *refit, *([] if record.reconstruction is None else ["block"])]
 
 
-def _matrix(entry: Mapping[str, Any], seconds: Mapping[str, float]) -> MatrixFacts:
-    name, facts = str(entry["name"]), entry["facts"]
-    block, kind = place_of(name)
-    d_out, d_in = entry["shape"]
-    tokens, iterations = facts.get("tokens"), facts.get("iterations")
+def _matrix(entry: _Matrix, seconds: Mapping[str, float]) -> MatrixFacts:
+    block, kind = place_of(entry.name)
+    tokens, iterations = _number(entry.facts.get("tokens")), _number(entry.facts.get("iterations"))
     return MatrixFacts(
-        name=name,
+        name=entry.name,
         block=block,
         kind=kind,
-        shape=(int(d_out), int(d_in)),
-        method=str(entry["method"]),
-        status=str(entry["status"]),
-        reason=str(entry["reason"]),
-        loss=_number(facts.get("relative_loss")),
-        loss_before_refit=_number(facts.get("relative_loss_before_refit")),
+        shape=entry.shape,
+        method=entry.method,
+        status=entry.status,
+        reason=entry.reason,
+        loss=_number(entry.facts.get("relative_loss")),
+        loss_before_refit=_number(entry.facts.get("relative_loss_before_refit")),
         tokens=None if tokens is None else int(tokens),
         iterations=None if iterations is None else int(iterations),
-        seconds=seconds.get(name),
-        kept=_kept(entry.get("kept_per_group")),
+        seconds=seconds.get(entry.name),
+        kept=_kept(entry.kept_per_group or ()),
     )
 
 
-def _kept(counts: Sequence[int] | None) -> tuple[int, ...]:
-    kept = tuple(int(count) for count in counts or ())
-    if kept and (min(kept) < 0 or not 0 < sum(kept) < _MOST):
-        raise ValueError("kept_per_group does not count groups")
-    return kept
+def _kept(counts: tuple[int, ...]) -> tuple[int, ...]:
+    if counts and (min(counts) < 0 or not 0 < sum(counts) < MOST):
+        raise ValueError("`kept_per_group` does not count groups")
+    return counts
 
 
-def _block(entry: Mapping[str, Any]) -> BlockFacts:
+def _block(entry: _Block) -> BlockFacts:
     return BlockFacts(
-        str(entry["name"]), _finite(entry["error_before"]), _finite(entry["error_after"]), not int(entry["epoch"])
+        name=entry.name,
+        before=_finite(entry.error_before),
+        after=_finite(entry.error_after),
+        undone=not entry.epoch,
     )
 
 
-def _perplexity(entry: Mapping[str, Any]) -> PerplexityFacts:
+def _perplexity(entry: Score) -> PerplexityFacts:
     return PerplexityFacts(
-        source=entry["source"],
-        seq_len=int(entry["seq_len"]),
-        windows=int(entry["windows"]),
-        dtype=str(entry.get("dtype", "")),
-        dtype_before=str(entry.get("dtype_before") or ""),
-        sha256=entry["tokens_sha256"],
-        before=_score(entry, "before"),
-        after=_score(entry, "after"),
+        source=entry.source,
+        seq_len=int(entry.seq_len),
+        windows=int(entry.windows),
+        dtype=entry.dtype,
+        dtype_before=entry.dtype_before or "",
+        sha256=entry.tokens_sha256,
+        before=_score(entry.before, entry.before_nll),
+        after=_score(entry.after, entry.after_nll),
     )
 
 
-def _number(value: Any) -> float | None:
+def _number(value: float | None) -> float | None:
     return None if value is None else _finite(value)
 
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not abs(number) < _MOST:
-        raise ValueError(f"{value} is no loss or error")
-    return number
+def _finite(value: float) -> float:
+    if not abs(value) < MOST:
+        raise ValueError(f"{value} is no loss, error or count")
+    return value
 
 
-def _score(entry: Mapping[str, Any], name: str) -> float | None:
+def _score(value: float | None, nll: float | None) -> float | None:
     """Return a perplexity; it is infinite where only its logarithm is on record."""
-    if entry.get(name) is None and entry.get(f"{name}_nll") is not None:
-        return math.inf
-    return _number(entry.get(name))
+    return math.inf if value is None and nll is not None else value
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {str(name): _text(value) for name, value in values.items()}
+    return {name: _text(value) for name, value in values.items()}
 
 
 def _text(value: Any) -> str:

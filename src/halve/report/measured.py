@@ -5,16 +5,19 @@ It lies beside ``halve.json``, which holds what equal runs have in common.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from halve.checkpoint.directory import MEASURED
 from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.shards import read_json
-from halve.errors import CorruptFileError
+from halve.checkpoint.validated import validated, wrong
 from halve.evaluation.perplexity import Perplexity
+from halve.recorded import MOST
 from halve.report.record import finite
 from halve.run.events import RunReport
 
@@ -22,8 +25,7 @@ FORMAT = 1
 """Version of the layout of ``halve-measured.json``."""
 
 _SAME_TEXT = ("source", "tokens_sha256")
-_MOST = 1e18
-"""No second, byte or perplexity on record is larger, and every such number fits a float and an integer."""
+_REMEDY = "remove it, and times and perplexities will be missing"
 
 
 def measured_json(report: RunReport) -> dict[str, Any]:
@@ -44,50 +46,74 @@ def measured_json(report: RunReport) -> dict[str, Any]:
     }
 
 
-def read_measured(directory: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's ``halve-measured.json``; only ``format`` and no perplexity without one.
+class Score(Struct, frozen=True, kw_only=True):
+    """Perplexity of one text, dense and pruned.
+
+    Attributes:
+        source: of the text.
+        seq_len: tokens in a window.
+        windows: number of windows.
+        dtype: that the pruned model was measured in.
+        dtype_before: that the dense model was measured in, None where it was not measured.
+        tokens_sha256: of the tokens measured.
+        before: the dense model's, None where it is not known, or not finite.
+        before_nll: its logarithm.
+        after: the pruned model's.
+        after_nll: its logarithm.
+    """
+
+    source: str
+    seq_len: float
+    windows: float
+    dtype: str = ""
+    dtype_before: str | None = None
+    tokens_sha256: str
+    before: float | None = None
+    before_nll: float | None = None
+    after: float | None = None
+    after_nll: float | None = None
+
+
+class Measured(Struct, frozen=True, kw_only=True):
+    """What a checkpoint's ``halve-measured.json`` says; what ``measured_json`` says of a run, and perplexities."""
+
+    format: int = FORMAT
+    finished: str = ""
+    seconds: dict[str, float] = {}
+    peak_memory: dict[str, float] = {}
+    peak_device_memory: dict[str, float] = {}
+    resumed_blocks: float = 0
+    matrix_seconds: dict[str, float] = {}
+    perplexity: tuple[Score, ...]
+
+    def numbers(self) -> Iterator[float | None]:
+        """Yield every number."""
+        for group in (self.seconds, self.peak_memory, self.peak_device_memory, self.matrix_seconds):
+            yield from group.values()
+        yield self.resumed_blocks
+        for score in self.perplexity:
+            yield from (score.seq_len, score.windows, score.before, score.before_nll, score.after, score.after_nll)
+
+
+def read_measured(directory: Path) -> Measured:
+    """Return what a checkpoint's ``halve-measured.json`` says: nothing was measured where there is none.
 
     Raises:
         CorruptFileError: the file is malformed.
+        UnreadableFileError: it cannot be read.
     """
     path = directory / MEASURED
-    if not path.exists():
-        return {"format": FORMAT, "perplexity": []}
-    found = read_json(path)
-    numbers = [found.get(name, {}) for name in ("seconds", "peak_memory", "peak_device_memory", "matrix_seconds")]
-    sound = (
-        found.get("format") == FORMAT
-        and all(map(_is_numbers, numbers))
-        and _is_number(found.get("resumed_blocks", 0))
-        and _is_scores(found.get("perplexity"))
-    )
-    if not sound:
-        raise CorruptFileError(
-            f"{path} is not as Halve writes it: remove it, and times and perplexities will be missing"
-        )
+    return _checked(read_json(path), path) if path.exists() else Measured(perplexity=())
+
+
+def _checked(content: dict[str, Any], path: Path) -> Measured:
+    found = validated(content, Measured, path, _REMEDY)
+    if found.format != FORMAT:
+        raise wrong(path, f"its format is {found.format}, and this version of Halve reads {FORMAT}", _REMEDY)
+    for number in found.numbers():
+        if number is not None and not abs(number) < MOST:
+            raise wrong(path, f"{number} is nothing that was measured", _REMEDY)
     return found
-
-
-_NLL = ("before_nll", "after_nll")
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
-
-
-def _is_scores(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("source"), str)
-        and isinstance(entry.get("tokens_sha256"), str)
-        and all(_is_number(entry.get(name)) for name in ("seq_len", "windows"))
-        and all(entry.get(name) is None or _is_number(entry[name]) for name in ("before", "after", *_NLL))
-        for entry in value
-    )
 
 
 def write_measured(directory: Path, content: Mapping[str, Any]) -> str:
@@ -113,7 +139,10 @@ def add_perplexity(directory: Path, before: Sequence[Perplexity], after: Sequenc
         CorruptFileError: as `read_measured`.
         HalveError: as `write_measured`.
     """
-    content = read_measured(directory)
+    path = directory / MEASURED
+    empty: dict[str, Any] = {"format": FORMAT, "perplexity": []}
+    content = read_json(path) if path.exists() else empty
+    _checked(content, path)
     for index, score in enumerate(after):
         facts = {name: value for name, value in asdict(score).items() if name not in {"value", "nll", "seconds"}}
         entry = {**facts, "after": finite(score.value), "after_nll": score.nll}

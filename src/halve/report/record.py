@@ -13,13 +13,11 @@ from halve.checkpoint.shards import tensor_bytes
 from halve.errors import HalveError
 from halve.maths.pattern import Pattern
 from halve.model.layers import matrix_view
+from halve.recorded import FORMAT
 from halve.run.environment import environment
 from halve.run.events import BlockReport, MatrixReport, RunReport
 from halve.run.serial import to_plain
 from halve.run.settings import Settings
-
-FORMAT = 1
-"""Version of the layout of ``halve.json``."""
 
 
 def to_json(

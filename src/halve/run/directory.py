@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from halve.checkpoint.durable import Content, crash_point, make_directory, write
 from halve.checkpoint.lock import locked
 from halve.checkpoint.publish import check_hash, move_into_place
 from halve.checkpoint.shards import build_header, read_json, tensor_bytes
+from halve.checkpoint.validated import validated
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
 from halve.run.fingerprint import Fingerprint, differences
 from halve.run.manifest import MANIFEST, Manifest, read_manifest
@@ -355,10 +357,19 @@ def recorded_call(out: Path) -> dict[str, Any]:
     return call
 
 
+class _Work(Struct, frozen=True, kw_only=True):
+    """The file that says where blocks are kept."""
+
+    work: str
+
+
 def _state(home: Path, work: Path | None) -> Path:
     """Return where blocks are kept, and note it where that is not ``home`` itself."""
     pointer = home / _WORK
-    noted = Path(read_json(pointer)["work"]) if pointer.exists() else None
+    noted = None
+    if pointer.exists():
+        remedy = f"write into it where the run in {home.parent} keeps its blocks, or remove {home} and begin again"
+        noted = Path(validated(read_json(pointer), _Work, pointer, remedy).work)
     if noted is not None and not noted.is_dir():
         raise CorruptFileError(
             f"{noted}, where the run in {home.parent} keeps its finished blocks, is missing: mount or restore it, or "

@@ -96,8 +96,8 @@ class RunReport:
 
     @property
     def seconds_of_pruning(self) -> float:
-        """Seconds of all phases but those in `AROUND`."""
-        return sum(seconds for phase, seconds in self.seconds.items() if phase not in AROUND)
+        """See the function of that name."""
+        return seconds_of_pruning(self.seconds)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -114,6 +114,11 @@ class RunReport:
         """Mean of the matrices' relative losses; NaN when no matrix has one (no statistics)."""
         losses = [m.facts["relative_loss"] for m in self.matrices if "relative_loss" in m.facts]
         return sum(losses) / len(losses) if losses else math.nan
+
+
+def seconds_of_pruning(seconds: Mapping[str, float]) -> float:
+    """Return the seconds of all phases but those in `AROUND`."""
+    return sum(value for phase, value in seconds.items() if phase not in AROUND)
 
 
 @dataclass(frozen=True)

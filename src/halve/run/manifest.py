@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.shards import read_json
-from halve.errors import CorruptFileError
+from halve.checkpoint.validated import validated, wrong
 from halve.run.fingerprint import Fingerprint
 
 MANIFEST = "run.json"
@@ -50,26 +52,64 @@ class Manifest:
             write_file(state / MANIFEST, [text.encode()], "manifest")
 
 
+class _TokenFacts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    source: str
+    sha256: str
+    documents: int
+    separator: str = ""
+    revision: str = ""
+
+
+class _Tokens(Struct, frozen=True, kw_only=True):
+    sha256: str
+    facts: _TokenFacts
+    asked: dict[str, Any]
+
+
+class _Measured(Struct, frozen=True, kw_only=True):
+    asked: dict[str, Any]
+    scores: list[dict[str, Any]]
+
+
+class _Content(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    format: int
+    fingerprint: dict[str, str]
+    call: dict[str, Any] | None
+    fallback: str | None
+    tokens: _Tokens | None
+    blocks: list[tuple[str, str]]
+    files: dict[str, str] | None
+    measured: _Measured | None = None
+
+
+class _Sealed(Struct, frozen=True, kw_only=True):
+    sha256: str
+    content: dict[str, Any]
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest.
 
     Raises:
         CorruptFileError: it was damaged, or written by another version.
+        UnreadableFileError: it cannot be read.
     """
     remedy = f"no finished block can be trusted: remove {path.parent}, and .halve in the output, and begin again"
-    try:
-        outer = read_json(path)
-        content = outer["content"]
-        if outer["sha256"] != hash_of(content) or content.pop("format") != _FORMAT:
-            raise CorruptFileError(f"{path} was damaged, or written by another version: {remedy}")
-        blocks = [(str(name), str(sha256)) for name, sha256 in content.pop("blocks")]
-        manifest = Manifest(**content, blocks=blocks)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{path} was damaged ({type(error).__name__}): {remedy}") from error
-    kept = (manifest.call, manifest.tokens, manifest.files, manifest.measured)
-    if not isinstance(manifest.fingerprint, dict) or not all(isinstance(each, dict | None) for each in kept):
-        raise CorruptFileError(f"{path} does not hold what a manifest holds: {remedy}")
-    return manifest
+    outer = validated(read_json(path), _Sealed, path, remedy)
+    if outer.sha256 != hash_of(outer.content):
+        raise wrong(path, "it does not have its own sha256", remedy)
+    content = validated(outer.content, _Content, path, remedy, at="content")
+    if content.format != _FORMAT:
+        raise wrong(path, f"its format is {content.format}, and this version of Halve reads {_FORMAT}", remedy)
+    return Manifest(
+        fingerprint=content.fingerprint,
+        call=content.call,
+        fallback=content.fallback,
+        tokens=None if content.tokens is None else outer.content["tokens"],
+        blocks=content.blocks,
+        files=content.files,
+        measured=None if content.measured is None else outer.content["measured"],
+    )
 
 
 def hash_of(content: Mapping[str, Any]) -> str:

@@ -1,0 +1,143 @@
+"""``halve.json``, read: what every reader of a record may rely on, checked once and told in the same words.
+
+`halve.report.record` writes it, above the run that it is about. What reads it — packing, verification, the report, the
+command line — stands on several floors, so the reader stands below all of them, on the floor of the pattern, the
+layouts and the outcomes that a record names. A reader that needs more of it extends `Record` by fields of its own.
+"""
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from halve.checkpoint.directory import RECORD, contained
+from halve.checkpoint.durable import sha256_of
+from halve.checkpoint.shards import read_json
+from halve.checkpoint.validated import shown, validated, wrong
+from halve.errors import PatternError
+from halve.maths.pattern import Pattern
+from halve.model.layers import Layout
+from halve.solve.outcome import Status
+
+FORMAT = 1
+"""Version of the layout of ``halve.json``."""
+REMEDY = "restore it, or prune again"
+MOST = 1e18
+"""Numbers that Halve has put on record are smaller, or damaged; such a number fits a float and an integer."""
+
+
+class RecordedMatrix(msgspec.Struct, frozen=True, kw_only=True):
+    """One matrix.
+
+    Attributes:
+        tensors: on disk that hold it; none where nothing was written.
+        layout: how they have it.
+        status: how its solve ended; a failed one was left dense.
+    """
+
+    tensors: tuple[str, ...]
+    layout: Layout = "out_in"
+    status: Status = Status.OK
+
+
+class RecordedBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """One reconstructed block; ``tensors`` are those on disk that its reconstruction may have changed."""
+
+    tensors: tuple[str, ...] = ()
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What a record says of the files beside it; every field but these is read by whoever needs it.
+
+    Attributes:
+        format: version of the layout.
+        pattern: that the matrices have, unparsed; None where nothing was pruned.
+        matrices: that were to be pruned.
+        blocks: that were reconstructed.
+        files: sha256, in hexadecimal, of every other file that was written, by name; None if it is not on record.
+    """
+
+    format: int = FORMAT
+    pattern: str | None = None
+    matrices: tuple[RecordedMatrix, ...] = ()
+    blocks: tuple[RecordedBlock, ...] = ()
+    files: dict[str, str] | None = None
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The layout of every tensor on disk that was pruned, by name."""
+        return {
+            name: matrix.layout
+            for matrix in self.matrices
+            if matrix.status is not Status.FAILED
+            for name in matrix.tensors
+        }
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the tensors that were to be pruned and were left dense."""
+        return sorted(name for matrix in self.matrices if matrix.status is Status.FAILED for name in matrix.tensors)
+
+    @property
+    def tuned(self) -> set[str]:
+        """Names of the tensors that a reconstruction may have changed, pruned or not."""
+        return {name for block in self.blocks for name in block.tensors}
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a matrix was pruned by another method than asked."""
+        return any(matrix.status is Status.FELL_BACK for matrix in self.matrices)
+
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+def read_record(directory: Path, kind: type[Kind]) -> Kind:
+    """Read the ``halve.json`` of a directory.
+
+    Args:
+        directory: that has one.
+        kind: `Record`, or one with more fields.
+
+    Raises:
+        CorruptFileError: it is missing, no JSON, a link that leaves the directory, or not as Halve writes it.
+        UnreadableFileError: it cannot be read.
+    """
+    path = contained(directory, directory / RECORD)
+    record = validated(read_json(path), kind, path, REMEDY)
+    if record.format != FORMAT:
+        raise wrong(path, f"its format is {record.format}, and this version of Halve reads {FORMAT}", REMEDY)
+    return record
+
+
+def pattern_of(record: Record, directory: Path) -> Pattern | None:
+    """Return the pattern that the matrices of the record in a directory have; None where it names none.
+
+    Raises:
+        CorruptFileError: it is none.
+    """
+    try:
+        return None if record.pattern is None else Pattern(record.pattern)
+    except PatternError as error:
+        raise wrong(directory / RECORD, str(error), REMEDY) from error
+
+
+def change_of(directory: Path, name: str, sha256: str) -> str:
+    """Say how a file is not as it was written; empty where it is.
+
+    Args:
+        directory: that it is in.
+        name: of the file, as the record has it.
+        sha256: that is on record.
+
+    Raises:
+        UnreadableFileError: it cannot be read.
+    """
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        return f"{RECORD} records the file {shown(repr(name))}, which is outside the directory"
+    if not path.is_file():
+        return f"{shown(name)} is recorded in {RECORD} and is missing"
+    if sha256_of(path) != sha256:
+        return f"{name} does not have the sha256 recorded when it was written: it has been changed"
+    return ""
