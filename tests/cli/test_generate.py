@@ -33,7 +33,16 @@ def faster(monkeypatch):
         speed,
         "measure",
         lambda d_out, d_in, batches, **_: [
-            Speed(d_out, d_in, b, found["ratio"], 1.0, found["ratio"], 1.0) for b in batches
+            Speed(
+                d_out=d_out,
+                d_in=d_in,
+                batch=b,
+                dense_seconds=found["ratio"],
+                sparse_seconds=1.0,
+                dense_call_seconds=found["ratio"],
+                sparse_call_seconds=1.0,
+            )
+            for b in batches
         ],
     )
     return found

@@ -23,10 +23,33 @@ def quick(monkeypatch):
 
     def measure(d_out, d_in, batches, **given):
         asked.append((d_out, d_in, list(batches), given, torch.get_num_threads()))
-        return [Speed(d_out, d_in, batch, 0.003, 0.002 if d_out > 16 else 0.004, 0.003, 0.002) for batch in batches]
+        return [
+            Speed(
+                d_out=d_out,
+                d_in=d_in,
+                batch=batch,
+                dense_seconds=0.003,
+                sparse_seconds=0.002 if d_out > 16 else 0.004,
+                dense_call_seconds=0.003,
+                sparse_call_seconds=0.002,
+            )
+            for batch in batches
+        ]
 
     def measure_rest(_skeleton, batches, **_):
-        return {batch: Rest(batch, batch, 1, 3, 3, 0.005, 0.001, 0.02) for batch in batches}
+        return {
+            batch: Rest(
+                batch=batch,
+                sequences=batch,
+                length=1,
+                measured_blocks=3,
+                blocks=3,
+                outside_seconds=0.005,
+                block_seconds=0.001,
+                linear_seconds=0.02,
+            )
+            for batch in batches
+        }
 
     monkeypatch.setattr(planner.speed, "measure", measure)
     monkeypatch.setattr(planner.rest, "measure_rest", measure_rest)

@@ -91,7 +91,17 @@ def test_the_best_effort_tunes_the_blocks_unless_told_not_to(model, text, tmp_pa
 
 def test_matrices_that_are_not_faster_stay_dense_and_are_named(model, text, tmp_path, monkeypatch):
     def measure(d_out, d_in, batches, **_):
-        return [Speed(d_out, d_in, batches[0], 1.0 if d_out == 16 else 1.3, 1.0, 0.0, 0.0)]
+        return [
+            Speed(
+                d_out=d_out,
+                d_in=d_in,
+                batch=batches[0],
+                dense_seconds=1.0 if d_out == 16 else 1.3,
+                sparse_seconds=1.0,
+                dense_call_seconds=0.0,
+                sparse_call_seconds=0.0,
+            )
+        ]
 
     monkeypatch.setattr(speed, "measure", measure)
     arguments = ["prune", model, "--out", str(tmp_path / "out"), "--calibration", text, *FAST]

@@ -82,7 +82,16 @@ def test_time_is_told_apart(monkeypatch):
 
     monkeypatch.setattr(rest, "_build", slow)
     monkeypatch.setattr(rest, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    assert measured(decoder("llama"))[1] == Rest(1, 1, 1, 3, 3, 4.0, 3.0, 48.0)
+    assert measured(decoder("llama"))[1] == Rest(
+        batch=1,
+        sequences=1,
+        length=1,
+        measured_blocks=3,
+        blocks=3,
+        outside_seconds=4.0,
+        block_seconds=3.0,
+        linear_seconds=48.0,
+    )
 
 
 def test_what_cannot_run_sparse_belongs_to_the_rest(monkeypatch):
@@ -157,7 +166,16 @@ def test_a_model_that_cannot_run_says_so(monkeypatch):
 
 
 def test_as_json_keeps_order_and_reasons():
-    row = Rest(8, 8, 1, 2, 3, 0.5, 0.25, 1.0)
+    row = Rest(
+        batch=8,
+        sequences=8,
+        length=1,
+        measured_blocks=2,
+        blocks=3,
+        outside_seconds=0.5,
+        block_seconds=0.25,
+        linear_seconds=1.0,
+    )
     assert as_json({8: row, 1: "no room"}) == [
         {
             "batch": 8,

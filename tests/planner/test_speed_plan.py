@@ -37,12 +37,36 @@ def made_up(monkeypatch):
 
     def measure(d_out, d_in, batches, *, pattern, dtype, device):
         asked.append((d_out, d_in, tuple(batches), str(pattern), dtype, device.type))
-        return [Speed(d_out, d_in, batch, *seconds_of(d_out, d_in, batch), 0.0, 0.0) for batch in batches]
+        return [
+            Speed(
+                d_out=d_out,
+                d_in=d_in,
+                batch=batch,
+                dense_seconds=dense,
+                sparse_seconds=sparse,
+                dense_call_seconds=0.0,
+                sparse_call_seconds=0.0,
+            )
+            for batch in batches
+            for dense, sparse in [seconds_of(d_out, d_in, batch)]
+        ]
 
     def measure_rest(_skeleton, batches, *, listen, **_):
         for batch in batches:
             listen(batch)
-        return {batch: Rest(batch, batch, 1, 2, 3, 0.25, 0.125 * batch, 9.0) for batch in batches}
+        return {
+            batch: Rest(
+                batch=batch,
+                sequences=batch,
+                length=1,
+                measured_blocks=2,
+                blocks=3,
+                outside_seconds=0.25,
+                block_seconds=0.125 * batch,
+                linear_seconds=9.0,
+            )
+            for batch in batches
+        }
 
     monkeypatch.setattr(planner.speed, "measure", measure)
     monkeypatch.setattr(planner.rest, "measure_rest", measure_rest)

@@ -34,7 +34,17 @@ def measured(monkeypatch):
 
     def measure(d_out, d_in, batches, *, pattern, dtype, device):
         asked.append((d_out, d_in, *batches, str(pattern), dtype, device.type))
-        return [Speed(d_out, d_in, batches[0], RATIOS[d_out, d_in], 1.0, 0.0, 0.0)]
+        return [
+            Speed(
+                d_out=d_out,
+                d_in=d_in,
+                batch=batches[0],
+                dense_seconds=RATIOS[d_out, d_in],
+                sparse_seconds=1.0,
+                dense_call_seconds=0.0,
+                sparse_call_seconds=0.0,
+            )
+        ]
 
     monkeypatch.setattr(speed, "measure", measure)
     return asked
@@ -78,7 +88,21 @@ def test_batch_device_and_what_is_skipped_are_minded(measured):
 
 
 def test_experts_in_one_parameter_cannot_be_faster(monkeypatch):
-    monkeypatch.setattr(speed, "measure", lambda *_, **__: [Speed(1, 1, 1, 2.0, 1.0, 0.0, 0.0)])
+    monkeypatch.setattr(
+        speed,
+        "measure",
+        lambda *_, **__: [
+            Speed(
+                d_out=1,
+                d_in=1,
+                batch=1,
+                dense_seconds=2.0,
+                sparse_seconds=1.0,
+                dense_call_seconds=0.0,
+                sparse_call_seconds=0.0,
+            )
+        ],
+    )
     pruned = prune(decoder("mixtral"), only_where_faster=1.5)
     reasons = {entry.name: entry.reason for entry in pruned.report.excluded}
     assert reasons["model.layers.0.mlp.experts.gate_up_proj"].startswith("experts in one parameter")
@@ -183,12 +207,17 @@ def test_a_run_without_it_cannot_go_on_with_it(tmp_path, measured, monkeypatch):
 def test_the_reason_of_a_matrix():
     found = WhereFaster(1.1, 1, {"8x4": 1.09, "4x8": 1.1})
     settings = Settings(pattern=PATTERN, method="wanda", refit="none", only_where_faster=found)
-    assert settings.why_dense(Matrix("a", "a", 0, 4, 8)) == ""
+    assert settings.why_dense(Matrix(name="a", parameter="a", block=0, d_out=4, d_in=8)) == ""
     reason = "2:4 is 1.09 times as fast as dense at batch 1 on this machine, less than the 1.1 asked for"
-    assert settings.why_dense(Matrix("a", "a", 0, 8, 4)) == reason
+    assert settings.why_dense(Matrix(name="a", parameter="a", block=0, d_out=8, d_in=4)) == reason
     assert reason in found.reasons(PATTERN)
     assert len(found.reasons(PATTERN)) == 2
-    assert Settings(pattern=PATTERN, method="wanda", refit="none").why_dense(Matrix("a", "a", 0, 8, 4)) == ""
+    assert (
+        Settings(pattern=PATTERN, method="wanda", refit="none").why_dense(
+            Matrix(name="a", parameter="a", block=0, d_out=8, d_in=4)
+        )
+        == ""
+    )
 
 
 def test_a_shape_without_a_product_stays_dense_and_is_not_measured(measured, monkeypatch):

@@ -21,8 +21,10 @@ def matrix(**changes):
     "block",
     [
         None,
-        BlockReport("a", ("a.b", "a.c"), Tuned(0.3, 0.1, 4, 2e-3, 12, 1)),
-        BlockReport("a", (), Tuned(1.0, 1.0, 0, None, 6, 0)),
+        BlockReport(
+            "a", ("a.b", "a.c"), Tuned(before=0.3, after=0.1, epoch=4, learning_rate=2e-3, steps=12, held_out=1)
+        ),
+        BlockReport("a", (), Tuned(before=1.0, after=1.0, epoch=0, learning_rate=None, steps=6, held_out=0)),
     ],
 )
 def test_reports_come_back_exactly(block):

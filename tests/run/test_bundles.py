@@ -7,7 +7,7 @@ from halve.run.bundles import operations, stacks
 
 
 def matrix(name, d_out=4, d_in=8):
-    return Matrix(name, name, 0, d_out, d_in)
+    return Matrix(name=name, parameter=name, block=0, d_out=d_out, d_in=d_in)
 
 
 def test_neighbours_with_the_same_statistics_are_solved_together():

@@ -26,8 +26,8 @@ def test_warnings_name_what_went_otherwise():
             matrix("fallen", Status.FELL_BACK, reason="no luck"),
         ],
         [
-            BlockReport("b0", ("a",), Tuned(0.2, 0.1, 3, 1e-3, 9, 1)),
-            BlockReport("b1", (), Tuned(0.2, 0.2, 0, None, 9, 1)),
+            BlockReport("b0", ("a",), Tuned(before=0.2, after=0.1, epoch=3, learning_rate=1e-3, steps=9, held_out=1)),
+            BlockReport("b1", (), Tuned(before=0.2, after=0.2, epoch=0, learning_rate=None, steps=9, held_out=1)),
         ],
     ).warnings
     assert len(warnings) == 4
@@ -52,7 +52,14 @@ def test_what_is_around_pruning_does_not_count_as_pruning():
 
 
 def test_what_changed():
-    done = report([matrix("a"), matrix("b")], [BlockReport("b0", ("a", "norm"), Tuned(0.2, 0.1, 3, 1e-3, 9, 1))])
+    done = report(
+        [matrix("a"), matrix("b")],
+        [
+            BlockReport(
+                "b0", ("a", "norm"), Tuned(before=0.2, after=0.1, epoch=3, learning_rate=1e-3, steps=9, held_out=1)
+            )
+        ],
+    )
     assert done.changed == {"a", "b", "norm"}
     assert done.mean_relative_loss == 0.25
     assert done.warnings == ()

@@ -285,7 +285,10 @@ def test_reconstruction_with_hidden_states_on_disk_is_the_same(tmp_path):
 
 
 def test_the_first_block_that_gains_chooses_the_learning_rate_for_the_rest(monkeypatch):
-    stuck, gained = Tuned(1.0, 1.0, 0, None, 1, 1), Tuned(1.0, 0.5, 1, 4e-3, 1, 1)
+    stuck, gained = (
+        Tuned(before=1.0, after=1.0, epoch=0, learning_rate=None, steps=1, held_out=1),
+        Tuned(before=1.0, after=0.5, epoch=1, learning_rate=4e-3, steps=1, held_out=1),
+    )
     asked, answers = [], [stuck, gained, gained]
 
     def tune(_work, _masks, _example, _count, options, *_rest):

@@ -48,7 +48,18 @@ def ratios(monkeypatch):
 
     def measure(d_out, d_in, batches, **_):
         ratio = found.get((d_out, d_in), 2.0)
-        return [Speed(d_out, d_in, batch, ratio, 1.0, found.get("call", ratio), 1.0) for batch in batches]
+        return [
+            Speed(
+                d_out=d_out,
+                d_in=d_in,
+                batch=batch,
+                dense_seconds=ratio,
+                sparse_seconds=1.0,
+                dense_call_seconds=found.get("call", ratio),
+                sparse_call_seconds=1.0,
+            )
+            for batch in batches
+        ]
 
     monkeypatch.setattr(speed, "measure", measure)
     return found

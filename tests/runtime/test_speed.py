@@ -38,7 +38,17 @@ def test_both_contenders_multiply_the_same_matrix(monkeypatch):
         return {"dense": Turns([2.0], [3.0]), "sparse": Turns([4.0], [1.0])}
 
     monkeypatch.setattr(speed, "take_turns", spy)
-    assert measure(100, 64, [3], dtype=torch.float32, device=CPU) == [Speed(100, 64, 3, 3.0, 1.0, 2.0, 4.0)]
+    assert measure(100, 64, [3], dtype=torch.float32, device=CPU) == [
+        Speed(
+            d_out=100,
+            d_in=64,
+            batch=3,
+            dense_seconds=3.0,
+            sparse_seconds=1.0,
+            dense_call_seconds=2.0,
+            sparse_call_seconds=4.0,
+        )
+    ]
     first = products[0]["dense"][0]
     assert first.shape == (3, 100)
     for product in (*products[0]["dense"], *products[0]["sparse"]):
@@ -46,8 +56,30 @@ def test_both_contenders_multiply_the_same_matrix(monkeypatch):
 
 
 def test_ratio_is_dense_over_sparse():
-    assert Speed(1, 1, 1, 3.0, 2.0, 1.0, 4.0).ratio == 1.5
-    assert Speed(1, 1, 1, 3.0, 2.0, 1.0, 4.0).call_ratio == 0.25
+    assert (
+        Speed(
+            d_out=1,
+            d_in=1,
+            batch=1,
+            dense_seconds=3.0,
+            sparse_seconds=2.0,
+            dense_call_seconds=1.0,
+            sparse_call_seconds=4.0,
+        ).ratio
+        == 1.5
+    )
+    assert (
+        Speed(
+            d_out=1,
+            d_in=1,
+            batch=1,
+            dense_seconds=3.0,
+            sparse_seconds=2.0,
+            dense_call_seconds=1.0,
+            sparse_call_seconds=4.0,
+        ).call_ratio
+        == 0.25
+    )
 
 
 def test_a_repeated_matrix_is_packed_as_if_it_were_whole():

@@ -76,7 +76,7 @@ def dead_features(gram: Tensor) -> Tensor:
     return diagonal <= DEAD_SHARE * diagonal.mean()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scaled:
     """The layer problem with unit diagonal: ``V = diag(1/c) W diag(d)``, ``H̃ = diag(d)⁻¹ H diag(d)⁻¹``.
 
@@ -120,7 +120,9 @@ class Scaled:
         weight /= scale
         unit = gram / features
         unit /= features.unsqueeze(-1)
-        return cls(original, weight, unit, features, dead_features(gram), scale)
+        return cls(
+            original=original, weight=weight, gram=unit, features=features, dead=dead_features(gram), scale=scale
+        )
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return ``weight`` (d_out, d_in) in the scaled variables, float32."""

@@ -42,7 +42,7 @@ _IN_BLOCK = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+?)(?:\[\d+\])?")
 _EXPERT = re.compile(r"\.\d+(?=\.)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Matrix:
     """One prunable matrix of a model.
 
@@ -278,7 +278,17 @@ def _classify(
         return "one output: a gate"
     if d_out in _expert_counts(owners[path.rpartition(".")[0]]):
         return "as many outputs as experts beside it: a router"
-    return [Matrix(name, name, block, d_out, d_in, layout, routed=_in_nested_list(path, owners, blocks))]
+    return [
+        Matrix(
+            name=name,
+            parameter=name,
+            block=block,
+            d_out=d_out,
+            d_in=d_in,
+            layout=layout,
+            routed=_in_nested_list(path, owners, blocks),
+        )
+    ]
 
 
 def _expert_counts(parent: nn.Module) -> set[int]:
@@ -307,7 +317,19 @@ def _fused_matrices(name: str, parameter: Tensor, block: int, layouts: dict[str,
         )
     experts, rows, columns = parameter.shape
     d_out, d_in = (rows, columns) if layout == "out_in" else (columns, rows)
-    return [Matrix(f"{name}[{e}]", name, block, d_out, d_in, layout, e, routed=True) for e in range(experts)]
+    return [
+        Matrix(
+            name=f"{name}[{e}]",
+            parameter=name,
+            block=block,
+            d_out=d_out,
+            d_in=d_in,
+            layout=layout,
+            expert=e,
+            routed=True,
+        )
+        for e in range(experts)
+    ]
 
 
 def set_matrix(parameter: nn.Parameter, matrix: Matrix, weight: Tensor) -> None:

@@ -95,7 +95,7 @@ class Example:
     valid: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tuned:
     """What a reconstruction achieved.
 
@@ -171,7 +171,14 @@ def reconstruct(
         if not best < before:  # nothing was gained, or rounding has cost it
             best, epoch_kept, rate_kept = before, 0, None
             _put(trained, given)
-    return Tuned(before, best, epoch_kept, rate_kept, options.epochs * len(training) * len(rates), spared)
+    return Tuned(
+        before=before,
+        after=best,
+        epoch=epoch_kept,
+        learning_rate=rate_kept,
+        steps=options.epochs * len(training) * len(rates),
+        held_out=spared,
+    )
 
 
 def _epochs(

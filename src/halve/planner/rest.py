@@ -41,7 +41,7 @@ _CYCLES = 4e9
 """For each second that Python takes to launch a pass, twice the cycles of a GPU's clock."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rest:
     """Seconds of one forward pass, by where they go; medians.
 
@@ -127,8 +127,17 @@ def measure_rest(
         sequences, length = as_sequences(batch, longest(model))
         try:
             with on_device(device):
-                times = _time(model, watched, sequences, length, seconds)
-            found[batch] = Rest(batch, sequences, length, len(watched.blocks), total, *times)
+                outside, block, linears = _time(model, watched, sequences, length, seconds)
+            found[batch] = Rest(
+                batch=batch,
+                sequences=sequences,
+                length=length,
+                measured_blocks=len(watched.blocks),
+                blocks=total,
+                outside_seconds=outside,
+                block_seconds=block,
+                linear_seconds=linears,
+            )
         except (RuntimeError, MemoryError, TypeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             found[batch] = f"{type(model).__name__} could not be run on {sequences} x {length} tokens: {reason}"

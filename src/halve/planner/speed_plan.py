@@ -33,7 +33,7 @@ PlanListener = Callable[[str, int, int], None]
 """Called with what is about to be measured, how many measurements are done, and how many there are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LeftOut:
     """A product that was not measured for want of memory.
 
@@ -52,7 +52,7 @@ class LeftOut:
     free_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gain:
     """Seconds of one forward pass at a batch.
 
@@ -81,7 +81,7 @@ class Gain:
         return (self.rest_seconds + self.dense_seconds) / (self.rest_seconds + self.faster_seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpeedPlan:
     """What `plan` found.
 
@@ -127,11 +127,11 @@ class SpeedPlan:
             return f"{missing.name} does not fit into the memory"
         found = [(kind.count, row) for kind, row in rows if row is not None]
         return Gain(
-            batch,
-            measured.seconds,
-            sum(count * row.dense_seconds for count, row in found),
-            sum(count * row.sparse_seconds for count, row in found),
-            sum(count * min(row.dense_seconds, row.sparse_seconds) for count, row in found),
+            batch=batch,
+            rest_seconds=measured.seconds,
+            dense_seconds=sum(count * row.dense_seconds for count, row in found),
+            sparse_seconds=sum(count * row.sparse_seconds for count, row in found),
+            faster_seconds=sum(count * min(row.dense_seconds, row.sparse_seconds) for count, row in found),
         )
 
     def dense_bytes(self, kind: Kind) -> int:
@@ -234,17 +234,17 @@ def plan(
         steps.next(f"{d_out} x {d_in}")
         speeds += speed.measure(d_out, d_in, fitting, pattern=parsed, dtype=dtype, device=place)
     return SpeedPlan(
-        found.name,
-        parsed.text,
-        dtype,
-        place,
-        rows,
-        kinds,
-        left_dense,
-        tuple(speeds),
-        tuple(row for _, others in fits.values() for row in others),
-        _rests(found, whole, rows, parsed, dtype, place, steps),
-        machine,
+        model=found.name,
+        pattern=parsed.text,
+        dtype=dtype,
+        device=place,
+        batches=rows,
+        kinds=kinds,
+        left_dense=left_dense,
+        speeds=tuple(speeds),
+        left_out=tuple(row for _, others in fits.values() for row in others),
+        rests=_rests(found, whole, rows, parsed, dtype, place, steps),
+        machine=machine,
     )
 
 
@@ -297,7 +297,11 @@ def _fitting(
     }
     return (
         [batch for batch, needed in needs.items() if needed <= free],
-        [LeftOut(d_out, d_in, batch, needed, free) for batch, needed in needs.items() if needed > free],
+        [
+            LeftOut(d_out=d_out, d_in=d_in, batch=batch, needed_bytes=needed, free_bytes=free)
+            for batch, needed in needs.items()
+            if needed > free
+        ],
     )
 
 

@@ -22,7 +22,7 @@ _GPU_WORK = 20
 """Bytes a weight that compressing for sparse tensor cores takes at its peak, in half precision."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Speed:
     """Times of one product, x Wᵀ for x (batch, d_in) and W (d_out, d_in), dense and with W in a pattern.
 
@@ -165,7 +165,15 @@ def measure(
             turns = take_turns(multiply(x), device=device, seconds=seconds)
             dense, sparse = turns["dense"], turns["sparse"]
             found.append(
-                Speed(d_out, d_in, batch, dense.seconds, sparse.seconds, dense.call_seconds, sparse.call_seconds)
+                Speed(
+                    d_out=d_out,
+                    d_in=d_in,
+                    batch=batch,
+                    dense_seconds=dense.seconds,
+                    sparse_seconds=sparse.seconds,
+                    dense_call_seconds=dense.call_seconds,
+                    sparse_call_seconds=sparse.call_seconds,
+                )
             )
     return found
 

@@ -20,16 +20,18 @@ from halve.solve.outcome import Outcome, Status
 from halve.solve.settings import SolverSettings, solver_settings
 
 
-@dataclass(frozen=True)
-class _Task(SolverSettings):
+@dataclass(frozen=True, kw_only=True)
+class _Task:
     """What to do to which rows, checked.
 
     Attributes:
+        settings: what to do.
         weight: (rows, d_in), of one matrix or of several one below the other.
         sizes: number of rows of each matrix.
         stats: of the inputs; None for a method and refit that need none.
     """
 
+    settings: SolverSettings
     weight: Tensor
     sizes: tuple[int, ...]
     stats: Statistics | None
@@ -100,15 +102,8 @@ def prune_weights(
     factorisations; their weights are then what each alone would have got, up to rounding.
 
     Args:
-        weights: one or more, each (d_out, d_in) with the same d_in, dtype and device.
-        gram: as for `prune_weight`, as are the others.
-        pattern: see there.
-        method: see there.
-        refit: see there.
-        tokens: see there.
-        fallback: see there.
-        objective: see there.
-        **options: see there.
+        weights: one or more, each (d_out, d_in) with the same d_in, dtype and device; all else is as `prune_weight`
+            has it.
 
     Returns:
         list[Outcome]: one for each matrix, as `prune_weight` gives it; facts other than the losses are those of all
@@ -124,13 +119,13 @@ def prune_weights(
         raise InputError("weights must be one or more matrices of the same width, dtype and device")
     stats = _statistics(weights[0], gram, tokens, settings)
     together = settings.method.independent_rows(settings.pattern)
-    stacks = [list(weights)] if together else [[weight] for weight in weights]
+    bundles = [list(weights)] if together else [[weight] for weight in weights]
     outcomes = []
-    for stack in stacks:
-        joined = stack[0] if len(stack) == 1 else torch.cat(stack)
-        sizes = tuple(len(weight) for weight in stack)
+    for bundle in bundles:
+        joined = bundle[0] if len(bundle) == 1 else torch.cat(bundle)
+        sizes = tuple(len(weight) for weight in bundle)
         share = settings if together else _share_of_time(settings, sum(sizes) / sum(len(weight) for weight in weights))
-        outcomes += _prune(_Task(weight=joined.detach(), sizes=sizes, stats=stats, **vars(share)))
+        outcomes += _prune(_Task(settings=share, weight=joined.detach(), sizes=sizes, stats=stats))
     return outcomes
 
 
@@ -172,8 +167,9 @@ def _aimed(task: _Task) -> tuple[_Task, dict[str, float]]:
     """Return the task with the weights and the Gram matrix that its objective asks for, and what was done to them."""
     if task.stats is None or not _is_live(task.stats):
         return task, {}
-    defaults = task.method.defaults(task.method_options)
-    weight, gram, facts = task.objective.apply(task.weight, task.stats, task.pattern, defaults)
+    settings = task.settings
+    defaults = settings.method.defaults(settings.method_options)
+    weight, gram, facts = settings.objective.apply(task.weight, task.stats, settings.pattern, defaults)
     return replace(task, weight=weight, stats=replace(task.stats, gram=gram)), facts
 
 
@@ -196,27 +192,29 @@ def _statistics(
 
 def _solve(task: _Task) -> Outcome:
     """Run the method, and the fallback if it fails."""
-    needy = f"method {task.method.name}" if task.method.needs_statistics else f"refit {task.refit.name}"
+    settings = task.settings
+    needy = f"method {settings.method.name}" if settings.method.needs_statistics else f"refit {settings.refit.name}"
     try:
-        if task.method.needs_statistics or task.refit.solve is not None:
+        if settings.method.needs_statistics or settings.refit.solve is not None:
             _require_live(task.stats)
-        return task.method.solve(task.weight, task.stats, task.pattern, task.method_options)
+        return settings.method.solve(task.weight, task.stats, settings.pattern, settings.method_options)
     except (FactorisationError, CalibrationError) as error:
         return _fall_back(task, f"{needy} failed: {error}")
 
 
 def _fall_back(task: _Task, reason: str) -> Outcome:
     """Run the fallback, if there is one, after what ``reason`` says."""
-    if task.fallback is None:
-        return Outcome(task.weight, Status.FAILED, task.method.name, reason)
-    row = methods.get(task.fallback)
+    settings = task.settings
+    if settings.fallback is None:
+        return Outcome(task.weight, Status.FAILED, settings.method.name, reason)
+    row = methods.get(settings.fallback)
     try:
         if row.needs_statistics:
             _require_live(task.stats)
-        outcome = row.solve(task.weight, task.stats, task.pattern, methods.make_options(row))
+        outcome = row.solve(task.weight, task.stats, settings.pattern, methods.make_options(row))
     except CalibrationError as error:
         both = f"{reason}; fallback {row.name} failed too: {error}"
-        return Outcome(task.weight, Status.FAILED, task.method.name, both)
+        return Outcome(task.weight, Status.FAILED, settings.method.name, both)
     return Outcome(outcome.weight, Status.FELL_BACK, row.name, f"{reason}; used {row.name} instead", outcome.facts)
 
 
@@ -238,6 +236,7 @@ def _fit(task: _Task, aimed: _Task, outcome: Outcome) -> list[Outcome]:
         aimed: the same with the weights and the Gram matrix of the objective: they are what is solved for.
         outcome: of the method.
     """
+    settings = task.settings
     if outcome.status is Status.FAILED:
         return _split(task, replace(outcome, weight=task.weight))
     if task.stats is None or aimed.stats is None or not _is_live(task.stats):
@@ -245,15 +244,17 @@ def _fit(task: _Task, aimed: _Task, outcome: Outcome) -> list[Outcome]:
     gram, weight, facts = aimed.stats.gram, outcome.weight, dict(outcome.facts)
     before = row_losses(weight, aimed.weight, task.stats.gram)
     after = before
-    if task.refit.solve is not None:
+    if settings.refit.solve is not None:
         # Exactly N a group: a slot that the method left at zero may be put to use.
-        support = task.pattern if task.refit.changes_mask else task.pattern.keep_mask(weight.abs())
+        support = settings.pattern if settings.refit.changes_mask else settings.pattern.keep_mask(weight.abs())
         try:
-            weight, refit_facts = task.refit.solve(weight, aimed.weight, gram, support, **asdict(task.refit_options))
+            weight, refit_facts = settings.refit.solve(
+                weight, aimed.weight, gram, support, **asdict(settings.refit_options)
+            )
         except FactorisationError as error:
-            reason = f"refit {task.refit.name} failed: {error}"
-            if task.fallback is None:
-                return _split(task, Outcome(task.weight, Status.FAILED, task.method.name, reason))
+            reason = f"refit {settings.refit.name} failed: {error}"
+            if settings.fallback is None:
+                return _split(task, Outcome(task.weight, Status.FAILED, settings.method.name, reason))
             reason = "; ".join(
                 filter(None, (outcome.reason, reason, f"the weights are those of method {outcome.method}"))
             )
@@ -283,13 +284,14 @@ def _split(task: _Task, outcome: Outcome, facts: Sequence[dict[str, float]] | No
 
 def _verified(task: _Task, original: Tensor, outcome: Outcome) -> Outcome:
     """Look at the final bytes of one matrix: the pattern in the final dtype, and finiteness; failure changes none."""
+    settings = task.settings
     if outcome.status is Status.FAILED:
         return replace(outcome, weight=original)
     problem = ""
     if not bool(torch.isfinite(outcome.weight).all()):
         problem = f"{outcome.method} gave weights that are not finite in {outcome.weight.dtype}"
-    elif not task.pattern.satisfied_by(outcome.weight):
-        problem = f"{outcome.method} gave weights that are not {task.pattern}"
+    elif not settings.pattern.satisfied_by(outcome.weight):
+        problem = f"{outcome.method} gave weights that are not {settings.pattern}"
     if problem:
-        return Outcome(original, Status.FAILED, task.method.name, problem)
+        return Outcome(original, Status.FAILED, settings.method.name, problem)
     return outcome

@@ -20,7 +20,7 @@ OBJECTIVE_OPTIONS = tuple(field.name for field in fields(Objective))
 """What users may take for options of a method, and is asked for otherwise."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SolverSettings:
     """What to do to a matrix.
 
@@ -99,15 +99,7 @@ def solver_settings(
     objective: Objective,
     options: Mapping[str, Any],
 ) -> SolverSettings:
-    """Look up and check everything that `halve.prune_weight` is told besides the matrix.
-
-    Args:
-        method: see there, as for the others.
-        refit: see there.
-        pattern: see there.
-        fallback: see there.
-        objective: see there.
-        options: of the method, and of the refit with the prefix ``refit_``.
+    """Look up and check everything that `halve.prune_weight` is told besides the matrix; its arguments are those.
 
     Raises:
         InputError: a name or an option is unknown, or a value is out of range.
@@ -127,7 +119,15 @@ def solver_settings(
         raise PatternError(
             f"refit {refit_row.name} exchanges weights within the groups of N:M, not of {pattern}: use cg"
         )
-    return SolverSettings(pattern, row, method_options, refit_row, refit_options, fallback, objective)
+    return SolverSettings(
+        pattern=pattern,
+        method=row,
+        method_options=method_options,
+        refit=refit_row,
+        refit_options=refit_options,
+        fallback=fallback,
+        objective=objective,
+    )
 
 
 def _split_options(method: Method, refit: Refit, options: Mapping[str, Any]) -> tuple[Any, Any]:

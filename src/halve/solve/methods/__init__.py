@@ -21,7 +21,7 @@ def _as_published(_options: Any) -> Defaults:
     return Defaults()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A row of the table.
 
@@ -61,9 +61,9 @@ def _never(_pattern: Pattern) -> bool:
 
 _ROWS = (
     Method(
-        "auto",
-        auto.solve,
-        auto.AutoOptions,
+        name="auto",
+        solve=auto.solve,
+        options=auto.AutoOptions,
         needs_statistics=True,
         unstructured=True,
         updates_weights=True,
@@ -73,9 +73,9 @@ _ROWS = (
         defaults=auto.defaults,
     ),
     Method(
-        "magnitude",
-        magnitude.solve,
-        magnitude.MagnitudeOptions,
+        name="magnitude",
+        solve=magnitude.solve,
+        options=magnitude.MagnitudeOptions,
         needs_statistics=False,
         unstructured=True,
         updates_weights=False,
@@ -84,9 +84,9 @@ _ROWS = (
         reference="Mishra et al. 2021, arXiv 2104.08378",
     ),
     Method(
-        "wanda",
-        wanda.solve,
-        wanda.WandaOptions,
+        name="wanda",
+        solve=wanda.solve,
+        options=wanda.WandaOptions,
         needs_statistics=True,
         unstructured=True,
         updates_weights=False,
@@ -95,9 +95,9 @@ _ROWS = (
         reference="Sun et al. 2024, arXiv 2306.11695",
     ),
     Method(
-        "ria",
-        ria.solve,
-        ria.RIAOptions,
+        name="ria",
+        solve=ria.solve,
+        options=ria.RIAOptions,
         needs_statistics=True,
         unstructured=True,
         updates_weights=False,
@@ -106,9 +106,9 @@ _ROWS = (
         reference="Zhang et al. 2024, arXiv 2402.13485",
     ),
     Method(
-        "sparse-swaps",
-        sparse_swaps.solve,
-        sparse_swaps.SparseSwapsOptions,
+        name="sparse-swaps",
+        solve=sparse_swaps.solve,
+        options=sparse_swaps.SparseSwapsOptions,
         needs_statistics=True,
         unstructured=False,
         updates_weights=False,
@@ -117,9 +117,9 @@ _ROWS = (
         reference="Zimmer et al. 2025, arXiv 2512.10922",
     ),
     Method(
-        "sparsegpt",
-        sparsegpt.solve,
-        sparsegpt.SparseGPTOptions,
+        name="sparsegpt",
+        solve=sparsegpt.solve,
+        options=sparsegpt.SparseGPTOptions,
         needs_statistics=True,
         unstructured=True,
         updates_weights=True,
@@ -128,9 +128,9 @@ _ROWS = (
         reference="Frantar and Alistarh 2023, arXiv 2301.00774",
     ),
     Method(
-        "alps",
-        alps.solve,
-        alps.ALPSOptions,
+        name="alps",
+        solve=alps.solve,
+        options=alps.ALPSOptions,
         needs_statistics=True,
         unstructured=True,
         updates_weights=True,
@@ -139,9 +139,9 @@ _ROWS = (
         reference="Meng et al. 2024, arXiv 2406.07831",
     ),
     Method(
-        "prox-gradient",
-        prox_gradient.solve,
-        prox_gradient.ProxGradientOptions,
+        name="prox-gradient",
+        solve=prox_gradient.solve,
+        options=prox_gradient.ProxGradientOptions,
         needs_statistics=True,
         unstructured=False,
         updates_weights=True,
@@ -150,9 +150,9 @@ _ROWS = (
         reference="Kübler et al. 2025, arXiv 2501.18015, Algorithm 2",
     ),
     Method(
-        "prox-admm",
-        prox_admm.solve,
-        prox_admm.ProxADMMOptions,
+        name="prox-admm",
+        solve=prox_admm.solve,
+        options=prox_admm.ProxADMMOptions,
         needs_statistics=True,
         unstructured=False,
         updates_weights=True,
