@@ -23,6 +23,9 @@ def test_bounds():
     for value in (0, 1.0, True, "3"):
         with pytest.raises(InputError, match="x must be a whole number of at least 1"):
             check_count("x", value)
+    check_count("x", 0, least=0)
+    with pytest.raises(InputError, match="x must be a whole number of at least 0, got -1"):
+        check_count("x", -1, least=0)
 
 
 def test_numbers():

@@ -1,18 +1,19 @@
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from halve import memory
 from halve.errors import InputError
-from halve.memory import available_memory, check_memory, free_memory
+from halve.memory import available_memory, check_memory, free_memory, peak_memory
 
 
-def test_what_is_available_is_what_the_system_says(tmp_path, monkeypatch):
-    free = available_memory()
-    assert free is None or 1e6 < free < 1e15
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    assert available_memory() is None
-    check_memory("giants", 1 << 80, "do less")
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   3 kB\nSwapFree: 1 kB\n")
+def test_what_is_available_is_what_the_system_says(monkeypatch):
+    assert 1e6 < available_memory() < 1e15
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=9216, available=3072, free=1024))
     assert available_memory() == 3072
     check_memory("dwarfs", 3072, "do less")
     with pytest.raises(InputError, match=r"^giants need 5\.0 GB and 0\.0 GB of memory are available: do less$"):
@@ -27,3 +28,31 @@ def test_what_pytorch_keeps_on_a_gpu_is_free_too(monkeypatch):
     check_memory("dwarfs", 140, "do less", gpu)
     with pytest.raises(InputError, match=r"^giants need"):
         check_memory("giants", 141, "do less", gpu)
+
+
+def test_the_peak_stays_after_the_memory_is_given_back():
+    program = """
+from halve.memory import peak_memory
+before = peak_memory()
+held = bytearray(300_000_000)
+held[::4096] = b"x" * len(held[::4096])
+del held
+print(peak_memory() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 250e6 < int(done.stdout) < 400e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak a second time there")
+def test_the_peak_is_in_bytes():
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    told = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    assert peak_memory() == pytest.approx(told, rel=0.05)
+
+
+def test_macos_counts_the_peak_in_bytes(monkeypatch):
+    monkeypatch.setattr(memory.resource, "getrusage", lambda _who: SimpleNamespace(ru_maxrss=5000))
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert peak_memory() == 5000
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    assert peak_memory() == 5000 * 1024

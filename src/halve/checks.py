@@ -1,4 +1,4 @@
-"""Checks that the options of methods, refits and reconstructions share; each names the option and what it may be."""
+"""Checks of numbers that users give, in one wording: each names the number, what it may be and what it was."""
 
 import math
 from typing import TypeGuard
@@ -26,14 +26,14 @@ def check_not_negative(name: str, value: object) -> None:
         raise InputError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
-def check_count(name: str, value: object) -> None:
-    """Refuse ``value`` unless it is a whole number of at least 1.
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    """Refuse ``value`` unless it is a whole number of at least ``least``.
 
     Raises:
         InputError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -1,27 +1,38 @@
-"""What memory there is, asked before it is needed."""
+"""What memory there is, asked before it is needed, and what was used: the one home of "does it fit into memory?".
 
-from pathlib import Path
+Files on disk are asked for in `halve.checkpoint.room`.
+"""
 
+import resource
+import sys
+
+import psutil
 import torch
 
 from halve.errors import InputError
 
-_MEMINFO = Path("/proc/meminfo")
 _CPU = torch.device("cpu")
 
 
-def available_memory() -> int | None:
-    """Return the bytes that processes can still have without swapping; None where the system does not say."""
-    try:
-        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kilobytes is None else int(kilobytes) * 1024
+def available_memory() -> int:
+    """Return the bytes that processes can still have without swapping: of the whole machine.
+
+    A container that is given less (a cgroup's limit) is not seen.
+    """
+    return int(psutil.virtual_memory().available)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device, or kept by PyTorch for reuse; None where the system does not say."""
+def peak_memory() -> int:
+    """Return the most resident memory in bytes that this process has had so far, as the kernel counted it.
+
+    Of this psutil tells only the present value, from which a peak between two looks is missing.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS alone counts bytes, all others KiB: getrusage(2) of each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device, or kept by PyTorch for reuse."""
     if device.type != "cuda":
         return available_memory()
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -41,7 +52,7 @@ def check_memory(what: str, bytes_needed: int, remedy: str, device: torch.device
         InputError: less is available.
     """
     free = free_memory(device)
-    if free is not None and bytes_needed > free:
+    if bytes_needed > free:
         raise InputError(
             f"{what} need {bytes_needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are available: {remedy}"
         )

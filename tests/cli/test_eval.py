@@ -150,8 +150,14 @@ def test_a_failing_task_is_an_error(model, asked, monkeypatch):
         (["--data", "no/such.txt", "--seq-len", "8"], "no/such.txt"),
         (["--tasks", "first,", "--tasks-path", "DIR"], "tasks ['first', ''] are not usable"),
         (["--tasks", "first", "--tasks-path", "no/where"], "tasks_path no/where is not a directory"),
-        (["--tasks", "first", "--tasks-path", "DIR", "--limit", "0"], "limit = 0 is not usable"),
-        (["--tasks", "first", "--tasks-path", "DIR", "--batch-size", "0"], "batch_size = 0 is not usable"),
+        (
+            ["--tasks", "first", "--tasks-path", "DIR", "--limit", "0"],
+            "limit must be a whole number of at least 1",
+        ),
+        (
+            ["--tasks", "first", "--tasks-path", "DIR", "--batch-size", "0"],
+            "batch_size must be a whole number",
+        ),
         (["--tasks", "first", "--tasks-path", "DIR", "--device", "tpu"], "device 'tpu' is not understood"),
         (["--tasks", "first", "--tasks-path", "DIR", "--forward-dtype", "half"], "forward dtype 'half'"),
         (["no/model", "--tasks", "first", "--tasks-path", "DIR"], "no/model"),

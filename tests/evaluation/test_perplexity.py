@@ -235,7 +235,7 @@ def test_refusals():
         perplexity(model, windows(length=129))
     with pytest.raises(InputError, match="seq_len = 1 leave no token"):
         perplexity(model, windows(length=1))
-    with pytest.raises(InputError, match="batch_size = 0"):
+    with pytest.raises(InputError, match="batch_size must be a whole number of at least 1, got 0"):
         perplexity(model, windows(), batch_size=0)
     with pytest.raises(InputError, match="'half' is not understood"):
         perplexity(model, windows(), forward_dtype="half")

@@ -241,9 +241,9 @@ def test_prompts_that_are_cut_are_noted(tmp_path):
         (["mc", ""], {}, r"tasks \['mc', ''\] are not usable: give a list of names"),
         ([], {}, r"tasks \[\] are not usable"),
         ("mc", {}, "tasks 'mc' are not usable"),
-        (["mc"], {"limit": 0}, "limit = 0 is not usable: give a whole number, at least 1"),
-        (["mc"], {"limit": 0.5}, "limit = 0.5 is not usable"),
-        (["mc"], {"num_fewshot": -1}, "num_fewshot = -1 is not usable"),
+        (["mc"], {"limit": 0}, "limit must be a whole number of at least 1, got 0"),
+        (["mc"], {"limit": 0.5}, r"limit must be a whole number of at least 1, got 0\.5"),
+        (["mc"], {"num_fewshot": -1}, "num_fewshot must be a whole number of at least 0, got -1"),
         (["mc"], {"tasks_path": "no/where"}, "tasks_path no/where is not a directory"),
         (["unsafe"], {}, "task 'unsafe' runs code that the model wrote, and Halve does not"),
         (["picture"], {}, "task 'picture' needs images or sound"),
@@ -284,7 +284,7 @@ def test_models_that_cannot_be_asked(defined):
         measure_tasks(bert(), TOKENIZER, tasks)
     with pytest.raises(InputError, match="not a int"):
         measure_tasks(llama(), 3, tasks)
-    with pytest.raises(InputError, match="batch_size = 0"):
+    with pytest.raises(InputError, match="batch_size must be a whole number of at least 1, got 0"):
         measure_tasks(llama(), TOKENIZER, tasks, batch_size=0)
 
 

@@ -156,8 +156,19 @@ def test_what_does_not_fit_is_left_out_with_what_it_needs(made_up, monkeypatch):
     found = halve.plan(decoder("llama"), batches=[1])
     assert found.speeds == ()
     assert "no product was measured" in found.sentence
-    monkeypatch.setattr(planner, "free_memory", lambda _device: None)
+    monkeypatch.setattr(planner, "free_memory", lambda _device: 1 << 60)
     assert halve.plan(decoder("llama"), batches=[1]).left_out == ()
+
+
+def test_the_cpu_has_a_name_even_where_linux_tells_none(monkeypatch):
+    name = planner.describe_machine(torch.device("cpu"))["cpu"]
+    assert name
+    monkeypatch.setattr(planner.Path, "read_text", lambda *_, **__: "processor : 0\nBogoMIPS : 48.00\n")
+    monkeypatch.setattr(planner.platform, "processor", lambda: "")
+    monkeypatch.setattr(planner.platform, "machine", lambda: "aarch64")
+    assert planner.describe_machine(torch.device("cpu"))["cpu"] == "aarch64"
+    monkeypatch.setattr(planner.Path, "read_text", lambda *_, **__: "processor : 0\nmodel name : Fast 9000 @ 3 GHz\n")
+    assert planner.describe_machine(torch.device("cpu"))["cpu"] == "Fast 9000 @ 3 GHz"
 
 
 @pytest.mark.usefixtures("made_up")

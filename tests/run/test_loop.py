@@ -498,8 +498,8 @@ def test_hidden_states_that_cannot_fit_are_refused_before_anything_is_pruned(tmp
     with pytest.raises(InputError, match=r"hidden states .* of memory are available: keep them on disk \(offload\)"):
         prune_blocks(model, data, settings(**asked), device=CPU)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    monkeypatch.setattr("halve.model.blocks.shutil.disk_usage", lambda _path: SimpleNamespace(free=needed - 1))
-    with pytest.raises(InputError, match=r"are free where .*: free some space, or use fewer samples"):
+    monkeypatch.setattr("halve.checkpoint.room.shutil.disk_usage", lambda _path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(InputError, match=r"hidden states .* volume has .* free: free some space, or use fewer samples"):
         prune_blocks(model, data, settings(**asked), device=CPU, offload=tmp_path)
     monkeypatch.setattr("halve.memory.available_memory", lambda: needed)
     prune_blocks(model, data, settings(**asked), device=CPU)

@@ -270,7 +270,7 @@ WEIGHT, GRAM = oracle.layer(4, 16, seed=12)
         (WEIGHT, Statistics(GRAM, 5, cross=GRAM[:8]), {}, "cross must be floating point of shape"),
         (WEIGHT, with_entry(GRAM, (0, 1), 9.0), {}, "gram is not symmetric"),
         (WEIGHT, with_entry(GRAM, (3, 3), -1.0), {}, "gram has a negative diagonal entry at feature 3"),
-        (WEIGHT, GRAM, {"tokens": 0}, "tokens must be at least 1, got 0"),
+        (WEIGHT, GRAM, {"tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
         (WEIGHT, GRAM, {"method": "wandaa"}, "unknown method 'wandaa': did you mean 'wanda'"),
         (WEIGHT, GRAM, {"refit": "cgg"}, "unknown refit 'cgg': did you mean 'cg'"),
         (WEIGHT, GRAM, {"beta": 1.1}, "method wanda has no option 'beta'"),

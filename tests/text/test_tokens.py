@@ -150,7 +150,7 @@ def test_empty_corpus(tmp_path, content):
 @pytest.mark.parametrize("bad", [{"samples": 0}, {"seq_len": 0}, {"samples": -1}, {"seq_len": 2.5}])
 def test_counts_are_checked(corpus, bad):
     (name,) = bad
-    with pytest.raises(InputError, match=f"{name} = .* at least 1"):
+    with pytest.raises(InputError, match=f"{name} must be a whole number of at least 1, got {bad[name]}"):
         calibration_tokens(corpus, word_level(), **bad)
 
 

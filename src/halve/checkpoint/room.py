@@ -1,4 +1,7 @@
-"""Whether a directory can be written to without harm, and whether its volume has room: asked before any work."""
+"""Whether a directory can be written to without harm, and whether its volume has room: asked before any work.
+
+The one home of "does it fit on the disk?"; memory is asked for in `halve.memory`.
+"""
 
 import os
 import shutil
@@ -38,17 +41,31 @@ def check_destination(out: Path, source: Source | None, bytes_needed: int) -> No
     if not volume.is_dir() or not os.access(volume, os.W_OK | os.X_OK):
         raise InputError(f"{out} cannot be created: {volume} is not a directory you can write to")
     if not is_unfinished(out):  # what is still needed of an unfinished run is known later
-        _check_free(out, volume, bytes_needed)
+        check_space(out, bytes_needed)
 
 
-def check_space(directory: Path, bytes_needed: int) -> None:
-    """Check that the volume of a directory, which need not exist yet, has room.
+def check_space(
+    directory: Path, bytes_needed: int, what: str = "", remedy: str = "free some space, or write elsewhere"
+) -> None:
+    """Check that the volume of a directory has room.
+
+    Args:
+        directory: it need not exist yet.
+        bytes_needed: there.
+        what: they are for, where the directory's name does not tell.
+        remedy: what the user can do.
 
     Raises:
-        InputError: it is too full.
+        InputError: the volume is too full.
     """
     real = directory.resolve()
-    _check_free(directory, next(path for path in (real, *real.parents) if path.exists()), bytes_needed)
+    free = shutil.disk_usage(next(path for path in (real, *real.parents) if path.exists())).free
+    if free < bytes_needed:
+        purpose = f" for {what}" if what else ""
+        raise InputError(
+            f"{directory} needs {bytes_needed / 1e9:.2f} GB{purpose} and its volume has {free / 1e9:.2f} GB free: "
+            f"{remedy}"
+        )
 
 
 def same_volume(one: Path, other: Path) -> bool:
@@ -71,15 +88,6 @@ def check_shared_space(needs: Sequence[tuple[Path, int]]) -> None:
         sharing = [need for need in pending if same_volume(need[0], directory)]
         check_space(directory, sum(size for _, size in sharing))
         pending = [need for need in pending if need not in sharing]
-
-
-def _check_free(directory: Path, volume: Path, bytes_needed: int) -> None:
-    free = shutil.disk_usage(volume).free
-    if free < bytes_needed:
-        raise InputError(
-            f"{directory} needs {bytes_needed / 1e9:.2f} GB and its volume has {free / 1e9:.2f} GB free: free some "
-            "space, or write elsewhere"
-        )
 
 
 def _check_apart(out: Path, taken: Path) -> None:

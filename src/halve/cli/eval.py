@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from halve.checkpoint.load import Source, has_tokenizer, load_model, resolve
+from halve.checks import check_count
 from halve.cli.errors import reporting
 from halve.cli.groups import taking
 from halve.cli.options import DeviceOption, JsonOption, TrustOption
@@ -23,7 +24,6 @@ from halve.errors import InputError
 from halve.evaluation.perplexity import Perplexity
 from halve.evaluation.request import Evaluation
 from halve.report.record import finite
-from halve.text.tokens import check_counts
 
 if TYPE_CHECKING:
     from halve.evaluation.tasks import TaskResults, TaskScore, TaskSet
@@ -63,7 +63,7 @@ def evaluate_command(
     with reporting():
         place = resolve_device(device)
         forward_precision(given.get("forward_dtype", Evaluation.forward_dtype), place)
-        check_counts(batch_size=batch_size)
+        check_count("batch_size", batch_size)
         of_tasks = {"tasks-path": tasks_path, "limit": limit, "num-fewshot": num_fewshot}
         _check_wanted(given, tasks, of_tasks)
         evaluation = Evaluation(**given) if given.get("data") else None

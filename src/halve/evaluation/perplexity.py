@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
+from halve.checks import check_count
 from halve.device import autocast, evaluation_mode, forward_precision, model_device, resolve_device
 from halve.errors import InputError, counted
 from halve.text.tokens import TokenSet, check_length, check_vocabulary, evaluation_corpus, evaluation_tokens
@@ -85,8 +86,8 @@ def perplexity(
     """
     if tokens.seq_len < 2:
         raise InputError(f"windows of seq_len = {tokens.seq_len} leave no token to predict: give at least 2")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size = {batch_size} is not usable: give a whole number, at least 1")
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     check_length(tokens.seq_len, model)
     check_vocabulary(tokens.ids, model, tokens.source)
     place = model_device(model) if device is None else resolve_device(device)

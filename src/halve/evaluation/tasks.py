@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from halve.checks import check_count
 from halve.device import forward_precision, model_device, resolve_device
 from halve.errors import HalveError, InputError, one_line
 from halve.evaluation.harness import (
@@ -22,7 +23,6 @@ from halve.evaluation.harness import (
     without_noise,
 )
 from halve.evaluation.perplexity import ready
-from halve.text.tokens import check_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,9 +123,9 @@ def open_tasks(
     if twice := {name for name in names if list(names).count(name) > 1}:
         raise InputError(f"task {min(twice)!r} is asked for twice: ask once")
     if limit is not None:
-        check_counts(limit=limit)
-    if num_fewshot is not None and (isinstance(num_fewshot, bool) or num_fewshot < 0):
-        raise InputError(f"num_fewshot = {num_fewshot!r} is not usable: give a whole number, at least 0")
+        check_count("limit", limit)
+    if num_fewshot is not None:
+        check_count("num_fewshot", num_fewshot, least=0)
     if tasks_path is not None and not Path(tasks_path).is_dir():
         raise InputError(f"tasks_path {tasks_path} is not a directory: give one that holds task definitions (.yaml)")
     with without_noise() as listener:
@@ -162,7 +162,7 @@ def measure_tasks(
         InputError: an argument is not usable, or there is no tokenizer.
         HalveError: lm-eval failed on a task, or has no result for it; the message names it.
     """
-    check_counts(batch_size=batch_size)
+    check_count("batch_size", batch_size)
     place = model_device(model) if device is None else resolve_device(device)
     forward_precision(forward_dtype, place)
     scores: list[TaskScore] = []
@@ -220,7 +220,7 @@ def evaluate_tasks(
     """
     place = model_device(model) if isinstance(model, nn.Module) and device == "auto" else resolve_device(device)
     forward_precision(forward_dtype, place)
-    check_counts(batch_size=batch_size)
+    check_count("batch_size", batch_size)
     opened = open_tasks(tasks, tasks_path=tasks_path, limit=limit, num_fewshot=num_fewshot)
     if isinstance(model, nn.Module):
         network: nn.Module = model

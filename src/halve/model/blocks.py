@@ -7,7 +7,6 @@ short sample before anything else happens.
 """
 
 import copy
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from halve.checkpoint.room import check_space
 from halve.errors import CalibrationError, InputError, UnsupportedModelError
 from halve.memory import check_memory
 
@@ -282,13 +282,8 @@ def _check_room(bytes_needed: int, directory: Path | None) -> None:
     what = "the hidden states of the calibration set"
     if directory is None:
         check_memory(what, bytes_needed, "keep them on disk (offload), or use fewer samples")
-        return
-    free = shutil.disk_usage(directory).free
-    if bytes_needed > free:
-        raise InputError(
-            f"{what} need {bytes_needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free where {directory} is: free some "
-            "space, or use fewer samples"
-        )
+    else:
+        check_space(directory, bytes_needed, what, "free some space, or use fewer samples")
 
 
 @contextmanager

@@ -5,7 +5,9 @@ law the whole is then ``(rest + dense) / (rest + sparse)`` times as fast.
 """
 
 import os
+import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,8 +292,6 @@ def _fitting(
 ) -> tuple[list[int], list[LeftOut]]:
     """Return the batches at which a shape can be measured in the memory there is, and the others."""
     free = free_memory(device)
-    if free is None:
-        return list(batches), []
     needs = {
         batch: speed.needed_bytes(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device) for batch in batches
     }
@@ -338,8 +338,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _cpu_name() -> str | None:
-    try:
+    """Return the model's name where Linux tells it, else the architecture; `platform` never names the model there."""
+    with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+        if name := next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""):
+            return name
+    return platform.processor() or platform.machine() or None

@@ -1,12 +1,12 @@
 """The log of a run, a line a step, for whoever must find out where a process that was killed had got to."""
 
 import json
-import resource
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from halve.memory import peak_memory
 from halve.run.events import Progress
 
 LOG = "log.jsonl"
@@ -32,7 +32,7 @@ class RunLog:
             "block": step.block,
             "matrix": None if step.matrix is None else step.matrix.name,
             "relative_loss": None if step.matrix is None else step.matrix.facts.get("relative_loss"),
-            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+            "peak_memory_gb": round(peak_memory() / 1e9, 3),
         }
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

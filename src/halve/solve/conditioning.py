@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from halve.checks import check_count
 from halve.errors import InputError
 from halve.maths.gram import Statistics
 
@@ -46,8 +47,8 @@ def checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | 
     Raises:
         InputError: the matrix has another shape, dtype or device, is not finite in float32, or no Gram matrix.
     """
-    if tokens is not None and tokens < 1:
-        raise InputError(f"tokens must be at least 1, got {tokens}")
+    if tokens is not None:
+        check_count("tokens", tokens)
     given = gram if isinstance(gram, Statistics) else None
     if isinstance(gram, Statistics):
         tokens = gram.tokens if tokens is None else tokens

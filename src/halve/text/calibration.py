@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from halve.checkpoint.load import LoadedModel
+from halve.checks import check_count
 from halve.errors import InputError
 from halve.model.blocks import Batch
 from halve.option_groups import option
@@ -76,7 +77,9 @@ class Calibration:
             InputError: there is no such text, or a number is not usable.
         """
         if self.source is None or isinstance(self.source, str | Path):
-            tokens.check_counts(samples=self.samples, seq_len=1 if self.seq_len is None else self.seq_len)
+            check_count("samples", self.samples)
+            if self.seq_len is not None:
+                check_count("seq_len", self.seq_len)
         if not isinstance(self.source, str | Path) or self.is_self_written:
             return
         if isinstance(self.source, Path) or not is_on_hub(self.source):

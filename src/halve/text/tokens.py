@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from halve.checks import check_count
 from halve.errors import InputError
 from halve.text.documents import Corpus, Document, open_corpus, pieces, shuffled
 from halve.text.generation import Listen, sample_text, text_config
@@ -112,7 +113,8 @@ def calibration_tokens(
         CalibrationError: the model generates non-finite logits.
         UnsupportedModelError: the model cannot generate with a key-value cache.
     """
-    check_counts(samples=samples, seq_len=seq_len)
+    check_count("samples", samples)
+    check_count("seq_len", seq_len)
     if source == SELF:
         if model is None:
             raise InputError("source 'self' needs the model that writes the text: give model, or another source")
@@ -181,7 +183,9 @@ def evaluation_corpus(source: str | Path, *, seq_len: int, max_windows: int | No
     Raises:
         InputError: an argument is not usable; the message names it.
     """
-    check_counts(seq_len=seq_len, max_windows=1 if max_windows is None else max_windows)
+    check_count("seq_len", seq_len)
+    if max_windows is not None:
+        check_count("max_windows", max_windows)
     if seq_len == 1:
         raise InputError("seq_len = 1 leaves no token to predict: give at least 2")
     if source == SELF:
@@ -204,7 +208,7 @@ def check_texts(
         InputError: a text cannot be found, or a number is not usable.
     """
     if seq_len is not None:
-        check_counts(seq_len=seq_len)
+        check_count("seq_len", seq_len)
     for source in sources:
         evaluation_corpus(source, seq_len=seq_len or 2, max_windows=max_windows, text_field=text_field)
 
@@ -240,17 +244,6 @@ def check_length(seq_len: int, model: nn.Module) -> None:
     limit = longest(model)
     if limit is not None and seq_len > limit:
         raise InputError(f"seq_len = {seq_len} exceeds the model's max_position_embeddings = {limit}: lower seq_len")
-
-
-def check_counts(**counts: int) -> None:
-    """Refuse numbers of samples, tokens or windows that are no whole numbers of at least 1.
-
-    Raises:
-        InputError: one is not; the message names it.
-    """
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(f"{name} = {count!r} is not usable: give a whole number, at least 1")
 
 
 def _refuse_empty(characters: int, name: str) -> None:
