@@ -25,7 +25,8 @@ def available_memory() -> int:
 def peak_memory() -> int:
     """Return the most resident memory in bytes that this process has had so far, as the kernel counted it.
 
-    Of this psutil tells only the present value, from which a peak between two looks is missing.
+    Of this psutil tells only the present value, from which a peak between two looks is missing. On Linux a program
+    begins with the peak of the process that started it.
     """
     unit = 1 if sys.platform == "darwin" else 1024  # macOS alone counts bytes, all others KiB: getrusage(2) of each
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -292,8 +292,8 @@ def test_evaluate_refuses_before_loading(directory, text, monkeypatch):
     for wrong, message in (
         ({"data": "missing.txt"}, "'missing.txt' does not exist"),
         ({"data": "self"}, "'self' is for calibration"),
-        ({"seq_len": 0}, "seq_len = 0"),
-        ({"max_windows": 0}, "max_windows = 0"),
+        ({"seq_len": 0}, "seq_len must be a whole number of at least 1, got 0"),
+        ({"max_windows": 0}, "max_windows must be a whole number of at least 1, got 0"),
         ({"forward_dtype": "int8"}, "'int8' is not understood"),
         ({"device": "abacus"}, "'abacus' is not understood"),
     ):
