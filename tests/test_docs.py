@@ -1,6 +1,10 @@
+import importlib.util
 import inspect
 import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -22,6 +26,9 @@ from halve.solve.objective import Objective
 from models import decoder, tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [*sorted(DOCS.parent.glob("*.md")), *sorted(DOCS.glob("*.md"))]
+FETCHED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
+"""Scripts, styles, fonts and pictures that a browser would ask another site for."""
 OPTIONS = {
     **{name: (row.options, "") for name, row in methods.METHODS.items()},
     **{f"refit {name}": (row.options, "refit_") for name, row in refit.REFITS.items()},
@@ -88,7 +95,80 @@ def test_every_key_and_fact_of_a_record_is_documented(tmp_path):
     assert check(tmp_path).ok
 
 
-@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_local_links_and_pictures_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert all((page.parent / target).exists() for target in targets), targets
+
+
+def prose(page):
+    """Yield the numbered lines of a page but for tables, pictures and fenced code."""
+    fenced = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fenced ^= line.lstrip().startswith("```")
+        if not fenced and not line.startswith(("|", "![")):
+            yield number, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_is_longer_than_an_editor_is_wide(page):
+    assert [number for number, line in prose(page) if len(line) > 120] == []
+
+
+def test_the_readme_is_short():
+    lines = (DOCS.parent / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", DOCS / "python.md"], ids=lambda page: page.name)
+def test_whole_programs_on_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    programs = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert programs
+    for program in programs:
+        exec(compile(program, str(page), "exec"), {})  # noqa: S102 - our own page
+
+
+def test_every_page_is_in_the_index_and_in_the_navigation():
+    index, navigation = (path.read_text() for path in (DOCS / "index.md", DOCS.parent / "mkdocs.yml"))
+    for page in sorted(DOCS.glob("*.md")):
+        if page.name != "index.md":
+            assert f"]({page.name})" in index, page.name
+        assert f": {page.name}\n" in navigation, page.name
+
+
+def test_the_picture_of_the_house_is_what_the_code_is():
+    spec = importlib.util.spec_from_file_location("draw_house", DOCS / "draw_house.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.svg() == script.PICTURE.read_text(encoding="utf-8"), "run python docs/draw_house.py"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The documentation as a site, built strictly."""
+    home = tmp_path_factory.mktemp("site")
+    shutil.copytree(DOCS, home / "docs")
+    shutil.copy(DOCS.parent / "mkdocs.yml", home)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home / "site"
+
+
+def test_the_site_asks_no_other_site_for_anything(site):
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 20
+    for page in pages:
+        assert FETCHED.findall(page.read_text(encoding="utf-8")) == [], page.name
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\([\"']?(https?:)?//|@import", style.read_text(encoding="utf-8")), style.name
+    assert "assets/iframe-worker.js" in (site / "index.html").read_text(encoding="utf-8")
+    assert (site / "search.js").exists()
+
+
+def test_what_would_be_fetched_is_found():
+    assert FETCHED.findall('<script src="https://unpkg.com/x"></script>') == ["https://unpkg.com/x"]
+    assert FETCHED.findall("<link rel=stylesheet href=//fonts.example/css>") == ["//fonts.example/css"]
+    assert FETCHED.findall('<a href="https://arxiv.org/abs/2501.18015">') == []
