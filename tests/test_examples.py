@@ -37,6 +37,14 @@ def test_one_matrix_is_pruned(monkeypatch, capsys, model):
     assert "2:4 holds = True" in printed
 
 
+def test_methods_are_compared(monkeypatch, capsys, model, text):
+    printed = run(
+        monkeypatch, capsys, "compare_methods", model, text, text, *SMALL, "--methods", "magnitude", "auto+cg"
+    )
+    assert [line.split()[0] for line in printed.splitlines()] == ["dense", "magnitude", "auto+cg"]
+    assert printed.count("perplexity") == 3
+
+
 def test_a_pruned_model_is_accelerated_and_generates(monkeypatch, capsys, model, text, tmp_path):
     halve.prune(model, tmp_path / "pruned", calibration=text, samples=4, seq_len=16, method="wanda", refit="none")
     name = "accelerate_and_generate"
