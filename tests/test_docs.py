@@ -2,9 +2,6 @@ import importlib.util
 import inspect
 import json
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -27,8 +24,6 @@ from models import decoder, tokens
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [*sorted(DOCS.parent.glob("*.md")), *sorted(DOCS.glob("*.md"))]
-FETCHED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
-"""Scripts, styles, fonts and pictures that a browser would ask another site for."""
 OPTIONS = {
     **{name: (row.options, "") for name, row in methods.METHODS.items()},
     **{f"refit {name}": (row.options, "refit_") for name, row in refit.REFITS.items()},
@@ -143,32 +138,3 @@ def test_the_picture_of_the_house_is_what_the_code_is():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.svg() == script.PICTURE.read_text(encoding="utf-8"), "run python docs/draw_house.py"
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The documentation as a site, built strictly."""
-    home = tmp_path_factory.mktemp("site")
-    shutil.copytree(DOCS, home / "docs")
-    shutil.copy(DOCS.parent / "mkdocs.yml", home)
-    command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return home / "site"
-
-
-def test_the_site_asks_no_other_site_for_anything(site):
-    pages = sorted(site.rglob("*.html"))
-    assert len(pages) > 20
-    for page in pages:
-        assert FETCHED.findall(page.read_text(encoding="utf-8")) == [], page.name
-    for style in site.rglob("*.css"):
-        assert not re.search(r"url\([\"']?(https?:)?//|@import", style.read_text(encoding="utf-8")), style.name
-    assert "assets/iframe-worker.js" in (site / "index.html").read_text(encoding="utf-8")
-    assert (site / "search.js").exists()
-
-
-def test_what_would_be_fetched_is_found():
-    assert FETCHED.findall('<script src="https://unpkg.com/x"></script>') == ["https://unpkg.com/x"]
-    assert FETCHED.findall("<link rel=stylesheet href=//fonts.example/css>") == ["//fonts.example/css"]
-    assert FETCHED.findall('<a href="https://arxiv.org/abs/2501.18015">') == []
