@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from halve.report.record import finite, settings_json
 from halve.run.contender import Contender
 from halve.run.directory import open_run
 from halve.run.environment import environment
-from halve.run.events import Progress
+from halve.run.events import Progress, writing_told_to
 from halve.run.phases import Phase
 from halve.run.request import Request
 from halve.text import tokens
@@ -248,9 +249,10 @@ def compare(
             check_destinations(place, requests, source, source.size)
         loaded = load.load_model(source)
     texts = asked.evaluation.texts(loaded, asked.calibration.length)
-    if asked.calibration.is_self_written and listen is not None:
-        listen(None, Progress(0, 0, Phase.GENERATE, 0, 0))
-    found = asked.calibration.data(loaded)
+    tell = None if listen is None else partial(listen, None)
+    if asked.calibration.is_self_written and tell is not None:
+        tell(Progress(0, 0, Phase.GENERATE, 0, 0))
+    found = asked.calibration.data(loaded, writing_told_to(tell))
     if not isinstance(found, TokenSet):
         raise InputError("calibration is a list of batches, and a comparison needs tokens: give text or token ids")
     return Comparison(loaded, requests, found, texts, out=place, listen=listen)

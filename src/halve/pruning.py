@@ -18,7 +18,7 @@ from halve.evaluation.request import Evaluation
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
-from halve.run.events import Listener, Progress
+from halve.run.events import Listener, Progress, writing_told_to
 from halve.run.fingerprint import code_fields
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
@@ -151,7 +151,7 @@ def _data(
     if calibration.is_self_written:
         _announce(listen, Phase.GENERATE)
     with phases.timing(Phase.CALIBRATE):
-        return calibration.data(loaded)
+        return calibration.data(loaded, writing_told_to(listen))
 
 
 def _check_room(loaded: LoadedModel, run: RunDirectory, dtype: torch.dtype | None) -> None:

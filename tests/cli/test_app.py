@@ -6,9 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from halve import comparison
-from halve.cli.app import app
+from halve.cli.app import COMMANDS, app
 from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
-from halve.errors import FactorisationError
+from halve.errors import FactorisationError, InputError
+from halve.option_groups import options_of
+from halve.run.request import Request
 from halve.solve.objective import Objective
 
 run = CliRunner().invoke
@@ -160,3 +162,48 @@ def test_methods_are_listed():
     assert result.exit_code == 0
     for name in ("magnitude", "wanda", "sparsegpt", "prox-gradient"):
         assert name in result.output
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_that_the_list_of_commands_sums_up(name):
+    listed = run(app, ["--help"], env={"COLUMNS": "300"}).output
+    assert COMMANDS[name][1] in " ".join(listed.split())
+    shown = run(app, [name, "--help"], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0, shown.output
+    assert "…" not in shown.output.replace("cuda:1, …", "")
+    assert "--verbose" in shown.output
+
+
+def test_no_option_is_cut_where_a_terminal_is_narrow():
+    shown = run(app, ["prune", "--help"], env={"COLUMNS": "80"}).output
+    for each in options_of(Request):
+        assert f"--{each.name.replace('_', '-')}" in shown
+
+
+def test_a_mistyped_option_or_command_is_told_what_it_may_have_been():
+    assert "--samples" in run(app, ["prune", "m", "--out", "o", "--sampels", "3"]).output
+    result = run(app, ["prun"])
+    assert result.exit_code == EXIT_REFUSED
+    assert "unknown command 'prun': did you mean 'prune'?" in " ".join(result.output.split())
+
+
+def test_what_led_to_an_error_is_told_on_request(monkeypatch):
+    def unreachable(*_arguments, **_options):
+        raise InputError("the hub cannot be reached") from ConnectionError("no route to host")
+
+    monkeypatch.setattr("halve.checkpoint.load.resolve", unreachable)
+    arguments = ["prune", "org/model", "--out", "o"]
+    plain = run(app, arguments)
+    assert plain.exit_code == EXIT_REFUSED
+    assert plain.stderr == "error: the hub cannot be reached\n"
+    assert "no route to host" in run(app, [*arguments, "--verbose"]).stderr
+
+
+def test_whoever_stops_reading_ends_the_command_quietly():
+    code = (
+        "import typer; from halve.cli.errors import reporting\n"
+        "def talk():\n    with reporting():\n        print('x' * 10**6, flush=True)\ntyper.run(talk)"
+    )
+    shell = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    pipe = subprocess.run(["/bin/bash", "-c", shell], capture_output=True, check=False)
+    assert (pipe.returncode, pipe.stdout, pipe.stderr) == (0, b"x", b"")

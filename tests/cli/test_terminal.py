@@ -17,6 +17,8 @@ from halve.cli.terminal import (
     warn_if_crowded,
     warn_of_overlap,
 )
+from halve.run.events import Progress
+from halve.run.phases import Phase
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -106,7 +108,7 @@ def test_the_summary_names_the_worst_of_every_kind(width):
 @pytest.mark.parametrize(("phase", "words"), [("generate", "writes its calibration text"), ("evaluate", "perplexity")])
 def test_what_takes_long_outside_the_blocks_is_announced(capsys, phase, words):
     with progress() as show:
-        show(SimpleNamespace(plan=None, phase=phase, blocks=0, matrix=None))
+        show(Progress(0, 0, Phase(phase), 0, 0))
     assert words in capsys.readouterr().err
 
 
@@ -132,3 +134,14 @@ def test_more_threads_than_processors_are_warned_of(capsys):
     for threads, processors in ((2, 2), (1, 2), (8, None)):
         warn_if_crowded(threads, processors)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds_left", "said"), [(150.0, "the rest takes about 2 minutes; --calibration FILE"), (9.0, "")]
+)
+def test_text_that_takes_long_to_write_is_told_with_a_way_out(capsys, seconds_left, said):
+    with progress() as show:
+        show(Progress(0, 0, Phase.GENERATE, 100, 1000, seconds_left=seconds_left))
+    printed = " ".join(capsys.readouterr().err.split())
+    assert said in printed
+    assert bool(said) is ("100 of 1000 tokens are written" in printed)

@@ -76,6 +76,35 @@ def test_a_resumed_run_measures_as_it_was_asked_to(checkpoint, text, tmp_path):
     assert json.loads((tmp_path / "out" / "halve-measured.json").read_text())["resumed_blocks"] == 1
 
 
+def test_the_dense_model_is_measured_once_however_often_a_run_is_stopped(checkpoint, text, tmp_path, monkeypatch):
+    class StoppedError(Exception):
+        pass
+
+    def stop(step):
+        if step.phase == "collect" and step.block == 1:
+            raise StoppedError
+
+    real, measured = Evaluation.measure, []
+
+    def watched(self, model, texts, device):
+        measured.append([text.source for text in texts])
+        return real(self, model, texts, device)
+
+    monkeypatch.setattr(Evaluation, "measure", watched)
+    for _ in range(2):
+        with pytest.raises(StoppedError):
+            prune_and_measure(checkpoint, text, tmp_path / "out", listen=stop, **FAST)
+    assert len(measured) == 1
+    (tmp_path / "other.txt").write_text(" ".join(["other words of another text"] * 40))
+    other = Evaluation([str(tmp_path / "other.txt")], 16, 2)
+    options = {"calibration": text, "samples": 8, "seq_len": 16, "evaluation": other}
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "out", listen=stop, **options, **FAST)
+    assert len(measured) == 2  # of another text nothing is known yet
+    pruned = halve.resume(tmp_path / "out")
+    assert len(pruned.before) == len(pruned.after) == 1
+
+
 @pytest.mark.parametrize("error", [InputError("window 0 is not finite"), torch.OutOfMemoryError("full"), MemoryError()])
 def test_a_measurement_that_fails_afterwards_is_a_note_beside_a_complete_checkpoint(
     checkpoint, text, tmp_path, monkeypatch, error
@@ -102,8 +131,8 @@ def test_a_measurement_that_fails_afterwards_is_a_note_beside_a_complete_checkpo
         ({"data": ["missing.txt"]}, r"missing\.txt"),
         ({"data": []}, "give at least one"),
         ({"data": "wikitext2"}, "is not a list of texts"),
-        ({"seq_len": 0}, "seq_len = 0"),
-        ({"max_windows": 0}, "max_windows = 0"),
+        ({"seq_len": 0}, "seq_len must be a whole number of at least 1, got 0"),
+        ({"max_windows": 0}, "max_windows must be a whole number of at least 1, got 0"),
         ({"forward_dtype": "int8"}, "int8"),
         ({"seq_len": 4096}, "exceeds the model's max_position_embeddings"),
     ],

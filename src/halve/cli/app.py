@@ -1,11 +1,17 @@
 """The ``halve`` command: which commands there are. Each is loaded when it is called, so that help comes at once."""
 
+import inspect
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version as installed
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from halve.cli.signatures import with_parameters
+from halve.errors import InputError
+from halve.lookup import find_row
 
 COMMANDS = {
     "prune": ("prune:prune", "Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."),
@@ -18,10 +24,30 @@ COMMANDS = {
     "plan": ("plan:plan_command", "Measure, before pruning, where sparsity makes a model faster on this machine."),
     "pack": ("pack:pack", "Pack the pruned matrices of a checkpoint: one bit a weight, and the kept values."),
     "unpack": ("pack:unpack", "Restore the plain checkpoint that was packed, byte for byte."),
-    "methods": ("methods:methods", "List the methods."),
+    "methods": ("compare:methods", "List the methods."),
     "version": ("app:version", "Print the version."),
 }
 """By name, where a command is (a module of this folder, and the function) and what it does."""
+
+_VERBOSE = inspect.Parameter(
+    "verbose",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--verbose", help="Also print what led to an error.")],
+)
+
+
+def _with_verbose(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flag ``--verbose``."""
+    from halve.cli.errors import telling_details
+
+    def run(*, verbose: bool, **arguments: Any) -> None:
+        with telling_details(verbose):
+            command(**arguments)
+
+    parameters = [*inspect.signature(command).parameters.values(), _VERBOSE]
+    named = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    return with_parameters(run, named, command)
 
 
 class _Commands(TyperGroup):
@@ -35,8 +61,15 @@ class _Commands(TyperGroup):
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        single.command(name=cmd_name)(getattr(import_module(f"halve.cli.{module}"), name))
+        single.command(name=cmd_name)(_with_verbose(getattr(import_module(f"halve.cli.{module}"), name)))
         return typer.main.get_command(single)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            find_row(COMMANDS, args[0], "command")
+        except InputError as error:
+            raise typer.BadParameter(str(error), ctx) from error
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, _ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):

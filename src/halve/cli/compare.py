@@ -1,19 +1,21 @@
-"""The command that sets methods side by side: ``halve compare``."""
+"""The commands about methods: ``halve compare`` sets them side by side, ``halve methods`` lists them."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from halve.cli.errors import EXIT_FAILED, EXIT_FALLBACKS, reporting
 from halve.cli.groups import taking
 from halve.cli.options import JsonOption, ModelArgument, StrictOption
 from halve.cli.terminal import comparison_table, out, progress, say_row, warn_of_overlap
 from halve.cli.values import allowed_fallback, parse_options_by_method
-from halve.comparison import METHODS
+from halve.comparison import METHODS as COMPARED
 from halve.comparison import compare as compare_methods
 from halve.run.request import Request
+from halve.solve.methods import METHODS
 
 _OF_ONE_METHOD = (
     "method",
@@ -37,7 +39,7 @@ def compare(
     given: dict[str, Any],
     methods: Annotated[
         str, typer.Option(help="Comma-separated; wanda is as published, wanda+cg adds a refit, +block tunes blocks.")
-    ] = ",".join(METHODS),
+    ] = ",".join(COMPARED),
     strict: StrictOption = True,
     option: Annotated[
         list[str] | None,
@@ -83,3 +85,12 @@ def _show(found: Any, *, as_json: bool) -> None:
         out.print_json(json.dumps(found.as_json()))
     elif found.rows:
         out.print(comparison_table(found.rows, found.pattern))
+
+
+def methods() -> None:
+    """List the methods."""
+    table = Table("method", "patterns", "statistics", "summary", "reference")
+    for entry in METHODS.values():
+        patterns = "N:M, S%" if entry.unstructured else "N:M"
+        table.add_row(entry.name, patterns, "yes" if entry.needs_statistics else "no", entry.summary, entry.reference)
+    out.print(table)

@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +35,19 @@ EXIT_INTERRUPTED = 130
 """The user, or a signal, stopped it before there was anything to keep."""
 
 
+_TELLING: ContextVar[bool] = ContextVar("telling", default=False)
+
+
+@contextmanager
+def telling_details(wanted: bool) -> Iterator[None]:
+    """Print, inside, not only an error's sentence but also what led to it, where ``wanted``."""
+    before = _TELLING.set(wanted)
+    try:
+        yield
+    finally:
+        _TELLING.reset(before)
+
+
 @contextmanager
 def reporting(out: Path | None = None) -> Iterator[None]:
     """Turn Halve's errors, Ctrl-C and SIGTERM into one sentence and an exit code.
@@ -56,6 +70,8 @@ def reporting(out: Path | None = None) -> Iterator[None]:
     except HalveError as error:
         message = error.with_flags() if isinstance(error, OptionError) else str(error)
         say(err, message, label="error", style="red")
+        if error.details and _TELLING.get():
+            say(err, error.details)
         if error.unfinished is not None:
             _say_how_to_resume(error.unfinished)
             raise typer.Exit(EXIT_STOPPED) from error

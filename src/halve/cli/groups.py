@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 
 from halve.cli.errors import reporting
+from halve.cli.signatures import with_parameters
 from halve.option_groups import Option, options_of
 
 GIVEN = "given"
@@ -44,10 +45,7 @@ def taking(*roots: type[Any], without: Collection[str] = ()) -> Callable[[Any], 
             command(**arguments, given={name: value for name, value in values.items() if value is not None})
 
         parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own] + flags
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in parameters}
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
-        return run
+        return with_parameters(run, parameters, command)
 
     return decorate
 

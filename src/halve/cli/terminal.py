@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _FEW = 3
 """Parameters that are named in a line rather than counted only."""
 
+_LONG = 30.0
+"""Seconds from which it is said how long the text that the model writes still takes, and how to avoid it."""
 _BUSY = 0.5
 """Load a processor before times are doubtful."""
 _PIPE_WIDTH = 300
@@ -115,6 +117,17 @@ def announce(phase: Phase) -> None:
     say(err, sentences[phase])
 
 
+def _announce_step(step: "Progress") -> None:
+    """Say what is about to take long, or how long the text that the model writes still takes."""
+    if step.seconds_left is None:
+        announce(step.phase)
+        return
+    if step.finished < step.matrices and step.seconds_left >= _LONG:
+        how_long = counted(max(1, round(step.seconds_left / 60)), "minute")
+        hint = "; --calibration FILE, fewer --samples or a shorter --seq-len avoid that"
+        say(err, f"{step.finished} of {step.matrices} tokens are written, the rest takes about {how_long}{hint}")
+
+
 def warn_if_busy(load: float | None, processors: int | None) -> None:
     """Warn where the load of the last minute makes times doubtful that are going to be measured, or were."""
     if load is not None and load > _BUSY * (processors or 1):
@@ -172,7 +185,9 @@ def progress() -> Iterator[Show]:
 
         def show(step: "Progress", runner: str = "") -> None:
             if not step.blocks:
-                announce(step.phase)
+                if step.seconds_left is not None:
+                    bar.update(task, description="writing text", completed=step.finished, total=step.matrices)
+                _announce_step(step)
                 return
             if step.plan is not None:
                 say(bar.console, _prefix(runner) + _plan(step.plan))
@@ -205,7 +220,7 @@ def progress_bar(console: Console) -> "ProgressBar":
 def _plain_progress(step: "Progress", runner: str = "") -> None:
     prefix = _prefix(runner)
     if not step.blocks:
-        announce(step.phase)
+        _announce_step(step)
         return
     if step.plan is not None:
         sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")

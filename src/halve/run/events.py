@@ -133,6 +133,8 @@ class Progress:
         matrices: matrices in all.
         matrix: the matrix just finished, in phase ``solve``, or taken over from an earlier process, in ``restore``.
         plan: what will be done, in phase ``plan``, before anything is.
+        seconds_left: in phase ``generate``, how long the rest of the text takes; ``finished`` and ``matrices`` are then
+            tokens. None where that is not known.
     """
 
     block: int
@@ -142,9 +144,21 @@ class Progress:
     matrices: int
     matrix: MatrixReport | None = None
     plan: Plan | None = None
+    seconds_left: float | None = None
 
 
 Listener = Callable[[Progress], None]
+
+
+def writing_told_to(listen: Listener | None) -> Callable[[int, int, float], None] | None:
+    """Return what hears of the text that a model writes (`halve.text.generation.Listen`), and passes it on."""
+    if listen is None:
+        return None
+
+    def tell(done: int, total: int, seconds_left: float) -> None:
+        listen(Progress(0, 0, Phase.GENERATE, done, total, seconds_left=seconds_left))
+
+    return tell
 
 
 def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
