@@ -131,11 +131,9 @@ def evaluate(
         max_windows: only the first windows, for text; None takes all.
         tokenizer: for text; None takes the checkpoint's own.
         text_field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
-        batch_size: see `perplexity`, as for the others.
+        batch_size: as `perplexity` has it, and ``forward_dtype`` and ``progress``.
         device: ``"auto"`` is where a model in memory lies, and the GPU if there is one for a checkpoint.
-        forward_dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         trust_remote_code: whether to run Python code that comes with the checkpoint.
-        progress: called with the windows done and the windows in all.
 
     Raises:
         InputError: see `perplexity` and `halve.text.tokens.evaluation_tokens`; or there is no tokenizer.
@@ -192,11 +190,7 @@ def evaluation_texts(
     """Tokenise the evaluation texts for a model.
 
     Args:
-        loaded: the model, and its tokenizer.
-        sources: see `halve.text.tokens.evaluation_tokens`, as for the others.
-        seq_len: window length, at most what the model was built for.
-        max_windows: only the first windows; None takes all.
-        text_field: field of ``.jsonl`` and ``.parquet`` files.
+        loaded: the model, and its tokenizer; all else is as `halve.text.tokens.evaluation_tokens` has it.
 
     Raises:
         InputError: no tokenizer, or a source or the length is not usable.

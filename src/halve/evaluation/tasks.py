@@ -203,16 +203,11 @@ def evaluate_tasks(
 
     Args:
         model: a model in memory, or a checkpoint as `halve.checkpoint.load.load_model` takes it.
-        tasks: see `open_tasks`, as for ``tasks_path``, ``limit`` and ``num_fewshot``.
+        tasks: as `open_tasks` has them, and ``tasks_path``, ``limit`` and ``num_fewshot``.
         tokenizer: needed for a model in memory; None takes a checkpoint's own.
-        tasks_path: a directory with definitions of your own. They can run Python code.
-        limit: only the first examples of each task.
-        num_fewshot: solved examples before each question.
-        batch_size: see `measure_tasks`, as for ``progress``.
+        batch_size: as `measure_tasks` has it, and ``forward_dtype`` and ``progress``.
         device: ``"auto"`` is where a model in memory lies, and the GPU if there is one for a checkpoint.
-        forward_dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         trust_remote_code: whether to run Python code that comes with the checkpoint.
-        progress: called with a name, its requests done, and its requests in all.
 
     Raises:
         InputError: see `open_tasks` and `measure_tasks`.
