@@ -209,7 +209,7 @@ def _check_files(directory: Path, record: Record, shards: set[str], told: set[st
         found.problems += [
             f"{name} is not among the files recorded in {RECORD}" for name in sorted({*shards, CONFIG} - files.keys())
         ]
-    for name in files.keys() - told:
+    for name in sorted(files.keys() - told):
         with found.noting():
             if change := change_of(directory, name, files[name]):
                 found.problems.append(change)

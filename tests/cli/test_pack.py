@@ -3,7 +3,7 @@ from typer.testing import CliRunner
 
 from halve.cli.app import app
 from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
-from packed_models import edit_tensor, packed, pruned, sums
+from packed_models import edit_tensor, packed, pruned, record_again, sums
 
 run = CliRunner().invoke
 
@@ -35,6 +35,7 @@ def test_what_is_left_dense_is_said(plain, tmp_path):
     for number in range(4):
         name = f"model.layers.{min(number, 2)}.{'mlp.up_proj' if number < 3 else 'mlp.gate_proj'}.weight"
         edit_tensor(plain / "model.safetensors", name, lambda tensor: tensor.double())
+    record_again(plain)
     result = run(app, ["pack", str(plain), "--out", str(tmp_path / "packed")])
     assert result.exit_code == 0, result.output
     assert "note: left dense, float64 is not packed: " in result.stdout

@@ -22,7 +22,7 @@ from halve.packed.write import pack_checkpoint
 from halve.pruning import prune
 from halve.runtime.linear import SparseLinear
 from own_code import CONFIGURATION, MODELLING, some_tokens
-from packed_models import packed, pruned, sums
+from packed_models import packed, pruned, record_again, sums
 
 
 def same_state(model, other):
@@ -41,6 +41,7 @@ def sparse_layers(model):
 def test_is_the_plain_model_in_every_respect_but_memory(family, tmp_path):
     made = pruned(tmp_path, family, dtype=torch.float32)
     models.edit_json(made / "generation_config.json", repetition_penalty=1.5)
+    record_again(made)
     directory = pack_checkpoint(made, tmp_path / "packed").out
     ours, plain = load(directory), load_model(made)
     assert ours.model.generation_config.repetition_penalty == 1.5
@@ -146,6 +147,7 @@ def test_a_config_without_a_dtype_takes_the_tensors_own(tmp_path):
     config = json.loads((plain / "config.json").read_text())
     del config["dtype"]
     (plain / "config.json").write_text(json.dumps(config))
+    record_again(plain)
     ours = load(pack_checkpoint(plain, tmp_path / "packed").out)
     assert len(sparse_layers(ours.model)) == 21
     same_state(ours.model, load_model(plain).model)
@@ -223,6 +225,7 @@ def test_code_beside_the_weights_runs_only_where_it_is_trusted(tmp_path, modules
     models.edit_json(plain / "config.json", model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
     (plain / "configuration_own.py").write_text(CONFIGURATION.format(marker=str(marker)))
     (plain / "modeling_own.py").write_text(MODELLING)
+    record_again(plain)
     directory = pack_checkpoint(plain, tmp_path / "packed", trust_remote_code=True).out
     with pytest.raises(UnsupportedModelError, match="auto_map"):
         load(directory)

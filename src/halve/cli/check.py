@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from halve.checkpoint.directory import PACKED, RECORD, is_unfinished
+from halve.checkpoint.directory import RECORD, is_packed, is_unfinished
 from halve.cli.errors import EXIT_FAILED, reporting
 from halve.cli.options import JsonOption
 from halve.cli.terminal import out, say
@@ -27,7 +27,7 @@ def check(
     """Re-read the bytes on disk: the pattern holds, all values are finite, nothing is missing or touched."""
     with reporting():
         finished = directory.is_dir() and not is_unfinished(directory)
-        recorded = any((directory / name).exists() for name in (RECORD, PACKED))
+        recorded = (directory / RECORD).exists() or is_packed(directory)
         if pattern is None and finished and not recorded:
             raise InputError(f"{directory} has no {RECORD}: give --pattern")
         result = check_checkpoint(directory, against=against, pattern=pattern, trust_remote_code=trust_remote_code)

@@ -229,23 +229,22 @@ def _file_faults(place: Path, manifest: Manifest) -> Iterator[tuple[str, HalveEr
     known = {path.relative_to(place).as_posix() for path in _carried(place, code=True)}  # may be run or not
     for name in sorted(known - listed):
         yield name, CorruptFileError(f"{place / name} is not among the files in {PACKED}: remove it")
-    for name, file in manifest.files.items():
-        if name in listed - known:
-            if name != CONFIG:  # which `check_config` has missed already
-                yield name, _missing(place / name)
-            continue
+    for name in sorted(listed - known - {CONFIG}):  # which `check_config` has missed already
+        yield (
+            name,
+            CorruptFileError(
+                f"{place / name} is listed in {PACKED} and missing, or no file of a checkpoint: fetch it again"
+            ),
+        )
+    for name in sorted(manifest.files.keys() - (listed - known)):
         try:
             with reading(place / name):
                 size = contained(place, place / name).stat().st_size
         except HalveError as error:
             yield name, error
         else:
-            if size != file.size:
-                yield name, CorruptFileError(f"{place / name} has {size} bytes, not {file.size}: fetch it again")
-
-
-def _missing(path: Path) -> CorruptFileError:
-    return CorruptFileError(f"{path} is listed in {PACKED} and missing, or no file of a checkpoint: fetch it again")
+            if size != (expected := manifest.files[name].size):
+                yield name, CorruptFileError(f"{place / name} has {size} bytes, not {expected}: fetch it again")
 
 
 def _agreed(
