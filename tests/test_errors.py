@@ -45,8 +45,8 @@ def test_a_file_that_cannot_be_read_is_not_called_corrupt():
 def test_what_stops_a_step_is_noted_and_anything_else_is_not_caught():
     faults = []
     for error in (UnreadableFileError("a"), CorruptFileError("b")):
-        with noting(faults):
+        with noting(faults.append):
             raise error
     assert list(map(str, faults)) == ["a", "b"]
-    with pytest.raises(ValueError, match="c"), noting(faults):
+    with pytest.raises(ValueError, match="c"), noting(faults.append):
         raise ValueError("c")

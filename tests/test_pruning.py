@@ -24,6 +24,7 @@ from halve.errors import (
     InputError,
     LayerFailedError,
     ResumeMismatchError,
+    UnreadableFileError,
     UnsupportedModelError,
 )
 from halve.model.reconstruct import Reconstruction
@@ -326,7 +327,7 @@ def test_a_run_goes_on_once_a_file_can_be_read_again(tmp_path, monkeypatch, chec
 
     halve.prune(checkpoint, tmp_path / "whole", calibration=text, **FAST)
     monkeypatch.setattr("halve.checkpoint.write.read_chunks", gone)
-    with pytest.raises(CorruptFileError, match=r"model.safetensors cannot be read \(Input/output error\)") as caught:
+    with pytest.raises(UnreadableFileError, match=r"model.safetensors cannot be read \(Input/output error\)") as caught:
         halve.prune(checkpoint, tmp_path / "out", calibration=text, **FAST)
     assert caught.value.unfinished == tmp_path / "out"
     monkeypatch.undo()

@@ -1,6 +1,6 @@
 """What can go wrong, named by what the user can do about it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,9 +91,9 @@ class ResumeMismatchError(InputError):
 
 
 @contextmanager
-def noting(faults: list[HalveError]) -> Iterator[None]:
-    """Add the error that stops a block of statements to a list, for work that goes on after what is wrong."""
+def noting(note: Callable[[HalveError], None]) -> Iterator[None]:
+    """Hand the error that stops a block of statements to ``note``, for work that goes on after what is wrong."""
     try:
         yield
     except HalveError as error:
-        faults.append(error)
+        note(error)

@@ -3,8 +3,7 @@
 Nothing is taken from memory or from the run that wrote it, and one tensor is held at a time.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,13 +61,9 @@ class _Findings:
     tensors: int = 0
     compared: int = 0
 
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Take an error for a problem, and go on."""
-        faults: list[HalveError] = []
-        with noting(faults):
-            yield
-        self.problems += map(str, faults)
+    def note(self, error: HalveError) -> None:
+        """Take an error for a problem."""
+        self.problems.append(str(error))
 
     def result(self, pattern: str | None) -> CheckResult:
         """Return what was found of a checkpoint that was checked for a pattern."""
@@ -131,7 +126,7 @@ def check(
     told = {*weights.unsound, *([] if _check_config(directory, found, code=trust_remote_code) else [CONFIG])}
     record = _read_record(directory, found)
     if wanted is None and record is not None:
-        with found.noting():
+        with noting(found.note):
             wanted = pattern_of(record, directory)
             if wanted is None and record.layouts:
                 found.problems.append(f"{RECORD} records pruned matrices and no pattern")
@@ -171,7 +166,7 @@ def _check_packed(directory: Path, *, alone: bool, code: bool) -> CheckResult:
     verified = verify(checkpoint)
     found.problems += verified.problems
     if not found.problems:  # else it does not come out, and the reason has been told
-        with found.noting():
+        with noting(found.note):
             found.problems += restoring_problems(checkpoint)
     matrices = checkpoint.manifest.matrices
     found.matrices, found.zeros, found.weights = len(matrices), verified.zeros, verified.weights
@@ -181,7 +176,7 @@ def _check_packed(directory: Path, *, alone: bool, code: bool) -> CheckResult:
 
 def _check_config(directory: Path, found: _Findings, *, code: bool) -> bool:
     """Return whether the config can be read."""
-    with found.noting():
+    with noting(found.note):
         for name in forbidden_fields(read_json(directory / CONFIG), code=code):
             found.problems.append(f"{CONFIG} has {name!r}, which a plain checkpoint does not")
         return True
@@ -194,7 +189,7 @@ def _read_record(directory: Path, found: _Findings) -> Record | None:
             f"there is no {RECORD}: neither the files' sha256 nor which tensors were pruned is on record"
         )
         return None
-    with found.noting():
+    with noting(found.note):
         record = read_record(directory, Record)
         if not record.files:
             found.problems.append(f"{RECORD} does not record the sha256 of the files")
@@ -210,7 +205,7 @@ def _check_files(directory: Path, record: Record, shards: set[str], told: set[st
             f"{name} is not among the files recorded in {RECORD}" for name in sorted({*shards, CONFIG} - files.keys())
         ]
     for name in sorted(files.keys() - told):
-        with found.noting():
+        with noting(found.note):
             if change := change_of(directory, name, files[name]):
                 found.problems.append(change)
 
@@ -241,7 +236,7 @@ def _check_tensors(tensors: _Tensors, record: Record | None, pattern: Pattern | 
     pruned = set(layouts)
     for name, entry in tensors.entries.items():
         tensors.unread.add(name)
-        with found.noting():
+        with noting(found.note):
             tensor = read_tensor(entry)
             tensors.unread.remove(name)
             if _check_tensor(name, tensor, layouts, pattern, found, recorded=record is not None):

@@ -159,12 +159,12 @@ def survey_weights(directory: Path) -> Weights:
     if (directory / WEIGHTS).exists():  # first, as transformers has it
         names = {WEIGHTS}
     else:
-        with noting(faults):
+        with noting(faults.append):
             weight_map = _index_of(directory)
         names = set(weight_map.values()) or {path.name for path in directory.glob("*.safetensors")}
     shards: list[Shard] = []
     for name in sorted(names):
-        with noting(faults):
+        with noting(faults.append):
             shards.append(read_shard(contained(directory, directory / name)))
     unsound = names - {shard.path.name for shard in shards}
     faults += disagreements(shards, weight_map, directory / INDEX, unsound)

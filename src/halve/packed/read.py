@@ -6,7 +6,6 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,13 +184,13 @@ def survey_packed(
     """
     faults: list[HalveError] = []
     manifest: Manifest | None = None
-    with noting(faults):
+    with noting(faults.append):
         manifest = _manifest_of(place)
-    with noting(faults):
+    with noting(faults.append):
         check_config(place, code=trust_remote_code)
     if manifest is None:
         for path in sorted(place.glob(PACKED_WEIGHTS)):
-            with noting(faults):
+            with noting(faults.append):
                 read_shard(contained(place, path))
         return None, tuple(faults)
     unsound = set()
@@ -199,12 +198,12 @@ def survey_packed(
         unsound.add(name)
         faults.append(error)
     plain: tuple[Shard, ...] = ()
-    with noting(faults):
+    with noting(faults.append):
         plain = manifest.plain_shards(place)
     entries: dict[str, TensorEntry] = {}
     for index, named in enumerate(manifest.shards):
         if named.packed not in unsound:
-            with noting(faults):
+            with noting(faults.append):
                 found = {entry.name: entry for entry in read_shard(contained(place, place / named.packed)).tensors}
                 if again := entries.keys() & found.keys():
                     faults.append(CorruptFileError(f"{place} has tensor {min(again)!r} twice: fetch it again"))
@@ -254,7 +253,7 @@ def _agreed(
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     left = dict(found)
     for entry in plain.tensors:
-        with noting(faults):
+        with noting(faults.append):
             for part in (entry.name, entry.name + MASK, entry.name + VALUES):  # one message is enough
                 left.pop(part, None)
             parts = _expected(path.parent, entry, manifest)
@@ -316,13 +315,9 @@ class Verified:
     zeros: int = 0
     weights: int = 0
 
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Take an error for a problem, and go on."""
-        faults: list[HalveError] = []
-        with noting(faults):
-            yield
-        self.problems += map(str, faults)
+    def note(self, error: HalveError) -> None:
+        """Take an error for a problem."""
+        self.problems.append(str(error))
 
 
 def verify(checkpoint: PackedCheckpoint) -> Verified:
@@ -333,17 +328,17 @@ def verify(checkpoint: PackedCheckpoint) -> Verified:
     found = Verified()
     manifest, place = checkpoint.manifest, checkpoint.directory
     for name, file in manifest.files.items():
-        with found.noting():
+        with noting(found.note):
             path = place / name
             if path.is_file() and path.stat().st_size == file.size and sha256_of(path) != file.sha256:
                 found.problems.append(f"{name} does not have the sha256 in {PACKED}: it has been changed")
     for name in manifest.matrices:
         if {name + MASK, name + VALUES} <= checkpoint.entries.keys():
-            with found.noting():
+            with noting(found.note):
                 _verify_values(name, checkpoint.matrix(name), found)
     for name, entry in checkpoint.entries.items():
         if entry.dtype.is_floating_point and name.removesuffix(VALUES) not in manifest.matrices:
-            with found.noting():
+            with noting(found.note):
                 tensor = read_tensor(entry)
                 wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
                 if not bool(torch.isfinite(wide).all()):
