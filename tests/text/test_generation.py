@@ -1,9 +1,11 @@
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import sdpa_attention
 
 from halve.device import compute_dtype
 from halve.errors import CalibrationError, InputError, UnsupportedModelError
@@ -166,3 +168,18 @@ def test_who_listens_hears_how_long_it_will_take(monkeypatch):
     )
     # A second a step: the first word after 2 of 20, the next 15 later, the last at the end.
     assert heard == [(4, 40, 18.0), (34, 40, 3.0), (40, 40, 0.0)]
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_queries_that_share_keys_go_together_and_give_the_same_text(monkeypatch):
+    packed, pack, choose = [], sdpa_attention.pack_gqa, sdpa_attention.use_gqa_in_sdpa
+    monkeypatch.setattr(sdpa_attention, "pack_gqa", lambda states, ratio: packed.append(ratio) or pack(states, ratio))
+    model = decoder("llama")
+    given = {"samples": 3, "seq_len": 24, "model": model}
+    together = calibration_tokens("self", word_level(), **given).ids
+    assert set(packed) == {2}
+    assert sdpa_attention.use_gqa_in_sdpa is choose
+    packed.clear()
+    monkeypatch.setattr(generation, "queries_packed", nullcontext)
+    assert torch.equal(calibration_tokens("self", word_level(), **given).ids, together)
+    assert not packed

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from halve.device import autocast, compute_dtype, evaluation_mode, model_device
 from halve.errors import CalibrationError, UnsupportedModelError
-from halve.transformers_internals import DynamicCache, DynamicLayer
+from halve.transformers_internals import DynamicCache, DynamicLayer, queries_packed
 
 Listen = Callable[[int, int, float], None]
 """Called with the tokens written, the tokens wanted, and the seconds that the rest takes at the mean speed so far."""
@@ -51,7 +52,8 @@ def sample_text(
     uniform = 1.0 - torch.rand(len(first), seq_len, generator=generator, dtype=torch.float64)
     progress = _Progress(len(first) * (seq_len - 1), listen)
     device = model_device(model)
-    with evaluation_mode(model), autocast(model, compute_dtype(device)) as dtype:
+    packed = queries_packed() if device.type == "cpu" else nullcontext()
+    with packed, evaluation_mode(model), autocast(model, compute_dtype(device)) as dtype:
         batch = _batch_size(len(first), _cache_bytes_per_token(model, dtype) * seq_len, device)
         parts = [
             _sample(model, first[start : start + batch], uniform[start : start + batch], vocabulary, progress)
