@@ -187,7 +187,7 @@ def main() -> None:
     else:
         dense = random_model(options.shape, getattr(torch, options.dtype))
     packed = deepcopy(dense)
-    done = halve.accelerate(packed, only_where_faster=0)
+    done = halve.accelerate(packed, only_where_faster=None)
     name = options.model or options.shape
     print(f"{name}: {sum(p.numel() for p in dense.parameters()) / 1e6:.0f}M parameters in {dense.dtype}")
     print(f"{done.kernel}; {len(done.swapped)} layers packed, {done.bytes_after / done.bytes_before:.3f} of their size")

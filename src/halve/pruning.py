@@ -14,7 +14,7 @@ from halve.checkpoint.room import check_destination, check_shared_space
 from halve.device import weight_dtype
 from halve.errors import HalveError, InputError
 from halve.evaluation.perplexity import Perplexity
-from halve.evaluation.request import Evaluation
+from halve.evaluation.request import Evaluation, overlap
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
@@ -225,9 +225,8 @@ class _Judge:
         """Measure the pruned model, and put both on record; what fails is a note beside the complete checkpoint."""
         _announce(self._listen, Phase.EVALUATE)
         notes = list(pruned.notes)
-        source = pruned.record["calibration"]["source"]
-        if any(text.source == source for text in self._texts):
-            notes.append(f"{source} is both calibrated on and evaluated on: perplexities on it flatter")
+        if caution := overlap(pruned.record["calibration"]["source"], [text.source for text in self._texts]):
+            notes.append(caution)
         try:
             after = self._measure(self._as_written(pruned))
         except (HalveError, RuntimeError, MemoryError) as error:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from halve.checkpoint import write as store
 from halve.checkpoint.directory import MEASURED, PAGE
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import LoadedModel, Source
+from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import CorruptFileError, HalveError
 from halve.evaluation.perplexity import Perplexity
@@ -125,7 +125,7 @@ def _publish(
     notes: tuple[str, ...] = ()
     if not run.verified:
         with phases.timing(Phase.WRITE):
-            files = store.write_checkpoint(run.prepare_staging(), loaded, done.changed, record=content, dtype=dtype)
+            files = write_checkpoint(run.prepare_staging(), loaded, done.changed, record=content, dtype=dtype)
         with phases.timing(Phase.VERIFY):
             _verify(run.staging, loaded.source)
         done = replace(

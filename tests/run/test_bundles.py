@@ -3,7 +3,7 @@ import torch
 
 from halve.maths.gram import Statistics
 from halve.model.layers import Matrix
-from halve.run.bundles import operations, stacks
+from halve.run.bundles import bundles, operations
 
 
 def matrix(name, d_out=4, d_in=8):
@@ -14,10 +14,10 @@ def test_neighbours_with_the_same_statistics_are_solved_together():
     shared, own = Statistics(torch.eye(8), 5), Statistics(torch.eye(8), 5)
     statistics = {"q": shared, "k": shared, "v": shared, "o": own, "up": shared, "e0": None, "e1": None}
     matrices = [matrix(name) for name in (*statistics, "unseen")]
-    names = [[each.name for each in stack] for stack in stacks(matrices, statistics)]
+    names = [[each.name for each in stack] for stack in bundles(matrices, statistics)]
     assert names == [["q", "k", "v"], ["o"], ["up"], ["e0"], ["e1"], ["unseen"]]
-    assert list(stacks([], statistics)) == []
-    assert [len(stack) for stack in stacks(matrices, {})] == [1] * 8
+    assert list(bundles([], statistics)) == []
+    assert [len(stack) for stack in bundles(matrices, {})] == [1] * 8
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_neighbours_with_the_same_statistics_are_solved_together():
 def test_not_too_many_weights_are_solved_together(most, expected):
     shared = Statistics(torch.eye(8), 5)
     matrices = [matrix("a"), matrix("b"), matrix("c", d_out=10), matrix("d", d_out=6)]
-    found = list(stacks(matrices, {each.name: shared for each in matrices}, most))
+    found = list(bundles(matrices, {each.name: shared for each in matrices}, most))
     assert [each for stack in found for each in stack] == matrices
     assert [len(stack) for stack in found] == expected
 

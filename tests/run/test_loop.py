@@ -9,7 +9,7 @@ from halve.maths.pattern import Pattern
 from halve.model.blocks import HiddenStates, run_model
 from halve.model.layers import find_stack
 from halve.model.reconstruct import Reconstruction, Tuned
-from halve.run import bundles as stacks_module
+from halve.run import bundles as bundles_module
 from halve.run import loop as run_module
 from halve.run.loop import plan_model, prune_blocks
 from halve.run.settings import Settings
@@ -321,7 +321,7 @@ def test_reconstruction_leaves_shared_and_skipped_vectors_alone():
 def test_solving_together_changes_next_to_nothing(monkeypatch, method):
     together, alone = decoder("llama"), decoder("llama")
     report = prune_blocks(together, batches(), settings(method, "cg"), device=CPU)
-    monkeypatch.setattr(run_module, "stacks", lambda matrices, statistics: ([each] for each in matrices))
+    monkeypatch.setattr(run_module, "bundles", lambda matrices, statistics: ([each] for each in matrices))
     other = prune_blocks(alone, batches(), settings(method, "cg"), device=CPU)
     assert [each.name for each in report.matrices] == [each.name for each in other.matrices]
     for one, two in zip(report.matrices, other.matrices, strict=True):
@@ -341,7 +341,7 @@ def record_limits(monkeypatch, takes):
         real = [prune_weight(weight, None, "2:4", "magnitude", "none") for weight in weights]
         return [replace(each, facts={"seconds": takes * time_limit / len(weights)}) for each in real]
 
-    monkeypatch.setattr(stacks_module, "prune_weights", solve)
+    monkeypatch.setattr(bundles_module, "prune_weights", solve)
     return limits
 
 
@@ -380,7 +380,7 @@ def test_without_a_time_limit_none_is_passed_on(monkeypatch):
         seen.append("time_limit" in more)
         return [prune_weight(weight, None, "2:4", "magnitude", "none") for weight in weights]
 
-    monkeypatch.setattr(stacks_module, "prune_weights", note)
+    monkeypatch.setattr(bundles_module, "prune_weights", note)
     prune_blocks(decoder("llama"), batches(), settings("auto", "cg"), device=CPU)
     assert seen == [False] * 12
 

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from halve.errors import counted
+from halve.evaluation.request import overlap
 from halve.run.phases import Phase
 
 if TYPE_CHECKING:
@@ -153,14 +154,9 @@ def warn_if_crowded(threads: int, processors: int | None) -> None:
 
 
 def warn_of_overlap(calibration: "TokenSet", evaluation: "Sequence[TokenSet]") -> None:
-    """Warn where a model is measured on the very text that it was calibrated on (`halve.text.tokens.TokenSet` each)."""
-    if any(text.source == calibration.source for text in evaluation):
-        say(
-            err,
-            f"{calibration.source} is both calibrated on and evaluated on: perplexities on it will flatter",
-            label="warning",
-            style="yellow",
-        )
+    """Warn where a model is measured on the very text that it was calibrated on."""
+    if caution := overlap(calibration.source, [text.source for text in evaluation]):
+        say(err, caution, label="warning", style="yellow")
 
 
 class Show(Protocol):

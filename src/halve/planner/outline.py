@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halve.checkpoint import load as checkpoint
+from halve.checkpoint import load
 from halve.device import weight_dtype
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
@@ -146,12 +146,12 @@ def outline(model: nn.Module | str | Path, *, trust_remote_code: bool = False) -
         names = list(LLAMA) if name == PAPER else [name]
         return Outline(name, tuple(_llama(LLAMA[each]) for each in names), torch.bfloat16)
     try:
-        source = checkpoint.resolve(model, trust_remote_code=trust_remote_code, weights=False)
+        source = load.resolve(model, trust_remote_code=trust_remote_code, weights=False)
     except InputError as error:
         if Path(name).exists() or "/" in name:
             raise
         raise InputError(f"{error}; presets are {', '.join(PRESETS)}") from error
-    skeleton = checkpoint.skeleton(source)
+    skeleton = load.skeleton(source)
     return Outline(name, (skeleton,), weight_dtype(skeleton))
 
 

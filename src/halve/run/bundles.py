@@ -12,14 +12,14 @@ from halve.run.settings import Settings
 from halve.solve.matrix import prune_weight, prune_weights
 from halve.solve.outcome import Outcome, Status
 
-_STACK_WEIGHTS = 1 << 28
+_BUNDLE_WEIGHTS = 1 << 28
 """Most weights of matrices that are solved together: 1 GiB in float32, several of which a solver needs."""
 _LEAST_SECONDS = 1e-3
 """What a time limit that is used up counts as."""
 
 
-def stacks(
-    matrices: Sequence[Matrix], statistics: Mapping[str, Statistics | None], most: int = _STACK_WEIGHTS
+def bundles(
+    matrices: Sequence[Matrix], statistics: Mapping[str, Statistics | None], most: int = _BUNDLE_WEIGHTS
 ) -> Iterator[list[Matrix]]:
     """Yield groups of neighbours that share their statistics.
 
@@ -28,16 +28,16 @@ def stacks(
         statistics: of each matrix's inputs, by name.
         most: weights that a group of several may have.
     """
-    stack: list[Matrix] = []
+    bundle: list[Matrix] = []
     for matrix in matrices:
         shared = statistics.get(matrix.name)
-        size = sum(other.d_out * other.d_in for other in (*stack, matrix))
-        if stack and (shared is None or shared is not statistics.get(stack[0].name) or size > most):
-            yield stack
-            stack = []
-        stack.append(matrix)
-    if stack:
-        yield stack
+        size = sum(other.d_out * other.d_in for other in (*bundle, matrix))
+        if bundle and (shared is None or shared is not statistics.get(bundle[0].name) or size > most):
+            yield bundle
+            bundle = []
+        bundle.append(matrix)
+    if bundle:
+        yield bundle
 
 
 def operations(matrix: Matrix) -> float:
@@ -45,14 +45,14 @@ def operations(matrix: Matrix) -> float:
     return float(matrix.d_in**2 * (60 * matrix.d_out + 15 * matrix.d_in))
 
 
-def share_of_time(stack: Sequence[Matrix], ahead: Sequence[Matrix], seconds: float) -> float:
-    """Return how many of the ``seconds`` that are left for all matrices ``ahead`` are for ``stack``, by operations."""
-    cost = sum(operations(matrix) for matrix in stack) / sum(operations(matrix) for matrix in ahead)
+def share_of_time(bundle: Sequence[Matrix], ahead: Sequence[Matrix], seconds: float) -> float:
+    """Return how many of the ``seconds`` that are left for all matrices ``ahead`` are for ``bundle``, by operations."""
+    cost = sum(operations(matrix) for matrix in bundle) / sum(operations(matrix) for matrix in ahead)
     return max(_LEAST_SECONDS, seconds) * cost
 
 
-def prune_stack(
-    stack: Sequence[Matrix],
+def prune_bundle(
+    bundle: Sequence[Matrix],
     weights: Sequence[Tensor],
     statistics: Statistics | None,
     settings: Settings,
@@ -63,7 +63,7 @@ def prune_stack(
     """Prune matrices that share their statistics.
 
     Args:
-        stack: the matrices.
+        bundle: the matrices.
         weights: (d_out, d_in) of each.
         statistics: of their inputs, None if there are none.
         settings: what was asked.
@@ -79,7 +79,7 @@ def prune_stack(
     """
     tokens = 0 if statistics is None else statistics.tokens
     if routed and tokens < settings.min_expert_tokens:
-        return [_prune_unseen(matrix, weight, tokens, settings) for matrix, weight in zip(stack, weights, strict=True)]
+        return [_prune_unseen(matrix, weight, tokens, settings) for matrix, weight in zip(bundle, weights, strict=True)]
     try:
         return prune_weights(
             weights,
@@ -92,7 +92,7 @@ def prune_stack(
             **options,
         )
     except InputError as error:
-        raise InputError(f"{', '.join(matrix.name for matrix in stack)}: {error}") from error
+        raise InputError(f"{', '.join(matrix.name for matrix in bundle)}: {error}") from error
 
 
 def _prune_unseen(matrix: Matrix, weight: Tensor, tokens: int, settings: Settings) -> Outcome:

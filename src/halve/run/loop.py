@@ -5,7 +5,8 @@ one block at a time, as a float32 copy; the model keeps its own dtype and place.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +25,7 @@ from halve.model.collect import Collector, observe
 from halve.model.layers import Matrix, Plan, find_stack, make_plan, set_matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.run.block_record import from_record, to_record
-from halve.run.bundles import prune_stack, share_of_time, stacks
+from halve.run.bundles import bundles, prune_bundle, share_of_time
 from halve.run.directory import RunDirectory
 from halve.run.events import BlockReport, Listener, MatrixReport, Progress, RunReport
 from halve.run.phases import Phase, Phases
@@ -226,8 +227,8 @@ class _Loop:
             self._advance(index, work, stream, dense)
         if matrices:
             with self._phases.timing(Phase.SOLVE):
-                for stack in stacks(matrices, statistics):
-                    self._solve(stack, statistics.get(stack[0].name), work)
+                for bundle in bundles(matrices, statistics):
+                    self._solve(bundle, statistics.get(bundle[0].name), work)
             if dense is not None and self._tuning is not None:
                 self._tell(index, Phase.RECONSTRUCT)
                 with self._phases.timing(Phase.RECONSTRUCT):
@@ -296,33 +297,36 @@ class _Loop:
 
     def _forward(self, index: int, batch: int, work: nn.Module, stream: Stream, states: HiddenStates) -> torch.Tensor:
         hidden, call = stream_of.to_device((states[batch], stream.calls[index][batch]), self._device, torch.float32)
-        try:
+        with self._lowered(f"{self._plan.blocks[index]} fails", "use forward_dtype float32"):
             output = stream_of.run_block(work, hidden, call)
-        except RuntimeError as error:
-            if self._precision == torch.float32 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UnsupportedModelError(
-                f"{self._plan.blocks[index]} fails with products in {self._precision} ({error}): "
-                "use forward_dtype float32"
-            ) from error
         stream_of.check_finite(output, f"the outputs of {self._plan.blocks[index]} on calibration batch {batch}")
         return output
 
-    def _solve(self, stack: Sequence[Matrix], statistics: Statistics | None, work: nn.Module) -> None:
+    @contextmanager
+    def _lowered(self, what: str, remedy: str) -> Iterator[None]:
+        """Say what may have come of products in less than float32, where something fails in them."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._precision == torch.float32 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UnsupportedModelError(f"{what} with products in {self._precision} ({error}): {remedy}") from error
+
+    def _solve(self, bundle: Sequence[Matrix], statistics: Statistics | None, work: nn.Module) -> None:
         """Prune matrices that share their statistics, and put the results into the model and the working copy."""
-        settings, routed = self._settings, self._collecting and stack[0].routed
-        weights = [matrix.view(self._model.get_parameter(matrix.parameter).data).to(self._device) for matrix in stack]
-        outcomes = prune_stack(stack, weights, statistics, settings, self._options(stack), routed=routed)
-        for matrix, outcome in zip(stack, outcomes, strict=True):
+        settings, routed = self._settings, self._collecting and bundle[0].routed
+        weights = [matrix.view(self._model.get_parameter(matrix.parameter).data).to(self._device) for matrix in bundle]
+        outcomes = prune_bundle(bundle, weights, statistics, settings, self._options(bundle), routed=routed)
+        for matrix, outcome in zip(bundle, outcomes, strict=True):
             self._put(matrix, outcome, work)
 
-    def _options(self, stack: Sequence[Matrix]) -> dict[str, Any]:
+    def _options(self, bundle: Sequence[Matrix]) -> dict[str, Any]:
         """Return the options for these matrices: a time limit is their share of what is left of the model's."""
         options = dict(self._settings.options)
         if options.get("time_limit") is not None:
             spent = sum(report.facts.get("seconds", 0.0) for report in self._reports)
             ahead = self._plan.matrices[len(self._reports) :]
-            options["time_limit"] = share_of_time(stack, ahead, options["time_limit"] - spent)
+            options["time_limit"] = share_of_time(bundle, ahead, options["time_limit"] - spent)
         return options
 
     def _put(self, matrix: Matrix, outcome: Outcome, work: nn.Module) -> None:
@@ -357,18 +361,13 @@ class _Loop:
 
         original = self._model.get_submodule(prefix[:-1])
         stored = trainable(original, pruned, self._frozen(prefix))
+        remedy = "leave out the reconstruction, or use forward_dtype float32"
         try:
-            tuned = reconstruct(work, masks, example, len(stream.hidden), options, self._precision, stored)
+            with self._lowered(f"{prefix[:-1]} cannot be reconstructed", remedy):
+                tuned = reconstruct(work, masks, example, len(stream.hidden), options, self._precision, stored)
         except CalibrationError as error:
             raise CalibrationError(
                 f"{prefix[:-1]}: {error}: leave out the reconstruction, or use other text"
-            ) from error
-        except RuntimeError as error:
-            if self._precision == torch.float32 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UnsupportedModelError(
-                f"{prefix[:-1]} cannot be reconstructed with products in {self._precision} ({error}): "
-                "leave out the reconstruction, or use forward_dtype float32"
             ) from error
         names = tuple(stored) if tuned.epoch else ()
         for name in names:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from halve.checks import check_count, is_number
+from halve.checks import check_count, check_positive
 from halve.device import on_device
 from halve.errors import HalveError, InputError
 from halve.maths.pattern import Pattern
@@ -74,7 +74,7 @@ def accelerate(
     *,
     pattern: str | Pattern = "2:4",
     batch: int = 1,
-    only_where_faster: float = 1.0,
+    only_where_faster: float | None = 1.0,
     probe: Tensor | Mapping[str, Any] | None = None,
 ) -> Acceleration:
     """Swap, in place, the linear layers of a model that are in a pattern and whose products are measured to be faster.
@@ -88,7 +88,7 @@ def accelerate(
         batch: rows of a product that speed is measured at, and that a GPU's algorithm is searched for: sequences
             decoded at once.
         only_where_faster: layers stay dense whose shape is not this many times as fast on this machine, two decimals
-            counted; on a GPU with and without what launching costs. 0 swaps all of them, and measures nothing.
+            counted; on a GPU with and without what launching costs. None swaps all of them, and measures nothing.
         probe: keyword arguments of the model's call, or its ``input_ids``, to compare outputs on; None takes 16 tokens
             from all over the vocabulary.
 
@@ -102,8 +102,8 @@ def accelerate(
     """
     pattern = Pattern.parse(pattern)
     check_count("batch", batch)
-    if not is_number(only_where_faster) or not 0 <= only_where_faster < float("inf"):
-        raise InputError(f"only_where_faster is {only_where_faster!r}: give a number of at least 0")
+    if only_where_faster is not None:
+        check_positive("only_where_faster", only_where_faster)
     _check_model(model)
     chosen, left = _candidates(model, pattern)
     if not chosen:
@@ -113,7 +113,7 @@ def accelerate(
         )
     asked = Probe.of(model, probe)
     before = _dense_output(asked, chosen, left)
-    measured = _keep_faster(chosen, left, pattern, batch, only_where_faster) if only_where_faster > 0 else ((), ())
+    measured = ((), ()) if only_where_faster is None else _keep_faster(chosen, left, pattern, batch, only_where_faster)
     kernel = speed.describe(layer_matrix(next(iter(chosen.values()))).device)
     sizes = {name: layer_matrix(layer).nbytes for name, layer in chosen.items()}
     allowed = _allowed(chosen)
@@ -257,7 +257,7 @@ def _keep_faster(
     speeds: dict[_Key, Speed] = {}
     for key in dict.fromkeys(_key(layer) for layer in chosen.values()):
         (d_out, d_in), dtype, device = key
-        remedy = "free some, or give only_where_faster=0, which measures nothing"
+        remedy = "free some, or give only_where_faster=None, which measures nothing"
         speed.check_room(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device, remedy=remedy)
         speeds[key] = speed.measure(d_out, d_in, [batch], pattern=pattern, dtype=dtype, device=device)[0]
     ratios = {key: round(min(row.ratio, row.call_ratio), 2) for key, row in speeds.items()}
@@ -269,7 +269,7 @@ def _keep_faster(
         best = max(ratios.values())
         raise InputError(
             f"no layer is {factor:g} times as fast at batch {batch} here, the best {best:.2f} times: the model stays "
-            "dense; see halve plan for other batches, or give only_where_faster=0 to save memory alone"
+            "dense; see halve plan for other batches, or give only_where_faster=None to save memory alone"
         )
     return tuple(speeds.values()), slower
 

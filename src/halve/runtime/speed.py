@@ -12,8 +12,7 @@ from halve.device import on_device
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.memory import check_memory
-from halve.runtime import native, semi_structured
-from halve.runtime import packed_matrix as packed
+from halve.runtime import native, packed_matrix, semi_structured
 from halve.runtime.timing import copies_beyond_cache, take_turns
 
 _SLAB = 64
@@ -63,7 +62,7 @@ def check_measurable(pattern: str | Pattern, dtype: torch.dtype, device: torch.d
     """
     pattern = Pattern.parse(pattern)
     if device.type == "cpu":
-        if dtype not in packed.DTYPES:
+        if dtype not in packed_matrix.DTYPES:
             raise InputError(f"packed products are bfloat16, float16 or float32, not {dtype}")
         return
     if reason := semi_structured.unusable(device):
@@ -81,7 +80,7 @@ def sparse_bytes(d_out: int, d_in: int, pattern: Pattern, dtype: torch.dtype, de
     """Return the bytes of a matrix as it is multiplied sparse there."""
     if device.type == "cuda":
         return semi_structured.compressed_bytes(d_out, d_in, dtype)
-    return packed.packed_bytes(d_out, d_in, pattern, dtype)
+    return packed_matrix.packed_bytes(d_out, d_in, pattern, dtype)
 
 
 def describe(device: torch.device) -> str:
@@ -99,7 +98,7 @@ def needed_bytes(
     weight, rows = d_out * d_in * dtype.itemsize, batch * (d_in + 2 * d_out) * dtype.itemsize
     if device.type == "cuda":
         return rows + 2 * weight + _GPU_WORK * d_out * d_in
-    both = (weight, packed.packed_bytes(d_out, d_in, Pattern.parse(pattern), dtype))
+    both = (weight, packed_matrix.packed_bytes(d_out, d_in, Pattern.parse(pattern), dtype))
     copies = sum(copies_beyond_cache(size) * size for size in both)
     wide = 4 * batch * (d_in + d_out)  # where 16 bits are multiplied in 32
     return rows + wide + weight + copies  # and what they are copies of
@@ -187,20 +186,20 @@ def random_slab(d_out: int, d_in: int, pattern: str | Pattern, dtype: torch.dtyp
     return Pattern.parse(pattern).project(random).to(dtype)
 
 
-def repeated(one: packed.PackedMatrix, d_out: int) -> packed.PackedMatrix:
+def repeated(one: packed_matrix.PackedMatrix, d_out: int) -> packed_matrix.PackedMatrix:
     """Return a packed matrix of ``d_out`` rows that repeats the rows of another."""
     times = -(-d_out // one.d_out)
     values = one.values[: one.d_out * one.kept].repeat(times)[: d_out * one.kept]
-    rest = values.new_zeros(packed.OVERREAD)
+    rest = values.new_zeros(packed_matrix.OVERREAD)
     mask = one.mask.repeat(times, 1)[:d_out]
-    return packed.PackedMatrix(mask, torch.cat((values, rest)), (d_out, one.d_in), one.pattern)
+    return packed_matrix.PackedMatrix(mask, torch.cat((values, rest)), (d_out, one.d_in), one.pattern)
 
 
 def _on_cpu(weight: Tensor, slab: Tensor, pattern: str) -> Callable[[Tensor], _Contenders]:
-    first = repeated(packed.pack(slab, pattern), len(weight))
+    first = repeated(packed_matrix.pack(slab, pattern), len(weight))
     dense = [weight.clone() for _ in range(copies_beyond_cache(weight.nbytes))]
     sparse = [first] + [
-        packed.PackedMatrix(first.mask.clone(), first.values.clone(), first.shape, first.pattern)
+        packed_matrix.PackedMatrix(first.mask.clone(), first.values.clone(), first.shape, first.pattern)
         for _ in range(copies_beyond_cache(first.nbytes) - 1)
     ]
 

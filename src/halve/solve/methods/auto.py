@@ -17,7 +17,7 @@ from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern
 from halve.maths.proximal import has_fast_solver
 from halve.maths.quadratic import row_losses
-from halve.solve import exact_swaps as swap
+from halve.solve import exact_swaps
 from halve.solve.defaults import Defaults
 from halve.solve.methods import alps, prox_admm
 from halve.solve.methods.alps import ALPSOptions
@@ -105,8 +105,8 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: AutoOpti
     wanted = options.effort == "best" or options.time_limit is not None
     if not wanted or not pattern.structured or time.perf_counter() > deadline:
         return outcome
-    limits = swap.SwapOptions()
-    refined, facts = swap.refine(
+    limits = exact_swaps.SwapOptions()
+    refined, facts = exact_swaps.refine(
         outcome.weight, weight, stats.gram, pattern, limits.max_swaps, limits.tolerance, deadline=deadline
     )
     of_swaps = {name: value for name, value in facts.items() if name.startswith("swap")}
