@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from halve.checkpoint.directory import read_shards
 from halve.checkpoint.shards import read_json, read_shard
 from halve.errors import HalveError
+from halve.packed import manifest as packing
+from halve.report.facts import read_run
 from halve.run.manifest import hash_of, read_manifest
 
 TOKENS = (
@@ -80,6 +82,53 @@ def manifest() -> bytes:
     return json.dumps(content).encode()
 
 
+def record() -> bytes:
+    facts = {"relative_loss": 0.1, "tokens": 64.0, "iterations": 7.0}
+    matrix = {"name": "model.layers.0.q.weight", "tensors": ["q"], "shape": [4, 8], "layout": "out_in", "status": "ok"}
+    matrix |= {"method": "wanda", "reason": "", "facts": facts, "kept_per_group": [1, 2, 3]}
+    content = {
+        "format": 1,
+        "source": {"kind": "directory", "name": "m", "revision": None},
+        "pattern": "2:4",
+        "method": "wanda",
+        "refit": "cg",
+        "options": {"damping": 0.01},
+        "skip": ["x"],
+        "fallback": None,
+        "min_expert_tokens": 32,
+        "reconstruction": None,
+        "objective": {"shrinkage": "auto", "match_dense": 0.25, "match_ridge": 0.1},
+        "only_where_faster": {"factor": 1.1, "batch": 1, "ratios": {"4x8": 2.0}},
+        "calibration": {"source": "c4", "seq_len": 16},
+        "device": "cpu",
+        "forward_dtype": "float32",
+        "mean_relative_loss": 0.1,
+        "matrices": [matrix],
+        "blocks": [{"name": "b", "error_before": 0.2, "error_after": 0.1, "epoch": 1, "tensors": ["n"]}],
+        "excluded": [{"name": "h", "shape": [8, 8], "reason": "outside the blocks"}],
+        "warnings": ["w"],
+        "environment": {"torch": "2.13.0", "threads": 2},
+        "files": {"model.safetensors": "0" * 64},
+    }
+    return json.dumps(content).encode()
+
+
+def packed() -> bytes:
+    content = {
+        "format": "halve-packed",
+        "version": 1,
+        "halve": "0.1.0",
+        "matrices": {"a": {"pattern": "2:4", "shape": [8, 16], "dtype": "BF16", "layout": "out_in"}},
+        "left_dense": {"b": "a reason"},
+        "shards": [
+            {"name": "m.safetensors", "packed": "packed.safetensors", "size": 8, "sha256": "0" * 64, "header": "{}"}
+        ],
+        "index": {"text": "{}", "sha256": "0" * 64},
+        "files": {"packed.safetensors": {"size": 8, "sha256": "0" * 64}},
+    }
+    return json.dumps(content).encode()
+
+
 def sealed(content: bytes) -> bytes:
     """Give a manifest the hash of what it says, if it says anything: else the hash alone would refuse all of them."""
     try:
@@ -94,6 +143,8 @@ SEEDS = {
     "json": b'{"architectures": ["LlamaForCausalLM"], "text_config": {"a": [1, 2.5, null, "x"]}}',
     "index": b'{"metadata": {"total_size": 8}, "weight_map": {"a": "m.safetensors", "b": "m.safetensors"}}',
     "manifest": manifest(),
+    "record": record(),
+    "packed": packed(),
 }
 
 
@@ -137,6 +188,10 @@ def read(kind: str, path: Path) -> None:
         read_json(path)
     elif kind == "index":
         read_shards(path.parent)
+    elif kind == "record":
+        read_run(path.parent)
+    elif kind == "packed":
+        packing.read_manifest(path)
     else:
         read_manifest(path)
 
@@ -152,7 +207,8 @@ def fuzz(inputs: int, seed: int = 0) -> Counter[str]:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:  # noqa: S108
         folder = Path(name)
         (folder / "m.safetensors").write_bytes(SEEDS["shard"])
-        names = {"shard": "x.safetensors", "index": "model.safetensors.index.json"}
+        (folder / "run").mkdir()
+        names = {"shard": "x.safetensors", "index": "model.safetensors.index.json", "record": "run/halve.json"}
         for number in range(inputs):
             kind = chance.choice(list(SEEDS))
             content = mutate(SEEDS[kind], chance)
