@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from inspect import signature
 from typing import Any
 
@@ -52,8 +52,9 @@ def sample_text(
     uniform = 1.0 - torch.rand(len(first), seq_len, generator=generator, dtype=torch.float64)
     progress = _Progress(len(first) * (seq_len - 1), listen)
     device = model_device(model)
-    packed = queries_packed() if device.type == "cpu" else nullcontext()
-    with packed, evaluation_mode(model), autocast(model, compute_dtype(device)) as dtype:
+    with evaluation_mode(model), autocast(model, compute_dtype(device)) as dtype, ExitStack() as stack:
+        if device.type == "cpu" and dtype == torch.float32:  # in bfloat16 it takes as long, and rounds otherwise
+            stack.enter_context(queries_packed())
         batch = _batch_size(len(first), _cache_bytes_per_token(model, dtype) * seq_len, device)
         parts = [
             _sample(model, first[start : start + batch], uniform[start : start + batch], vocabulary, progress)
