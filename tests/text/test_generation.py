@@ -152,6 +152,8 @@ def test_a_draw_is_where_the_whole_distribution_function_passes(vocabulary):
     assert (probabilities.gather(1, found) > 0).all()
     assert (point <= upper.gather(1, found) + 1e-6).all()
     assert (point >= upper.gather(1, found) - probabilities.gather(1, found) - 1e-6).all()
+    last = generation._draw(probabilities, torch.ones_like(uniform))
+    assert (last < vocabulary).all()  # though the chunk's sum may be rounded to more than its terms
     assert generation._draw(probabilities.fill_(float("nan")), uniform) is None
 
 
