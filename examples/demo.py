@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda", "refit": "none"},  # as published
     OURS: {"method": "auto", "effort": "fast"},
 }
-QUESTION = "What is the capital of France?"
+QUESTION, BEGUN = "What does the for statement do in Python?", "The for statement in Python"
 ROUNDS, NEW_TOKENS = 5, 32  # of the comparison of speeds
 
 
@@ -117,12 +117,12 @@ def compare(dense: Any, gguf: Path, calibration: Path, windows: Tensor, out: Pat
 
 
 def answer(loaded: Any) -> str:
-    """Let a model answer the question."""
-    chat = loaded.tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    tokens = loaded.model.generate(**chat, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return str(loaded.tokenizer.decode(tokens[0, chat["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    """Let a model go on with the answer that is begun."""
+    chat = [{"role": "user", "content": QUESTION}]
+    prompt = loaded.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) + BEGUN
+    given = loaded.tokenizer(prompt, return_tensors="pt")
+    tokens = loaded.model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return BEGUN + str(loaded.tokenizer.decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def tokens_per_second(model: Any, prompt: Tensor) -> float:
@@ -176,7 +176,6 @@ def main(folder: Path) -> None:
     say(f"{gguf.name} loaded in {clock.lap():.0f} s. All its blocks' matrices go to 2:4: half of the weights are zero.")
     say(f"Perplexity on {WINDOWS} windows of {WINDOW} tokens of Python's documentation, lower is better:")
     found = compare(dense, gguf, calibration, windows, out)
-    del dense
     say(f"All of this took {clock.lap():.0f} s. Differences in nats a token, ± their standard error over the windows:")
     for better, worse in (("wanda", "magnitude"), (OURS, "wanda"), ("dense", OURS)):
         say(f"  {worse} - {better}: {mean_and_error(found[worse] - found[better])}")
@@ -187,7 +186,7 @@ def main(folder: Path) -> None:
     verdict = halve.check(out)
     say(f"{out}: {verdict.matrices} matrices at {verdict.pattern}, ok = {verdict.ok} ({clock.lap():.0f} s)")
     loaded: Any = halve.load(out)
-    say(f"“{QUESTION}” The pruned model answers: {answer(loaded)!r} ({clock.lap():.0f} s)")
+    say(f"{QUESTION}\n  dense: {answer(dense)}\n  pruned: {answer(loaded)} ({clock.lap():.0f} s)")
     say(f"{speed(loaded)} ({clock.lap():.0f} s)")
     show(out / "report.html")
     say(f"Done in {clock.total() / 60:.1f} minutes.")
