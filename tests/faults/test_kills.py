@@ -9,7 +9,18 @@ import pytest
 
 from harness import crash_points, failures, forked, loadable, make_job, tell, tree
 
-KILLS, CHAINS = 50, 5
+SAMPLED_OR_ALL = [pytest.param(False, id="sampled"), pytest.param(True, id="all", marks=pytest.mark.slow)]
+
+
+def chosen(points, every):
+    """Return all points, or of each name one that chance picks: every kind of write, in some block."""
+    if every:
+        return points
+    names = {}
+    for point in points:
+        names.setdefault(point.partition("@")[0], []).append(point)
+    chance = random.Random(0)
+    return [chance.choice(same) for same in names.values()]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +63,11 @@ def test_the_points_cover_every_kind_of_write(golden):
         assert point in points
 
 
-def test_a_kill_at_every_point_costs_nothing_but_time(golden):
+@pytest.mark.parametrize("every", SAMPLED_OR_ALL)
+def test_a_kill_at_every_point_costs_nothing_but_time(golden, every):
     job, points, expected = golden
+    points = chosen(points, every)
+    assert len(points) > 20
     assert failures(job, points, expected) == []
     tell(f"{len(points)} crash points killed at, all survived")
 
@@ -71,37 +85,40 @@ def killed_after(seconds, action):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def test_kills_at_random_times(golden, whole):
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_random_times(golden, whole, kills):
     job, _, expected = golden
-    chance = random.Random(0)
+    chance = random.Random(kills)
     killed = 0
-    for trial in range(KILLS):
-        one = job.elsewhere(f"random-{trial}")
+    for trial in range(kills):
+        one = job.elsewhere(f"random-{kills}-{trial}")
         killed += killed_after(chance.uniform(0.0, whole), one.call)
         assert not loadable(one.out) or expected.items() <= tree(one.out).items()
         assert forked(one.carry_on) == 0
         assert tree(one.out) == expected
-    tell(f"{killed} of {KILLS} kills at random times came before the end, all survived")
-    assert killed > KILLS // 2
+    tell(f"{killed} of {kills} kills at random times came before the end, all survived")
+    assert killed > kills // 2
 
 
-def test_chains_of_kills(golden, whole):
+@pytest.mark.parametrize("chains", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_chains_of_kills(golden, whole, chains):
     job, _, expected = golden
     chance = random.Random(1)
     killed = 0
-    for trial in range(CHAINS):
-        one = job.elsewhere(f"chain-{trial}")
+    for trial in range(chains):
+        one = job.elsewhere(f"chain-{chains}-{trial}")
         # Slices far shorter than the run: its first one is cut, and so are most of the resumed ones.
         killed += sum(killed_after(chance.uniform(0.1, 0.4) * whole, one.carry_on) for _ in range(4))
         assert forked(one.carry_on) == 0
         assert tree(one.out) == expected
-    tell(f"{killed} kills in {CHAINS} chains, all survived")
-    assert killed > 2 * CHAINS
+    tell(f"{killed} kills in {chains} chains, all survived")
+    assert killed > 2 * chains
 
 
-def test_blocks_may_be_kept_elsewhere(tmp_path):
+@pytest.mark.parametrize("every", SAMPLED_OR_ALL)
+def test_blocks_may_be_kept_elsewhere(tmp_path, every):
     job = make_job(tmp_path, work=True)
     points = crash_points(job, tmp_path / "points.txt")
     assert not any(job.work.iterdir()) if job.work.exists() else True
-    chosen = [point for point in points if point.startswith(("work", "block", "manifest", "remove"))]
-    assert failures(job, chosen, tree(job.out)) == []
+    theirs = [point for point in points if point.startswith(("work", "block", "manifest", "remove"))]
+    assert failures(job, chosen(theirs, every), tree(job.out)) == []

@@ -134,11 +134,12 @@ def test_two_faces_that_tie(dtype, backend):
     assert sorted(set((w != 0).sum(-1).tolist())) == [2, 3]
 
 
+@pytest.mark.parametrize("share", [pytest.param(5, id="fifth"), pytest.param(1, id="all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pattern", OTHER_PATTERNS)
-def test_other_patterns_match_brute_force(pattern):
+def test_other_patterns_match_brute_force(pattern, share):
     parsed = Pattern.parse(pattern)
     generator = torch.Generator().manual_seed(parsed.group * 100 + parsed.keep)
-    groups = 2000 if parsed.group <= 4 else 400 if parsed.group <= 6 else 60
+    groups = (2000 if parsed.group <= 4 else 400 if parsed.group <= 6 else 100) // share
     z = torch.randn(groups, parsed.group, generator=generator, dtype=torch.float64)
     z[groups // 2 :] **= 3
     z = z.float().double()
@@ -175,7 +176,7 @@ finite_entries = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.lists(finite_entries, min_size=4, max_size=4), min_size=1, max_size=6),
     st.floats(-4, 4),
