@@ -95,20 +95,19 @@ def mean_and_error(values: Tensor) -> str:
     return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
 
 
-def compare(dense: Any, gguf: Path, calibration: Path, windows: Tensor, out: Path) -> dict[str, Tensor]:
-    """Prune by every method, the last one to a checkpoint; return the loss of every window, by name."""
+def compare(dense: Any, calibration: Path, windows: Tensor, out: Path) -> dict[str, Tensor]:
+    """Prune by every method, Halve's own to a checkpoint; return the loss of every window, by name."""
     clock = Clock()
     found = {"dense": losses(dense.model, windows)}
     say(f"  {'dense':<20} perplexity {found['dense'].mean().exp():8.2f}   measured in {clock.lap():.0f} s")
     text: dict[str, Any] = {"calibration": calibration, "samples": SAMPLES, "seq_len": SEQ_LEN}
     for name, options in METHODS.items():
-        model: nn.Module
+        model = copy.deepcopy(dense.model)
+        place: dict[str, Any] = {"out": out, "dtype": torch.bfloat16} if name == OURS else {}
+        needed = text if name != "magnitude" else {}
+        halve.prune(model, tokenizer=dense.tokenizer, **place, **needed, **options)
         if name == OURS:
-            halve.prune(gguf, out, dtype=torch.bfloat16, **text, **options)
-            model = halve.load(out, dtype=torch.float32).model
-        else:
-            model = copy.deepcopy(dense.model)
-            halve.prune(model, tokenizer=dense.tokenizer, **(text if name != "magnitude" else {}), **options)
+            model = halve.load(out, dtype=torch.float32).model  # as it was written
         seconds = clock.lap()
         found[name] = losses(model, windows)
         value = found[name].mean().exp()
@@ -175,7 +174,7 @@ def main(folder: Path) -> None:
     windows = ids[: WINDOWS * WINDOW].reshape(WINDOWS, WINDOW)
     say(f"{gguf.name} loaded in {clock.lap():.0f} s. All its blocks' matrices go to 2:4: half of the weights are zero.")
     say(f"Perplexity on {WINDOWS} windows of {WINDOW} tokens of Python's documentation, lower is better:")
-    found = compare(dense, gguf, calibration, windows, out)
+    found = compare(dense, calibration, windows, out)
     say(f"All of this took {clock.lap():.0f} s. Differences in nats a token, ± their standard error over the windows:")
     for better, worse in (("wanda", "magnitude"), (OURS, "wanda"), ("dense", OURS)):
         say(f"  {worse} - {better}: {mean_and_error(found[worse] - found[better])}")

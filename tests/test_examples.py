@@ -1,6 +1,8 @@
 """The examples run, on a tiny model, and use nothing of Halve but its public names."""
 
 import ast
+import importlib.util
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import halve
+from halve.runtime import speed
+from tiny_tokenizers import byte_bpe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -51,6 +55,32 @@ def test_a_pruned_model_is_accelerated_and_generates(monkeypatch, capsys, model,
     printed = run(monkeypatch, capsys, name, tmp_path / "pruned", "one", "--new-tokens", 4, "--only-where-faster", 0)
     assert "layers run sparse" in printed
     assert printed.count("tokens/s") == 2
+
+
+def test_the_demo_runs(monkeypatch, capsys, checkpoint, tmp_path):
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(checkpoint)
+    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    monkeypatch.setattr(demo, "unpack_model", lambda _folder: checkpoint)
+    monkeypatch.setattr(speed, "copies_beyond_cache", lambda _nbytes: 2)  # of tiny matrices there would be millions
+    for name, small in {"SAMPLES": 4, "SEQ_LEN": 16, "WINDOWS": 4, "WINDOW": 16, "NEW_TOKENS": 4, "ROUNDS": 1}.items():
+        monkeypatch.setattr(demo, name, small)
+    demo.main(tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("perplexity") == 4
+    assert len(re.findall(r"\d ± \d", printed)) == 3
+    assert "ok = True" in printed
+    assert "packed" in printed.lower()  # faster or not, which is a matter of the machine
+    calibrated, evaluated = (
+        set((tmp_path / f"{name}.txt").read_text(encoding="utf-8").split("\n\n"))
+        for name in ("calibration", "evaluation")
+    )
+    assert len(calibrated) > 100
+    assert len(evaluated) > 100
+    assert not calibrated & evaluated
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
