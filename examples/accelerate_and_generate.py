@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("directory", nargs="?", default="pruned")
     parser.add_argument("prompt", nargs="?", default="The capital of France is")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--only-where-faster", type=float, default=1.0, help="0 packs all, to save memory")
+    parser.add_argument("--everything", action="store_true", help="pack all pruned layers, to save memory")
     options = parser.parse_args()
 
     loaded: Any = halve.load(options.directory)
@@ -34,7 +34,7 @@ def main() -> None:
 
     generate("dense")
     try:
-        done = halve.accelerate(loaded.model, only_where_faster=options.only_where_faster)  # in place
+        done = halve.accelerate(loaded.model, only_where_faster=None if options.everything else 1.0)  # in place
     except halve.HalveError as error:  # where nothing would be faster, nothing is changed
         print(f"stays as it is: {error}")
     else:

@@ -52,7 +52,7 @@ def test_methods_are_compared(monkeypatch, capsys, model, text):
 def test_a_pruned_model_is_accelerated_and_generates(monkeypatch, capsys, model, text, tmp_path):
     halve.prune(model, tmp_path / "pruned", calibration=text, samples=4, seq_len=16, method="wanda", refit="none")
     name = "accelerate_and_generate"
-    printed = run(monkeypatch, capsys, name, tmp_path / "pruned", "one", "--new-tokens", 4, "--only-where-faster", 0)
+    printed = run(monkeypatch, capsys, name, tmp_path / "pruned", "one", "--new-tokens", 4, "--everything")
     assert "layers run sparse" in printed
     assert printed.count("tokens/s") == 2
 
