@@ -81,9 +81,11 @@ def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
             "9" if not first["is_group"] else "18",
         ]
         shown = [f"{score['value']:.4f} ± {score['stderr']:.4f}" for score in (first, second)]
-        assert cells[4:] == [*shown, f"{second['value'] - first['value']:+.4f}"]
+        difference, _, stderr = cells[6].partition(" ± ")
+        assert [*cells[4:6], difference] == [*shown, f"{second['value'] - first['value']:+.4f}"]
+        assert bool(stderr) is not first["is_group"]
     assert [cells[0] for cells in rows[2:]] == ["both (group)", "first", "first", "second", "second"]
-    assert any(cells[6] != "+0.0000" for cells in rows[2:])
+    assert any(not cells[6].startswith("+0.0000") for cells in rows[2:])
     assert " other - dense " in result.stdout
     assert f"± standard error; at most 9 examples of a task; {FORWARD_DTYPE}; lm-eval" in result.stdout
 

@@ -2,8 +2,10 @@ import logging
 import math
 import random
 import sys
+from dataclasses import replace
 
 import lm_eval.tasks.manager
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -304,3 +306,30 @@ def test_a_task_that_fails_is_named(defined, body, message):
     (defined / "own.yaml").write_text(text)
     with pytest.raises(HalveError, match=message):
         evaluate_tasks(llama(), ["own"], tokenizer=TOKENIZER, tasks_path=defined)
+
+
+def contrary():
+    """A model that likes what the other dislikes."""
+    model = llama()
+    model.lm_head.weight.data.neg_()
+    return model
+
+
+def test_the_error_of_a_difference_is_that_of_the_mean_of_the_differences(defined):
+    options = {"tokenizer": TOKENIZER, "tasks_path": defined, "forward_dtype": "float32"}
+    models = (llama(), contrary())
+    ours, theirs = (by_key(evaluate_tasks(model, ["mc"], **options))["mc", "acc_norm"] for model in models)
+    mine, other = (np.array(correct(model, documents(), normalised=True), dtype=float) for model in models)
+    difference, stderr = ours.minus(theirs)
+    assert difference == pytest.approx(mine.mean() - other.mean())
+    assert stderr == pytest.approx((mine - other).std(ddof=1) / math.sqrt(len(mine)))
+    assert stderr > 0
+    assert ours.minus(replace(theirs, sha256="another")) == (difference, None)
+    assert ours.minus(replace(theirs, of_examples=())) == (difference, None)
+
+
+def test_every_model_is_shown_the_same_solved_examples(tmp_path):
+    directory = write_task(tmp_path / "tasks", "shots", num_fewshot=2, fewshot_split="test")
+    tasks = open_tasks(["shots"], tasks_path=directory)
+    first, second = (measure_tasks(model, TOKENIZER, tasks) for model in (llama(), contrary()))
+    assert first.scores[0].sha256 == second.scores[0].sha256

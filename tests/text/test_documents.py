@@ -47,7 +47,7 @@ def test_jsonl(tmp_path):
         '{"text": "one\\u00e9", "body": "x"}\n\n   \n{"body": "y", "text": "two\\nlines"}', encoding="utf-8"
     )
     assert read(path) == ["one\u00e9", "two\nlines"]
-    assert read(str(path), field="body") == ["x", "y"]
+    assert read(str(path), text_field="body") == ["x", "y"]
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     texts = [f"document {number}" for number in range(600)]
     parquet.write_table(pa.table({"other": range(600), "body": texts}), path, row_group_size=100)
-    assert read(path, field="body") == texts
+    assert read(path, text_field="body") == texts
     with pytest.raises(InputError, match="no column 'text': name the one that holds the text, of other, body"):
         read(path)
     with pytest.raises(InputError, match="row 1, has no text in column 'other'"):
-        read(path, field="other")
+        read(path, text_field="other")
 
 
 def test_bad_parquet(tmp_path, monkeypatch):

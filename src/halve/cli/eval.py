@@ -150,7 +150,7 @@ def _entries(measured: _Measured) -> Iterator[dict[str, Any]]:
     if measured.tasks is not None:
         scores = [
             {
-                **asdict(score),
+                **{key: value for key, value in asdict(score).items() if key != "of_examples"},
                 "value": finite(score.value),
                 "stderr": finite(score.stderr) if score.stderr else score.stderr,
             }
@@ -226,7 +226,10 @@ def _value(score: "TaskScore | None") -> str:
 
 
 def _difference(score: "TaskScore | None", first: "TaskScore | None") -> str:
-    return "" if score is None or first is None else f"{score.value - first.value:+.4f}"
+    if score is None or first is None:
+        return ""
+    difference, stderr = score.minus(first)
+    return f"{difference:+.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def _metric(score: "TaskScore") -> str:

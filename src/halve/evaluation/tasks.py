@@ -1,8 +1,10 @@
 """Accuracy on tasks: question sets and their metrics, as EleutherAI's lm-eval defines them (the extra ``tasks``)."""
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskScore:
     """One metric of one task, or of a group of tasks.
 
@@ -45,6 +47,7 @@ class TaskScore:
         is_group: whether it is the aggregate of the tasks that follow it.
         sha256: hash of the questions, prompts and targets, as lm-eval computes it: scores compare where it is equal.
             Empty for a group.
+        of_examples: the metric of every example, in order; empty where it is no mean over examples, and for a group.
     """
 
     task: str
@@ -58,6 +61,20 @@ class TaskScore:
     higher_is_better: bool | None
     is_group: bool
     sha256: str
+    of_examples: tuple[float, ...] = field(default=(), repr=False)
+
+    def minus(self, other: "TaskScore") -> tuple[float, float | None]:
+        """Return the difference to the score of another model, and its standard error.
+
+        Both models answered the same examples, so that the error is that of the mean of the differences. It is None
+        where the examples are not the same, or the metric is no mean over them.
+        """
+        difference = self.value - other.value
+        count = len(self.of_examples)
+        if count < 2 or count != len(other.of_examples) or self.sha256 != other.sha256:
+            return difference, None
+        each = [mine - theirs for mine, theirs in zip(self.of_examples, other.of_examples, strict=True)]
+        return difference, statistics.stdev(each) / math.sqrt(count)
 
 
 @dataclass(frozen=True)
@@ -313,6 +330,8 @@ def _run(
     """
     from lm_eval import evaluate
 
+    for definition in loaded["tasks"].values():  # or the next model would be shown other solved examples
+        definition.set_fewshot_seed(seed=SEED)
     done, total = 0, 0
 
     def count(*_: Any) -> None:
@@ -353,7 +372,17 @@ def _scores(name: str, results: Mapping[str, Any]) -> Iterator[TaskScore]:
                 higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
                 is_group=is_group,
                 sha256="" if is_group else _sha256(results["samples"][task]),
+                of_examples=() if is_group else _of_examples(results["samples"][task], metric, used, metrics[key]),
             )
+
+
+def _of_examples(samples: Sequence[Mapping[str, Any]], metric: str, used: str, value: Any) -> tuple[float, ...]:
+    """Return a metric of every example, if the metric of the task is their mean."""
+    found = [sample.get(metric) for sample in samples if sample.get("filter", used) == used]
+    numbers = tuple(float(each) for each in found if isinstance(each, int | float))
+    if not numbers or len(numbers) != len(found) or not math.isclose(math.fsum(numbers) / len(numbers), float(value)):
+        return ()
+    return numbers
 
 
 def _groups_first(results: Mapping[str, Any]) -> Iterator[str]:
