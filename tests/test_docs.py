@@ -12,11 +12,13 @@ from halve import check
 from halve.evaluation.perplexity import Perplexity
 from halve.evaluation.request import Evaluation
 from halve.model.reconstruct import Reconstruction
+from halve.option_groups import options_of
 from halve.planner import speed_plan as planner
 from halve.planner.speed_plan import plan
 from halve.planner.where_faster import WhereFaster
 from halve.pruning import prune
 from halve.report.measured import add_perplexity
+from halve.run.request import Request
 from halve.solve import methods, refit
 from halve.solve.matrix import prune_weight
 from halve.solve.objective import Objective
@@ -31,6 +33,14 @@ OPTIONS = {
     "reconstruction": (Reconstruction, ""),
     "evaluation": (Evaluation, ""),
 }
+
+
+@pytest.mark.parametrize("each", options_of(Request), ids=lambda each: each.name)
+def test_every_option_of_prune_is_documented_with_its_flag_and_default(each):
+    table = [[cell.strip() for cell in line.split("|")] for line in (DOCS / "options.md").read_text().splitlines()]
+    flag = f"`--{each.name.replace('_', '-')}`"
+    default = "required" if each.default is MISSING else each.default
+    assert any(flag in row and f"`{default}`" in row for row in table), flag
 
 
 @pytest.mark.parametrize("owner", OPTIONS)
