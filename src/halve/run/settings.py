@@ -44,7 +44,6 @@ class Settings:
             expert that saw too few tokens.
         min_expert_tokens: with a fallback, an expert that saw fewer tokens is pruned by magnitude, and reported.
         reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
-        label: a name for the run, put on record.
         objective: shrinkage of the statistics, and targets from the dense model.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
     """
@@ -56,7 +55,6 @@ class Settings:
     skip: tuple[str, ...] = ()
     fallback: str | None = None
     min_expert_tokens: int = MIN_EXPERT_TOKENS
-    label: str | None = None
     reconstruction: Reconstruction | None = group(None, prefix="reconstruct_")
     objective: Objective = group(factory=Objective)
     only_where_faster: WhereFaster | None = group(None)
