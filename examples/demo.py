@@ -25,7 +25,7 @@ from transformers.utils import logging
 import halve
 
 SAMPLES, SEQ_LEN = 16, 256  # of calibration: 16 sequences of 256 tokens
-WINDOWS, WINDOW = 16, 256  # of evaluation
+WINDOWS, WINDOW = 8, 256  # of evaluation: few, but enough to tell the methods apart
 OURS = "auto --effort fast"
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude", "refit": "none"},  # looks at weights alone
@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     OURS: {"method": "auto", "effort": "fast"},
 }
 QUESTION, BEGUN = "What does the for statement do in Python?", "The for statement in Python"
-ROUNDS, NEW_TOKENS = 5, 32  # of the comparison of speeds
+ROUNDS, NEW_TOKENS = 3, 32  # of the comparison of speeds
 
 
 class Clock:
