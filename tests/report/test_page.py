@@ -146,7 +146,7 @@ def test_matrices_without_a_loss_are_told(tmp_path):
     matrices[0]["facts"] = {}
     page = own(page_of(write_record(tmp_path, matrices=matrices)))
     assert "of the 5 that have one" in page
-    assert "1 matrices have no loss and are not in it" in page
+    assert "1 matrix without a loss is not in it" in page
     assert "of those that have a loss" in page
 
 

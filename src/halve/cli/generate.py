@@ -111,7 +111,8 @@ def _accelerate(loaded: "LoadedModel") -> str:
         return f"dense: {error}"
     saved = 1 - done.bytes_after / done.bytes_before
     dense = f", {len(done.slower)} left dense that would be no faster" if done.slower else ""
-    return f"{counted(len(done.swapped), 'layer')} run sparse, their weights {saved:.0%} smaller{dense}; {done.kernel}"
+    swapped = counted(len(done.swapped), "layer runs sparse, its", "layers run sparse, their")
+    return f"{swapped} weights {saved:.0%} smaller{dense}; {done.kernel}"
 
 
 def _pattern(loaded: "LoadedModel") -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from halve.errors import counted
 from halve.report.facts import MatrixFacts, RunFacts
 
 Figure = dict[str, Any]
@@ -71,9 +72,9 @@ def _hover(matrix: MatrixFacts) -> str:
     if matrix.status != "ok":
         lines.append(f"{escape(matrix.status)}: {escape(matrix.reason)}")
     if matrix.iterations is not None:
-        lines.append(f"{matrix.iterations} iterations")
+        lines.append(counted(matrix.iterations, "iteration"))
     if matrix.tokens is not None:
-        lines.append(f"{matrix.tokens} tokens")
+        lines.append(counted(matrix.tokens, "token"))
     if matrix.seconds is not None:
         lines.append(f"{matrix.seconds:.2f} s")
     return "<br>".join(lines)

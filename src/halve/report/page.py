@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from halve.checkpoint.directory import PAGE
 from halve.checkpoint.durable import write_file, writing
-from halve.errors import InputError
+from halve.errors import InputError, counted
 from halve.report import charts
 from halve.report.facts import PerplexityFacts, RunFacts, read_run
 
@@ -191,7 +191,13 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "memory": memory, "shell": shlex.quote, "python": repr}
+    environment.filters |= {
+        "counted": counted,
+        "number": number,
+        "memory": memory,
+        "shell": shlex.quote,
+        "python": repr,
+    }
     return environment
 
 

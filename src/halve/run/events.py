@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from halve.errors import counted
 from halve.model.layers import Excluded, Layout, Plan
 from halve.model.reconstruct import Tuned
 from halve.run.phases import Phase
@@ -178,7 +179,8 @@ def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
             f"{remedy}"
         )
     if stopped:
-        warnings.append(f"{len(stopped)} matrices stopped at an iteration limit (the first is {stopped[0].name})")
+        matrices = counted(len(stopped), "matrix", "matrices")
+        warnings.append(f"{matrices} stopped at an iteration limit (the first is {stopped[0].name})")
     if fallen:
         warnings.append(
             f"{len(fallen)} of {len(reports)} matrices fell back to another method "

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from halve.checks import check_count, check_positive
 from halve.device import on_device
-from halve.errors import HalveError, InputError
+from halve.errors import HalveError, InputError, counted
 from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
 from halve.runtime import speed
@@ -63,8 +63,9 @@ class Acceleration:
     def __str__(self) -> str:
         """Return what a user wants to know of it, as one sentence."""
         before, after = (size / 1e6 for size in (self.bytes_before, self.bytes_after))
+        swapped = counted(len(self.swapped), "layer runs sparse", "layers run sparse")
         return (
-            f"{len(self.swapped)} layers run sparse, {len(self.left_dense)} stay dense; {before:.1f} MB of weights "
+            f"{swapped}, {len(self.left_dense)} stay dense; {before:.1f} MB of weights "
             f"take {after:.1f} MB; the output differs by {self.difference:.2g} of its norm; {self.kernel}"
         )
 
@@ -157,8 +158,8 @@ def _check_model(model: nn.Module) -> None:
     already = sum(isinstance(layer, Sparse) for layer in model.modules())
     if already:
         raise InputError(
-            f"{already} layers of this {type(model).__name__} are sparse already: load it anew, or restore them first, "
-            "with halve.runtime.accelerate.restore"
+            f"{counted(already, 'layer')} of this {type(model).__name__} are sparse already: load it anew, or restore "
+            "them first, with halve.runtime.accelerate.restore"
         )
 
 

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, TextStreamer
 from halve.checkpoint.load import LoadedModel
 from halve.checks import check_count
 from halve.device import model_device
-from halve.errors import InputError
+from halve.errors import InputError, counted
 from halve.text.generation import text_config
 
 
@@ -131,8 +131,8 @@ def _tokenized(loaded: LoadedModel, prompt: str, max_new_tokens: int, *, raw: bo
     length, most = given["input_ids"].shape[1], getattr(text_config(model), "max_position_embeddings", None)
     if most is not None and length + max_new_tokens > most:
         raise InputError(
-            f"the prompt has {length} tokens, and with {max_new_tokens} new ones it exceeds the model's {most}: "
-            "shorten it, or ask for fewer"
+            f"the prompt has {counted(length, 'token')}, and with {max_new_tokens} new ones it exceeds the model's "
+            f"{most}: shorten it, or ask for fewer"
         )
     return given
 

@@ -80,7 +80,7 @@ class Clock:
 
         clock = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(auto, "time", clock)
-        monkeypatch.setattr(auto.swap, "time", clock)
+        monkeypatch.setattr(auto.exact_swaps, "time", clock)
         monkeypatch.setattr(auto, "prox_admm", SimpleNamespace(solve=solve))
 
 
@@ -118,7 +118,7 @@ def test_with_time_for_all_efforts_no_row_is_worse_than_by_any(monkeypatch):
         alone = prune_weight(weight, gram, effort=effort, refit_tolerance=1e-7)
         assert bool((losses <= oracle.row_losses(alone.weight, weight, gram) * (1 + 1e-4)).all()), effort
     # The best effort ends in swaps of its own, from another start: only without them it is a lower bound, row by row.
-    monkeypatch.setattr(auto.swap, "refine", lambda weight, *_rest, **_more: (weight, {}))
+    monkeypatch.setattr(auto.exact_swaps, "refine", lambda weight, *_rest, **_more: (weight, {}))
     limited = prune_weight(weight, gram, effort="fast", time_limit=1000.0, refit_tolerance=1e-7)
     losses = oracle.row_losses(limited.weight, weight, gram)
     improved = torch.zeros(32, dtype=torch.bool)
@@ -154,7 +154,7 @@ def test_the_swaps_get_what_is_left_of_the_time(monkeypatch, pattern):
         deadlines.append(deadline)
         return weight, {"swaps": 0.0}
 
-    monkeypatch.setattr(auto.swap, "refine", refine)
+    monkeypatch.setattr(auto.exact_swaps, "refine", refine)
     weight, gram = oracle.layer(6, 32, seed=6)
     prune(weight, gram, pattern, effort="best", time_limit=8.0)
     prune(weight, gram, pattern, effort="best")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from halve.checks import check_count, check_positive
-from halve.errors import PatternError
+from halve.errors import PatternError, counted
 from halve.maths.active_rows import ActiveRows
 from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern
@@ -96,7 +96,9 @@ def project_unfinished(weight: Tensor, pattern: Pattern, iterations: int) -> tup
     """
     rows = int(pattern.violating_groups(weight).any(-1).sum())
     status = Status.MAX_ITER if rows else Status.OK
-    reason = f"{rows} rows were not {pattern} after {iterations} iterations and were projected" if rows else ""
+    verb = "was" if rows == 1 else "were"
+    after = counted(iterations, "iteration")
+    reason = f"{counted(rows, 'row')} {verb} not {pattern} after {after} and {verb} projected" if rows else ""
     return pattern.project(weight), rows, status, reason
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from halve.checks import check_count
-from halve.errors import PatternError
+from halve.errors import PatternError, counted
 from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern, apply_mask
 from halve.maths.quadratic import Scaled
@@ -56,5 +56,6 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: SparseSw
     facts = {"iterations": float(done.rounds), "swaps": float(done.total), "unfinished_rows": float(done.unfinished)}
     status, reason = Status.OK, ""
     if done.unfinished:
-        status, reason = Status.MAX_ITER, f"{done.unfinished} rows still improved after {done.rounds} swaps"
+        status = Status.MAX_ITER
+        reason = f"{counted(done.unfinished, 'row')} still improved after {counted(done.rounds, 'swap')}"
     return Outcome(apply_mask(weight, mask), status, "sparse-swaps", reason, facts)
