@@ -152,7 +152,8 @@ def _finished_directory(path: str | Path) -> Path:
 
 
 def _check_packed(directory: Path, *, alone: bool, code: bool) -> CheckResult:
-    from halve.packed.read import restoring_problems, survey_packed, verify
+    from halve.packed.read import survey_packed
+    from halve.packed.verify import restoring_problems, verify
 
     if not alone:
         raise InputError(

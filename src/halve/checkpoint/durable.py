@@ -159,6 +159,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hashed(chunks: Content) -> str:
+    """Return the sha256 of all chunks together, in hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def file_chunks(path: Path) -> Iterator[bytes]:
     """Yield the content of a file, at most 16 MiB at a time.
 

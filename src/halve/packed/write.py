@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halve.checkpoint.directory import INDEX, PACKED, RECORD, WEIGHTS, contained, read_shards, refuse_unfinished
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
-from halve.checkpoint.durable import file_chunks, filling, sha256_of
+from halve.checkpoint.durable import file_chunks, filling, hashed, sha256_of
 from halve.checkpoint.load import Source, resolve, skeleton
 from halve.checkpoint.room import check_space
 from halve.checkpoint.shards import (
@@ -38,7 +38,6 @@ from halve.packed.read import (
     as_matrix,
     carried_files,
     check_new,
-    hashed,
     matrix_shape,
     parts_of,
 )
