@@ -137,7 +137,7 @@ def test_more_threads_than_processors_are_warned_of(capsys):
 
 
 @pytest.mark.parametrize(
-    ("seconds_left", "said"), [(150.0, "the rest takes about 2 minutes; --calibration FILE"), (9.0, "")]
+    ("seconds_left", "said"), [(150.0, "the rest takes 2 minutes or more; --calibration FILE"), (9.0, "")]
 )
 def test_text_that_takes_long_to_write_is_told_with_a_way_out(capsys, seconds_left, said):
     with progress() as show:

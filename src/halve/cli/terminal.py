@@ -126,7 +126,7 @@ def _announce_step(step: "Progress") -> None:
     if step.finished < step.matrices and step.seconds_left >= _LONG:
         how_long = counted(max(1, round(step.seconds_left / 60)), "minute")
         hint = "; --calibration FILE, fewer --samples or a shorter --seq-len avoid that"
-        say(err, f"{step.finished} of {step.matrices} tokens are written, the rest takes about {how_long}{hint}")
+        say(err, f"{step.finished} of {step.matrices} tokens are written, the rest takes {how_long} or more{hint}")
 
 
 def warn_if_busy(load: float | None, processors: int | None) -> None:
