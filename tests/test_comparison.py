@@ -4,11 +4,13 @@ import weakref
 import pytest
 import torch
 
+import halve
 from halve import check, comparison
 from halve.checkpoint.load import LoadedModel
 from halve.comparison import Comparison, checkpoint_directory, make_requests
 from halve.errors import FactorisationError, HalveError, InputError
 from halve.evaluation.perplexity import perplexity
+from halve.evaluation.request import Evaluation
 from halve.model.reconstruct import Reconstruction
 from halve.run.contender import Contender
 from halve.text.tokens import TokenSet, hash_ids
@@ -220,3 +222,38 @@ def test_what_cannot_be_put_on_record_is_a_warning(tmp_path, monkeypatch):
     row = list(Comparison(*duel("magnitude"), out=tmp_path))[1]
     assert row.error == ""
     assert row.warnings[-1] == "pruned and measured, but not put on record: volume full"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only_where_faster": 1.5}, "only_where_faster is no option of a comparison: all contenders are pruned alike"),
+        ({"work": "a"}, "work is no option of a comparison"),
+        ({"method": "wanda"}, "method is no option of a comparison: name it with the methods"),
+        ({"reconstruct": "block"}, "reconstruct is no option of a comparison"),
+        ({"effort": "best"}, "effort belongs to one method or refit: give it in method_options"),
+        ({"eval_data": ["a"]}, "texts to measure on are the argument data"),
+        ({"evaluation": Evaluation(["a"])}, "texts to measure on are the argument data"),
+    ],
+)
+def test_what_a_comparison_does_not_take_is_refused(checkpoint, text, options, message):
+    with pytest.raises(InputError, match=message):
+        halve.compare(checkpoint, [text], calibration=text, samples=4, seq_len=16, **options)
+
+
+def test_a_comparison_checks_the_model_as_prune_does(checkpoint, text):
+    asked = {"calibration": text, "samples": 4, "seq_len": 16}
+    with pytest.raises(InputError, match="dtype is for a GGUF file or a model in memory"):
+        halve.compare(checkpoint, [text], dtype="bfloat16", **asked)
+    with pytest.raises(InputError, match="revision 'main' was given, but"):
+        halve.compare(checkpoint, [text], revision="main", **asked)
+
+
+def test_a_comparison_from_names_to_rows(checkpoint, text, tmp_path):
+    out, asked = tmp_path / "compared", {"calibration": text, "samples": 4, "seq_len": 16}
+    contest = halve.compare(checkpoint, [text], methods=["magnitude", "wanda+cg"], out=out, **asked)
+    rows = list(contest)
+    assert [row.name for row in rows] == ["dense", "magnitude", "wanda+cg"]
+    assert not any(row.error for row in rows)
+    assert list(contest) == rows  # nothing is done twice
+    assert check(out / "wanda-cg").ok

@@ -11,6 +11,7 @@ from halve.device import (
     forward_precision,
     model_device,
     on_device,
+    parse_dtype,
     resolve_device,
     weight_dtype,
 )
@@ -162,3 +163,9 @@ def test_a_gpu_is_the_current_one_for_a_while(monkeypatch):
         assert entered == ("on", torch.device("cuda", 1))
     with on_device(torch.device("cpu")) as entered:
         assert entered is None
+
+
+def test_dtypes_of_weights_have_names():
+    assert parse_dtype("bfloat16") == torch.bfloat16
+    with pytest.raises(InputError, match="dtype 'int8' is not known: choose one of float32, bfloat16, float16"):
+        parse_dtype("int8")

@@ -363,7 +363,7 @@ def test_a_run_that_only_had_to_be_tidied_up_is_complete(tmp_path, monkeypatch, 
         ({"seq_len": 0}, "seq_len must be a whole number of at least 1, got 0"),
         ({"out": None, "work": "somewhere"}, "give out too"),
         ({"objective": "auto"}, r"objective must be a halve\.Objective"),
-        ({"seed": object()}, "cannot be kept for resuming"),
+        ({"text_field": object()}, "cannot be kept for resuming"),
         ({"method": "magnitude", "refit": "none", "objective": Objective(0.5)}, "shrinkage acts on statistics"),
         ({"method": "wanda", "objective": Objective(match_ridge=0.2)}, "match_ridge goes with targets from the dense"),
         ({"effort": "fast", "objective": Objective(match_ridge=0.2)}, "match_ridge goes with targets from the dense"),
@@ -436,3 +436,11 @@ def test_a_gpu_prunes_as_well(options, tmp_path):
         losses.append(pruned.report.mean_relative_loss)
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     assert pruned.report.peak_device_memory["solve"] > 0
+
+
+def test_a_fallback_that_was_given_on_resuming_is_kept_by_the_run(tmp_path, checkpoint, text):
+    with pytest.raises(StoppedError):
+        halve.prune(checkpoint, tmp_path / "out", calibration=text, listen=stop_in(1), **FAST)
+    with pytest.raises(StoppedError):
+        halve.resume(tmp_path / "out", fallback="magnitude", listen=stop_in(2))
+    assert halve.resume(tmp_path / "out").record["fallback"] == "magnitude"

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from halve.checkpoint import load, write
+from halve.checkpoint import write
 from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.room import check_destination
 from halve.errors import HalveError, InputError
@@ -24,16 +24,30 @@ from halve.report.record import finite, settings_json
 from halve.run.contender import Contender
 from halve.run.directory import open_run
 from halve.run.environment import environment
-from halve.run.events import Progress, writing_told_to
+from halve.run.events import Progress, announce, writing_told_to
 from halve.run.phases import Phase
 from halve.run.request import Request
 from halve.text import tokens
 from halve.text.tokens import TokenSet
-from halve.whole_model import prune_loaded, report_notes
+from halve.whole_model import as_written, find, load_found, prune_loaded, report_notes
 
 DENSE = "dense"
 METHODS = ("magnitude", "wanda", "wanda+cg", "sparsegpt", "sparsegpt+cg", "auto+cg")
 """What is compared where nobody says."""
+
+_NAMED = "name it with the methods, as in wanda+cg+block"
+OF_ONE_METHOD = {
+    "method": _NAMED,
+    "refit": _NAMED,
+    "reconstruct": _NAMED,
+    "reconstruct_epochs": "give it in method_options, under block",
+    "reconstruct_learning_rate": "give it in method_options, under block",
+    "reconstruct_held_out": "give it in method_options, under block",
+    "only_where_faster": "all contenders are pruned alike",
+    "faster_at_batch": "all contenders are pruned alike",
+    "work": "a comparison that was stopped is not continued",
+}
+"""Options of `halve.prune` that a comparison does not take, and what to do instead."""
 
 CompareListener = Callable[[Contender | None, Progress], None]
 """Called with the contender that runs, None before the first, and its progress."""
@@ -114,12 +128,14 @@ class Comparison:
         self._complete: list[Path] = []
         self._dense: tuple[Perplexity, ...] = ()
         if out is not None:
-            needed = write.output_bytes(loaded, self._any.loading.dtype)
+            needed = write.output_bytes(loaded, self._any.loading.written_dtype)
             check_destinations(out, requests, loaded.source, needed)
 
     def __iter__(self) -> Iterator[Row]:
-        """Measure the dense model, then prune and measure for one contender after the other."""
-        self.rows.clear()
+        """Measure the dense model, then prune and measure for one contender after the other; done once."""
+        if self.rows:  # what is finished is not done again
+            yield from self.rows
+            return
         self._dense = self._measure(self._loaded.model)
         yield self._finished(Row(name=DENSE, perplexities=self._dense))
         for contender, request in self._requests.items():
@@ -173,7 +189,8 @@ class Comparison:
 
         try:
             with nullcontext() if place is None else open_run(place) as run:
-                report = prune_loaded(candidate, self.calibration, request, run, listen=tell).report
+                pruned = prune_loaded(candidate, self.calibration, request, run, listen=tell)
+            report = pruned.report
             row = replace(
                 row,
                 mean_relative_loss=finite(report.mean_relative_loss),
@@ -182,7 +199,7 @@ class Comparison:
                 warnings=report.warnings,
                 phases=report.seconds,
             )
-            row = replace(row, perplexities=self._measure(candidate.model))
+            row = replace(row, perplexities=self._measure(as_written(pruned, request)))
             if place is not None:
                 row = replace(row, warnings=(*row.warnings, *self._put_on_record(place, row.perplexities)))
         except HalveError as error:
@@ -235,23 +252,22 @@ def compare(
         HalveError: as `halve.prune`.
     """
     contenders = [each if isinstance(each, Contender) else Contender.parse(each) for each in methods]
+    if options.keys() & {"eval_data", "evaluation"}:
+        raise InputError("texts to measure on are the argument data, their windows eval_seq_len and eval_max_windows")
     requests = make_requests(contenders, method_options or {}, eval_data=list(data), **options)
     asked = next(iter(requests.values()), None)
     if asked is None or asked.evaluation is None:
         raise InputError("there is nothing to compare: give at least one contender and one evaluation text")
     asked.check_texts()
     place = None if out is None else Path(out)
-    if isinstance(model, nn.Module):
-        loaded = LoadedModel(model, tokenizer, None)  # type: ignore[arg-type]
-    else:
-        source = load.resolve(model, trust_remote_code=asked.loading.trust_remote_code)
-        if place is not None:
-            check_destinations(place, requests, source, source.size)
-        loaded = load.load_model(source)
+    source = find(model, asked, writes=place is not None)
+    if place is not None and isinstance(source, Source):
+        check_destinations(place, requests, source, source.size)
+    loaded = load_found(source, tokenizer)
     texts = asked.evaluation.texts(loaded, asked.calibration.length)
     tell = None if listen is None else partial(listen, None)
-    if asked.calibration.is_self_written and tell is not None:
-        tell(Progress(0, 0, Phase.GENERATE, 0, 0))
+    if asked.calibration.is_self_written:
+        announce(tell, Phase.GENERATE)
     found = asked.calibration.data(loaded, writing_told_to(tell))
     if not isinstance(found, TokenSet):
         raise InputError("calibration is a list of batches, and a comparison needs tokens: give text or token ids")
@@ -297,7 +313,12 @@ def make_requests(
         known.add(BLOCK)
     if stray := sorted(set(method_options) - known):
         raise InputError(f"options for {stray[0]!r} belong to none of the compared: {', '.join(sorted(known))}")
+    for name, instead in OF_ONE_METHOD.items():
+        if options.get(name) is not None:
+            raise InputError(f"{name} is no option of a comparison: {instead}")
     common = Request.of(options)
+    for name in common.settings.options:
+        raise InputError(f"{name} belongs to one method or refit: give it in method_options, by that one's name")
     found = {}
     for contender in contenders:
         of_refit = {f"refit_{name}": value for name, value in method_options.get(contender.refit, {}).items()}

@@ -12,6 +12,7 @@ from torch import nn
 from halve.errors import InputError
 from halve.torch_internals import processor_has
 
+_WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PRECISIONS = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,6 +37,17 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             "choose another, or auto"
         )
     return resolved
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the dtype of weights that a name stands for.
+
+    Raises:
+        InputError: no checkpoint is written in a dtype of that name.
+    """
+    if name not in _WEIGHT_DTYPES:
+        raise InputError(f"dtype {name!r} is not known: choose one of {', '.join(_WEIGHT_DTYPES)}")
+    return _WEIGHT_DTYPES[name]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -108,7 +108,12 @@ def fill(root: type[Group], given: Mapping[str, Any]) -> Group:
     known = known_names(root)
     if unknown := next((name for name in given if name not in known), None):
         raise InputError(f"there is no option {unknown!r}: choose one of {', '.join(sorted(known))}")
-    return _fill(root, "", given)
+    received: set[str] = set()
+    filled = _fill(root, "", given, received)
+    for each in options_of(root):
+        if each.shared and each.name in given and each.name not in received:
+            raise OptionError("{} is given twice, by itself and in a group: give it once", each.name)
+    return filled
 
 
 def known_names(root: type[Any]) -> Collection[str]:
@@ -134,6 +139,7 @@ def docstring_of_fields(cls: type[Any]) -> dict[str, str]:
 
 def _plain(text: str) -> str:
     text = text[:1].upper() + text[1:]  # a value in quotes stays as it is written
+    text = re.sub(r" \(`[\w.]+`\)", "", text)  # a reference for who reads the code
     text = re.sub(r"`halve\.[\w.]*?(\w+)`", r"\1", text)  # the name alone of what is referred to
     return text.replace("``", "").replace("`", "")
 
@@ -156,7 +162,8 @@ def _walk(cls: type[Any], prefix: str, *, optional: bool) -> Iterator[Option]:
             )
 
 
-def _fill(cls: type[Group], prefix: str, given: Mapping[str, Any]) -> Group:
+def _fill(cls: type[Group], prefix: str, given: Mapping[str, Any], received: set[str]) -> Group:
+    """Build a group, and note the names of the options that it takes."""
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for each in fields(cls):  # type: ignore[arg-type]
@@ -165,6 +172,7 @@ def _fill(cls: type[Group], prefix: str, given: Mapping[str, Any]) -> Group:
             name = _flat_name(each, prefix)
             if name in given and _INTERNAL not in each.metadata:
                 values[each.name] = given[name]
+                received.add(name)
             continue
         own = [entry.name for entry in _walk(inner, each.metadata[_PREFIX], optional=False) if not entry.shared]
         asked = [name for name in own if name in given and (name != each.name or not isinstance(given[name], inner))]
@@ -179,7 +187,7 @@ def _fill(cls: type[Group], prefix: str, given: Mapping[str, Any]) -> Group:
             absent = _required_but_absent(inner, each.metadata[_PREFIX], given)
             if absent and asked:
                 raise OptionError("{} goes with {}, which is not given: give it, or neither", asked[0], absent)
-            values[each.name] = _fill(inner, each.metadata[_PREFIX], given)
+            values[each.name] = _fill(inner, each.metadata[_PREFIX], given, received)
     return cls(**values)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halve.checkpoint import load, write
+from halve.checkpoint import write
 from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.room import check_destination, check_shared_space
 from halve.device import weight_dtype
@@ -18,11 +18,11 @@ from halve.evaluation.request import Evaluation, overlap
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
-from halve.run.events import Listener, Progress, writing_told_to
+from halve.run.events import Listener, announce, writing_told_to
 from halve.run.fingerprint import code_fields
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
-from halve.whole_model import Pruned, prune_loaded, report_notes
+from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded, report_notes
 
 
 def prune(
@@ -39,9 +39,9 @@ def prune(
     by `halve.resume`, and ends with the same bytes.
 
     Everything else is an option, a keyword by its flat name: ``pattern="2:4"``, ``method="wanda"``,
-    ``calibration="c4"``, ``samples=64``, ``device="cpu"``, … Each is a field of a group (`Settings`, `Objective`,
-    `Reconstruction`, `WhereFaster`, `Calibration`, `Placement`, `Loading`, `Evaluation`; docs/options.md lists them
-    all), and a whole group may be given instead: ``objective=``, ``reconstruct=``, ``only_where_faster=``,
+    ``calibration="c4"``, ``samples=64``, ``device="cpu"``, … Those that belong together are fields of a group
+    (`Objective`, `Reconstruction`, `WhereFaster`, `Calibration`, `Placement`, `Loading`, `Evaluation`; docs/options.md
+    lists them all), and a whole group may be given instead: ``objective=``, ``reconstruct=``, ``only_where_faster=``,
     ``calibration=``, ``placement=``, ``loading=``, ``evaluation=``. What is an option of the method or the refit
     (``effort="best"``, ``refit_steps=200``) is one too.
 
@@ -80,7 +80,10 @@ def prune_as(
     request.check()
     call = None if out is None else written_down(model, tokenizer, request)
     with ExitStack() as stack:
-        found = _find(model, out, request)
+        found = find(model, request, writes=out is not None)
+        if out is not None:
+            size = found.size if isinstance(found, Source) else 0
+            check_destination(out, found if isinstance(found, Source) else None, size)
         run = None
         if out is not None:
             work = request.placement.work
@@ -92,9 +95,9 @@ def prune_as(
                 run.check_code(code_fields(found))
         phases = Phases(request.placement.target)
         with phases.timing(Phase.LOAD):
-            loaded = _load(found, tokenizer)
+            loaded = load_found(found, tokenizer)
         if run is not None:
-            _check_room(loaded, run, request.loading.dtype)
+            _check_room(loaded, run, request.loading.written_dtype)
         request = _with_ratios(request, loaded, run, phases, listen)
         judge = None
         if request.evaluation is not None:
@@ -149,7 +152,7 @@ def _data(
     if kept is not None:
         return kept
     if calibration.is_self_written:
-        _announce(listen, Phase.GENERATE)
+        announce(listen, Phase.GENERATE)
     with phases.timing(Phase.CALIBRATE):
         return calibration.data(loaded, writing_told_to(listen))
 
@@ -171,13 +174,13 @@ def _with_ratios(
     if settings.only_where_faster is None:
         return request
     if begun is None:
-        _announce(listen, Phase.MEASURE)
+        announce(listen, Phase.MEASURE)
     with phases.timing(Phase.MEASURE):
         found = settings.only_where_faster.measured(
             loaded.model,
             settings.pattern,
             settings.skip,
-            dtype=request.loading.dtype or weight_dtype(loaded.model),
+            dtype=request.loading.written_dtype or weight_dtype(loaded.model),
             device=request.placement.target,
             begun=begun,
         )
@@ -215,7 +218,7 @@ class _Judge:
         if kept is not None:
             self._before = tuple(Perplexity(**entry) for entry in kept)
             return
-        _announce(self._listen, Phase.EVALUATE)
+        announce(self._listen, Phase.EVALUATE)
         with self._phases.timing(Phase.EVALUATE):
             self._before = self._measure(self._loaded.model)
         if self._run is not None:
@@ -223,12 +226,12 @@ class _Judge:
 
     def measure_pruned(self, pruned: Pruned) -> Pruned:
         """Measure the pruned model, and put both on record; what fails is a note beside the complete checkpoint."""
-        _announce(self._listen, Phase.EVALUATE)
+        announce(self._listen, Phase.EVALUATE)
         notes = list(pruned.notes)
         if caution := overlap(pruned.record["calibration"]["source"], [text.source for text in self._texts]):
             notes.append(caution)
         try:
-            after = self._measure(self._as_written(pruned))
+            after = self._measure(as_written(pruned, self._request))
         except (HalveError, RuntimeError, MemoryError) as error:
             notes.append(f"the model is pruned, but its perplexity was not measured: {error}")
             return replace(pruned, before=self._before, notes=tuple(notes))
@@ -243,52 +246,3 @@ class _Judge:
 
     def _measure(self, model: nn.Module) -> tuple[Perplexity, ...]:
         return self._evaluation.measure(model, self._texts, self._request.placement.target)
-
-    def _as_written(self, pruned: Pruned) -> nn.Module:
-        """Return the pruned model; where it was written in another dtype, as that has rounded it."""
-        if pruned.out is None or self._request.loading.dtype is None:
-            return pruned.model
-        return load.load_model(pruned.out, trust_remote_code=self._request.loading.trust_remote_code).model
-
-
-def _announce(listen: Listener | None, phase: Phase) -> None:
-    if listen is not None:
-        listen(Progress(0, 0, phase, 0, 0))
-
-
-def _find(model: nn.Module | str | Path, out: Path | None, request: Request) -> nn.Module | Source:
-    """Find what the user named, and refuse what cannot be read or written, before anything is created."""
-    if isinstance(model, nn.Module):
-        from transformers import PreTrainedModel
-
-        from halve.runtime.linear import SparseLinear
-        from halve.runtime.semi_structured import SemiStructuredLinear
-
-        if out is not None and not isinstance(model, PreTrainedModel):
-            raise InputError(
-                f"{type(model).__name__} is not a transformers model, so it cannot be written as a checkpoint: "
-                "leave out out, and save the model yourself"
-            )
-        if any(isinstance(module, SparseLinear | SemiStructuredLinear) for module in model.modules()):
-            raise InputError(
-                "the model is accelerated, its pruned weights are packed: save it, and prune what was saved"
-            )
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise InputError("the model has parameters on the meta device, without values: load it completely")
-        if out is not None:
-            check_destination(out, None, 0)
-        return model
-    asked = request.loading
-    source = load.resolve(model, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
-    if out is not None:
-        check_destination(out, source, source.size)
-    if asked.dtype is not None and source.shards:
-        raise InputError("dtype is for GGUF input: a safetensors checkpoint keeps its own dtypes")
-    return source
-
-
-def _load(model: nn.Module | Source, tokenizer: Any) -> LoadedModel:
-    if isinstance(model, nn.Module):
-        return LoadedModel(model, tokenizer, None)  # type: ignore[arg-type]
-    found = load.load_model(model)
-    return found if tokenizer is None else LoadedModel(found.model, tokenizer, model)

@@ -139,5 +139,5 @@ def change_of(directory: Path, name: str, sha256: str) -> str:
     if not path.is_file():
         return f"{shown(name)} is recorded in {RECORD} and is missing"
     if sha256_of(path) != sha256:
-        return f"{name} does not have the sha256 recorded when it was written: it has been changed"
+        return f"{shown(name)} does not have the sha256 recorded when it was written: it has been changed"
     return ""

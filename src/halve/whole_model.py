@@ -12,10 +12,10 @@ from torch import nn
 
 from halve.checkpoint.directory import MEASURED, PAGE
 from halve.checkpoint.durable import sha256_of
-from halve.checkpoint.load import LoadedModel, Source
+from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
 from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
-from halve.errors import CorruptFileError, HalveError
+from halve.errors import CorruptFileError, HalveError, InputError
 from halve.evaluation.perplexity import Perplexity
 from halve.model.blocks import Batch
 from halve.report import record
@@ -54,6 +54,60 @@ class Pruned:
     before: tuple[Perplexity, ...] = ()
     after: tuple[Perplexity, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def find(model: nn.Module | str | Path, request: Request, *, writes: bool) -> nn.Module | Source:
+    """Find what the user named, and refuse what cannot be pruned as asked, before anything is loaded or created.
+
+    Args:
+        model: in memory, a directory, a file, or a name on the hub.
+        request: how it is to be pruned.
+        writes: whether a checkpoint is to be written.
+
+    Raises:
+        InputError: the model cannot be used as it is, or a dtype is asked for that it cannot be written in.
+        UnsupportedModelError, CorruptFileError: as `halve.checkpoint.load.resolve`.
+    """
+    asked = request.loading
+    if isinstance(model, nn.Module):
+        _check_in_memory(model, writes=writes)
+        return model
+    source = resolve(model, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
+    if asked.written_dtype is not None and source.shards:
+        raise InputError("dtype is for a GGUF file or a model in memory: a safetensors checkpoint keeps its own dtypes")
+    return source
+
+
+def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
+    from transformers import PreTrainedModel
+
+    from halve.runtime.linear import SparseLinear
+    from halve.runtime.semi_structured import SemiStructuredLinear
+
+    if writes and not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"{type(model).__name__} is not a transformers model, so it cannot be written as a checkpoint: "
+            "give no output directory, and save the model yourself"
+        )
+    if any(isinstance(module, SparseLinear | SemiStructuredLinear) for module in model.modules()):
+        raise InputError("the model is accelerated, its pruned weights are packed: save it, and prune what was saved")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("the model has parameters on the meta device, without values: load it completely")
+
+
+def load_found(found: nn.Module | Source, tokenizer: Any) -> LoadedModel:
+    """Load what `find` has found; a tokenizer that is given takes the place of the checkpoint's own."""
+    if isinstance(found, nn.Module):
+        return LoadedModel(found, tokenizer, None)  # type: ignore[arg-type]
+    loaded = load_model(found)
+    return loaded if tokenizer is None else LoadedModel(loaded.model, tokenizer, found)
+
+
+def as_written(pruned: Pruned, request: Request) -> nn.Module:
+    """Return the pruned model; where it was written in another dtype, as that has rounded it."""
+    if pruned.out is None or request.loading.written_dtype is None:
+        return pruned.model
+    return load_model(pruned.out, trust_remote_code=request.loading.trust_remote_code).model
 
 
 def prune_loaded(
@@ -100,7 +154,7 @@ def prune_loaded(
         done = _prune(loaded, data, request, run, tell, phases, before)
         content = _record(loaded, data, request, done, run.out)
         content["source"]["sha256"] = files_sha256(mark)
-        done, notes = _publish(loaded, done, content, run, request.loading.dtype, phases)
+        done, notes = _publish(loaded, done, content, run, request.loading.written_dtype, phases)
     except HalveError as error:
         helps = not isinstance(error, CorruptFileError)  # to call again would not help against damage
         error.unfinished = run.out if helps and run.worth_keeping else None
@@ -202,7 +256,7 @@ def _record(
         done,
         request.settings,
         {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
-        record.masks(loaded.model, done, request.settings.pattern, request.loading.dtype),
+        record.masks(loaded.model, done, request.settings.pattern, request.loading.written_dtype),
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
         calibration={"seed": request.calibration.seed, **calibration_record(data)},

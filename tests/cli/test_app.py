@@ -191,7 +191,7 @@ def test_what_led_to_an_error_is_told_on_request(monkeypatch):
     def unreachable(*_arguments, **_options):
         raise InputError("the hub cannot be reached") from ConnectionError("no route to host")
 
-    monkeypatch.setattr("halve.checkpoint.load.resolve", unreachable)
+    monkeypatch.setattr("halve.whole_model.resolve", unreachable)
     arguments = ["prune", "org/model", "--out", "o"]
     plain = run(app, arguments)
     assert plain.exit_code == EXIT_REFUSED

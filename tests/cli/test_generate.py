@@ -122,7 +122,7 @@ def test_threads_and_dtype(pruned, monkeypatch):
     [
         (["--max-new-tokens", "0"], "max_new_tokens must be a whole number of at least 1"),
         (["--threads", "0"], "threads must be a whole number of at least 1"),
-        (["--dtype", "int8"], "--dtype 'int8' is not known"),
+        (["--dtype", "int8"], "dtype 'int8' is not known"),
         (["--device", "tpu"], "device 'tpu' is not understood"),
         (["--temperature", "-1"], "temperature is -1.0: give"),
     ],

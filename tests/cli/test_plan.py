@@ -125,7 +125,7 @@ def test_what_does_not_fit_and_a_busy_machine_are_named(llama, monkeypatch):
         (["--batch", "1,,8"], "--batch '1,,8' is not understood"),
         (["--batch", "-1"], "--batch '-1' is not understood"),
         (["--batch", "²"], "--batch '²' is not understood"),
-        (["--dtype", "float64"], "--dtype 'float64' is not known: choose one of float32, bfloat16, float16"),
+        (["--dtype", "float64"], "dtype 'float64' is not known: choose one of float32, bfloat16, float16"),
         (["--pattern", "5:4"], "pattern '5:4' is not understood"),
         (["--device", "tpu"], "device 'tpu' is not understood"),
         (["--device", "cuda:99"], "device 'cuda:99' is not present"),

@@ -175,7 +175,7 @@ def test_too_little_text_is_refused(model, tmp_path):
         (["--pattern", "[/red][bold]"], "pattern '[/red][bold]' is not understood"),
         (["--device", "mps"], "device 'mps'"),
         (["--calibration", "no/such.txt"], "does not exist"),
-        (["--dtype", "int8"], "--dtype 'int8' is not known"),
+        (["--dtype", "int8"], "dtype 'int8' is not known"),
         (["--device", "gpu"], "device 'gpu'"),
         (["--refit", "sgd"], "unknown refit 'sgd'"),
     ],

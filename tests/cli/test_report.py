@@ -67,8 +67,8 @@ def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
     [
         (["report", "nowhere"], "has no halve.json"),
         (["report", "nowhere", "--data", "text.txt"], "has no halve.json"),
-        (["report", "nowhere", "--max-windows", "2"], "go with a text to measure on: give --data"),
-        (["report", "nowhere", "--dense", "none"], "go with a text to measure on: give --data"),
+        (["report", "nowhere", "--max-windows", "2"], "goes with a text to measure on: give --data"),
+        (["report", "nowhere", "--dense", "none"], "goes with a text to measure on: give --data"),
         (["report", "a", "a"], "is given twice"),
         (["prune", "m", "--out", "o", "--eval-max-windows", "2"], "--eval-max-windows goes with --eval-data, which is"),
         (["prune", "m", "--out", "o", "--eval-seq-len", "2"], "--eval-seq-len goes with --eval-data, which is not"),

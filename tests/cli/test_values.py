@@ -7,7 +7,6 @@ from halve.cli.values import (
     allowed_fallback,
     merge_options,
     on_threads,
-    parse_dtype,
     parse_number,
     parse_options,
     parse_options_by_method,
@@ -56,13 +55,6 @@ def test_no_option_comes_twice():
     for parse, pairs in ((parse_options, ["beta=1", "beta=2"]), (parse_options_by_method, ["a.b=1", "a.b=2"])):
         with pytest.raises(InputError, match="is given twice: give it once"):
             parse(pairs)
-
-
-def test_dtypes():
-    assert parse_dtype(None) is None
-    assert parse_dtype("bfloat16") == torch.bfloat16
-    with pytest.raises(InputError, match="--dtype 'int8' is not known"):
-        parse_dtype("int8")
 
 
 def test_a_shrinkage_is_a_number_or_a_word_left_to_the_objective():

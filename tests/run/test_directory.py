@@ -204,8 +204,8 @@ def test_a_fallback_may_be_added_but_not_changed(tmp_path):
     begin(tmp_path / "out")
     for fallback in ("wanda", "wanda"):
         with open_run(tmp_path / "out") as run:
-            run.begin(MARK, None, None, {}, fallback)
-        assert recorded_call(tmp_path / "out")["fallback"] == "wanda"
+            run.begin(MARK, {"asked": fallback}, None, {}, fallback)
+        assert recorded_call(tmp_path / "out") == {"asked": "wanda"}  # the call that goes on repeats it
     for other in (None, "magnitude"):
         with open_run(tmp_path / "out") as run, pytest.raises(ResumeMismatchError, match="fallback was wanda and is"):
             run.begin(MARK, None, None, {}, other)

@@ -6,6 +6,7 @@ import torch
 from halve.checkpoint.load import LoadedModel, load_model
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction
+from halve.option_groups import options_of
 from halve.run.fingerprint import differences, fingerprint
 from halve.run.request import Loading, Placement, Request
 from halve.run.settings import Settings
@@ -92,3 +93,51 @@ def test_files_are_named_one_by_one(tmp_path):
     assert [phrase.split(" was ")[0] for phrase in found] == [f"model.{shard.name}"]
     assert "model.config.json" in before
     assert "model.model.safetensors.index.json" in before
+
+
+def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
+    loaded = LoadedModel(decoder("llama"), None, None)
+    changed = {
+        "pattern": "1:4",
+        "method": "sparsegpt",
+        "refit": "none",
+        "reconstruct": "block",
+        "skip": ["*.q_proj.*"],
+        "fallback": "wanda",
+        "min_expert_tokens": 5,
+        "reconstruct_epochs": 2,
+        "reconstruct_learning_rate": 0.1,
+        "reconstruct_held_out": 0.5,
+        "shrinkage": 0.5,
+        "match_dense": 0.5,
+        "match_ridge": 0.5,
+        "only_where_faster": 1.5,
+        "faster_at_batch": 2,
+        "calibration": "c4",
+        "samples": 3,
+        "seq_len": 3,
+        "seed": 3,
+        "text_field": "body",
+        "device": "cpu",
+        "forward_dtype": "bfloat16",
+        "offload": tmp_path,
+        "work": tmp_path,
+        "revision": "main",
+        "trust_remote_code": True,
+        "dtype": "float16",
+        "eval_data": ["a"],
+        "eval_seq_len": 3,
+        "eval_max_windows": 3,
+    }
+    assert changed.keys() == {each.name for each in options_of(Request)}  # a new option needs a word here
+    base = {"forward_dtype": "float32", "only_where_faster": 1.1, "reconstruct": "none", "eval_data": ["b"]}
+    base |= {"shrinkage": 0.0, "match_dense": 0.1}
+    idle = {"calibration", "samples", "seq_len", "text_field", "offload", "work", "revision", "trust_remote_code"}
+    idle |= {"fallback", "device", "eval_data", "eval_seq_len", "eval_max_windows"}
+
+    def of(**options):
+        return fingerprint(loaded, token_set(), Request.of(options))
+
+    for name, value in changed.items():
+        within = base | ({"reconstruct": "block"} if name.startswith("reconstruct_") else {})
+        assert (of(**within) == of(**within | {name: value})) is (name in idle), name

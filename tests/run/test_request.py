@@ -1,13 +1,18 @@
+from dataclasses import fields
+
 import pytest
 import torch
 
 from halve.errors import InputError
 from halve.evaluation.request import Evaluation
 from halve.model.reconstruct import Reconstruction
-from halve.option_groups import options_of
+from halve.option_groups import known_names, options_of
 from halve.planner.where_faster import WhereFaster
 from halve.run.request import Placement, Request
+from halve.run.settings import Settings
+from halve.solve.methods import METHODS
 from halve.solve.objective import Objective
+from halve.solve.refit import REFITS
 from halve.text.calibration import Calibration
 
 
@@ -74,8 +79,45 @@ def test_no_two_options_have_one_name_and_all_have_help():
         ({"offload": "/no/such/place"}, "offload directory /no/such/place does not exist"),
         ({"device": "abacus"}, "device 'abacus' is not understood"),
         ({"forward_dtype": "int8"}, "forward dtype 'int8' is not understood"),
+        (
+            {"placement": Placement(), "forward_dtype": "float32"},
+            "forward_dtype is given twice, by itself",
+        ),
+        (
+            {"calibration": Calibration("a"), "text_field": "body"},
+            "text_field is given twice, by itself",
+        ),
+        ({"settings": Settings()}, "there is no option 'settings'"),
+        ({"reconstruction": Reconstruction()}, "there is no option 'reconstruction'"),
+        ({"dtype": "int8"}, "dtype 'int8' is not known"),
+        ({"dtype": 3}, "dtype 3 is not known"),
+        ({"trust_remote_code": "no"}, "trust_remote_code must be true or false, got 'no'"),
+        ({"skip": 3}, "skip must be names of parameters, in a list, got 3"),
+        ({"offload": 3}, "offload must be a directory, got 3"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(given, message):
     with pytest.raises(InputError, match=message):
         Request.of(given)
+
+
+def test_a_shared_option_goes_to_the_groups_that_are_not_given_ready():
+    request = Request.of({"evaluation": Evaluation(["a"], 16), "forward_dtype": "float32"})
+    assert (request.placement.forward_dtype, request.evaluation.forward_dtype) == ("float32", "auto")
+
+
+def test_a_dtype_may_be_named():
+    assert Request.of({"dtype": "bfloat16"}).loading.written_dtype == torch.bfloat16
+    assert Request.of({"dtype": torch.float16}).loading.written_dtype == torch.float16
+    assert Request.of({}).loading.written_dtype is None
+
+
+def test_the_seed_is_a_whole_number():
+    with pytest.raises(InputError, match="seed must be a whole number, got 'x'"):
+        Request.of({"seed": "x"}).check()
+
+
+def test_no_option_of_a_method_or_refit_has_the_name_of_one_of_ours():
+    of_methods = {each.name for row in METHODS.values() for each in fields(row.options)}
+    of_refits = {f"refit_{each.name}" for row in REFITS.values() for each in fields(row.options)}
+    assert not (of_methods | of_refits) & set(known_names(Request))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.option_groups import option
 from halve.run.request import Request
@@ -69,3 +70,10 @@ def test_the_whole_of_a_request_survives():
     back = from_plain(Request, to_plain(request))
     assert to_plain(back) == to_plain(request)
     assert back.settings == request.settings
+
+
+def test_what_another_version_has_written_is_refused():
+    with pytest.raises(InputError, match="Outer has no field 'colour': it was written by another version"):
+        from_plain(Outer, {"pattern": "2:4", "colour": "red"})
+    with pytest.raises(InputError, match="dtype 'float8' is not known"):
+        from_plain(Outer, {"pattern": "2:4", "dtype": "float8"})

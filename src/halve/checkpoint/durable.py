@@ -75,7 +75,7 @@ def filling(directory: Path) -> Iterator[Write]:
         directory: made if it does not exist.
 
     Raises:
-        HalveError: the volume is full or failed; what cannot be read of the content is a `CorruptFileError` of its own.
+        HalveError: the volume is full or failed; what cannot be read of the content is an `UnreadableFileError`.
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     written: list[Path] = []
@@ -153,7 +153,7 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file in hexadecimal.
 
     Raises:
-        CorruptFileError: it cannot be read.
+        UnreadableFileError: it cannot be read.
     """
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -171,7 +171,7 @@ def file_chunks(path: Path) -> Iterator[bytes]:
     """Yield the content of a file, at most 16 MiB at a time.
 
     Raises:
-        CorruptFileError: it cannot be read.
+        UnreadableFileError: it cannot be read.
     """
     with reading(path), path.open("rb") as file:
         while chunk := file.read(CHUNK):

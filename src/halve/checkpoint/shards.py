@@ -88,7 +88,8 @@ def read_shard(path: Path) -> Shard:
     """Read and validate the header of a safetensors file; the tensors themselves are not read.
 
     Raises:
-        CorruptFileError: the file cannot be read, the header is malformed, the tensors overlap, leave holes, or do not
+        UnreadableFileError: the file cannot be read.
+        CorruptFileError: the header is malformed, the tensors overlap, leave holes, or do not
             fill the file exactly.
         UnsupportedModelError: a tensor has a dtype this package does not know.
     """
@@ -133,7 +134,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of at most 256 MiB.
 
     Raises:
-        CorruptFileError: it cannot be read, is too large, or is not a JSON object.
+        UnreadableFileError: it cannot be read.
+        CorruptFileError: it is too large, or is not a JSON object.
     """
     with reading(path), path.open("rb") as file:
         text = file.read(MAX_JSON + 1)
@@ -168,7 +170,8 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     """Return one tensor, of the entry's shape and dtype, in memory of its own.
 
     Raises:
-        CorruptFileError: the file has become shorter since its header was read, or cannot be read.
+        CorruptFileError: the file has become shorter since its header was read.
+        UnreadableFileError: it cannot be read.
     """
     buffer = bytearray(entry.end - entry.start)
     with reading(entry.path), entry.path.open("rb") as file:

@@ -59,9 +59,13 @@ class _Commands(TyperGroup):
     def get_command(self, _ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
+        from halve.cli.errors import reporting
+
         module, _, name = COMMANDS[cmd_name][0].partition(":")
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        single.command(name=cmd_name)(_with_verbose(getattr(import_module(f"halve.cli.{module}"), name)))
+        with reporting():  # what is imported may miss something, and says so in one sentence
+            command = _with_verbose(getattr(import_module(f"halve.cli.{module}"), name))
+        single.command(name=cmd_name)(command)
         return typer.main.get_command(single)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -13,26 +13,13 @@ from halve.cli.options import JsonOption, ModelArgument, StrictOption
 from halve.cli.terminal import comparison_table, out, progress, say_row, warn_of_overlap
 from halve.cli.values import allowed_fallback, parse_options_by_method
 from halve.comparison import METHODS as COMPARED
+from halve.comparison import OF_ONE_METHOD
 from halve.comparison import compare as compare_methods
 from halve.run.request import Request
 from halve.solve.methods import METHODS
 
-_OF_ONE_METHOD = (
-    "method",
-    "refit",
-    "reconstruct",
-    "reconstruct_epochs",
-    "reconstruct_learning_rate",
-    "reconstruct_held_out",
-    "eval_data",
-    "only_where_faster",
-    "faster_at_batch",
-    "work",
-    "revision",
-)
 
-
-@taking(Request, without=_OF_ONE_METHOD)
+@taking(Request, without=[*OF_ONE_METHOD, "eval_data"])
 def compare(
     model: ModelArgument,
     data: Annotated[list[str], typer.Option(help="Texts for perplexity: wikitext2, c4, or a file. Repeatable.")],

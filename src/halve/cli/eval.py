@@ -87,7 +87,7 @@ def _check_wanted(given: dict[str, Any], tasks: str | None, of_tasks: dict[str, 
         raise InputError("nothing to measure: give --data for perplexity, --tasks for accuracy, or both")
     if given.get("data") and "seq_len" not in given:
         raise InputError("--data needs --seq-len: perplexities depend on it, so there is no default")
-    of_data = {name.replace("_", "-"): given.get(name) for name in ("seq_len", "max_windows")}
+    of_data = {name.replace("_", "-"): given.get(name) for name in ("seq_len", "max_windows", "text_field")}
     for flag, wanted, others in (("--data", given.get("data"), of_data), ("--tasks", tasks, of_tasks)):
         idle = [name for name, value in others.items() if not wanted and value is not None]
         if idle:

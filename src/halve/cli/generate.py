@@ -9,7 +9,8 @@ import typer
 from halve.cli.errors import reporting
 from halve.cli.options import DeviceOption, ModelArgument, ThreadsOption, TrustOption
 from halve.cli.terminal import err, say
-from halve.cli.values import on_threads, parse_dtype
+from halve.cli.values import on_threads
+from halve.device import parse_dtype
 from halve.errors import InputError, counted
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def generate(
         place = resolve_device(_device_of(model, device, dense=dense))
         check_asked(prompt, max_new_tokens, temperature)
         say(err, "loading …")
-        loaded = load(model, dtype=parse_dtype(dtype), trust_remote_code=trust_remote_code)
+        loaded = load(model, dtype=None if dtype is None else parse_dtype(dtype), trust_remote_code=trust_remote_code)
         loaded.model.to(place)  # type: ignore[arg-type]
         for note in loaded.notes:
             say(err, note, label="note", style="yellow")

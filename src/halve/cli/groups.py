@@ -12,8 +12,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
-from halve.cli.errors import reporting
 from halve.cli.signatures import with_parameters
+from halve.cli.values import parse_number
 from halve.option_groups import Option, options_of
 
 GIVEN = "given"
@@ -40,8 +40,7 @@ def taking(*roots: type[Any], without: Collection[str] = ()) -> Callable[[Any], 
         ]
 
         def run(**arguments: Any) -> None:
-            with reporting():
-                values = {each.name: _value(each, arguments.pop(each.name)) for each in options}
+            values = {each.name: _value(each, arguments.pop(each.name)) for each in options}
             command(**arguments, given={name: value for name, value in values.items() if value is not None})
 
         parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own] + flags
@@ -73,21 +72,11 @@ def _flag_type(kind: Any) -> Any:
 
 
 def _value(each: Option, given: Any) -> Any:
-    """Return what a flag says, as its option takes it."""
-    import torch
-
+    """Return what a flag says, as its option takes it; an empty list was not given."""
     members = get_args(each.kind) if _is_union(each.kind) else (each.kind,)
-    if given is None or given == []:
+    if given == []:
         return None
-    if torch.dtype in members:
-        from halve.cli.values import parse_dtype
-
-        return parse_dtype(given)
-    if float in members and str in members:
-        from halve.cli.values import parse_number
-
-        return parse_number(given)
-    return given
+    return parse_number(given) if isinstance(given, str) and float in members and str in members else given
 
 
 def _is_union(kind: Any) -> bool:

@@ -7,7 +7,6 @@ import typer
 ModelArgument = Annotated[str, typer.Argument(help="A directory, a .gguf file, or a Hugging Face hub id.")]
 PatternOption = Annotated[str, typer.Option(help="N:M keeps N of every M weights; S% zeroes S percent of a row.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-ForwardOption = Annotated[str, typer.Option(help="Products of forward passes: auto, float32 or bfloat16.")]
 StrictOption = Annotated[
     bool, typer.Option("--strict/--no-strict", help="Stop where a method fails; else as with --fallback magnitude.")
 ]

@@ -12,7 +12,8 @@ from rich.text import Text
 from halve.cli.errors import reporting
 from halve.cli.options import DeviceOption, JsonOption, PatternOption, ThreadsOption, TrustOption
 from halve.cli.terminal import err, out, progress_bar, say, warn_if_busy
-from halve.cli.values import on_threads, parse_dtype
+from halve.cli.values import on_threads
+from halve.device import parse_dtype
 from halve.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def plan_command(
         from halve.planner.speed_plan import plan
 
         batches = None if batch is None else _parse_batches(batch)
-        parsed = parse_dtype(dtype)
+        parsed = None if dtype is None else parse_dtype(dtype)
         with on_threads(threads), _progress() as listen:
             found = plan(
                 model,

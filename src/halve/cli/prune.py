@@ -22,6 +22,7 @@ from halve.pruning import prune as prune_model
 from halve.pruning import resume as resume_run
 from halve.run.contender import Contender
 from halve.run.request import Request
+from halve.run.serial import from_plain
 from halve.run.settings import Settings
 from halve.solve.methods.auto import AutoOptions
 from halve.whole_model import Pruned
@@ -68,7 +69,7 @@ def left_dense(record: dict[str, Any]) -> list[str]:
     """Return a sentence for every kind of matrix that a run (``halve.json``) left dense for its speed."""
     if record["only_where_faster"] is None:
         return []
-    reasons = WhereFaster(**record["only_where_faster"]).reasons(Pattern(record["pattern"]))
+    reasons = from_plain(WhereFaster, record["only_where_faster"]).reasons(Pattern(record["pattern"]))
     counts = Counter(
         (place_of(entry["name"])[1], entry["reason"]) for entry in record["excluded"] if entry["reason"] in reasons
     )

@@ -37,8 +37,9 @@ def report(
 ) -> None:
     """Write the report of a pruned checkpoint again, or a page that compares several."""
     with reporting():
-        if not given.get("data") and (dense is not None or given.keys() & {"seq_len", "max_windows"}):
-            raise InputError("--seq-len, --max-windows and --dense go with a text to measure on: give --data")
+        if not given.get("data") and (dense is not None or given):
+            idle = "dense" if not given else next(iter(given)).replace("_", "-")
+            raise InputError(f"--{idle} goes with a text to measure on: give --data")
         check_page(directories, page)
         if given.get("data"):
             evaluation = Evaluation(**given)

@@ -4,29 +4,10 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from halve.cli.terminal import warn_if_crowded
 from halve.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
-
-
-def parse_dtype(name: str | None) -> "torch.dtype | None":
-    """Return the dtype that ``--dtype`` names, None for None.
-
-    Raises:
-        InputError: no checkpoint is written in a dtype of that name.
-    """
-    if name is None:
-        return None
-    import torch
-
-    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in choices:
-        raise InputError(f"--dtype {name!r} is not known: choose one of {', '.join(choices)}")
-    return choices[name]
 
 
 @contextmanager

@@ -21,8 +21,9 @@ class Evaluation:
     """What to measure perplexity on, before and after, and how.
 
     Attributes:
-        data: texts to measure the perplexity of the dense and the pruned model on: ``wikitext2``, ``c4``, or files.
-        seq_len: tokens in a window; as many as the calibration sequences have, where nobody says.
+        data: texts to measure perplexity on: ``wikitext2``, ``c4``, or files.
+        seq_len: tokens in a window: perplexities at other lengths cannot be compared. Where a run measures, and nobody
+            says, as many as the calibration sequences have.
         max_windows: only the first windows of each text.
         text_field: name of the text in ``.jsonl`` and ``.parquet`` files.
         forward_dtype: products of forward passes: ``auto``, ``float32`` or ``bfloat16``.

@@ -40,7 +40,7 @@ class Verified:
 
 
 def verify(checkpoint: PackedCheckpoint) -> Verified:
-    """Read everything: sums, masks, values, and that the plain checkpoint comes out with the sums that it had.
+    """Read everything: sums, masks, values. What would come out of it is for `restoring_problems`.
 
     What `survey_packed` has told is not told again: files that are missing or of another size, and their tensors.
     """

@@ -85,7 +85,7 @@ class RunDirectory:
 
     @property
     def call(self) -> dict[str, Any] | None:
-        """The arguments of `halve.prune` that began the run; None where they cannot be written down."""
+        """The call that began the run (`halve.run.call_record`); None where it cannot be written down."""
         return None if self._manifest is None else self._manifest.call
 
     @property
@@ -195,8 +195,7 @@ class RunDirectory:
             self._refuse(found)
             if manifest.fallback != fallback:
                 manifest.fallback = fallback
-                if manifest.call is not None:
-                    manifest.call["fallback"] = fallback
+                manifest.call = manifest.call if call is None else dict(call)
                 manifest.write(self.state)
             return
         kept = None
@@ -337,7 +336,7 @@ def open_run(out: Path, work: Path | None = None) -> Iterator[RunDirectory]:
 
 
 def recorded_call(out: Path) -> dict[str, Any]:
-    """Return the arguments of `halve.prune` with which the unfinished run in a directory began.
+    """Return the call with which the unfinished run in a directory began (`halve.run.call_record`).
 
     Raises:
         InputError: there is no unfinished run in it, or it was given objects in memory.

@@ -10,9 +10,9 @@ from halve.model.reconstruct import Tuned
 from halve.run.phases import Phase
 from halve.solve.outcome import Status
 
-AROUND = (Phase.LOAD, Phase.EVALUATE, Phase.CALIBRATE, Phase.COMMIT, Phase.WRITE, Phase.VERIFY)
-"""Phases of a run that are not pruning: reading the model, measuring its perplexity, its calibration text; and, where
-there is an output directory, keeping finished blocks, the checkpoint, and reading that again."""
+AROUND = (Phase.LOAD, Phase.MEASURE, Phase.EVALUATE, Phase.CALIBRATE, Phase.COMMIT, Phase.WRITE, Phase.VERIFY)
+"""Phases of a run that are not pruning: reading the model, measuring its speed and perplexity, its calibration text;
+and, where there is an output directory, keeping finished blocks, the checkpoint, and reading that again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,12 @@ class Progress:
 
 
 Listener = Callable[[Progress], None]
+
+
+def announce(listen: Listener | None, phase: Phase) -> None:
+    """Tell a listener, if there is one, what is about to take long outside the blocks."""
+    if listen is not None:
+        listen(Progress(0, 0, phase, 0, 0))
 
 
 def writing_told_to(listen: Listener | None) -> Callable[[int, int, float], None] | None:

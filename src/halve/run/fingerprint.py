@@ -37,12 +37,22 @@ _ENVIRONMENT = (
     "prox_kernel_cuda",
 )
 
+_GROUPS = ("calibration", "placement", "loading")
+WITHOUT_EFFECT = frozenset(
+    {
+        *("source", "samples", "seq_len", "text_field"),  # the tokens themselves count
+        *("revision", "trust_remote_code"),  # the files of the model do
+        *("offload", "work"),  # where something is kept
+        "fallback",  # may be added to a run that stopped without one, and is compared by itself
+    }
+)
+"""Fields of what was asked for that cannot change a finished block by themselves, or that count otherwise."""
+
 
 def fingerprint(loaded: LoadedModel, data: TokenSet | Sequence[Batch], request: Request) -> Fingerprint:
     """Return the fingerprint of a run that is about to start.
 
-    What cannot change a finished block is not in it: where hidden states are kept, what is measured before and after,
-    and ``fallback``, which may be added to a run that stopped without one, and is compared by itself.
+    Every field of what was asked for is in it but those of `WITHOUT_EFFECT` and what is measured before and after.
 
     Args:
         loaded: the dense model.
@@ -50,16 +60,15 @@ def fingerprint(loaded: LoadedModel, data: TokenSet | Sequence[Batch], request: 
         request: what is asked for.
     """
     settings, device = request.settings, request.placement.target
-    asked = to_plain(settings)
-    asked.pop("fallback")
+    plain = to_plain(request)
+    asked = plain["settings"]
     options = asked.pop("options") | settings.all_options
+    others = {name: value for group in _GROUPS for name, value in plain[group].items()}
     fields: dict[str, Any] = {
         **_flat("model", _model(loaded)),
-        "calibration": _calibration(data),
-        "seed": request.calibration.seed,
         **_flat("options", options),
-        **_flat("", asked),
-        "dtype": request.loading.dtype,
+        **_flat("", {name: value for name, value in (asked | others).items() if name not in WITHOUT_EFFECT}),
+        "calibration": _calibration(data),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device,
         "forward_dtype": request.placement.precision,
         **_flat("environment", {key: value for key, value in environment().items() if key in _ENVIRONMENT}),

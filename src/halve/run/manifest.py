@@ -24,7 +24,7 @@ class Manifest:
 
     Attributes:
         fingerprint: of the run.
-        call: arguments of `halve.prune` that repeat it, None if they cannot be written down.
+        call: what repeats it (`halve.run.call_record`), None if it cannot be written down.
         fallback: method for matrices that the asked one fails on.
         tokens: the file of the calibration tokens and how they were asked for, None if none are kept.
         blocks: file and sha256 of every finished block.

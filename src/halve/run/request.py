@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from halve.device import forward_precision, resolve_device
+from halve.device import forward_precision, parse_dtype, resolve_device
 from halve.errors import InputError
 from halve.evaluation.request import Evaluation
 from halve.model.reconstruct import Reconstruction, parse_reconstruction
@@ -48,6 +48,9 @@ class Placement:
 
     def __post_init__(self) -> None:
         forward_precision(self.forward_dtype, self.target)
+        for name, place in (("offload", self.offload), ("work", self.work)):
+            if place is not None and not isinstance(place, str | Path):
+                raise InputError(f"{name} must be a directory, got {place!r}")
         if self.offload is not None and not Path(self.offload).is_dir():
             raise InputError(f"offload directory {self.offload} does not exist: create it, or leave offload out")
 
@@ -71,11 +74,27 @@ class Loading:
         trust_remote_code: run Python code that comes with the model, which is copied to the output. Read it first.
         dtype: written dtype where the input has none of its own (GGUF): ``float32`` (default), ``bfloat16``,
             ``float16``.
+
+    Raises:
+        InputError: a dtype is unknown, or a value is of another type.
     """
 
     revision: str | None = None
     trust_remote_code: bool = False
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise InputError(f"dtype {self.dtype!r} is not known: give a name such as 'bfloat16', or a torch.dtype")
+        if not isinstance(self.trust_remote_code, bool):
+            raise InputError(f"trust_remote_code must be true or false, got {self.trust_remote_code!r}")
+
+    @property
+    def written_dtype(self) -> torch.dtype | None:
+        """The dtype itself."""
+        return self.dtype if isinstance(self.dtype, torch.dtype) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +134,11 @@ class Request:
             InputError: an option is unknown, given twice or refused by its group.
         """
         given = {name: value for name, value in given.items() if value is not None}
+        for name in ("settings", "reconstruction"):
+            if name in given:
+                raise InputError(
+                    f"there is no option {name!r}: give what is in it, or reconstruct=halve.Reconstruction(…)"
+                )
         known = known_names(cls)
         options = {name: given.pop(name) for name in list(given) if name not in known}
         _suggest(options, given, known)

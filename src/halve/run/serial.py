@@ -11,6 +11,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from halve.device import parse_dtype
+from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.option_groups import TRANSIENT
 
@@ -42,11 +44,13 @@ def from_plain(kind: type[Kind], value: Mapping[str, Any]) -> Kind:
     """Return the group of a class that `to_plain` has written down; fields that are absent keep their defaults.
 
     Raises:
-        InputError: the group refuses a value.
+        InputError: there is no field of a name, or the group refuses a value.
     """
     hints = get_type_hints(kind)
-    known = [each.name for each in fields(kind) if each.name in value]  # type: ignore[arg-type]
-    return kind(**{name: _read(hints[name], value[name]) for name in known})
+    known = {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    if strange := sorted(value.keys() - known):
+        raise InputError(f"{kind.__name__} has no field {strange[0]!r}: it was written by another version of Halve")
+    return kind(**{name: _read(hints[name], inner) for name, inner in value.items()})
 
 
 def _read(kind: Any, value: Any) -> Any:
@@ -58,7 +62,7 @@ def _read(kind: Any, value: Any) -> Any:
     if kind is Pattern or kind is Path:
         return kind(value)
     if kind is torch.dtype:
-        return getattr(torch, value)
+        return parse_dtype(value)
     if is_dataclass(kind) and isinstance(kind, type):
         return from_plain(kind, value)
     if get_origin(kind) is tuple:

@@ -1,6 +1,6 @@
 """What to do to every matrix of a model, checked before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,7 +112,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
-        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        skip = (self.skip,) if isinstance(self.skip, str) else self.skip
+        if not isinstance(skip, Sequence) or not all(isinstance(each, str) for each in skip):
+            raise InputError(f"skip must be names of parameters, in a list, got {self.skip!r}")
+        object.__setattr__(self, "skip", tuple(skip))
         Objective.of(self.objective)
         check_count("min_expert_tokens", self.min_expert_tokens)
         validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)

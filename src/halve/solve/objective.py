@@ -24,7 +24,7 @@ class Objective:
         shrinkage: how far H is shrunk towards its diagonal (`halve.solve.shrinkage`), in [0, 1]; ``auto`` chooses it by
             held-out loss where the statistics are kept by halves. Where nobody says it is ``auto`` for method
             ``auto``, and 0 for the others.
-        match_dense: α in [0, 1], how far targets are the dense model's outputs (`halve.solve.dense_target`); above 0 it
+        match_dense: how far targets are the dense model's outputs, α in [0, 1] (`halve.solve.dense_target`); above 0 it
             needs statistics with ``cross``. Where nobody says, and the statistics have it, it is 0.25 for method
             ``auto`` with more effort than ``fast``, and 0 for the others; in mixtures of experts it is 0.
         match_ridge: what holds the weights of such targets near the dense ones, > 0.

@@ -76,6 +76,8 @@ class Calibration:
         Raises:
             InputError: there is no such text, or a number is not usable.
         """
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InputError(f"seed must be a whole number, got {self.seed!r}")
         if self.source is None or isinstance(self.source, str | Path):
             check_count("samples", self.samples)
             if self.seq_len is not None:
