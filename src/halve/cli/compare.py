@@ -13,7 +13,7 @@ from halve.cli.options import JsonOption, ModelArgument, StrictOption
 from halve.cli.terminal import comparison_table, out, progress, say_row, warn_of_overlap
 from halve.cli.values import allowed_fallback, parse_options_by_method
 from halve.comparison import METHODS as COMPARED
-from halve.comparison import OF_ONE_METHOD
+from halve.comparison import OF_ONE_METHOD, Comparison
 from halve.comparison import compare as compare_methods
 from halve.run.request import Request
 from halve.solve.methods import METHODS
@@ -45,21 +45,23 @@ def compare(
     """Prune with several methods, calibrated on the same tokens, and print one table."""
     with reporting():
         given["fallback"] = allowed_fallback(given.get("fallback"), strict=strict)
-        with progress() as show:
-            found = compare_methods(
-                model,
-                data,
-                methods=methods.split(","),
-                out=out_dir,
-                method_options=parse_options_by_method(option or []),
-                listen=lambda contender, step: show(step, "" if contender is None else str(contender)),
-                **given,
-            )
-            warn_of_overlap(found.calibration, found.evaluation)
-            try:
+        found: Comparison | None = None
+        try:
+            with progress() as show:
+                found = compare_methods(
+                    model,
+                    data,
+                    methods=methods.split(","),
+                    out=out_dir,
+                    method_options=parse_options_by_method(option or []),
+                    listen=lambda contender, step: show(step, "" if contender is None else str(contender)),
+                    **given,
+                )
+                warn_of_overlap(found.calibration, found.evaluation)
                 for row in found:
                     say_row(row)
-            finally:  # what is finished is worth having, whatever stopped the rest
+        finally:  # what is finished is worth having, whatever stopped the rest
+            if found is not None:
                 _show(found, as_json=as_json)
     if any(row.error for row in found.rows):
         raise typer.Exit(EXIT_FAILED)
@@ -67,7 +69,7 @@ def compare(
         raise typer.Exit(EXIT_FALLBACKS)
 
 
-def _show(found: Any, *, as_json: bool) -> None:
+def _show(found: Comparison, *, as_json: bool) -> None:
     if as_json:
         out.print_json(json.dumps(found.as_json()))
     elif found.rows:

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
@@ -80,6 +81,4 @@ def _value(each: Option, given: Any) -> Any:
 
 
 def _is_union(kind: Any) -> bool:
-    import types
-
-    return get_origin(kind) in (Union, types.UnionType)
+    return get_origin(kind) in (Union, UnionType)
