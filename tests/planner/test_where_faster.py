@@ -239,7 +239,7 @@ def test_a_factor_is_enough():
 
 def test_where_there_are_no_sparse_products_nothing_is_loaded(monkeypatch):
     monkeypatch.setattr(request, "resolve_device", lambda _name: torch.device("cuda"))
-    monkeypatch.setattr(pruning, "_find", lambda *_arguments, **_options: pytest.fail("looked for the model"))
+    monkeypatch.setattr(pruning, "find", lambda *_arguments, **_options: pytest.fail("looked for the model"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"no sparse products on cuda"):
         halve.prune("anything", pattern="2:4", forward_dtype="float32", only_where_faster=1.1)
