@@ -2,15 +2,20 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
+import textwrap
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import layer_oracles as oracle
 from halve import check
 from halve.evaluation.perplexity import Perplexity
 from halve.evaluation.request import Evaluation
+from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction
 from halve.option_groups import options_of
 from halve.planner import speed_plan as planner
@@ -133,6 +138,27 @@ def test_whole_programs_on_a_page_run(page, tmp_path, monkeypatch):
     assert programs
     for program in programs:
         exec(compile(program, str(page), "exec"), {})  # noqa: S102 - our own page
+
+
+def test_the_examples_of_a_contribution_work(monkeypatch):
+    blocks = re.findall(
+        r"^( *)```python\n(.*?)^ *```", (DOCS / "contributing.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    method, row, scale = (textwrap.dedent(code) for _, code in blocks[:3])
+    energy = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "energy_of_the_docs", energy)  # dataclasses look their module up
+    vars(energy).update(__name__="energy_of_the_docs")
+    exec(method, vars(energy))  # noqa: S102 - it is our own page
+    monkeypatch.setitem(methods.METHODS, "energy", eval(row, {**vars(methods), "energy": energy})[0])  # noqa: S307
+    names = {**vars(refit)}
+    exec(scale, names)  # noqa: S102
+    monkeypatch.setitem(refit.REFITS, "scale", refit.Refit("scale", refit.NoOptions, names["refit_scale"]))
+    weight, gram = oracle.layer(8, 16, 0)
+    pruned = {name: prune_weight(weight, gram, method="energy", refit=name, power=1.0) for name in ("none", "scale")}
+    scores = weight.abs() * gram.diagonal().sqrt()
+    assert torch.equal(pruned["none"].weight != 0, Pattern("2:4").keep_mask(scores))
+    loss = {name: outcome.facts["relative_loss"] for name, outcome in pruned.items()}
+    assert loss["scale"] < loss["none"]
 
 
 def test_every_page_is_in_the_index_and_in_the_navigation():

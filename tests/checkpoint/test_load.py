@@ -232,6 +232,17 @@ def test_why_the_hub_gave_nothing_is_one_short_sentence(monkeypatch, error, said
     assert caught.value.details.startswith(type(error).__name__)
 
 
+def test_a_name_that_nobody_has_is_compared_with_what_is_here(tmp_path, monkeypatch):
+    def fail(*_args, **_options):
+        raise no_network()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(InputError, match=r"^tinyy is no file or directory here \(did you mean tiny\?\), and the hub"):
+        resolve("tinyy")
+
+
 def test_the_details_of_no_network_are_the_whole_chain(monkeypatch):
     def fail(*_args, **_options):
         raise no_network()

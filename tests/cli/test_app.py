@@ -43,6 +43,17 @@ def test_check_fails_on_a_dense_model(model, tmp_path, text):
     assert "problem:" in result.output
 
 
+def test_a_check_that_read_no_matrix_says_nothing_of_zeros(model, tmp_path, text):
+    run(app, ["prune", model, "--out", str(tmp_path / "out"), "--calibration", text, *FAST])
+    run(app, ["pack", str(tmp_path / "out"), "--out", str(tmp_path / "packed")])
+    values = next((tmp_path / "packed").glob("packed*.safetensors"))
+    values.write_bytes(values.read_bytes()[:-1])
+    result = run(app, ["check", str(tmp_path / "packed")])
+    assert result.exit_code == EXIT_FAILED
+    assert "21 matrices at 2:4; " in result.output
+    assert "zeros in them" not in result.output
+
+
 def test_compare_prints_a_row_each(model, text):
     arguments = ["compare", model, "--data", text, "--calibration", text, "--samples", "4", "--seq-len", "16"]
     arguments += ["--methods", "magnitude,prox-gradient+gd", "-o", "prox-gradient.beta=1.5", "-o", "gd.steps=5"]

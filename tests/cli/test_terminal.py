@@ -50,11 +50,18 @@ def test_a_plan_names_the_parameters_that_stay_dense_if_they_are_few(capsys):
     excluded += [SimpleNamespace(name="lm_head.weight", reason="outside the blocks")]
     plan = SimpleNamespace(matrices=[1, 2], blocks=["b"], excluded=excluded)
     with progress() as show:
-        show(SimpleNamespace(plan=plan, phase="plan", blocks=1, matrix=None))
+        show(Progress(0, 1, Phase.PLAN, 0, 2, plan=plan))
     plan_line = capsys.readouterr().err.splitlines()[-1]
     assert plan_line == (
         "plan: 2 matrices in 1 block; left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
     )
+
+
+def test_what_a_run_is_going_to_suffer_from_is_said_before_its_first_block_is_solved(capsys):
+    with progress() as show:
+        show(Progress(0, 1, Phase.COLLECT, 0, 2, caution="b0.down_proj has 9 inputs and saw 3 calibration tokens"))
+    warning = "warning: b0.down_proj has 9 inputs and saw 3 calibration tokens"
+    assert capsys.readouterr().err.splitlines()[-1] == warning
 
 
 def test_text_that_is_calibrated_and_evaluated_on_is_warned_of(capsys):

@@ -9,6 +9,7 @@ from halve.run import loop as run_module
 from halve.run.loop import plan_model, prune_blocks
 from halve.solve.matrix import prune_weight
 from halve.solve.methods import METHODS
+from halve.solve.objective import Objective
 from halve.solve.outcome import Status
 from models import DECODERS, MIXTURES, bert, decoder, vit
 from pruned_blocks import CPU, assert_pruned, batches, settings
@@ -95,6 +96,21 @@ def test_progress_counts_every_matrix_once():
     assert len(steps[0].plan.matrices) == len(solved)
     assert steps[-1].phase == "done"
     assert steps[-1].finished == steps[-1].matrices == len(solved)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "objective", "warned"), [(1, None, True), (4, None, False), (1, Objective(shrinkage=0.2), False)]
+)
+def test_few_tokens_are_told_once_and_before_the_first_matrix(sequences, objective, warned):
+    steps = []
+    few = [{"input_ids": torch.randint(0, 64, (sequences, 24))}]
+    asked = settings("sparsegpt", **({} if objective is None else {"objective": objective}))
+    prune_blocks(decoder("llama"), few, asked, device=CPU, listen=steps.append)
+    told = [place for place, step in enumerate(steps) if step.caution]
+    assert len(told) == warned
+    if warned:
+        assert told[0] < next(place for place, step in enumerate(steps) if step.matrix is not None)
+        assert "mlp.down_proj.weight has 64 inputs and saw 24 calibration tokens: " in steps[told[0]].caution
 
 
 @pytest.mark.parametrize("family", MIXTURES)

@@ -133,8 +133,10 @@ def resolve(
             return Source("directory", path, name, None, shards, trust_remote_code)
         return _resolve_gguf(path, name)
     if isinstance(source, Path) or _is_clearly_a_path(name):
+        near = _similar(path)
         raise InputError(
-            f"{name} does not exist: {_similar(path)}give a directory, a .gguf file, or a model name such as org/model"
+            f"{name} does not exist: {f'did you mean {near}? ' if near else ''}give a directory, a .gguf file, or a "
+            "model name such as org/model"
         )
     path = _download(name, revision, code=trust_remote_code, weights=weights)
     shards = _validate_directory(path, code=trust_remote_code, weights=weights)
@@ -252,15 +254,15 @@ def _is_clearly_a_path(name: str) -> bool:
     return not _HUB_ID.fullmatch(name) or name.endswith(".gguf") or ("/" in name and Path(name).parent.is_dir())
 
 
-def _similar(path: Path) -> str:
-    """Ask whether a neighbour of a path that does not exist was meant, if one is called nearly so."""
+def _similar(path: Path) -> Path | None:
+    """Return the neighbour that is called nearly as a path that does not exist, if there is one."""
     folder = path.parent
     try:
         neighbours = {entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".gguf"}
     except OSError:  # the folder is not there, or not for us to read
-        return ""
+        return None
     close = get_close_matches(path.name, neighbours, n=1)
-    return f"did you mean {folder / close[0]}? " if close else ""
+    return folder / close[0] if close else None
 
 
 def _validate_directory(directory: Path, *, code: bool, weights: bool) -> tuple[Path, ...]:
@@ -308,7 +310,8 @@ def _why_not_downloaded(name: str, revision: str | None, error: Exception, *, of
     """Return one sentence on why the hub did not give a model; the error itself is for those who ask for details."""
     from huggingface_hub import errors
 
-    nothing_here = f"{name} is no file or directory here, and"
+    near = _similar(Path(name))
+    nothing_here = f"{name} is no file or directory here{f' (did you mean {near}?)' if near else ''}, and"
     response = getattr(error if isinstance(error, errors.HfHubHTTPError) else error.__cause__, "response", None)
     status = getattr(response, "status_code", None)
     match error:

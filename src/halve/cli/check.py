@@ -39,7 +39,8 @@ def check(
         for problem in result.problems:
             say(out, problem, label="problem", style="red")
         matrices = counted(result.matrices, "matrix", "matrices")
-        what = f"{matrices} at {result.pattern}, {result.sparsity:.1%} zeros in them; "
+        zeros = f", {result.sparsity:.1%} zeros in them" if result.sparsity else ""
+        what = f"{matrices} at {result.pattern}{zeros}; "
         looked_at = f": {what}{counted(result.tensors, 'tensor')} in all" if result.tensors else ""
         verdict = "ok" if result.ok else counted(len(result.problems), "problem")
         compared = "" if against is None else f", {result.compared} of them the same as in {against}"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from halve.errors import counted
+from halve.maths.gram import Statistics
 from halve.model.layers import Excluded, Layout, Plan
 from halve.model.reconstruct import Tuned
 from halve.run.phases import Phase
@@ -136,6 +137,8 @@ class Progress:
         plan: what will be done, in phase ``plan``, before anything is.
         seconds_left: in phase ``generate``, how long the rest of the text takes; ``finished`` and ``matrices`` are then
             tokens. None where that is not known.
+        caution: in phase ``collect``, once the statistics of the first block are there: a sentence on what the run is
+            going to suffer from, early enough to stop it. Empty where there is nothing to say.
     """
 
     block: int
@@ -146,6 +149,7 @@ class Progress:
     matrix: MatrixReport | None = None
     plan: Plan | None = None
     seconds_left: float | None = None
+    caution: str = ""
 
 
 Listener = Callable[[Progress], None]
@@ -168,6 +172,25 @@ def writing_told_to(listen: Listener | None) -> Callable[[int, int, float], None
     return tell
 
 
+_OVERFIT = (
+    "methods and refits that use correlations overfit there, and losses on these tokens say little; use more samples, "
+    "or --shrinkage auto"
+)
+
+
+def caution_of_few_tokens(block: Mapping[str, Statistics | None]) -> str:
+    """Return the sentence for a block of which a matrix saw fewer tokens than it has inputs, or nothing.
+
+    Args:
+        block: by the name of a matrix, the statistics of its inputs; None where it received none.
+    """
+    seen = {name: stats for name, stats in block.items() if stats is not None and 0 < stats.tokens < len(stats.gram)}
+    if not seen:
+        return ""
+    name, stats = max(seen.items(), key=lambda pair: len(pair[1].gram) / pair[1].tokens)
+    return f"{name} has {len(stats.gram)} inputs and saw {stats.tokens:.0f} calibration tokens: {_OVERFIT}"
+
+
 def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
     thin = [m for m in reports if m.status is not Status.FELL_BACK and 0 < m.facts.get("tokens", 0) < m.shape[1]]
     stopped = [m for m in reports if m.status is Status.MAX_ITER]
@@ -177,7 +200,7 @@ def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
         remedy = (
             "their statistics were shrunk towards the diagonal, and more samples would serve better"
             if all(m.facts.get("shrinkage", 0.0) > 0.0 for m in thin)
-            else "methods that use correlations overfit there; use more samples, or --shrinkage auto"
+            else _OVERFIT
         )
         warnings.append(
             f"{len(thin)} of {len(reports)} matrices saw fewer calibration tokens than they have inputs "

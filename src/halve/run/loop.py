@@ -27,7 +27,7 @@ from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct,
 from halve.run.block_record import from_record, to_record
 from halve.run.bundles import bundles, prune_bundle, share_of_time
 from halve.run.directory import RunDirectory
-from halve.run.events import BlockReport, Listener, MatrixReport, Progress, RunReport
+from halve.run.events import BlockReport, Listener, MatrixReport, Progress, RunReport, caution_of_few_tokens
 from halve.run.phases import Phase, Phases
 from halve.run.settings import Settings
 from halve.solve.outcome import Outcome, Status
@@ -223,6 +223,9 @@ class _Loop:
             self._tell(index, Phase.COLLECT)
             with self._phases.timing(Phase.COLLECT):
                 statistics = self._collect(index, work, matrices, stream, matching)
+            unshrunk = not self._settings.as_followed.objective.shrinkage
+            if not self._reports and unshrunk and (caution := caution_of_few_tokens(statistics)):
+                self._tell(index, Phase.COLLECT, caution=caution)
         if dense is not None and index <= self._last and (matching is None or not statistics):
             self._advance(index, work, stream, dense)
         if matrices:
@@ -403,6 +406,6 @@ class _Loop:
         self._reports.append(report)
         self._tell(matrix.block, Phase.SOLVE, report)
 
-    def _tell(self, block: int, phase: Phase, matrix: MatrixReport | None = None, plan: Plan | None = None) -> None:
+    def _tell(self, block: int, phase: Phase, matrix: MatrixReport | None = None, **others: Any) -> None:
         finished, total = len(self._reports), len(self._plan.matrices)
-        self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, plan))
+        self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, **others))

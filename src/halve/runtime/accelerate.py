@@ -268,9 +268,10 @@ def _keep_faster(
         left[name] = f"{ratio:.2f} times as fast as dense at batch {batch}, less than {factor:g}"
     if not chosen:
         best = max(ratios.values())
+        wanted = "faster sparse" if factor == 1 else f"{factor:g} times as fast sparse"
         raise InputError(
-            f"no layer is {factor:g} times as fast at batch {batch} here, the best {best:.2f} times: the model stays "
-            "dense; see halve plan for other batches, or give only_where_faster=None to save memory alone"
+            f"no layer is {wanted} at batch {batch} here, the best {best:.2f} times as fast: the model stays dense; "
+            "see halve plan for other batches, or give halve.accelerate only_where_faster=None to save memory alone"
         )
     return tuple(speeds.values()), slower
 
