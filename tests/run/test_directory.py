@@ -225,6 +225,8 @@ def test_directories_that_are_not_a_runs_are_refused(tmp_path):
     with pytest.raises(InputError, match="is not empty"), open_run(tmp_path / "used"):
         pass
     assert sorted(os.listdir(tmp_path / "used")) == ["thesis.txt"]  # noqa: PTH208
+    with pytest.raises(InputError, match=r"thesis\.txt is a file: give"), open_run(tmp_path / "used" / "thesis.txt"):
+        pass
     begin(tmp_path / "out")
     (tmp_path / "out" / "thesis.txt").write_text("x", encoding="utf-8")
     with pytest.raises(InputError, match=r"holds thesis\.txt"), open_run(tmp_path / "out"):

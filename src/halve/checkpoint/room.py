@@ -30,18 +30,29 @@ def check_destination(out: Path, source: Source | None, bytes_needed: int) -> No
     real = out.resolve()
     if out.is_symlink() and not out.exists():
         raise InputError(f"{out} is a link to nothing: remove it, or give the directory it should point to")
-    if out.exists():
-        if not out.is_dir():
-            raise InputError(f"{out} is a file: give the name of a directory to create")
-        if (out / CONFIG).exists() and not is_unfinished(out):
+    if not is_unfinished(out):
+        if (out / CONFIG).exists():
             raise InputError(f"{out} holds a finished checkpoint: give a new directory")
-        if any(out.iterdir()) and not is_unfinished(out):
-            raise InputError(f"{out} is not empty: give a new directory, or empty this one")
+        refuse_contents(out)
     volume = next(path for path in (real, *real.parents) if path.exists())
     if not volume.is_dir() or not os.access(volume, os.W_OK | os.X_OK):
         raise InputError(f"{out} cannot be created: {volume} is not a directory you can write to")
     if not is_unfinished(out):  # what is still needed of an unfinished run is known later
         check_space(out, bytes_needed)
+
+
+def refuse_contents(out: Path) -> None:
+    """Refuse a path that is neither absent nor an empty directory.
+
+    Raises:
+        InputError: something is there.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file: give the name of a directory to create")
+    if any(out.iterdir()):
+        raise InputError(f"{out} is not empty: give a new directory, or empty this one")
 
 
 def check_space(

@@ -26,7 +26,7 @@ from halve.checkpoint.directory import (
 )
 from halve.checkpoint.durable import Content, file_chunks, filling
 from halve.checkpoint.load import Source
-from halve.checkpoint.room import check_destination
+from halve.checkpoint.room import check_destination, refuse_contents
 from halve.checkpoint.shards import Shard, TensorEntry, read_chunks, read_shard, read_tensor, reading, tensor_bytes
 from halve.errors import CorruptFileError, HalveError, InputError, first_few, noting
 from halve.maths.pattern import Pattern
@@ -342,6 +342,5 @@ def check_new(out: Path, source: Source, bytes_needed: int) -> None:
     Raises:
         InputError: it cannot; see `halve.checkpoint.room.check_destination`.
     """
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: give a new directory, or empty this one")
+    refuse_contents(out)
     check_destination(out, source, bytes_needed)

@@ -22,6 +22,7 @@ from halve.checkpoint.directory import CONFIG, HOME, is_unfinished
 from halve.checkpoint.durable import Content, crash_point, make_directory, write_file, writing
 from halve.checkpoint.lock import locked
 from halve.checkpoint.publish import check_hash, move_into_place
+from halve.checkpoint.room import refuse_contents
 from halve.checkpoint.shards import build_header, read_json, tensor_bytes
 from halve.checkpoint.validated import validated
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
@@ -312,8 +313,8 @@ def open_run(out: Path, work: Path | None = None) -> Iterator[RunDirectory]:
         AlreadyCompleteError: its checkpoint is complete.
     """
     home = out / HOME
-    if not home.is_dir() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not empty: give a new directory, or empty this one")
+    if not home.is_dir():
+        refuse_contents(out)
     new = [path for path in (home, *home.parents) if not path.exists()]
     make_directory(home)
     with locked(home / "lock", out):
