@@ -272,7 +272,7 @@ def test_a_model_on_the_hub_is_continued_at_the_commit_it_began_with(tmp_path, c
         assert not code
         return newest[0] if revision is None else tmp_path / revision
 
-    monkeypatch.setattr("halve.checkpoint.load._download", download)
+    monkeypatch.setattr("halve.checkpoint.load.download", download)
     with pytest.raises(StoppedError):
         halve.prune("org/model", tmp_path / "out", calibration=text, listen=stop_in(1), **FAST)
     newest[0] = second

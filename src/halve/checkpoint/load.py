@@ -9,9 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
-from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,20 +18,16 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint.directory import (
-    CODE,
-    COMPANIONS,
     CONFIG,
     INDEX,
-    TEMPLATES,
     WEIGHTS,
     check_config,
     companions,
-    contained,
     read_shards,
     refuse_packed,
-    weight_map_of,
 )
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
+from halve.checkpoint.hub import download, similar
 from halve.checkpoint.shards import read_json, read_shard
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError, first_few, one_line
 from halve.transformers_internals import (
@@ -133,12 +127,12 @@ def resolve(
             return Source("directory", path, name, None, shards, trust_remote_code)
         return _resolve_gguf(path, name)
     if isinstance(source, Path) or _is_clearly_a_path(name):
-        near = _similar(path)
+        near = similar(path)
         raise InputError(
             f"{name} does not exist: {f'did you mean {near}? ' if near else ''}give a directory, a .gguf file, or a "
             "model name such as org/model"
         )
-    path = _download(name, revision, code=trust_remote_code, weights=weights)
+    path = download(name, revision, code=trust_remote_code, weights=weights)
     shards = _validate_directory(path, code=trust_remote_code, weights=weights)
     return Source("hub", path, name, path.name, shards, trust_remote_code)
 
@@ -254,17 +248,6 @@ def _is_clearly_a_path(name: str) -> bool:
     return not _HUB_ID.fullmatch(name) or name.endswith(".gguf") or ("/" in name and Path(name).parent.is_dir())
 
 
-def _similar(path: Path) -> Path | None:
-    """Return the neighbour that is called nearly as a path that does not exist, if there is one."""
-    folder = path.parent
-    try:
-        neighbours = {entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".gguf"}
-    except OSError:  # the folder is not there, or not for us to read
-        return None
-    close = get_close_matches(path.name, neighbours, n=1)
-    return folder / close[0] if close else None
-
-
 def _validate_directory(directory: Path, *, code: bool, weights: bool) -> tuple[Path, ...]:
     refuse_packed(directory)
     check_config(directory, code=code)
@@ -284,60 +267,6 @@ def _resolve_gguf(path: Path, name: str) -> Source:
     if find_spec("gguf") is None:
         raise InputError(f"{path} is a GGUF file and the gguf package is not installed: pip install 'halve[gguf]'")
     return Source("gguf", path, name)
-
-
-def _download(name: str, revision: str | None, *, code: bool, weights: bool) -> Path:
-    """Fetch settings first, and the weights they name only once nothing in them is refused."""
-    from huggingface_hub import constants, snapshot_download
-
-    def fetch(patterns: list[str], commit: str | None) -> Path:
-        offline = bool(constants.HF_HUB_OFFLINE)
-        try:
-            return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline))
-        except Exception as error:  # of the hub's client, of what carries its requests, or of the disk
-            raise InputError(_why_not_downloaded(name, revision, error, offline=offline)) from error
-
-    path = fetch([*COMPANIONS, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision)
-    check_config(path, code=code)
-    if not weights:
-        return path
-    index = path / INDEX
-    names = sorted(set(weight_map_of(contained(path, index)).values())) if index.exists() else [WEIGHTS]
-    return fetch(names, path.name)
-
-
-def _why_not_downloaded(name: str, revision: str | None, error: Exception, *, offline: bool) -> str:
-    """Return one sentence on why the hub did not give a model; the error itself is for those who ask for details."""
-    from huggingface_hub import errors
-
-    near = _similar(Path(name))
-    nothing_here = f"{name} is no file or directory here{f' (did you mean {near}?)' if near else ''}, and"
-    response = getattr(error if isinstance(error, errors.HfHubHTTPError) else error.__cause__, "response", None)
-    status = getattr(response, "status_code", None)
-    match error:
-        case errors.GatedRepoError():
-            return f"{name} is gated on the hub and needs a login: accept its terms there, then `hf auth login`"
-        case errors.RepositoryNotFoundError():
-            return (
-                f"{nothing_here} the hub does not know it, or only to those logged in: check the spelling, or log in "
-                "with `hf auth login`"
-            )
-        case errors.RevisionNotFoundError():
-            return f"the hub has {name}, but no revision {revision!r} of it: give one of its branches, tags or commits"
-        case errors.HFValidationError():
-            return f"{nothing_here} the hub has no names like that: give a directory, a .gguf file, or org/model"
-        case errors.HfHubHTTPError() if status == HTTPStatus.UNAUTHORIZED:
-            return f"{nothing_here} the hub refuses the login it was given: log in anew with `hf auth login`"
-        case errors.LocalEntryNotFoundError() if offline:
-            return (
-                f"{nothing_here} its files are not all in the local cache: the hub is not asked while HF_HUB_OFFLINE "
-                "is set"
-            )
-    if status is not None:
-        return f"{nothing_here} the hub answers with an error ({status}): try again later"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"{name} cannot be stored in the local cache: {one_line(error)}"
-    return f"{nothing_here} the hub cannot be reached: check the name, and the network"
 
 
 @contextmanager
