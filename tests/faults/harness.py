@@ -8,6 +8,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 import halve
@@ -79,6 +80,7 @@ def forked(action, **environment) -> int:
         code = 0
         try:
             os.environ.update(environment)
+            torch.set_num_threads(1)  # the parent's OpenMP threads do not exist here: waiting for them hangs or crashes
             action()
         except HalveError as error:
             sys.stderr.write(f"{error}\n")
