@@ -121,6 +121,11 @@ def known_names(root: type[Any]) -> Collection[str]:
     return {option.name for option in options_of(root)} | set(_group_fields(root))
 
 
+def members_of(kind: Any) -> tuple[Any, ...]:
+    """Return the types of which a value of a declared type may be: the members of a union, or that type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
 def docstring_of_fields(cls: type[Any]) -> dict[str, str]:
     """Return what the ``Attributes:`` of a class's docstring say of each field, as plain text."""
     _, _, attributes = (cls.__doc__ or "").partition("Attributes:\n")
@@ -214,9 +219,8 @@ def _group_of(hint: Any, each: "dataclasses.Field[Any]") -> type[Any] | None:
     """Return the class of the group that a field holds, None for an option."""
     if _PREFIX not in each.metadata:
         return None
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return next(member for member in members if isinstance(member, type) and is_dataclass(member))
+    return next(member for member in members_of(hint) if isinstance(member, type) and is_dataclass(member))
 
 
 def _may_be_none(hint: Any) -> bool:
-    return type(None) in get_args(hint)
+    return type(None) in members_of(hint)

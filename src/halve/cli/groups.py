@@ -8,14 +8,13 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_origin
 
 import typer
 
 from halve.cli.signatures import with_parameters
 from halve.cli.values import parse_number
-from halve.option_groups import Option, options_of
+from halve.option_groups import Option, members_of, options_of
 
 GIVEN = "given"
 """The parameter of a command that receives what was given, by flat name."""
@@ -64,7 +63,7 @@ def _annotation(each: Option) -> Any:
 
 def _flag_type(kind: Any) -> Any:
     """Return the type in which the command line reads an option: a plain one, or text that `_value` understands."""
-    members = [member for member in get_args(kind) if member is not type(None)] if _is_union(kind) else [kind]
+    members = [member for member in members_of(kind) if member is not type(None)]
     if len(members) == 1 and members[0] in (bool, int, float):
         return members[0]
     if any(get_origin(member) in (tuple, Sequence) for member in members) and str not in members:
@@ -74,11 +73,7 @@ def _flag_type(kind: Any) -> Any:
 
 def _value(each: Option, given: Any) -> Any:
     """Return what a flag says, as its option takes it; an empty list was not given."""
-    members = get_args(each.kind) if _is_union(each.kind) else (each.kind,)
+    members = members_of(each.kind)
     if given == []:
         return None
     return parse_number(given) if isinstance(given, str) and float in members and str in members else given
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, UnionType)

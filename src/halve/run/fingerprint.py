@@ -80,8 +80,7 @@ def fingerprint(loaded: LoadedModel, data: TokenSet | Sequence[Batch], request: 
 
 def code_fields(source: Source) -> Fingerprint:
     """Return the part of the fingerprint that is of Python files beside a model: known before any of them is run."""
-    root = source.path
-    return {f"model.{path.relative_to(root)}": sha256_of(path) for path in source_files(source) if path.suffix == ".py"}
+    return _hashes(source, [path for path in source_files(source) if path.suffix == ".py"])
 
 
 def differences(begun: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -120,8 +119,12 @@ def files_sha256(fields: Mapping[str, str]) -> str:
 
 def source_fields(source: Source) -> Fingerprint:
     """Return the part of the fingerprint that is of the files a model is read from."""
+    return _hashes(source, source_files(source))
+
+
+def _hashes(source: Source, files: Sequence[Path]) -> Fingerprint:
     root = source.path if source.path.is_dir() else source.path.parent
-    return {f"model.{path.relative_to(root)}": sha256_of(path) for path in source_files(source)}
+    return {f"model.{path.relative_to(root)}": sha256_of(path) for path in files}
 
 
 def _model(loaded: LoadedModel) -> dict[str, str]:

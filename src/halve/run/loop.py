@@ -223,8 +223,8 @@ class _Loop:
             self._tell(index, Phase.COLLECT)
             with self._phases.timing(Phase.COLLECT):
                 statistics = self._collect(index, work, matrices, stream, matching)
-            unshrunk = not self._settings.as_followed.objective.shrinkage
-            if not self._reports and unshrunk and (caution := caution_of_few_tokens(statistics)):
+            unwarned = not self._reports and not self._settings.as_followed.objective.shrinkage
+            if unwarned and (caution := caution_of_few_tokens(statistics)):
                 self._tell(index, Phase.COLLECT, caution=caution)
         if dense is not None and index <= self._last and (matching is None or not statistics):
             self._advance(index, work, stream, dense)

@@ -6,15 +6,14 @@ The record of a call, the fingerprint of a run and ``halve.json`` all use it, so
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 
 from halve.device import parse_dtype
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
-from halve.option_groups import TRANSIENT
+from halve.option_groups import TRANSIENT, members_of
 
 Kind = TypeVar("Kind")
 
@@ -55,8 +54,9 @@ def from_plain(kind: type[Kind], value: Mapping[str, Any]) -> Kind:
 
 def _read(kind: Any, value: Any) -> Any:
     """Return a value of the type that a field is declared with; of a union, of the member that it fits."""
-    if get_origin(kind) in (Union, UnionType):
-        return next((_read(member, value) for member in get_args(kind) if _fits(member, value)), value)
+    members = members_of(kind)
+    if members != (kind,):
+        return next((_read(member, value) for member in members if _fits(member, value)), value)
     if not _fits(kind, value):
         return value
     if kind is Pattern or kind is Path:
