@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import halve
-from halve.model.layers import find_stack, is_linear, layer_matrix
+from halve.model.layers import is_linear, layer_matrix
+from halve.model.stacks import find_stack
 from halve.runtime.linear import SparseLinear
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,9 +11,8 @@ from halve.checkpoint import load as checkpoint
 from halve.device import autocast, compute_dtype, evaluation_mode
 from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern
-from halve.model import blocks
 from halve.model.collect import Collector
-from halve.run.loop import plan_model
+from halve.model.survey import plan_model
 from halve.text.calibration import Calibration, token_batches
 
 
@@ -33,9 +32,9 @@ def real_matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor, 
     tokens = calibration.text_tokens(loaded)
     model, batches, cpu = loaded.model, token_batches(tokens.ids), torch.device("cpu")
     with evaluation_mode(model):
-        plan, returns = plan_model(model, batches[0], Pattern("2:4"))
+        plan, (run, *_) = plan_model(model, batches, Pattern("2:4"))
         members = [model.get_submodule(name) for name in plan.blocks]
-        stream = blocks.capture(model, members, batches, returns)
+        stream = run.capture(model, batches)
         if beyond := [index for index in arguments.blocks if not 0 <= index < len(members)]:
             sys.exit(f"--blocks {beyond[0]} is not one of the model's {len(members)} blocks")
         for index, block in enumerate(members[: max(arguments.blocks) + 1]):
@@ -44,8 +43,7 @@ def real_matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor, 
             with autocast(block, compute_dtype(cpu)), collector.watching():
                 for batch in range(len(batches)):
                     collector.start_batch(None)
-                    hidden = blocks.run_block(block, stream.hidden[batch], stream.calls[index][batch])
-                    stream.hidden[batch] = hidden
+                    stream.run(index, batch, block, cpu, dtype=None, keep=True)
             if chosen:
                 found = collector.finish()
                 for matrix in plan.of_block(index):

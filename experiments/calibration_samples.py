@@ -22,7 +22,7 @@ import halve
 import results
 from halve.checkpoint import load as checkpoint
 from halve.evaluation.perplexity import evaluation_texts, perplexity
-from halve.model.layers import find_stack
+from halve.model.stacks import find_stack
 from halve.run.contender import Contender
 from halve.text.calibration import Calibration
 

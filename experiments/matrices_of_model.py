@@ -15,8 +15,8 @@ from halve.device import evaluation_mode, resolve_device
 from halve.maths.gram import GramAccumulator, Statistics
 from halve.maths.pattern import Pattern
 from halve.model import blocks as streams
-from halve.model.layers import Matrix
-from halve.run.loop import plan_model
+from halve.model.plan import Matrix
+from halve.model.survey import plan_model
 from halve.text.calibration import Calibration, token_batches
 
 
@@ -102,11 +102,11 @@ def matrices_of_model(
     target = resolve_device(device)
     batches = token_batches(ids, 1) if held_out else token_batches(ids)
     with evaluation_mode(model):
-        plan, returns = plan_model(model, batches[0], Pattern("2:4"))
+        plan, (run, *_) = plan_model(model, batches, Pattern("2:4"))
         members = [model.get_submodule(name) for name in plan.blocks]
         if beyond := [index for index in chosen if not 0 <= index < len(members)]:
             sys.exit(f"block {beyond[0]} is not one of the model's {len(members)} blocks")
-        stream = streams.capture(model, members, batches, returns)
+        stream = run.capture(model, batches)
         for index in range(max(chosen) + 1):
             work = streams.working_copy(members[index], target)
             watches = [
@@ -121,10 +121,7 @@ def matrices_of_model(
                 for batch in range(len(batches)):
                     for watch in watches:
                         watch.holding_out = held_out and batch % 2 == 1
-                    hidden, call = streams.to_device(
-                        (stream.hidden[batch], stream.calls[index][batch]), target, torch.float32
-                    )
-                    stream.hidden[batch] = streams.run_block(work, hidden, call).to(stream.hidden[batch].device)
+                    stream.run(index, batch, work, target, keep=True)
             for watch in watches:
                 weight = watch.matrix.view(model.get_parameter(watch.matrix.parameter).data).float()
                 yield watch.finish(index, some_rows(weight, rows).to(target))

@@ -26,7 +26,8 @@ import matrices_of_model
 import results
 from halve.maths.gram import Statistics
 from halve.maths.quadratic import feature_scales, relative_loss
-from halve.model.layers import Matrix, find_stack
+from halve.model.plan import Matrix
+from halve.model.stacks import find_stack
 
 NAME = "which_layers"
 BASE = "wanda"

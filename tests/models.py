@@ -95,6 +95,79 @@ def vit(seed: int = 0) -> Any:
     return _alive(tf.ViTForImageClassification(tf.ViTConfig(**settings, image_size=16, patch_size=4)))
 
 
+_SEQ2SEQ = {"d_model": 32, "vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+_BART = {
+    **_SEQ2SEQ,
+    **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")},
+    "max_position_embeddings": 128,
+}
+ENCODER_DECODERS = {
+    "t5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(**_SEQ2SEQ, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4)
+    ),
+    "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**_BART)),
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**_BART)),
+    "whisper": lambda: tf.WhisperForConditionalGeneration(
+        tf.WhisperConfig(
+            **_BART, num_mel_bins=8, max_source_positions=20, max_target_positions=64, suppress_tokens=None
+        )
+    ),
+}
+
+
+def encoder_decoder(family: str, seed: int = 0) -> Any:
+    """Return a random encoder-decoder of ``family`` in evaluation mode."""
+    torch.manual_seed(seed)
+    return _alive(ENCODER_DECODERS[family]())
+
+
+def pairs(family: str, rows: int = 4, length: int = 24, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return a batch for an encoder-decoder: what the encoder reads, and what the decoder is fed."""
+    decoder_ids = tokens(rows, length - 5, seed + 100)
+    if family == "whisper":
+        generator = torch.Generator().manual_seed(seed)
+        return {"input_features": torch.randn(rows, 8, 40, generator=generator), "decoder_input_ids": decoder_ids}
+    return {"input_ids": tokens(rows, length, seed), "decoder_input_ids": decoder_ids}
+
+
+def llava(seed: int = 0) -> Any:
+    """Return a random image-text model whose text tower is a Llama and whose vision tower is larger."""
+    torch.manual_seed(seed)
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**vision, image_size=16, patch_size=4, projection_dim=32),
+        text_config=tf.LlamaConfig(**_SMALL),
+        image_token_index=3,
+        vision_feature_layer=-2,
+    )
+    return _alive(tf.LlavaForConditionalGeneration(config))
+
+
+def gemma4(seed: int = 0) -> Any:
+    """Return a random model whose last blocks read the keys and values of earlier ones."""
+    torch.manual_seed(seed)
+    config = tf.Gemma4TextConfig(
+        **{**_SMALL, "num_hidden_layers": 4},
+        head_dim=8,
+        global_head_dim=8,
+        sliding_window=8,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB,
+    )
+    return _alive(tf.Gemma4ForCausalLM(config))
+
+
+def mamba(seed: int = 0) -> Any:
+    """Return a random state-space model, which multiplies with one of its weights without calling the layer."""
+    torch.manual_seed(seed)
+    config = tf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, state_size=8, time_step_rank=8)
+    return _alive(tf.MambaForCausalLM(config))
+
+
 def tokens(rows: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
     """Return random token ids of shape (rows, length)."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

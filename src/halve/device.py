@@ -117,13 +117,39 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
+_OWN_SETTINGS = {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+
+
+@contextmanager
+def own_settings(model: nn.Module) -> Iterator[None]:
+    """Let a model's forward return what Halve reads, whatever its configs ask for; they are restored afterwards.
+
+    No cache of keys and values is kept, no attention weights and no hidden states are collected, and the output has
+    names.
+    """
+    configs = {id(found): found for module in model.modules() if (found := getattr(module, "config", None)) is not None}
+    before = [
+        (config, name, getattr(config, name))
+        for config in configs.values()
+        for name, wanted in _OWN_SETTINGS.items()
+        if getattr(config, name, wanted) != wanted
+    ]
+    for config, name, _ in before:
+        setattr(config, name, _OWN_SETTINGS[name])
+    try:
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout and without gradients; every module's own mode is restored afterwards."""
+    """Run a model without dropout and without gradients, and with `own_settings`; all is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), own_settings(model):
             yield
     finally:
         for module in training:

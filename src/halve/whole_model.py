@@ -17,7 +17,7 @@ from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import CorruptFileError, HalveError, InputError
 from halve.evaluation.perplexity import Perplexity
-from halve.model.blocks import Batch
+from halve.model.blocks import Batch, stand_in_batch
 from halve.report import record
 from halve.report.measured import measured_json, write_measured
 from halve.report.page import write_report
@@ -232,7 +232,7 @@ def _prune(
         batches = token_batches(data.ids, most) if isinstance(data, TokenSet) else data
         return prune_blocks(
             loaded.model,
-            batches or [{"input_ids": torch.zeros(1, 8, dtype=torch.int64)}],
+            batches or [stand_in_batch(loaded.model)],
             settings,
             device=placement.target,
             precision=placement.precision,

@@ -48,12 +48,13 @@ def test_a_terminal_breaks_sentences_between_words():
 def test_a_plan_names_the_parameters_that_stay_dense_if_they_are_few(capsys):
     excluded = [SimpleNamespace(name=f"norm{i}", reason="not a matrix") for i in range(4)]
     excluded += [SimpleNamespace(name="lm_head.weight", reason="outside the blocks")]
-    plan = SimpleNamespace(matrices=[1, 2], blocks=["b"], excluded=excluded)
+    plan = SimpleNamespace(matrices=[1, 2], blocks=["b"], excluded=excluded, weights=30, dense_weights=10)
     with progress() as show:
         show(Progress(0, 1, Phase.PLAN, 0, 2, plan=plan))
     plan_line = capsys.readouterr().err.splitlines()[-1]
     assert plan_line == (
-        "plan: 2 matrices in 1 block; left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
+        "plan: 75% of the model's weights are pruned, 2 matrices in 1 block; "
+        "left dense: 4 × not a matrix; 1 × outside the blocks (lm_head.weight)"  # noqa: RUF001
     )
 
 

@@ -4,9 +4,10 @@ from torch import nn
 
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.pattern import Pattern
-from halve.model import blocks
+from halve.model import blocks, replay
 from halve.model.collect import Collector, observe
-from halve.model.layers import find_stack, make_plan
+from halve.model.plan import make_plan
+from halve.model.stacks import find_stack
 from models import DECODERS, MIXTURES, decoder, tokens
 
 CPU = torch.device("cpu")
@@ -16,17 +17,17 @@ def collect_first_block(model, batches, skip=()):
     """Statistics of block 0, and the float64 inputs that plain hooks see in the whole model."""
     name, stack = find_stack(model)
     members = list(stack)
-    short = blocks.probe_batch(batches[0])
+    short = replay.probe_batches(batches)
     with blocks.eager_experts(model):
-        returns = blocks.verify_replay(model, members, short)
-        observed = observe(model, members, lambda: blocks.run_model(model, short))
+        behaviour = replay.verify_replay(model, members, short)
+        observed = observe(model, members, lambda: blocks.run_batches(model, short))
         plan = make_plan(model, Pattern("2:4"), observed.layouts, skip)
-        stream = blocks.capture(model, members, batches, returns)
+        stream = blocks.capture(model, members, batches, behaviour)
         collector = Collector(members[0], plan.blocks[0], plan.of_block(0), CPU)
         with collector.watching():
             for batch in range(len(batches)):
                 collector.start_batch(stream.valid[batch])
-                blocks.run_block(members[0], stream.hidden[batch], stream.calls[0][batch])
+                stream.run(0, batch, members[0], CPU)
     assert plan.blocks[0] == f"{name}.0"
     return plan, collector.finish()
 
@@ -209,7 +210,25 @@ def test_an_expert_called_with_no_rows_counts_as_unseen():
 def test_observe_lists_the_layers_that_were_called():
     model = Stack()
     observed = observe(model, list(model.layers), lambda: model(torch.randn(2, 5, 8)))
-    assert observed.called == {"layers.0.up.weight", "layers.1.up.weight"}
+    assert observed.called == {"layers.0.up.weight": 10, "layers.1.up.weight": 10}
+
+
+class UsesBoth(nn.Module):
+    """Calls one layer, multiplies with the weight of another, and does both with a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.used, self.both = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.both(self.called(x) @ self.used.weight.T) + torch.einsum("btd,od->bto", x, self.both.weight)
+
+
+def test_a_weight_that_is_multiplied_with_outside_of_its_layer_does_not_count_as_called():
+    model = nn.Module()
+    model.layers = nn.ModuleList([UsesBoth()])
+    observed = observe(model, list(model.layers), lambda: model.layers[0](torch.randn(2, 5, 8)))
+    assert observed.called == {"layers.0.called.weight": 10}
 
 
 class Branches(nn.Module):

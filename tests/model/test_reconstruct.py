@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from halve.errors import CalibrationError, InputError
-from halve.model.blocks import Call
+from halve.model.calls import Call
 from halve.model.reconstruct import (
     RATES,
     Example,
@@ -42,7 +42,7 @@ def problem(count=8, seed=1):
             parameter.mul_(masks[name])
         generator = torch.Generator().manual_seed(seed)
         inputs = [torch.randn(2, 12, 16, generator=generator) for _ in range(count)]
-        examples = [Example(x, Call((), {"scale": 0.5}, None), dense(x, 0.5)[0], None) for x in inputs]
+        examples = [Example(x, Call((), {"scale": 0.5}), dense(x, 0.5)[0], None) for x in inputs]
     return block, masks, examples
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from halve.maths.pattern import Pattern
-from halve.model.layers import find_stack
+from halve.model.stacks import find_stack
 from halve.planner import rest
 from halve.planner.outline import outline
 from halve.planner.rest import Rest, _Watched, as_json, as_sequences, measure_rest

@@ -10,7 +10,7 @@ from halve import memory, pruning
 from halve.checkpoint.directory import is_unfinished
 from halve.errors import InputError, ResumeMismatchError
 from halve.maths.pattern import Pattern
-from halve.model.layers import Matrix
+from halve.model.plan import Matrix
 from halve.planner.where_faster import WhereFaster
 from halve.run import request
 from halve.run.settings import Settings

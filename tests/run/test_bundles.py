@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from halve.maths.gram import Statistics
-from halve.model.layers import Matrix
+from halve.model.plan import Matrix
 from halve.run.bundles import bundles, operations
 
 

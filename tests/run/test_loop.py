@@ -2,11 +2,13 @@ import pytest
 import torch
 
 from halve.maths.pattern import Pattern
-from halve.model.blocks import HiddenStates, run_model
-from halve.model.layers import find_stack
+from halve.model.blocks import run_model
 from halve.model.reconstruct import Reconstruction
+from halve.model.stacks import find_stack
+from halve.model.stream import HiddenStates
+from halve.model.survey import plan_model
 from halve.run import loop as run_module
-from halve.run.loop import plan_model, prune_blocks
+from halve.run.loop import prune_blocks
 from halve.solve.matrix import prune_weight
 from halve.solve.methods import METHODS
 from halve.solve.objective import Objective
@@ -115,7 +117,7 @@ def test_few_tokens_are_told_once_and_before_the_first_matrix(sequences, objecti
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_the_plan_of_a_mixture_has_both_kinds_of_experts(family):
-    plan, _ = plan_model(decoder(family), batches()[0], Pattern("2:4"))
+    plan, _ = plan_model(decoder(family), batches(), Pattern("2:4"))
     assert {m.parameter.rpartition(".")[2] for m in plan.matrices if m.expert} == {"gate_up_proj", "down_proj"}
 
 

@@ -89,16 +89,30 @@ def test_bad_settings_are_refused_before_any_work():
         prune_blocks(decoder("llama"), [], settings(), device=CPU)
 
 
-def test_nothing_is_changed_when_a_layer_turns_out_not_to_be_called():
+def without_output_projection():
+    """A model in which one layer of the last block is never called."""
     model = decoder("llama")
     attention = model.model.layers[2].self_attn
-    hidden = attention.o_proj
-    attention.o_proj = None
-    attention.register_module("hidden_projection", hidden)
+    attention.register_module("hidden_projection", attention.o_proj)
     attention.o_proj = torch.nn.Identity()
+    return model
+
+
+def test_a_layer_that_turns_out_not_to_be_called_stays_dense():
+    model = without_output_projection()
+    report = prune_blocks(model, batches(), settings(), device=CPU)
+    unseen = "its layer is not called where the model multiplies with it, so its inputs cannot be seen"
+    assert {entry.name: entry.reason for entry in report.excluded if "layers.2" in entry.name} == {
+        "model.layers.2.self_attn.hidden_projection.weight": unseen
+    }
+    assert_pruned(model, report)
+
+
+def test_nothing_is_changed_where_less_of_a_block_can_be_pruned_than_asked():
+    model = without_output_projection()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.self_attn\.hidden_projection\.weight without calling"):
-        prune_blocks(model, batches(), settings(), device=CPU)
+    with pytest.raises(UnsupportedModelError, match=r"only 8\d% of the matrix weights in model\.layers\.2 .*--least"):
+        prune_blocks(model, batches(), settings(least_prunable=0.9), device=CPU)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 

@@ -3,8 +3,9 @@ import torch
 
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction, Tuned
+from halve.model.survey import plan_model
 from halve.run import loop as run_module
-from halve.run.loop import plan_model, prune_blocks
+from halve.run.loop import prune_blocks
 from models import decoder
 from pruned_blocks import CPU, assert_pruned, batches, settings
 
@@ -17,7 +18,7 @@ def test_reconstruction_brings_the_output_closer_and_keeps_the_pattern(family):
     options = Reconstruction(epochs=8, learning_rate=3e-3)
     report = prune_blocks(tuned, data, settings("wanda", min_expert_tokens=1, reconstruction=options), device=CPU)
     assert_pruned(tuned, report)
-    blocks = plan_model(dense, data[0], Pattern("2:4"))[0].blocks
+    blocks = plan_model(dense, data, Pattern("2:4"))[0].blocks
     assert tuple(block.name for block in report.reconstructions) == blocks
     assert all(block.tuned.after < block.tuned.before for block in report.reconstructions)
     for name, parameter in tuned.named_parameters():

@@ -16,7 +16,7 @@ from halve.cli.terminal import err, out, progress, say, summary_table
 from halve.cli.values import allowed_fallback, merge_options, parse_options
 from halve.errors import counted
 from halve.maths.pattern import Pattern
-from halve.model.layers import place_of
+from halve.model.plan import place_of
 from halve.planner.where_faster import WhereFaster
 from halve.pruning import prune as prune_model
 from halve.pruning import resume as resume_run

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
 
     from halve.comparison import Row
-    from halve.model.layers import Plan
+    from halve.model.plan import Plan
     from halve.run.events import MatrixReport, Progress, RunReport
     from halve.text.tokens import TokenSet
 
@@ -62,7 +62,7 @@ def comparison_table(rows: "Sequence[Row]", pattern: str) -> Table:
 
 def summary_table(report: "RunReport") -> Table:
     """Return what became of every kind of matrix (`halve.run.events.RunReport`): how many, their losses, the worst."""
-    from halve.model.layers import place_of
+    from halve.model.plan import place_of
 
     numbers = ("count", "mean loss", "worst loss", "worst in", "fell back")
     table = Table(
@@ -234,13 +234,14 @@ def _prefix(runner: str) -> str:
 
 
 def _plan(plan: "Plan") -> str:
-    """Say how many parameters will be pruned, and why the others stay dense (halve.json names each)."""
+    """Say what share of a model will be pruned, and why the rest stays dense (halve.json names each parameter)."""
     reasons: dict[str, list[str]] = {}
     for entry in plan.excluded:
         reasons.setdefault(entry.reason, []).append(entry.name)
     dense = "; ".join(_dense(reason, names) for reason, names in reasons.items()) or "none"
     matrices, blocks = counted(len(plan.matrices), "matrix", "matrices"), counted(len(plan.blocks), "block")
-    return f"plan: {matrices} in {blocks}; left dense: {dense}"
+    share = plan.weights / (plan.weights + plan.dense_weights)
+    return f"plan: {share:.0%} of the model's weights are pruned, {matrices} in {blocks}; left dense: {dense}"
 
 
 def _dense(reason: str, names: list[str]) -> str:

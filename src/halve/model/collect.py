@@ -3,9 +3,11 @@
 Matrices that receive the very same tensor (query, key and value; gate and up) share one set of statistics.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.gram import GramAccumulator, Statistics
-from halve.model.layers import Layout, Matrix, is_fused, is_linear
+from halve.model.calls import Call, leaves
+from halve.model.layers import Layout, is_fused, is_linear, layer_matrix
+from halve.model.plan import Matrix
 
 _LINEAR = {torch.nn.functional.linear}
 _MATMUL = {torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
+
+_PRODUCTS = {*_LINEAR, *_MATMUL, torch.einsum, torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.__rmatmul__}
 
 Key = tuple[int, torch.Size]
 """Address and shape of a weight as the model multiplies with it."""
@@ -57,17 +63,38 @@ class _ProductWatch(TorchFunctionMode):
         self._seen(*found, x, layout)
 
 
+class _BypassWatch(TorchFunctionMode):
+    """Report every product with a weight whose layer is not running."""
+
+    def __init__(self, weights: Mapping[int, str], running: Collection[str], seen: Callable[[str], None]) -> None:
+        super().__init__()
+        self._weights = weights
+        self._running = running
+        self._seen = seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS:
+            for _, operand in leaves((tuple(args), dict(kwargs or {}))):
+                name = self._weights.get(operand.data_ptr()) if isinstance(operand, Tensor) else None
+                if name is not None and name not in self._running:
+                    self._seen(name)
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass(frozen=True)
 class Observed:
     """How a model used its weights in one forward pass.
 
     Attributes:
         layouts: full name of each fused 3-D parameter seen in a product, and how it was multiplied.
-        called: full names of the weights of linear layers that were called.
+        called: full names of the weights of linear layers that were called, and never multiplied with otherwise, each
+            with the tokens that it was multiplied with.
     """
 
     layouts: dict[str, Layout]
-    called: frozenset[str]
+    called: dict[str, int]
 
 
 def observe(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], None]) -> Observed:
@@ -76,16 +103,24 @@ def observe(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Non
     Args:
         model: the model.
         blocks: its blocks.
-        run: runs a short batch through the model, experts multiplied slice by slice
+        run: runs short batches through the model, experts multiplied slice by slice
             (`halve.model.blocks.eager_experts`).
     """
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     fused: dict[str, Tensor] = {}
     layouts: dict[str, Layout] = {}
-    called: set[str] = set()
+    called: Counter[str] = Counter()
+    bypassed: set[str] = set()
+    running: list[str] = []
+    weights: dict[int, str] = {}
 
     def note_product(name: str, _expert: int | None, _x: Tensor, layout: Layout) -> None:
         layouts[name] = layout
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        running.append(name)
+        x = args[0] if args else next(iter(kwargs.values()))
+        called[name] += x.numel() // layer_matrix(module).shape[1]
 
     with ExitStack() as stack:
         for path, module in model.named_modules():
@@ -93,13 +128,45 @@ def observe(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Non
                 if id(parameter) in inside and is_fused(module, parameter):
                     fused[f"{path}.{leaf}"] = parameter
             if is_linear(module) and id(module.weight) in inside:
+                name = f"{path}.weight"
+                weights[layer_matrix(module).data_ptr()] = name
+                stack.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
                 stack.enter_context(
-                    module.register_forward_pre_hook(lambda _module, _args, name=path: called.add(f"{name}.weight"))
+                    module.register_forward_hook(lambda *_, name=name: running.remove(name), always_call=True)
                 )
+        stack.enter_context(_BypassWatch(weights, running, bypassed.add))
         if fused:
             stack.enter_context(_ProductWatch(fused, note_product))
         run()
-    return Observed(layouts, frozenset(called))
+    return Observed(layouts, {name: tokens for name, tokens in called.items() if name not in bypassed})
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder's block sees of the encoder.
+
+    Attributes:
+        states: tensors among its arguments that hold the encoder's hidden states, (batch, positions, d_model).
+        valid: (batch, positions) bool of the positions that count, None when all do.
+        own: (batch, sequence) of the decoder's own hidden state.
+    """
+
+    states: tuple[Tensor, ...]
+    valid: Tensor | None
+    own: torch.Size
+
+    @classmethod
+    def of(cls, call: Call, valid: Tensor | None, hidden: Tensor) -> "Memory":
+        """Find the encoder's states among a decoder block's arguments: the floating-point ones of three dimensions."""
+        found = (leaf for _, leaf in leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor))
+        states = tuple(leaf for leaf in found if leaf.is_floating_point() and leaf.ndim == 3)
+        return cls(states, valid, hidden.shape[:-1])
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether ``x`` is the encoder's states, or what the block has made of them."""
+        shape = x.shape[:-1]
+        derived = shape != self.own and shape in {state.shape[:-1] for state in self.states}
+        return derived or any(_identical(x, state) for state in self.states)
 
 
 class Collector:
@@ -126,6 +193,7 @@ class Collector:
         self._accumulators: dict[str, GramAccumulator] = {}
         self._inputs: list[tuple[Tensor, str]] = []
         self._valid: Tensor | None = None
+        self._memory: Memory | None = None
         self._dense: dict[str, Tensor] = {}
         self._in_dense = False
 
@@ -146,11 +214,12 @@ class Collector:
         self._inputs.clear()
         self._dense.clear()
 
-    def start_batch(self, valid: Tensor | None, *, dense: bool = False) -> None:
+    def start_batch(self, valid: Tensor | None, memory: "Memory | None" = None, *, dense: bool = False) -> None:
         """Begin a batch.
 
         Args:
             valid: marks its (batch, sequence) positions that count; None when all do.
+            memory: what a decoder's cross-attention sees besides, whose positions count by themselves.
             dense: whether the block is about to be run on the dense model's hidden states: the inputs are then only
                 kept, and paired with those of the next batch, the same tokens in the pruned model.
         """
@@ -159,6 +228,7 @@ class Collector:
         self._in_dense = dense
         self._inputs.clear()
         self._valid = valid
+        self._memory = memory
 
     def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -205,14 +275,17 @@ class Collector:
         return self._accumulators[matrix.name]
 
     def _counted(self, x: Tensor, matrix: Matrix) -> Tensor:
-        if self._valid is None:
+        valid = self._valid
+        if self._memory is not None and self._memory.holds(x):
+            valid = self._memory.valid
+        if valid is None:
             return x
-        if x.shape[:-1] != self._valid.shape:
+        if x.shape[:-1] != valid.shape:
             raise CalibrationError(
                 f"the calibration data is padded, and {matrix.name} receives its input in shape {tuple(x.shape)}, "
                 "where padding cannot be told from data: pack the data without padding"
             )
-        return x[self._valid.to(x.device)]
+        return x[valid.to(x.device)]
 
     def finish(self) -> dict[str, Statistics | None]:
         """Return each matrix's statistics by name; matrices that share an input share the object.

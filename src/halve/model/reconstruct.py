@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from halve.checks import check_count, check_positive, is_number
 from halve.errors import CalibrationError, InputError
 from halve.lookup import build_options
-from halve.model.blocks import Call, apply_block
+from halve.model.calls import Call, hidden_of
+from halve.model.stream import call_block
 
 RATES = (1e-3, 2e-3, 4e-3)
 """The learning rates that are tried where none is given."""
@@ -254,7 +255,8 @@ def _requiring_gradients(block: nn.Module, trained: Iterable[nn.Parameter]) -> I
 
 def _output(block: nn.Module, example: Example, precision: torch.dtype) -> Tensor:
     with torch.autocast(example.hidden.device.type, precision, enabled=precision != torch.float32):
-        return apply_block(block, example.hidden, example.call)
+        state: Tensor = hidden_of(call_block(block, example.hidden, example.call))
+        return state
 
 
 def _squares(output: Tensor, example: Example) -> tuple[Tensor, Tensor]:

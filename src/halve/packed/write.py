@@ -29,7 +29,8 @@ from halve.checkpoint.shards import (
 from halve.checkpoint.validated import wrong
 from halve.errors import CorruptFileError, InputError
 from halve.maths.pattern import Pattern
-from halve.model.layers import Layout, find_stack, is_conv1d, is_fused, is_linear
+from halve.model.layers import Layout, is_conv1d, is_fused, is_linear
+from halve.model.stacks import find_stacks
 from halve.packed.manifest import File, Manifest, PackedTensor, PlainShard
 from halve.packed.read import (
     MASK,
@@ -203,9 +204,9 @@ def _linear_tensors(source: Source, entries: Mapping[str, TensorEntry]) -> dict[
     """Return the tensors on disk that hold weights of linear layers in the blocks, and the layouts they may have."""
     model = skeleton(source)
     disk = DiskLayout(model, [DiskTensor(entry.name, entry.dtype, entry.shape) for entry in entries.values()])
-    stack, blocks = find_stack(model)
     found: dict[str, tuple[Layout, ...]] = {}
-    for path, module in blocks.named_modules(prefix=stack):
+    inside = (pair for stack in find_stacks(model) for pair in stack.blocks.named_modules(prefix=stack.name))
+    for path, module in inside:
         for leaf, parameter in module.named_parameters(recurse=False):
             plain = is_linear(module) and leaf == "weight"
             if not plain and not is_fused(module, parameter):

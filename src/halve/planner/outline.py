@@ -13,7 +13,7 @@ from halve.checkpoint import load
 from halve.device import weight_dtype
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
-from halve.model.layers import Matrix, make_plan, place_of
+from halve.model.plan import Matrix, make_plan, place_of
 from halve.runtime import speed
 
 LLAMA: dict[str, dict[str, Any]] = {

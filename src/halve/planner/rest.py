@@ -19,7 +19,9 @@ from torch import nn
 from halve.device import on_device
 from halve.errors import HalveError
 from halve.maths.pattern import Pattern
-from halve.model.layers import block_weight_count, find_stack, make_plan
+from halve.model.layers import block_weight_count
+from halve.model.plan import make_plan
+from halve.model.stacks import find_stack
 from halve.planner.outline import why_dense
 from halve.runtime.timing import CACHES, last_level_cache
 from halve.text.generation import text_config

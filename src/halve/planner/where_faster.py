@@ -12,7 +12,8 @@ from torch import nn
 from halve.checks import check_count, check_positive
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
-from halve.model.layers import EXPERTS_IN_ONE, Matrix, make_plan
+from halve.model.layers import EXPERTS_IN_ONE
+from halve.model.plan import Matrix, make_plan
 from halve.option_groups import internal, option
 
 _RATIOS = "only_where_faster.ratios."

@@ -17,7 +17,7 @@ from halve.checkpoint.validated import wrong
 from halve.errors import InputError
 from halve.evaluation.perplexity import measured_as
 from halve.evaluation.request import overlap
-from halve.model.layers import place_of
+from halve.model.plan import place_of
 from halve.recorded import MOST, REMEDY, Kind, Record, RecordedBlock, RecordedMatrix, read_record
 from halve.report.measured import Measured, Score, read_measured
 from halve.run.events import seconds_of_pruning

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from halve.errors import InputError, LayerFailedError
 from halve.maths.gram import Statistics
-from halve.model.layers import Matrix
+from halve.model.plan import Matrix
 from halve.run.settings import Settings
 from halve.solve.matrix import prune_weight, prune_weights
 from halve.solve.outcome import Outcome, Status

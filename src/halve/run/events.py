@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from halve.errors import counted
 from halve.maths.gram import Statistics
-from halve.model.layers import Excluded, Layout, Plan
+from halve.model.layers import Layout
+from halve.model.plan import Excluded, Plan
 from halve.model.reconstruct import Tuned
 from halve.run.phases import Phase
 from halve.solve.outcome import Status

@@ -43,6 +43,7 @@ WITHOUT_EFFECT = frozenset(
         *("source", "samples", "seq_len", "text_field"),  # the tokens themselves count
         *("revision", "trust_remote_code"),  # the files of the model do
         *("offload", "work"),  # where something is kept
+        "least_prunable",  # whether a model is refused
         "fallback",  # may be added to a run that stopped without one, and is compared by itself
     }
 )

@@ -7,7 +7,7 @@ one block at a time, as a float32 copy; the model keeps its own dtype and place.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from torch import nn
 from halve.device import autocast
 from halve.errors import CalibrationError, HalveError, InputError, LayerFailedError, UnsupportedModelError
 from halve.maths.gram import Statistics
-from halve.maths.pattern import Pattern
 from halve.model import blocks as stream_of
-from halve.model.blocks import Batch, HiddenStates, Stream
-from halve.model.collect import Collector, observe
-from halve.model.layers import Matrix, Plan, find_stack, make_plan, set_matrix
+from halve.model.blocks import Batch
+from halve.model.calls import Call, to_device
+from halve.model.collect import Collector, Memory
+from halve.model.plan import Matrix, Plan, set_matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
+from halve.model.stream import Stream
+from halve.model.survey import StackRun, plan_model
 from halve.run.block_record import from_record, to_record
 from halve.run.bundles import bundles, prune_bundle, share_of_time
 from halve.run.directory import RunDirectory
@@ -31,45 +33,6 @@ from halve.run.events import BlockReport, Listener, MatrixReport, Progress, RunR
 from halve.run.phases import Phase, Phases
 from halve.run.settings import Settings
 from halve.solve.outcome import Outcome, Status
-
-
-def plan_model(
-    model: nn.Module,
-    batch: Batch,
-    pattern: Pattern,
-    skip: Sequence[str] = (),
-    why_dense: Callable[[Matrix], str] | None = None,
-) -> tuple[Plan, list[Any]]:
-    """Decide what will be pruned, and prove on a short sample that the model can be run block by block.
-
-    Args:
-        model: the model, on the CPU, in evaluation mode.
-        batch: a calibration batch; a short part of it is run.
-        pattern: the sparsity pattern.
-        skip: shell-style patterns of parameters that stay dense.
-        why_dense: as for `halve.model.layers.make_plan`.
-
-    Returns:
-        tuple[Plan, list[Any]]: the plan, and what each block returns (for `halve.model.blocks.capture`).
-
-    Raises:
-        UnsupportedModelError: the model cannot be run block by block, or a parameter cannot be classified.
-        InputError: nothing is left to prune, or a skip pattern matches nothing.
-    """
-    _, stack = find_stack(model)
-    members = list(stack)
-    short = stream_of.probe_batch(batch)
-    with stream_of.eager_experts(model):
-        returns = stream_of.verify_replay(model, members, short)
-        observed = observe(model, members, lambda: stream_of.run_model(model, short))
-    plan = make_plan(model, pattern, observed.layouts, skip, why_dense)
-    for matrix in plan.matrices:
-        if not matrix.routed and matrix.parameter not in observed.called:
-            raise UnsupportedModelError(
-                f"the model uses {matrix.name} without calling its layer, so its inputs cannot be seen: "
-                "leave it dense with skip"
-            )
-    return plan, returns
 
 
 def prune_blocks(
@@ -112,7 +75,15 @@ def prune_blocks(
         HalveError: a block could not be kept, the volume being full or broken.
     """
     stream_of.check_batches(batches)
-    plan, returns = plan_model(model, batches[0], settings.pattern, settings.skip, settings.why_dense)
+    plan, runs = plan_model(
+        model,
+        batches,
+        settings.pattern,
+        settings.skip,
+        settings.why_dense,
+        tower=settings.tower,
+        least=settings.least_prunable,
+    )
     routed = next((matrix for matrix in plan.matrices if matrix.routed), None)
     if settings.objective.insists_on_dense and routed is not None:
         raise InputError(
@@ -122,7 +93,7 @@ def prune_blocks(
     tell = listen or (lambda _progress: None)
     loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases or Phases(device), collect=collect)
     with stream_of.eager_experts(model):
-        return loop.run(batches, returns, offload, before)
+        return loop.run(batches, runs, offload, before)
 
 
 class _Loop:
@@ -161,7 +132,7 @@ class _Loop:
     def run(
         self,
         batches: Sequence[Batch],
-        returns: Sequence[Any],
+        runs: Sequence[StackRun],
         offload: Path | None,
         before: Callable[[], None] | None,
     ) -> RunReport:
@@ -170,13 +141,7 @@ class _Loop:
         if before is not None:
             before()
         if self._kept < len(members):
-            self._tell(0, Phase.CAPTURE)
-            paired = self._matching or self._tuning is not None
-            with self._phases.timing(Phase.CAPTURE):
-                stream = stream_of.capture(self._model, members, batches, returns, offload, copies=1 + paired)
-                dense = stream.hidden.copy("dense") if paired else None
-            for index, block in enumerate(members):
-                self._pass_block(index, block, stream, dense)
+            self._pass_stacks(members, runs, batches, offload)
         else:
             for index in range(len(members)):
                 self._restore(index)
@@ -193,49 +158,84 @@ class _Loop:
             peak_device_memory=dict(self._phases.peak_device_memory),
         )
 
-    def _pass_block(self, index: int, block: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
+    def _pass_stacks(
+        self, members: Sequence[nn.Module], runs: Sequence[StackRun], batches: Sequence[Batch], offload: Path | None
+    ) -> None:
+        """Take both streams through the blocks of one stack after the other.
+
+        What enters a later stack follows from the blocks of the earlier ones: the dense model's is recorded while it
+        is dense, the pruned model's once they are pruned.
+        """
+        paired = self._matching or self._tuning is not None
+        later: dict[str, Stream] = {}
+        for run in runs[1:] if paired else ():
+            later[run.name] = self._capture(0, run, batches, _folder(offload, run, "dense"))
+        first = 0
+        for run in runs:
+            if first > self._last:
+                break
+            begins = run is runs[0]
+            folder = offload if begins else _folder(offload, run, "pruned")
+            stream = self._capture(first, run, batches, folder, copies=1 + (paired and begins))
+            dense = later.get(run.name) or (stream.fork("dense") if paired else None)
+            for place in range(len(run.blocks)):
+                passage = _Passage(first + place, place, stream, dense, last=place == len(run.blocks) - 1)
+                self._pass_block(passage, members[first + place])
+            first += len(run.blocks)
+
+    def _capture(
+        self, block: int, run: StackRun, batches: Sequence[Batch], folder: Path | None, *, copies: int = 1
+    ) -> Stream:
+        self._tell(block, Phase.CAPTURE)
+        with self._phases.timing(Phase.CAPTURE):
+            return run.capture(self._model, batches, folder, copies=copies)
+
+    def _pass_block(self, at: "_Passage", block: nn.Module) -> None:
         """Take both streams through a block, which is pruned unless it was before."""
         work = stream_of.working_copy(block, self._device)
-        if index < self._kept:
-            if dense is not None and index < self._last:
-                self._advance(index, work, stream, dense)
-            self._restore(index, work)
+        going_on = at.block < self._last and not at.last
+        if at.block < self._kept:
+            if at.dense is not None and going_on:
+                self._advance(at, work, at.dense)
+            self._restore(at.block, work)
         else:
             try:
-                self._prune_block(index, work, stream, dense)
+                self._prune_block(at, work)
             except torch.OutOfMemoryError as error:
                 raise HalveError(
-                    f"{self._device} ran out of memory in {self._plan.blocks[index]}: use shorter sequences (seq_len), "
-                    "or another device"
+                    f"{self._device} ran out of memory in {self._plan.blocks[at.block]}: use shorter sequences "
+                    "(seq_len), or another device"
                 ) from error
             if self._ledger is not None:
                 with self._phases.timing(Phase.COMMIT):
-                    self._commit(index, self._ledger)
-        if self._collecting and index < self._last:
-            self._advance(index, work, stream, stream.hidden)
-        stream.calls[index].clear()
+                    self._commit(at.block, self._ledger)
+        if self._collecting and going_on:
+            self._advance(at, work, at.stream)
+        at.stream.clear(at.place)
+        if at.dense is not None:
+            at.dense.clear(at.place)
 
-    def _prune_block(self, index: int, work: nn.Module, stream: Stream, dense: HiddenStates | None) -> None:
-        matrices = self._plan.of_block(index)
-        matching = dense if self._matching else None
+    def _prune_block(self, at: "_Passage", work: nn.Module) -> None:
+        matrices = self._plan.of_block(at.block)
+        matching = at.dense if self._matching else None
         statistics: dict[str, Statistics | None] = {}
         if matrices and self._collecting:
-            self._tell(index, Phase.COLLECT)
+            self._tell(at.block, Phase.COLLECT)
             with self._phases.timing(Phase.COLLECT):
-                statistics = self._collect(index, work, matrices, stream, matching)
+                statistics = self._collect(at, work, matrices, matching)
             unwarned = not self._reports and not self._settings.as_followed.objective.shrinkage
             if unwarned and (caution := caution_of_few_tokens(statistics)):
-                self._tell(index, Phase.COLLECT, caution=caution)
-        if dense is not None and index <= self._last and (matching is None or not statistics):
-            self._advance(index, work, stream, dense)
+                self._tell(at.block, Phase.COLLECT, caution=caution)
+        if at.dense is not None and at.block <= self._last and (matching is None or not statistics):
+            self._advance(at, work, at.dense)
         if matrices:
             with self._phases.timing(Phase.SOLVE):
                 for bundle in bundles(matrices, statistics):
                     self._solve(bundle, statistics.get(bundle[0].name), work)
-            if dense is not None and self._tuning is not None:
-                self._tell(index, Phase.RECONSTRUCT)
+            if at.dense is not None and self._tuning is not None:
+                self._tell(at.block, Phase.RECONSTRUCT)
                 with self._phases.timing(Phase.RECONSTRUCT):
-                    tuned = self._reconstruct(index, work, matrices, stream, dense, self._tuning)
+                    tuned = self._reconstruct(at, work, matrices, at.dense, self._tuning)
                 self._choose_rate(tuned)
 
     def _choose_rate(self, tuned: Tuned) -> None:
@@ -271,39 +271,46 @@ class _Loop:
             self._blocks.append(tuned)
             self._choose_rate(tuned.tuned)
 
-    def _advance(self, index: int, work: nn.Module, stream: Stream, hidden: HiddenStates) -> None:
-        """Take hidden states through the block, in place."""
-        self._tell(index, Phase.REPLAY)
+    def _advance(self, at: "_Passage", work: nn.Module, stream: Stream) -> None:
+        """Take a stream through the block."""
+        self._tell(at.block, Phase.REPLAY)
         with self._phases.timing(Phase.REPLAY), autocast(work, self._precision):
-            for batch in range(len(hidden)):
-                hidden[batch] = self._forward(index, batch, work, stream, hidden)
+            for batch in range(len(stream.hidden)):
+                self._forward(at, batch, work, stream, keep=True)
 
     def _collect(
-        self,
-        index: int,
-        work: nn.Module,
-        matrices: Sequence[Matrix],
-        stream: Stream,
-        dense: HiddenStates | None,
+        self, at: "_Passage", work: nn.Module, matrices: Sequence[Matrix], dense: Stream | None
     ) -> dict[str, Statistics | None]:
-        """Return the statistics of a block's inputs; ``dense`` states, if they are to be paired, go through it too."""
+        """Return the statistics of a block's inputs; a dense stream, if it is to be paired, goes through it too."""
         halves = self._settings.objective.chooses_shrinkage(self._settings.defaults)
-        collector = Collector(work, self._plan.blocks[index], matrices, self._device, halves=halves)
+        collector = Collector(work, self._plan.blocks[at.block], matrices, self._device, halves=halves)
         with autocast(work, self._precision), collector.watching():
-            for batch in range(len(stream.hidden)):
+            for batch in range(len(at.stream.hidden)):
                 if dense is not None:
-                    collector.start_batch(stream.valid[batch], dense=True)
-                    dense[batch] = self._forward(index, batch, work, stream, dense)
-                collector.start_batch(stream.valid[batch])
-                self._forward(index, batch, work, stream, stream.hidden)
+                    self._forward(at, batch, work, dense, keep=True, collector=collector)
+                self._forward(at, batch, work, at.stream, collector=collector)
         return collector.finish()
 
-    def _forward(self, index: int, batch: int, work: nn.Module, stream: Stream, states: HiddenStates) -> torch.Tensor:
-        hidden, call = stream_of.to_device((states[batch], stream.calls[index][batch]), self._device, torch.float32)
-        with self._lowered(f"{self._plan.blocks[index]} fails", "use forward_dtype float32"):
-            output = stream_of.run_block(work, hidden, call)
-        stream_of.check_finite(output, f"the outputs of {self._plan.blocks[index]} on calibration batch {batch}")
-        return output
+    def _forward(
+        self,
+        at: "_Passage",
+        batch: int,
+        work: nn.Module,
+        stream: Stream,
+        *,
+        keep: bool = False,
+        collector: Collector | None = None,
+    ) -> None:
+        """Run the block on one batch of a stream, which goes on from there if it is to be kept."""
+
+        def begin(hidden: torch.Tensor, call: Call) -> None:
+            if collector is not None:
+                seen = Memory.of(call, stream.memory_valid[batch], hidden) if stream.has_memory else None
+                collector.start_batch(stream.valid[batch], seen, dense=stream is at.dense)
+
+        with self._lowered(f"{self._plan.blocks[at.block]} fails", "use forward_dtype float32"):
+            output = stream.run(at.place, batch, work, self._device, keep=keep, before=begin)
+        stream_of.check_finite(output, f"the outputs of {self._plan.blocks[at.block]} on calibration batch {batch}")
 
     @contextmanager
     def _lowered(self, what: str, remedy: str) -> Iterator[None]:
@@ -344,22 +351,18 @@ class _Loop:
         self._report(matrix, outcome)
 
     def _reconstruct(
-        self,
-        index: int,
-        work: nn.Module,
-        matrices: Sequence[Matrix],
-        stream: Stream,
-        dense: HiddenStates,
-        options: Reconstruction,
+        self, at: "_Passage", work: nn.Module, matrices: Sequence[Matrix], dense: Stream, options: Reconstruction
     ) -> Tuned:
-        prefix = f"{self._plan.blocks[index]}."
+        stream = at.stream
+        prefix = f"{self._plan.blocks[at.block]}."
         pruned = dict.fromkeys(matrix.parameter.removeprefix(prefix) for matrix in matrices)
         masks = {name: work.get_parameter(name) != 0 for name in pruned}
 
         def example(batch: int) -> Example:
-            moved = (stream.hidden[batch], stream.calls[index][batch], dense[batch])
-            hidden, call, target = stream_of.to_device(moved, self._device, torch.float32)
+            states = (stream.hidden[batch], dense.hidden[batch])
+            hidden, target = to_device(states, self._device, torch.float32)
             valid = stream.valid[batch]
+            call = stream.call(at.place, batch, self._device)
             return Example(hidden, call, target, None if valid is None else valid.to(self._device))
 
         original = self._model.get_submodule(prefix[:-1])
@@ -409,3 +412,31 @@ class _Loop:
     def _tell(self, block: int, phase: Phase, matrix: MatrixReport | None = None, **others: Any) -> None:
         finished, total = len(self._reports), len(self._plan.matrices)
         self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, **others))
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """A block, and the streams that are taken through it.
+
+    Attributes:
+        block: the block's index in the plan.
+        place: its index in its stack.
+        stream: the pruned model's.
+        dense: the dense model's, if it is needed.
+        last: whether it is the last block of its stack, after which the streams are not needed.
+    """
+
+    block: int
+    place: int
+    stream: Stream
+    dense: Stream | None
+    last: bool
+
+
+def _folder(offload: Path | None, run: StackRun, kind: str) -> Path | None:
+    """Make a folder for the hidden states of a later stack, if they are to be on disk."""
+    if offload is None:
+        return None
+    folder = offload / f"{run.name}-{kind}"
+    folder.mkdir()
+    return folder

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from halve.checks import check_count
+from halve.checks import check_count, is_number
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
-from halve.model.layers import Matrix
+from halve.model.plan import LEAST_PRUNABLE, Matrix
 from halve.model.reconstruct import BLOCK, Reconstruction
 from halve.option_groups import group, internal
 from halve.planner.where_faster import WhereFaster
@@ -45,6 +45,9 @@ class Settings:
         min_expert_tokens: with a fallback, an expert that saw fewer tokens is pruned by magnitude, and reported.
         reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
         objective: shrinkage of the statistics, and targets from the dense model.
+        tower: the part of a model that is pruned, where it has several: ``text``, ``vision``, ``audio``, …, or ``all``
+            that run on the calibration data. Text where nobody says; of an encoder-decoder always both.
+        least_prunable: refuse a model where less than this share of a block's matrix weights can be pruned, 0 to 1.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
     """
 
@@ -57,6 +60,8 @@ class Settings:
     min_expert_tokens: int = MIN_EXPERT_TOKENS
     reconstruction: Reconstruction | None = group(None, prefix="reconstruct_")
     objective: Objective = group(factory=Objective)
+    tower: str | None = None
+    least_prunable: float = LEAST_PRUNABLE
     only_where_faster: WhereFaster | None = group(None)
 
     def why_dense(self, matrix: Matrix) -> str:
@@ -118,4 +123,8 @@ class Settings:
         object.__setattr__(self, "skip", tuple(skip))
         Objective.of(self.objective)
         check_count("min_expert_tokens", self.min_expert_tokens)
+        if not is_number(self.least_prunable) or not 0.0 <= self.least_prunable <= 1.0:
+            raise InputError(f"least_prunable must be a share between 0 and 1, got {self.least_prunable!r}")
+        if self.tower is not None and not isinstance(self.tower, str):
+            raise InputError(f"tower must be the name of a part of the model, such as 'text', got {self.tower!r}")
         validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)

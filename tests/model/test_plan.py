@@ -4,8 +4,8 @@ from torch import nn
 
 from halve.errors import InputError, UnsupportedModelError
 from halve.maths.pattern import Pattern
-from halve.model.layers import find_stack, make_plan, place_of, set_matrix
-from models import DECODERS, MIXTURES, bert, decoder, vit
+from halve.model.plan import ROUTER, UNSEEN, make_plan, place_of, set_matrix
+from models import DECODERS, MIXTURES, bert, decoder, encoder_decoder, vit
 
 PATTERN = Pattern("2:4")
 
@@ -40,8 +40,12 @@ def test_fused_experts_are_one_matrix_each_and_routers_stay_dense(family):
 
 def test_a_fused_parameter_nobody_saw_in_use_is_refused_unless_skipped():
     model = decoder("mixtral")
-    with pytest.raises(UnsupportedModelError, match=r"experts\.gate_up_proj has shape .* leave it dense with skip"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"only 11% of the matrix weights in model\.layers\.0 of Mixtral.*gate_up_proj"
+    ):
         make_plan(model, PATTERN, {})
+    kept = make_plan(model, PATTERN, {}, least=0.1)
+    assert {entry.reason for entry in kept.excluded if "experts" in entry.name} == {UNSEEN}
     plan = make_plan(model, PATTERN, {}, skip=["*experts*"])
     assert {entry.reason for entry in plan.excluded if "experts" in entry.name} == {"skipped on request"}
 
@@ -101,15 +105,6 @@ def test_nothing_left_to_prune_and_unmatched_skips_are_refused():
         make_plan(model, PATTERN, {}, skip=["*q_porj*"])
 
 
-def test_encoder_decoders_and_shapeless_models_are_refused():
-    model = decoder("llama")
-    model.config.is_encoder_decoder = True
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        find_stack(model)
-    with pytest.raises(UnsupportedModelError, match="no list of blocks"):
-        find_stack(nn.Linear(4, 4))
-
-
 def test_quantised_weights_are_refused_and_shared_ones_left_alone():
     model = decoder("llama")
     layer = model.model.layers[0].self_attn
@@ -156,6 +151,55 @@ def test_a_linear_router_beside_its_experts_stays_dense():
         "layers.0.router.weight": "as many outputs as experts beside it: a router",
         "layers.1.router.weight": "as many outputs as experts beside it: a router",
     }
+
+
+class Deep(nn.Module):
+    """A block whose router stands a level below its experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 12))
+        self.experts = nn.Module()
+        self.experts.gate_up = nn.Parameter(torch.zeros(12, 16, 16))
+        self.up = nn.Linear(16, 16)
+        self.coefficients = nn.Linear(4, 16)
+        self.few = nn.Linear(16, 4)
+
+
+def test_routers_stay_dense_wherever_they_stand_and_so_does_what_is_too_small():
+    model = nn.Module()
+    model.layers = nn.ModuleList([Deep(), Deep()])
+    plan = make_plan(model, PATTERN, {f"layers.{i}.experts.gate_up": "out_in" for i in range(2)})
+    reasons = {e.name.removeprefix("layers.1."): e.reason for e in plan.excluded if e.name.startswith("layers.1.")}
+    assert reasons == {
+        "router.1.weight": ROUTER,
+        "coefficients.weight": "16 x 4 is too small ever to gain",
+        "few.weight": "4 x 16 is too small ever to gain",
+    }
+
+
+def test_a_list_in_a_block_is_one_of_experts_where_its_members_see_different_tokens():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(), Block()])
+    names = [f"layers.{i}.parts.{j}.weight" for i in range(2) for j in range(3)]
+    alike = make_plan(model, PATTERN, {}, called=dict.fromkeys(names, 20))
+    assert not any(matrix.routed for matrix in alike.matrices)
+    routed = make_plan(model, PATTERN, {}, called={**dict.fromkeys(names, 20), names[1]: 12})
+    assert [matrix.routed for matrix in routed.matrices] == [True] * 3 + [False] * 3
+    absent = make_plan(model, PATTERN, {}, called=dict.fromkeys(names[:-1], 20))
+    assert [matrix.routed for matrix in absent.matrices] == [False] * 3 + [True] * 3
+
+
+def test_the_plan_of_an_encoder_decoder_has_both_stacks():
+    plan = make_plan(encoder_decoder("t5"), PATTERN, {})
+    assert plan.stacks == (2, 2)
+    assert plan.blocks == ("encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1")
+    assert plan.weights + plan.dense_weights == sum(p.numel() for p in encoder_decoder("t5").parameters() if p.ndim > 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""Before a run changes anything: what will be pruned, and how the stacks of blocks that hold it are run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from halve.errors import UnsupportedModelError
+from halve.maths.pattern import Pattern
+from halve.model import blocks as stream_of
+from halve.model import replay
+from halve.model.blocks import Batch
+from halve.model.calls import Behaviour, Template
+from halve.model.collect import observe
+from halve.model.plan import LEAST_PRUNABLE, Matrix, Plan, make_plan
+from halve.model.stacks import DECODER, Stack, choose_stacks, find_stacks
+from halve.model.stream import Stream
+
+
+@dataclass(frozen=True)
+class StackRun:
+    """How to run a stack of blocks.
+
+    Attributes:
+        name: of the stack.
+        blocks: its blocks, in order.
+        behaviour: of the blocks.
+        later: the blocks of stacks that run later, with what they return.
+    """
+
+    name: str
+    blocks: tuple[nn.Module, ...]
+    behaviour: Behaviour
+    later: tuple[tuple[tuple[nn.Module, ...], tuple[Template, ...]], ...]
+
+    def capture(
+        self, model: nn.Module, batches: Sequence[Batch], directory: Path | None = None, *, copies: int = 1
+    ) -> Stream:
+        """Record what enters the stack in the model as it is now, as `halve.model.blocks.capture` does."""
+        return stream_of.capture(
+            model, self.blocks, batches, self.behaviour, directory, copies=copies, passing=self.later
+        )
+
+
+def plan_model(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    pattern: Pattern,
+    skip: Sequence[str] = (),
+    why_dense: Callable[[Matrix], str] | None = None,
+    *,
+    tower: str | None = None,
+    least: float = LEAST_PRUNABLE,
+) -> tuple[Plan, list[StackRun]]:
+    """Decide what will be pruned, and prove on short samples that the model can be run block by block.
+
+    Args:
+        model: the model, on the CPU, in evaluation mode.
+        batches: the calibration set; short parts of the first and the last batch are run.
+        pattern: the sparsity pattern.
+        skip: shell-style patterns of parameters that stay dense.
+        why_dense: as for `halve.model.plan.make_plan`, and ``least``.
+        tower: as for `halve.model.stacks.default_stacks`; None is the text tower where the batches have tokens.
+        least: see ``why_dense``.
+
+    Returns:
+        tuple[Plan, list[StackRun]]: the plan, and how to run each of its stacks.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run block by block, or too little of a block can be pruned.
+        InputError: nothing is left to prune, a skip pattern matches nothing, or a tower is not there or does not run.
+    """
+    stacks = find_stacks(model)
+    short = replay.probe_batches(batches)
+    with stream_of.eager_experts(model):
+        running = replay.in_running_order(model, stacks, short[0])
+        known = {stack.name: stack for stack in running}
+        others = [stack for stack in stacks if stack.name not in known]
+        chosen = choose_stacks([*running, *others], type(model).__name__, tower, known)
+        runs = [_stack_run(model, stack, running, short) for stack in chosen]
+        members = [block for stack in chosen for block in stack.blocks]
+        observed = observe(model, members, lambda: stream_of.run_batches(model, short))
+    plan = make_plan(
+        model,
+        pattern,
+        observed.layouts,
+        skip,
+        why_dense,
+        stacks=chosen,
+        called=observed.called,
+        least=least,
+    )
+    return plan, runs
+
+
+def _stack_run(model: nn.Module, stack: Stack, running: Sequence[Stack], short: Sequence[Batch]) -> StackRun:
+    """Verify that a stack can be run block by block."""
+    members = tuple(stack.blocks)
+    behaviour = replay.verify_replay(model, members, short, decodes=stack.tower == DECODER)
+    later = []
+    for other in running[running.index(stack) + 1 :]:
+        try:
+            templates = replay.watch_blocks(model, tuple(other.blocks), short[0])[0]
+        except UnsupportedModelError:  # nothing is asked of it: it is computed, which only takes longer
+            continue
+        later.append((tuple(other.blocks), templates))
+    return StackRun(stack.name, members, behaviour, tuple(later))

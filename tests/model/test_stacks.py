@@ -1,0 +1,61 @@
+import pytest
+from torch import nn
+
+from halve.errors import InputError, UnsupportedModelError
+from halve.model.stacks import choose_stacks, default_stacks, find_stack, find_stacks
+from models import DECODERS, bert, decoder, encoder_decoder, llava, vit
+
+
+@pytest.mark.parametrize("model", [*map(decoder, DECODERS), bert(), vit()])
+def test_a_plain_model_has_one_stack(model):
+    (stack,) = find_stacks(model)
+    assert (stack.name, stack.blocks) == find_stack(model)
+    assert len(stack.members) == 3
+    assert all(model.get_submodule(name) is block for name, block in stack.members.items())
+
+
+def test_of_an_image_text_model_the_text_tower_is_chosen_unless_another_is_asked_for():
+    model = llava()
+    towers = {stack.tower: stack for stack in find_stacks(model)}
+    assert set(towers) == {"vision", "text"}
+    assert towers["vision"].weights > towers["text"].weights
+    assert [stack.tower for stack in default_stacks(model)] == ["text"]
+    assert [stack.tower for stack in default_stacks(model, "vision")] == ["vision"]
+    assert {stack.tower for stack in default_stacks(model, "all")} == {"vision", "text"}
+    with pytest.raises(InputError, match="has no tower 'txt': choose among vision, text, or all"):
+        default_stacks(model, "txt")
+
+
+def test_both_stacks_of_an_encoder_decoder_are_chosen():
+    for family in ("t5", "bart", "whisper"):
+        model = encoder_decoder(family)
+        assert [stack.tower for stack in default_stacks(model)] == ["encoder", "decoder"]
+        with pytest.raises(UnsupportedModelError, match="an encoder-decoder model, with two stacks"):
+            find_stack(model)
+
+
+def test_what_did_not_run_is_not_chosen():
+    stacks = find_stacks(llava())
+    names = {stack.tower: stack.name for stack in stacks}
+    (chosen,) = choose_stacks(stacks, "Llava", None, {names["vision"]})
+    assert chosen.tower == "vision"
+    with pytest.raises(InputError, match=r"no blocks of Llava ran .*: give the inputs that they need"):
+        choose_stacks(stacks, "Llava", None, ())
+
+
+class Block(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+
+def test_a_stack_may_have_blocks_without_matrices():
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(nn.Linear(8, 8)), Block(nn.Identity()), Block(nn.Linear(8, 8))])
+    assert list(find_stacks(model)[0].members) == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_a_model_without_a_list_of_blocks_is_refused():
+    for model in (nn.Linear(4, 4), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))):
+        with pytest.raises(UnsupportedModelError, match="no list of blocks"):
+            find_stacks(model)
