@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,19 @@ def test_a_filter_is_fixed_too(defined, monkeypatch):
     monkeypatch.setitem(TASK_GROUPS, "written", TaskGroup("these tests", (member,)))
     group, task = evaluate_tasks(llama(), ["written"], tokenizer=TOKENIZER, tasks_path=defined).scores
     assert (task.task, task.filter, group.filter, group.metric) == ("gen", "all-of-it", "all-of-it", "exact_match")
+
+
+@pytest.mark.parametrize("name", TASK_GROUPS)
+def test_the_page_shows_what_a_group_fixes(name):
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    shots, shown = None, []
+    for cell in row.split("|")[2].split(","):
+        given, _, rest = cell.strip().rpartition("-shot ")
+        shots = int(given) if given else shots
+        task, metric, *used = rest.split()
+        shown.append(Member(task.strip("`"), shots, metric, "".join(used).strip("()")))
+    assert tuple(shown) == TASK_GROUPS[name].members
 
 
 def score(task, **changes):

@@ -43,7 +43,8 @@ def evaluate_command(
     models: Annotated[list[str], typer.Argument(help="Directories, .gguf files or hub ids, one or more to compare.")],
     given: dict[str, Any],
     tasks: Annotated[
-        str | None, typer.Option(help="For accuracy: tasks of lm-eval, comma-separated, such as arc_easy,hellaswag.")
+        str | None,
+        typer.Option(help="For accuracy: groups such as wanda-7, openllm-v1, or tasks of lm-eval; comma-separated."),
     ] = None,
     tasks_path: Annotated[
         Path | None,

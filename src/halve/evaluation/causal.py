@@ -33,12 +33,12 @@ class Causal(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return " ".join(self.tokenizer.convert_ids_to_tokens(self._opening))
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **more: Any
+        self, string: str, *, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **more: Any
     ) -> list[int]:
         """Return the tokens of a text, the opening before them unless ``add_special_tokens`` is false."""
         if add_special_tokens is None and self._bare:
             add_special_tokens = False
-        ids: list[int] = super().tok_encode(string, add_special_tokens, **more)
+        ids: list[int] = super().tok_encode(string, add_special_tokens=add_special_tokens, **more)
         if add_special_tokens is None and not self._opens(ids):
             ids = [*self._opening, *ids]
         if left_truncate_len is not None and len(ids) > left_truncate_len:
