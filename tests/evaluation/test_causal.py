@@ -30,7 +30,7 @@ def ends_texts():
     return tokenizer
 
 
-def seen(tmp_path, tokenizer, rows=None, **changes):
+def seen(tmp_path, tokenizer, rows=None, *, batch_size=1, **changes):
     """Return the results of a task, and every row of tokens that the model was given; padding is left of it."""
     model, rows_seen = llama(), []
 
@@ -39,7 +39,7 @@ def seen(tmp_path, tokenizer, rows=None, **changes):
 
     model.register_forward_pre_hook(record, with_kwargs=True)
     directory = write_task(tmp_path / "tasks", "task", rows, **changes)
-    options = {"tokenizer": tokenizer, "tasks_path": directory, "batch_size": 1, "forward_dtype": "float32"}
+    options = {"tokenizer": tokenizer, "tasks_path": directory, "batch_size": batch_size, "forward_dtype": "float32"}
     return evaluate_tasks(model, ["task"], **options), rows_seen, model
 
 
@@ -81,6 +81,18 @@ def test_prompts_to_be_continued_keep_their_bos_when_they_are_cut(tmp_path):
     whole = WITH_BOS(LONG)["input_ids"]
     assert sorted(prompts, key=len) == [WITH_BOS("the quick")["input_ids"], [whole[0], *whole[-124:]]]
     assert any("truncation" in note for note in results.notes)
+
+
+def test_prompts_of_one_batch_begin_with_one_bos_each(tmp_path):
+    """lm-eval looks at the first of a batch alone."""
+    texts = ("<s>the quick brown fox jumps", "a sparse matrix keeps")
+    rows = [{"question": text, "answer": "no"} for text in texts]
+    generation = {"until": ["\n"], "max_gen_toks": 3, "do_sample": False}
+    changes = {"doc_to_target": "{{answer}}", "doc_to_choice": None, "generation_kwargs": generation}
+    changes.update(output_type="generate_until", metric_list=[EXACT])
+    _, given, _ = seen(tmp_path, WITH_BOS, rows, batch_size=2, **changes)
+    expected = [WITH_BOS(text.removeprefix("<s>"))["input_ids"] for text in texts]
+    assert [row[-len(ids) :] for row, ids in zip(given, expected, strict=False)] == expected
 
 
 def test_whole_texts_begin_with_one_bos_which_is_not_scored(tmp_path):

@@ -48,7 +48,9 @@ class Causal(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **more: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens of texts, padded; those that had to be cut begin with the opening."""
+        """Return the tokens of texts, padded; all begin with the opening, those that had to be cut too."""
+        if self.tokenizer.bos_token_id in self._opening:  # lm-eval looks for it in the first text alone
+            strings = [text.removeprefix(self.tokenizer.bos_token) for text in strings]
         ids, mask = super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **more)
         if self._opening and left_truncate_len is not None:
             opening = ids.new_tensor(self._opening)
