@@ -12,7 +12,7 @@ from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
 from halve.evaluation.task_groups import TASK_GROUPS, Member, TaskGroup
 from local_tasks import write_group, write_task
 from models import FORWARD_DTYPE, decoder
-from tiny_tokenizers import byte_bpe
+from tiny_tokenizers import byte_bpe, ends_texts
 
 run = CliRunner().invoke
 WINDOWS = ["--seq-len", "32", "--max-windows", "3"]
@@ -128,6 +128,14 @@ def test_a_group_of_ours_says_what_it_fixes(model, asked, monkeypatch):
         ("second", "acc", {}),
     ]
     assert all("of_examples" not in score for score in entry["tasks"])
+
+
+def test_a_tokenizer_that_tasks_cannot_take_is_refused_before_perplexity_is_measured(model, text, asked, monkeypatch):
+    ends_texts().save_pretrained(model)
+    monkeypatch.setattr("halve.evaluation.request.Evaluation.measure", None)
+    result = run(app, ["eval", model, "--data", text, *WINDOWS, *asked])
+    assert result.exit_code == EXIT_REFUSED, result.output
+    assert "error: the tokenizer ends every text with </s>" in result.stderr
 
 
 def test_figures_carry_what_differs_between_models(model, tmp_path, asked):

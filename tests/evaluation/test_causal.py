@@ -8,7 +8,7 @@ from halve.errors import InputError
 from halve.evaluation.harness import text_opening
 from halve.evaluation.tasks import evaluate_tasks
 from local_tasks import EXACT, QUESTIONS, llama, stay_offline, write_task
-from tiny_tokenizers import byte_bpe
+from tiny_tokenizers import byte_bpe, ends_texts
 
 WITH_BOS = byte_bpe(adds_bos=True)
 LONG = "the quick brown fox " * 40
@@ -19,15 +19,6 @@ ROLLING = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_ch
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
     stay_offline(tmp_path, monkeypatch)
-
-
-def ends_texts():
-    """A tokenizer that puts a token after every text."""
-    tokenizer = byte_bpe()
-    eos = tokenizer.convert_tokens_to_ids("</s>")
-    template = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", eos)])
-    tokenizer.backend_tokenizer.post_processor = template
-    return tokenizer
 
 
 def seen(tmp_path, tokenizer, rows=None, *, batch_size=1, **changes):

@@ -114,6 +114,10 @@ def _measure(
     source: Source, evaluation: Evaluation | None, tasks: "TaskSet | None", batch_size: int, settings: dict[str, Any]
 ) -> _Measured:
     loaded = load_model(source)
+    if tasks is not None:
+        from halve.evaluation.harness import check_model
+
+        check_model(loaded.model, loaded.tokenizer)
     perplexities: list[Perplexity] = []
     if evaluation is not None:
         texts = evaluation.texts(loaded, None)

@@ -162,7 +162,7 @@ def adapt(model: nn.Module, tokenizer: Any, dtype: torch.dtype, batch_size: int)
         InputError: there is no tokenizer, it ends every text with a token of its own, or the model does not write text
             from left to right.
     """
-    _check_model(model, tokenizer)
+    check_model(model, tokenizer)
     opening = text_opening(tokenizer)
     from halve.evaluation.causal import Causal
 
@@ -203,7 +203,12 @@ def text_opening(tokenizer: Any) -> list[int]:
     return whole[:start]
 
 
-def _check_model(model: Any, tokenizer: Any) -> None:
+def check_model(model: Any, tokenizer: Any) -> None:
+    """Look whether lm-eval can ask a model, before anything is measured.
+
+    Raises:
+        InputError: see `adapt`.
+    """
     from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerFast
 
     if tokenizer is None:
@@ -215,3 +220,4 @@ def _check_model(model: Any, tokenizer: Any) -> None:
             f"tasks are for causal language models of transformers, and {type(model).__name__} is none: "
             "give a model that writes text from left to right"
         )
+    text_opening(tokenizer)
