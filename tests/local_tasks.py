@@ -2,6 +2,10 @@
 
 import json
 
+from models import decoder
+from tiny_tokenizers import byte_bpe
+
+TOKENIZER = byte_bpe()
 QUESTIONS = (
     "the quick brown",
     "over the lazy",
@@ -18,6 +22,29 @@ CHOICES = ("fox", "dog jumps", "matrix", "network can")
 ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 NORMALISED = {**ACCURACY, "metric": "acc_norm"}
 EXACT = {**ACCURACY, "metric": "exact_match"}
+
+
+def stay_offline(tmp_path, monkeypatch):
+    """No network, no cache but the test's own, and two tasks that stand for lm-eval's ten thousand."""
+    import lm_eval.tasks.manager
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    real = lm_eval.tasks.manager.__file__
+    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", real.replace("manager.py", "arc/any.py"))
+
+
+def llama(**changes):
+    """Return a tiny model for `TOKENIZER`."""
+    return decoder("llama", vocab_size=320, **changes)
+
+
+def contrary():
+    """Return a model that likes what `llama` dislikes."""
+    model = llama()
+    model.lm_head.weight.data.neg_()
+    return model
 
 
 def documents(answers=None):
@@ -52,8 +79,8 @@ def write_task(directory, name, rows=None, **changes):
     return directory
 
 
-def write_group(directory, name, members):
-    """Write a group of tasks with the mean of their accuracies, every example counting the same."""
-    aggregate = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
+def write_group(directory, name, members, *, by_size=True):
+    """Write a group of tasks with the mean of their accuracies; every example counts the same, or every task."""
+    aggregate = [{"metric": "acc", "aggregation": "mean", "weight_by_size": by_size}]
     text = json.dumps({"group": name, "task": members, "aggregate_metric_list": aggregate, "metadata": {"version": 5}})
     (directory / f"{name}.yaml").write_text(text)

@@ -30,6 +30,15 @@ def byte_bpe(vocabulary=320, *, bos="<s>", eos="</s>", adds_bos=False, **setting
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, **settings)
 
 
+def ends_texts():
+    """Return a `byte_bpe` that puts a token after every text."""
+    tokenizer = byte_bpe()
+    eos = [("</s>", tokenizer.convert_tokens_to_ids("</s>"))]
+    template = processors.TemplateProcessing(single="$A </s>", special_tokens=eos)
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
 def word_level(*, bos="<s>", eos="</s>", **settings):
     """Return a tokenizer with one token a word of `SENTENCES`, 32 + specials."""
     words = sorted({word for sentence in SENTENCES for word in sentence.split()})

@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from halve.checkpoint.load import load_model
 from halve.cli.app import app
 from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
+from halve.evaluation.task_groups import TASK_GROUPS, Member, TaskGroup
 from local_tasks import write_group, write_task
 from models import FORWARD_DTYPE, decoder
-from tiny_tokenizers import byte_bpe
+from tiny_tokenizers import byte_bpe, ends_texts
 
 run = CliRunner().invoke
 WINDOWS = ["--seq-len", "32", "--max-windows", "3"]
@@ -74,7 +75,7 @@ def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
     rows = [cells for cells in lines if cells]
     for entry, cells in zip((entries[0], entries[2]), rows[:2], strict=True):
         assert cells[:3] == [entry["model"], text, f"{entry['value']:.3f}"]
-    for first, second, cells in zip(entries[1]["tasks"], entries[3]["tasks"], rows[2:], strict=True):
+    for first, second, cells in zip(entries[1]["tasks"], entries[3]["tasks"], rows[2:7], strict=True):
         assert cells[1:4] == [
             f"{first['metric']} ↑",
             str(first["num_fewshot"] or "0" * (not first["is_group"])),
@@ -83,11 +84,67 @@ def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
         shown = [f"{score['value']:.4f} ± {score['stderr']:.4f}" for score in (first, second)]
         difference, _, stderr = cells[6].partition(" ± ")
         assert [*cells[4:6], difference] == [*shown, f"{second['value'] - first['value']:+.4f}"]
-        assert bool(stderr) is not first["is_group"]
-    assert [cells[0] for cells in rows[2:]] == ["both (group)", "first", "first", "second", "second"]
-    assert any(not cells[6].startswith("+0.0000") for cells in rows[2:])
+        assert stderr
+    scores, tests = rows[2:7], rows[7:]
+    assert [cells[0] for cells in scores] == ["both (group)", "first", "first", "second", "second"]
+    assert any(not cells[6].startswith("+0.0000") for cells in scores)
     assert " other - dense " in result.stdout
-    assert f"± standard error; at most 9 examples of a task; {FORWARD_DTYPE}; lm-eval" in result.stdout
+    caption = " ".join(result.stdout.split())
+    versions = ", ".join(f"{package} {version}" for package, version in entries[1]["versions"].items())
+    assert list(entries[1]["versions"]) == ["lm-eval", "transformers", "torch", "halve"]
+    how = f"at most 9 examples of a task; {FORWARD_DTYPE}; at most 128 tokens; no BOS; {versions}"
+    assert f"± standard error; {how}" in caption
+    assert [cells[0] for cells in tests] == ["both (group)", "first", "first", "second", "second"]
+    for one, cells in zip(entries[3]["differences"], tests, strict=True):
+        counts = [str(one[name]) for name in ("tested", "lost", "gained")]
+        assert cells[1:] == [one["metric"], *counts, f"{one['p_value']:.2g}"]
+    assert entries[3]["against"] == model
+    assert "differences" not in entries[1]
+    whole, *parts = entries[3]["differences"]
+    assert whole["without"] == {"first": parts[2]["value"], "second": parts[0]["value"]}
+    low, high = sorted(whole["without"], key=whole["without"].get)
+    ends = [f"{whole['without'][task]:+.4f} (without {task})" for task in (low, high)]
+    difference = f"both acc, other - dense: {whole['value']:+.4f}"
+    assert f"note: {difference}; one task left out, from {' to '.join(ends)}" in caption
+
+
+def test_a_group_of_ours_says_what_it_fixes(model, asked, monkeypatch):
+    group = TaskGroup("a paper", (Member("first", 0, "acc_norm"), Member("second", 1, "acc")))
+    monkeypatch.setitem(TASK_GROUPS, "pair", group)
+    arguments = ["eval", model, "--tasks", "pair", *asked[2:]]
+    result = run(app, arguments)
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.stdout.split())
+    assert "note: pair fixes tasks, shots and metrics as a paper, and counts every task the same" in printed
+    (entry,) = json.loads(run(app, [*arguments, "--json"]).stdout)
+    members = [
+        {"task": "first", "num_fewshot": 0, "metric": "acc_norm", "filter": ""},
+        {"task": "second", "num_fewshot": 1, "metric": "acc", "filter": ""},
+    ]
+    assert entry["groups"] == {"pair": {"of": "a paper", "members": members}}
+    assert [(score["task"], score["metric"], score["weights"]) for score in entry["tasks"]] == [
+        ("pair", "mean", {"first": 0.5, "second": 0.5}),
+        ("first", "acc_norm", {}),
+        ("second", "acc", {}),
+    ]
+    assert all("of_examples" not in score for score in entry["tasks"])
+
+
+def test_a_tokenizer_that_tasks_cannot_take_is_refused_before_perplexity_is_measured(model, text, asked, monkeypatch):
+    ends_texts().save_pretrained(model)
+    monkeypatch.setattr("halve.evaluation.request.Evaluation.measure", None)
+    result = run(app, ["eval", model, "--data", text, *WINDOWS, *asked])
+    assert result.exit_code == EXIT_REFUSED, result.output
+    assert "error: the tokenizer ends every text with </s>" in result.stderr
+
+
+def test_figures_carry_what_differs_between_models(model, tmp_path, asked):
+    longer = decoder("llama", seed=1, vocab_size=320, max_position_embeddings=64)
+    longer.save_pretrained(tmp_path / "other")
+    byte_bpe(adds_bos=True).save_pretrained(tmp_path / "other")
+    result = run(app, ["eval", model, str(tmp_path / "other"), *asked])
+    assert result.exit_code == 0, result.output
+    assert "at most 128 | 64 tokens; no BOS | BOS <s>; lm-eval" in " ".join(result.stdout.split())
 
 
 def test_one_model_in_memory_at_a_time(model, other, asked, monkeypatch):

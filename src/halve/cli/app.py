@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from halve.cli.signatures import with_parameters
+from halve.cli.options import with_parameters
 from halve.errors import InputError
 from halve.lookup import find_row
 

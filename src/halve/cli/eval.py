@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from halve.checkpoint.load import Source, has_tokenizer, load_model, resolve
@@ -26,7 +26,7 @@ from halve.evaluation.request import Evaluation
 from halve.report.record import finite
 
 if TYPE_CHECKING:
-    from halve.evaluation.tasks import TaskResults, TaskScore, TaskSet
+    from halve.evaluation.tasks import TaskResults, TaskSet
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def evaluate_command(
     models: Annotated[list[str], typer.Argument(help="Directories, .gguf files or hub ids, one or more to compare.")],
     given: dict[str, Any],
     tasks: Annotated[
-        str | None, typer.Option(help="For accuracy: tasks of lm-eval, comma-separated, such as arc_easy,hellaswag.")
+        str | None,
+        typer.Option(help="For accuracy: groups such as wanda-7, openllm-v1, or tasks of lm-eval; comma-separated."),
     ] = None,
     tasks_path: Annotated[
         Path | None,
@@ -77,7 +78,7 @@ def evaluate_command(
                 measured.append(_measure(source, evaluation, opened, batch_size, settings))
         finally:  # what is finished is worth having, whatever stopped the rest
             if as_json and measured:
-                out.print_json(json.dumps([entry for one in measured for entry in _entries(one)]))
+                out.print_json(json.dumps([entry for one in measured for entry in _entries(one, measured[0])]))
             else:
                 _show(measured)
 
@@ -113,6 +114,10 @@ def _measure(
     source: Source, evaluation: Evaluation | None, tasks: "TaskSet | None", batch_size: int, settings: dict[str, Any]
 ) -> _Measured:
     loaded = load_model(source)
+    if tasks is not None:
+        from halve.evaluation.harness import check_model
+
+        check_model(loaded.model, loaded.tokenizer)
     perplexities: list[Perplexity] = []
     if evaluation is not None:
         texts = evaluation.texts(loaded, None)
@@ -142,32 +147,28 @@ def _progress(model: str) -> Iterator[Any]:
         yield show
 
 
-def _entries(measured: _Measured) -> Iterator[dict[str, Any]]:
+def _entries(measured: _Measured, first: _Measured) -> Iterator[dict[str, Any]]:
     """Return what ``--json`` prints of a model: an entry a perplexity, and one with the scores of all tasks."""
     for result in measured.perplexities:
         entry = asdict(result)
         yield {"model": measured.model, **entry, "value": finite(result.value), "nll": finite(result.nll)}
     if measured.tasks is not None:
-        scores = [
-            {
-                **{key: value for key, value in asdict(score).items() if key != "of_examples"},
-                "value": finite(score.value),
-                "stderr": finite(score.stderr) if score.stderr else score.stderr,
-            }
-            for score in measured.tasks.scores
-        ]
-        rest = {key: value for key, value in asdict(measured.tasks).items() if key != "scores"}
-        yield {"model": measured.model, **rest, "tasks": scores}
+        from halve.cli.task_tables import task_entry
+
+        yield {"model": measured.model, **task_entry(measured.tasks, first.model, first.tasks or measured.tasks)}
 
 
 def _show(measured: list[_Measured]) -> None:
     if any(one.perplexities for one in measured):
         out.print(_perplexity_table(measured))
+    notes = [result.note for one in measured for result in one.perplexities]
     results = [one.tasks for one in measured if one.tasks is not None]
     if results:
-        out.print(_task_table([one.model for one in measured], results))
-    notes = [result.note for one in measured for result in one.perplexities]
-    notes += [note for result in results for note in result.notes]
+        from halve.cli.task_tables import paired_tables, score_table, sentences
+
+        names = [one.model for one in measured]
+        out.print(score_table(names, results), *paired_tables(names, results), sep="\n")
+        notes += sentences(names, results)
     for note in dict.fromkeys(filter(None, notes)):
         say(out, note, label="note")
 
@@ -186,52 +187,3 @@ def _perplexity_table(measured: list[_Measured]) -> Table:
                 f"{result.seconds:.1f}",
             )
     return table
-
-
-def _task_table(models: list[str], results: "list[TaskResults]") -> Table:
-    """Return a row a metric and a column a model; then the differences to the first model."""
-    columns = [Column(Text(model), justify="right") for model in models]
-    differences = [
-        Column(Text(f"{Path(model).name} - {Path(models[0]).name}"), justify="right") for model in models[1:]
-    ]
-    few = "all examples" if results[0].limit is None else f"at most {results[0].limit} examples of a task"
-    table = Table(
-        "task",
-        "metric",
-        "shots",
-        "examples",
-        *columns,
-        *differences,
-        caption=Text(f"± standard error; {few}; {results[0].dtype}; lm-eval {results[0].harness}"),
-    )
-    by_metric = [{(s.task, s.metric, s.filter): s for s in result.scores} for result in results]
-    for key in dict.fromkeys(key for scores in by_metric for key in scores):
-        scores = [found.get(key) for found in by_metric]
-        some = next(score for score in scores if score is not None)
-        table.add_row(
-            Text(f"{some.task} (group)" if some.is_group else some.task),
-            Text(_metric(some)),
-            "" if some.num_fewshot is None else str(some.num_fewshot),
-            str(some.examples),
-            *map(_value, scores),
-            *[_difference(score, scores[0]) for score in scores[1:]],
-        )
-    return table
-
-
-def _value(score: "TaskScore | None") -> str:
-    if score is None:
-        return "none"
-    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
-
-
-def _difference(score: "TaskScore | None", first: "TaskScore | None") -> str:
-    if score is None or first is None:
-        return ""
-    difference, stderr = score.minus(first)
-    return f"{difference:+.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-
-
-def _metric(score: "TaskScore") -> str:
-    arrow = {True: " ↑", False: " ↓", None: ""}[score.higher_is_better]
-    return score.metric + (f" ({score.filter})" if score.filter else "") + arrow

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, get_origin
 
 import typer
 
-from halve.cli.signatures import with_parameters
+from halve.cli.options import with_parameters
 from halve.cli.values import parse_number
 from halve.option_groups import Option, members_of, options_of
 

@@ -1,5 +1,7 @@
-"""Arguments and options that several commands share, with their help texts."""
+"""Arguments and options that several commands share, with their help texts, and how a function is given more."""
 
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -15,3 +17,19 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def with_parameters(
+    function: Callable[..., None], parameters: Sequence[inspect.Parameter], like: Callable[..., None]
+) -> Callable[..., None]:
+    """Make a function look as if it had these keyword parameters, with their annotations.
+
+    Args:
+        function: takes any keywords.
+        parameters: what it is shown to take.
+        like: another function, whose name and docstring it gets.
+    """
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {each.name: each.annotation for each in parameters}
+    function.__doc__, function.__name__ = like.__doc__, like.__name__
+    return function

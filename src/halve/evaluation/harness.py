@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def require_harness() -> str:
     except ImportError as error:
         raise InputError("tasks need lm-eval: pip install 'halve[tasks]'") from error
     return str(lm_eval.__version__)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that scores depend on, by package."""
+    return {"lm-eval": require_harness(), **{name: version(name) for name in ("transformers", "torch", "halve")}}
 
 
 @contextmanager
@@ -153,17 +159,20 @@ def adapt(model: nn.Module, tokenizer: Any, dtype: torch.dtype, batch_size: int)
         batch_size: requests in one forward.
 
     Raises:
-        InputError: there is no tokenizer, or the model does not write text from left to right.
+        InputError: there is no tokenizer, it ends every text with a token of its own, or the model does not write text
+            from left to right.
     """
-    _check_model(model, tokenizer)
-    from lm_eval.models.huggingface import HFLM
+    check_model(model, tokenizer)
+    opening = text_opening(tokenizer)
+    from halve.evaluation.causal import Causal
 
     own = weight_dtype(model)
     # lm-eval ties the output head to the embedding where the configuration says so, even if the checkpoint has both:
     # the model would no longer be the one that was loaded.
     model.tie_weights = lambda *_args, **_more: None  # type: ignore[assignment]
     try:
-        yield HFLM(
+        yield Causal(
+            opening=opening,
             pretrained=model,
             tokenizer=deepcopy(tokenizer),  # it gets a padding token
             backend="causal",
@@ -176,7 +185,30 @@ def adapt(model: nn.Module, tokenizer: Any, dtype: torch.dtype, batch_size: int)
         del model.tie_weights
 
 
-def _check_model(model: Any, tokenizer: Any) -> None:
+def text_opening(tokenizer: Any) -> list[int]:
+    """Return the ids of what a tokenizer puts before every text, such as its BOS; empty if it puts nothing there.
+
+    Raises:
+        InputError: it puts something after every text too, which would stand between a question and its answer.
+    """
+    plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+    closing = whole[start + len(plain) :]
+    if closing:
+        raise InputError(
+            f"the tokenizer ends every text with {' '.join(tokenizer.convert_ids_to_tokens(closing))}, which would "
+            "stand between a question and its answer: set add_eos_token to false in its tokenizer_config.json, or take "
+            "the post-processor that adds it out of its tokenizer.json"
+        )
+    return whole[:start]
+
+
+def check_model(model: Any, tokenizer: Any) -> None:
+    """Look whether lm-eval can ask a model, before anything is measured.
+
+    Raises:
+        InputError: see `adapt`.
+    """
     from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerFast
 
     if tokenizer is None:
@@ -188,3 +220,4 @@ def _check_model(model: Any, tokenizer: Any) -> None:
             f"tasks are for causal language models of transformers, and {type(model).__name__} is none: "
             "give a model that writes text from left to right"
         )
+    text_opening(tokenizer)

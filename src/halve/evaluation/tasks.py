@@ -1,10 +1,8 @@
 """Accuracy on tasks: question sets and their metrics, as EleutherAI's lm-eval defines them (the extra ``tasks``)."""
 
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,59 +20,17 @@ from halve.evaluation.harness import (
     require_harness,
     seeded,
     unreadable_definitions,
+    versions,
     without_noise,
 )
 from halve.evaluation.perplexity import ready
+from halve.evaluation.scores import TaskScore, read_scores
+from halve.evaluation.task_groups import TASK_GROUPS, Member, TaskGroup, check_member, mean_score, member_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
-    """One metric of one task, or of a group of tasks.
-
-    Attributes:
-        task: name of the task or group.
-        metric: as lm-eval calls it, for example ``acc`` or ``acc_norm``.
-        filter: what was done to the answers before they were judged; empty for nothing.
-        value: the metric.
-        stderr: its standard error; None where lm-eval has none.
-        examples: how many examples it is over.
-        num_fewshot: solved examples shown before each question; None for a group whose tasks differ.
-        version: of the task's definition; empty if it has none.
-        higher_is_better: None where the definition does not say.
-        is_group: whether it is the aggregate of the tasks that follow it.
-        sha256: hash of the questions, prompts and targets, as lm-eval computes it: scores compare where it is equal.
-            Empty for a group.
-        of_examples: the metric of every example, in order; empty where it is no mean over examples, and for a group.
-    """
-
-    task: str
-    metric: str
-    filter: str
-    value: float
-    stderr: float | None
-    examples: int
-    num_fewshot: int | None
-    version: str
-    higher_is_better: bool | None
-    is_group: bool
-    sha256: str
-    of_examples: tuple[float, ...] = field(default=(), repr=False)
-
-    def minus(self, other: "TaskScore") -> tuple[float, float | None]:
-        """Return the difference to the score of another model, and its standard error.
-
-        Both models answered the same examples, so that the error is that of the mean of the differences. It is None
-        where the examples are not the same, or the metric is no mean over them.
-        """
-        difference = self.value - other.value
-        count = len(self.of_examples)
-        if count < 2 or count != len(other.of_examples) or self.sha256 != other.sha256:
-            return difference, None
-        each = [mine - theirs for mine, theirs in zip(self.of_examples, other.of_examples, strict=True)]
-        return difference, statistics.stdev(each) / math.sqrt(count)
+_WHERE_LISTED = f"`lm-eval ls tasks` lists them, and the groups of Halve are {', '.join(TASK_GROUPS)}"
 
 
 @dataclass(frozen=True)
@@ -83,18 +39,24 @@ class TaskResults:
 
     Attributes:
         scores: a group before its tasks, tasks in the order they were asked for.
+        groups: what the groups of `TASK_GROUPS` that were asked for fix, by name.
         dtype: what the matrices were multiplied in.
+        max_length: the most tokens of a prompt with its answer; longer ones are cut from the left, and a note says so.
+        bos: what the tokenizer puts before every text, and so before every prompt; empty for nothing.
         limit: the most examples of a task; None for all.
         seconds: wall-clock time, loading apart.
-        harness: version of lm-eval.
+        versions: of lm-eval, transformers, torch and Halve.
         notes: what lm-eval did otherwise than asked, for example shorten prompts that are too long for the model.
     """
 
     scores: tuple[TaskScore, ...]
+    groups: Mapping[str, TaskGroup]
     dtype: str
+    max_length: int
+    bos: str
     limit: int | None
     seconds: float
-    harness: str
+    versions: Mapping[str, str]
     notes: tuple[str, ...]
 
 
@@ -103,11 +65,13 @@ class TaskSet:
     """Tasks whose definitions and examples are loaded and checked, for any number of models.
 
     Attributes:
-        loaded: what lm-eval loaded for each name that was asked for.
+        names: what was asked for.
+        loaded: what lm-eval loaded for each of them; for a group of `TASK_GROUPS`, for each of its members.
         limit: the most examples of a task; None for all.
         notes: see `TaskResults`.
     """
 
+    names: tuple[str, ...]
     loaded: Mapping[str, Any]
     limit: int | None
     notes: tuple[str, ...]
@@ -123,35 +87,32 @@ def open_tasks(
     """Load the definitions and examples of tasks; names on the Hugging Face hub are downloaded.
 
     Args:
-        names: of tasks, groups or tags.
+        names: groups of `halve.evaluation.task_groups.TASK_GROUPS`, or tasks, groups or tags of lm-eval.
         tasks_path: a directory with definitions of your own in YAML; they win over lm-eval's. **A definition can run
             Python code** (``!function``), so take only ones you trust.
         limit: only the first examples of each task.
         num_fewshot: solved examples to show before each question; None is what each task defines. A task that defines
-            0 keeps 0, and a note says so.
+            0 keeps 0, and a note says so. Groups of `TASK_GROUPS` fix it.
 
     Raises:
         InputError: lm-eval is missing, an argument is not usable, there is no task of a name, its definition or data
-            cannot be loaded, or it runs code that a model wrote, which Halve never does.
+            cannot be loaded, it is not what a group fixes, or it runs code that a model wrote, which Halve never does.
     """
     require_harness()
-    if isinstance(names, str) or not names or not all(names):
-        raise InputError(f"tasks {names!r} are not usable: give a list of names, for example arc_easy, hellaswag")
-    if twice := {name for name in names if list(names).count(name) > 1}:
-        raise InputError(f"task {min(twice)!r} is asked for twice: ask once")
-    if limit is not None:
-        check_count("limit", limit)
-    if num_fewshot is not None:
-        check_count("num_fewshot", num_fewshot, least=0)
-    if tasks_path is not None and not Path(tasks_path).is_dir():
-        raise InputError(f"tasks_path {tasks_path} is not a directory: give one that holds task definitions (.yaml)")
+    _check_asked(names, tasks_path, limit, num_fewshot)
+    owners = _owners(names)
     with without_noise() as listener:
-        manager = _manager_of(names, tasks_path)
-        loaded = {name: _load(manager, name) for name in names}
-        _check_tasks(loaded)
-        for definition in _all_tasks(loaded):
-            _set_fewshot(definition, num_fewshot, listener)
-    return TaskSet(loaded, limit, listener.sentences())
+        manager = _manager_of(list(owners), tasks_path)
+        if taken := [name for name in names if name in TASK_GROUPS and name in manager.task_index]:
+            raise InputError(f"there is a task {taken[0]!r}, and a group of Halve of that name: rename the task")
+        loaded = {name: _load(manager, name) for name in owners}
+        _check_tasks(loaded, {name: group for name, (group, _) in owners.items()})
+        for name, (group, member) in owners.items():
+            for definition in loaded[name]["tasks"].values():
+                _set_fewshot(definition, member.num_fewshot if member else num_fewshot, listener)
+                if member is not None:
+                    check_member(group, member, definition)
+    return TaskSet(tuple(names), loaded, limit, listener.sentences())
 
 
 def measure_tasks(
@@ -173,16 +134,17 @@ def measure_tasks(
         batch_size: requests (a question with one of its answers) in one forward.
         device: where to run; the model is moved there meanwhile. None leaves it where it is.
         forward_dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``, see `halve.evaluation.perplexity.perplexity`.
-        progress: called with the name asked for, its requests done, and its requests in all.
+        progress: called with the name asked for (of a group of `TASK_GROUPS`, that of its member), its requests done,
+            and its requests in all.
 
     Raises:
-        InputError: an argument is not usable, or there is no tokenizer.
+        InputError: an argument is not usable, or there is no tokenizer, or one that ends every text with a token.
         HalveError: lm-eval failed on a task, or has no result for it; the message names it.
     """
     check_count("batch_size", batch_size)
     place = model_device(model) if device is None else resolve_device(device)
     forward_precision(forward_dtype, place)
-    scores: list[TaskScore] = []
+    found: dict[str, list[TaskScore]] = {}
     started = time.perf_counter()
     with (
         without_noise() as listener,
@@ -191,13 +153,17 @@ def measure_tasks(
     ):
         for name, loaded in tasks.loaded.items():
             results = _run(lm, name, loaded, tasks.limit, progress and listener.aloud(progress))
-            scores += _scores(name, results)
+            found[name] = list(read_scores(name, loaded, results))
+        max_length, bos = int(lm.max_length), str(lm.opening)
     return TaskResults(
-        scores=tuple(scores),
+        scores=tuple(score for name in tasks.names for score in _scores(name, found)),
+        groups={name: TASK_GROUPS[name] for name in tasks.names if name in TASK_GROUPS},
         dtype=str(used).removeprefix("torch."),
+        max_length=max_length,
+        bos=bos,
         limit=tasks.limit,
         seconds=time.perf_counter() - started,
-        harness=require_harness(),
+        versions=versions(),
         notes=(*tasks.notes, *listener.sentences()),
     )
 
@@ -246,6 +212,37 @@ def evaluate_tasks(
     )
 
 
+def _check_asked(
+    names: Sequence[str], tasks_path: str | Path | None, limit: int | None, num_fewshot: int | None
+) -> None:
+    if isinstance(names, str) or not names or not all(names):
+        raise InputError(f"tasks {names!r} are not usable: give a list of names, for example arc_easy, hellaswag")
+    if twice := {name for name in names if list(names).count(name) > 1}:
+        raise InputError(f"task {min(twice)!r} is asked for twice: ask once")
+    if limit is not None:
+        check_count("limit", limit)
+    if num_fewshot is not None:
+        check_count("num_fewshot", num_fewshot, least=0)
+    if tasks_path is not None and not Path(tasks_path).is_dir():
+        raise InputError(f"tasks_path {tasks_path} is not a directory: give one that holds task definitions (.yaml)")
+    groups = [name for name in names if name in TASK_GROUPS]
+    if groups and num_fewshot is not None:
+        raise InputError(f"num_fewshot = {num_fewshot} does not go with {groups[0]!r}, which fixes it: leave it out")
+
+
+def _owners(names: Sequence[str]) -> dict[str, tuple[str, Member | None]]:
+    """Return every name that lm-eval is to load, with the name asked for and, for a group of ours, what it fixes."""
+    owners: dict[str, tuple[str, Member | None]] = {}
+    for name in names:
+        members: Sequence[Member | None] = TASK_GROUPS[name].members if name in TASK_GROUPS else (None,)
+        for member in members:
+            task = name if member is None else member.task
+            if task in owners:
+                raise InputError(f"task {task!r} is asked for twice, in {owners[task][0]!r} and in {name!r}: ask once")
+            owners[task] = name, member
+    return owners
+
+
 def _manager_of(names: Sequence[str], tasks_path: str | Path | None) -> Any:
     """Return an index of task definitions that has all of the names."""
     from lm_eval.tasks import TaskManager
@@ -261,8 +258,8 @@ def _manager_of(names: Sequence[str], tasks_path: str | Path | None) -> Any:
     manager = TaskManager(include_path=None if tasks_path is None else str(tasks_path))
     for name in names:
         if name not in manager.task_index:
-            close = get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`lm-eval ls tasks` lists them"
+            close = get_close_matches(name, [*TASK_GROUPS, *manager.all_tasks], n=3)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else _WHERE_LISTED
             where = "lm-eval" if tasks_path is None else f"lm-eval or {tasks_path}"
             raise InputError(f"there is no task {name!r} in {where}: {hint}")
     return manager
@@ -289,18 +286,15 @@ def _load(manager: Any, name: str) -> Any:
         ) from error
 
 
-def _all_tasks(loaded: Mapping[str, Any]) -> Iterator[Any]:
-    for one in loaded.values():
-        yield from one["tasks"].values()
-
-
-def _check_tasks(loaded: Mapping[str, Any]) -> None:
+def _check_tasks(loaded: Mapping[str, Any], asked: Mapping[str, str]) -> None:
+    """Refuse tasks that cannot be run or are there twice; ``asked`` has the names they were asked for by."""
     owner: dict[str, str] = {}
     for name, one in loaded.items():
         for task, definition in one["tasks"].items():
             if task in owner:
-                raise InputError(f"task {task!r} is asked for twice, in {owner[task]!r} and in {name!r}: ask once")
-            owner[task] = name
+                both = f"in {owner[task]!r} and in {asked[name]!r}"
+                raise InputError(f"task {task!r} is asked for twice, {both}: ask once")
+            owner[task] = asked[name]
             if getattr(definition, "UNSAFE_CODE", False):
                 raise InputError(f"task {task!r} runs code that the model wrote, and Halve does not: leave it out")
             if getattr(definition, "MULTIMODAL", False):
@@ -350,69 +344,12 @@ def _run(
     return results
 
 
-def _scores(name: str, results: Mapping[str, Any]) -> Iterator[TaskScore]:
-    for task in _groups_first(results):
-        metrics = results["results"][task]
-        is_group = task in results["group_subtasks"]
-        names = [key for key in metrics if "," in key and not key.partition(",")[0].endswith("_stderr")]
-        if not names and not is_group:
-            raise HalveError(f"task {task!r}, asked for as {name!r}, gave no result: check its definition")
-        version = results["versions"].get(task)
-        for key in names:
-            metric, _, used = key.partition(",")
-            yield TaskScore(
-                task=task,
-                metric=metric,
-                filter="" if used == "none" else used,
-                value=_number(metrics[key], task, metric),
-                stderr=_stderr(metrics.get(f"{metric}_stderr,{used}")),
-                examples=metrics.get("sample_count", {}).get(key, metrics["sample_len"]),
-                num_fewshot=results["n-shot"].get(task),
-                version="" if version in {None, "N/A", "Yaml"} else str(version),
-                higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
-                is_group=is_group,
-                sha256="" if is_group else _sha256(results["samples"][task]),
-                of_examples=() if is_group else _of_examples(results["samples"][task], metric, used, metrics[key]),
-            )
-
-
-def _of_examples(samples: Sequence[Mapping[str, Any]], metric: str, used: str, value: Any) -> tuple[float, ...]:
-    """Return a metric of every example, if the metric of the task is their mean."""
-    found = [sample.get(metric) for sample in samples if sample.get("filter", used) == used]
-    numbers = tuple(float(each) for each in found if isinstance(each, int | float))
-    if not numbers or len(numbers) != len(found) or not math.isclose(math.fsum(numbers) / len(numbers), float(value)):
-        return ()
-    return numbers
-
-
-def _groups_first(results: Mapping[str, Any]) -> Iterator[str]:
-    """Return the names that have results, every group before its members."""
-    children: Mapping[str, Sequence[str]] = results["group_subtasks"]
-    members = {name for names in children.values() for name in names}
-
-    def walk(name: str) -> Iterator[str]:
-        yield name
-        for child in children.get(name, ()):
-            yield from walk(child)
-
-    for name in results["results"]:
-        if name not in members:
-            yield from walk(name)
-
-
-def _number(value: Any, task: str, metric: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise HalveError(f"{metric} of task {task!r} is no number, but {value!r}: check its definition") from error
-
-
-def _stderr(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _sha256(samples: Sequence[Mapping[str, Any]]) -> str:
-    from lm_eval.utils import hash_string
-
-    hashes = [sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples]
-    return str(hash_string("".join(hashes)))
+def _scores(name: str, found: Mapping[str, list[TaskScore]]) -> Iterator[TaskScore]:
+    """Yield the scores of one name that was asked for: of a group of ours, its mean and what it fixes alone."""
+    if name not in TASK_GROUPS:
+        yield from found[name]
+        return
+    members = [member_scores(name, member, found[member.task]) for member in TASK_GROUPS[name].members]
+    yield mean_score(name, [scores[0] for scores in members])
+    for scores in members:
+        yield from scores
