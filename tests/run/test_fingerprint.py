@@ -135,7 +135,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
     base = {"forward_dtype": "float32", "only_where_faster": 1.1, "reconstruct": "none", "eval_data": ["b"]}
     base |= {"shrinkage": 0.0, "match_dense": 0.1}
     idle = {"calibration", "samples", "seq_len", "text_field", "offload", "work", "revision", "trust_remote_code"}
-    idle |= {"fallback", "device", "eval_data", "eval_seq_len", "eval_max_windows"}
+    idle |= {"fallback", "least_prunable", "device", "eval_data", "eval_seq_len", "eval_max_windows"}
 
     def of(**options):
         return fingerprint(loaded, token_set(), Request.of(options))
