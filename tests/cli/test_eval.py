@@ -52,7 +52,7 @@ def test_perplexity_of_one_model(model, text):
         assert word in result.output
     (entry,) = json.loads(run(app, ["eval", model, "--data", text, *WINDOWS, "--json"]).stdout)
     assert (entry["model"], entry["source"], entry["seq_len"], entry["windows"]) == (model, text, 32, 3)
-    keys = "model value windows seq_len dtype source tokens_sha256 seconds nll note"
+    keys = "model value windows seq_len dtype source tokens_sha256 seconds nll note bos window_nll versions"
     assert list(entry) == keys.split()
 
 
@@ -74,6 +74,11 @@ def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
     rows = [cells for cells in lines if cells]
     for entry, cells in zip((entries[0], entries[2]), rows[:2], strict=True):
         assert cells[:3] == [entry["model"], text, f"{entry['value']:.3f}"]
+        apart = entry.get("log_difference"), entry.get("log_difference_stderr")
+        assert cells[3] == ("" if entry is entries[0] else f"{apart[0]:+.4f} ± {apart[1]:.4f}")
+        assert cells[4:7] == ["32", "3", "none"]
+    assert "logarithm - dense's" in result.stdout
+    assert f"torch {entries[0]['versions']['torch']}" in result.stdout
     for first, second, cells in zip(entries[1]["tasks"], entries[3]["tasks"], rows[2:], strict=True):
         assert cells[1:4] == [
             f"{first['metric']} ↑",
@@ -88,6 +93,31 @@ def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
     assert any(not cells[6].startswith("+0.0000") for cells in rows[2:])
     assert " other - dense " in result.stdout
     assert f"± standard error; at most 9 examples of a task; {FORWARD_DTYPE}; lm-eval" in result.stdout
+
+
+def test_every_window_begins_with_bos_where_the_tokenizer_says_so(model, other, text):
+    byte_bpe(adds_bos=True).save_pretrained(other)
+
+    def entries(*more):
+        result = run(app, ["eval", model, other, "--data", text, *WINDOWS, "--json", *more])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    plain, begun = entries()
+    assert (plain["bos"], begun["bos"]) == ("none", "each")
+    assert "log_difference" not in begun  # of other tokens
+    assert "empty where the tokens differ" in run(app, ["eval", model, other, "--data", text, *WINDOWS]).stdout
+    both = entries("--bos", "always")
+    assert [entry["bos"] for entry in both] == ["each", "each"]
+    assert both[1] | {"seconds": 0} == begun | {
+        "seconds": 0,
+        "log_difference": both[1]["log_difference"],
+        "log_difference_stderr": both[1]["log_difference_stderr"],
+    }
+    byte_bpe(bos=None).save_pretrained(other)
+    result = run(app, ["eval", other, "--data", text, *WINDOWS, "--bos", "always"])
+    assert result.exit_code == EXIT_REFUSED
+    assert result.stderr.startswith("error: bos = 'always', but the tokenizer has no BOS token: ")
 
 
 def test_one_model_in_memory_at_a_time(model, other, asked, monkeypatch):
@@ -145,6 +175,8 @@ def test_a_failing_task_is_an_error(model, asked, monkeypatch):
         (["--data", "TEXT"], "--data needs --seq-len: perplexities depend on it, so there is no default"),
         (["--seq-len", "8"], "nothing to measure"),
         (["--tasks", "first", "--seq-len", "8"], "--seq-len is for --data, which is not given"),
+        (["--tasks", "first", "--bos", "never"], "--bos is for --data, which is not given"),
+        (["--data", "TEXT", "--seq-len", "8", "--bos", "first"], "bos = 'first' is not known: choose one of auto"),
         (["--data", "TEXT", "--seq-len", "8", "--limit", "3"], "--limit is for --tasks, which is not given"),
         (["--data", "TEXT", "--seq-len", "8", "--num-fewshot", "0"], "--num-fewshot is for --tasks"),
         (["--data", "TEXT", "--seq-len", "8", "--tasks-path", "."], "--tasks-path is for --tasks"),
