@@ -74,6 +74,7 @@ def test_a_resumed_run_measures_as_it_was_asked_to(checkpoint, text, tmp_path):
     pruned = halve.resume(tmp_path / "out")
     whole = prune_and_measure(checkpoint, text, tmp_path / "whole", **FAST)
     assert scores(tmp_path / "out") == scores(whole)
+    assert isinstance(hash(pruned.before[0]), int)  # as it was before it was put on record
     assert pruned.report.resumed_blocks == 1
     assert json.loads((tmp_path / "out" / "halve-measured.json").read_text())["resumed_blocks"] == 1
 
