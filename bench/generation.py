@@ -52,7 +52,7 @@ def multiply(pairs: list[tuple[Tensor, Tensor]], times: int) -> float:
 def write(model: nn.Module, rows: int, seq_len: int, dtype: torch.dtype) -> float:
     """Return the seconds in which so many texts are written at once."""
     vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    first, generator = torch.ones(rows, dtype=torch.int64), torch.Generator().manual_seed(0)
+    first, generator = torch.ones(rows, 1, dtype=torch.int64), torch.Generator().manual_seed(0)
     with patch.object(generation, "compute_dtype", lambda _device: dtype), patch.object(generation, "_BATCH", rows):
         begin = time.perf_counter()
         generation.sample_text(model, first, seq_len, vocabulary, generator)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers.utils import logging
 
 import halve
@@ -86,24 +85,17 @@ def split_text(folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean loss a token, in nats, of every window (windows, tokens)."""
-    with torch.inference_mode():
-        logits = [model(input_ids=window[None]).logits[0, :-1].float() for window in windows]
-        found = [cross_entropy(row, window[1:]) for row, window in zip(logits, windows, strict=True)]
-    return torch.stack(found).double()
+def measure(model: nn.Module, dense: Any, evaluation: Path) -> halve.Perplexity:
+    """Return the perplexity of a model that has the dense one's tokenizer."""
+    cut: dict[str, Any] = {"seq_len": WINDOW, "max_windows": WINDOWS, "forward_dtype": "float32"}
+    return halve.evaluate(model, evaluation, tokenizer=dense.tokenizer, **cut)
 
 
-def mean_and_error(values: Tensor) -> str:
-    """Return the mean of a number per window and its standard error, as text."""
-    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
-
-
-def compare(dense: Any, calibration: Path, windows: Tensor, out: Path) -> dict[str, Tensor]:
-    """Prune by every method, Halve's own to a checkpoint; return the loss of every window, by name."""
+def compare(dense: Any, calibration: Path, evaluation: Path, out: Path) -> dict[str, halve.Perplexity]:
+    """Prune by every method, Halve's own to a checkpoint; return the perplexities, by name."""
     clock = Clock()
-    found = {"dense": losses(dense.model, windows)}
-    say(f"  {'dense':<20} perplexity {found['dense'].mean().exp():8.2f}   measured in {clock.lap():.0f} s")
+    found = {"dense": measure(dense.model, dense, evaluation)}
+    say(f"  {'dense':<20} perplexity {found['dense'].value:8.2f}   measured in {clock.lap():.0f} s")
     text: dict[str, Any] = {"calibration": calibration, "samples": SAMPLES, "seq_len": SEQ_LEN}
     for name, options in METHODS.items():
         model = copy.deepcopy(dense.model)
@@ -113,8 +105,8 @@ def compare(dense: Any, calibration: Path, windows: Tensor, out: Path) -> dict[s
         if name == OURS:
             model = halve.load(out, dtype=torch.float32).model  # as it was written
         seconds = clock.lap()
-        found[name] = losses(model, windows)
-        value = found[name].mean().exp()
+        found[name] = measure(model, dense, evaluation)
+        value = found[name].value
         say(f"  {name:<20} perplexity {value:8.2f}   pruned in {seconds:.0f} s, measured in {clock.lap():.0f} s")
     return found
 
@@ -174,14 +166,13 @@ def main(folder: Path) -> None:
     gguf = unpack_model(folder)
     calibration, evaluation = split_text(folder)
     dense: Any = halve.load(gguf)
-    ids = dense.tokenizer(evaluation.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0]
-    windows = ids[: WINDOWS * WINDOW].reshape(WINDOWS, WINDOW)
     say(f"{gguf.name} loaded in {clock.lap():.0f} s. All its blocks' matrices go to 2:4: half of the weights are zero.")
     say(f"Perplexity on {WINDOWS} windows of {WINDOW} tokens of Python's documentation, lower is better:")
-    found = compare(dense, calibration, windows, out)
+    found = compare(dense, calibration, evaluation, out)
     say(f"All of this took {clock.lap():.0f} s. Differences in nats a token, ± their standard error over the windows:")
     for better, worse in (("wanda", "magnitude"), (OURS, "wanda"), ("dense", OURS)):
-        say(f"  {worse} - {better}: {mean_and_error(found[worse] - found[better])}")
+        difference, error = found[worse].minus(found[better])
+        say(f"  {worse} - {better}: {difference:.3f} ± {error:.3f}")
     say(
         f"Cut for time: {SAMPLES} x {SEQ_LEN} tokens of calibration (the default is 128 x 2048), {WINDOWS} windows, "
         "effort fast. With the defaults Halve does better: see docs/benchmarks.md."

@@ -42,9 +42,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prune and measure what is missing, writing after every method."""
     loaded = checkpoint.load_model(arguments.model)
     most = max(arguments.samples)
-    tokens = Calibration(arguments.calibration, most, arguments.seq_len, arguments.seed).text_tokens(loaded)
+    calibration = Calibration(arguments.calibration, most, arguments.seq_len, arguments.seed, bos="once")
+    tokens = calibration.text_tokens(loaded)
     texts = evaluation_texts(
-        loaded, arguments.data, seq_len=arguments.seq_len, max_windows=arguments.windows, text_field="text"
+        loaded,
+        arguments.data,
+        seq_len=arguments.seq_len,
+        max_windows=arguments.windows,
+        text_field="text",
+        bos="once",
     )
     setting = {
         "model": Path(arguments.model).name,

@@ -96,7 +96,8 @@ def on_matrices(given: argparse.Namespace, loaded: LoadedModel, ids: torch.Tenso
 
 def on_the_model(given: argparse.Namespace, loaded: LoadedModel, ids: torch.Tensor, numbers: dict[str, Any]) -> None:
     """Measure perplexities into ``numbers["rows"]``, the first blocks pruned."""
-    texts = evaluation_texts(loaded, given.data, seq_len=given.seq_len, max_windows=given.windows, text_field="text")
+    cut = {"seq_len": given.seq_len, "max_windows": given.windows, "text_field": "text", "bos": "once"}
+    texts = evaluation_texts(loaded, given.data, **cut)
     numbers["data"] = [Path(text.source).name for text in texts]
 
     def measure(model: torch.nn.Module) -> list[float]:

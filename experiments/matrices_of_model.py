@@ -70,7 +70,7 @@ def complete(given: argparse.Namespace, *, samples: tuple[int, int], rows: int) 
 def load(given: argparse.Namespace) -> tuple[checkpoint.LoadedModel, Tensor]:
     """Return the model and its calibration tokens (samples, seq_len)."""
     loaded = checkpoint.load_model(given.model)
-    calibration = Calibration(given.calibration, given.samples, given.seq_len, given.seed)
+    calibration = Calibration(given.calibration, given.samples, given.seq_len, given.seed, bos="once")
     return loaded, calibration.text_tokens(loaded).ids
 
 

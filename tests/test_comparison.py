@@ -60,6 +60,7 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
         "source": "calibration",
         "samples": calibration.samples,
         "seq_len": calibration.seq_len,
+        "bos": "",
         "sha256": calibration.sha256,
         "seed": 3,
     }
@@ -70,6 +71,13 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
     assert record["environment"]["torch"] == torch.__version__
     assert [p["source"] for p in record["rows"][1]["perplexities"]] == ["one", "two"]
     assert record["rows"][1]["perplexities"][0]["value"] == rows[1].perplexities[0].value
+    assert "log_difference" not in record["rows"][0]["perplexities"][0]
+    for row, entry in zip(rows[1:], record["rows"][1:], strict=True):
+        for score, dense, shown in zip(row.perplexities, rows[0].perplexities, entry["perplexities"], strict=True):
+            apart = torch.tensor(score.window_nll) - torch.tensor(dense.window_nll)
+            assert shown["log_difference"] == pytest.approx(apart.mean().item(), abs=1e-5)
+            assert shown["log_difference_stderr"] == pytest.approx(apart.std().item() / len(apart) ** 0.5, rel=1e-3)
+            assert shown["versions"]["torch"] == torch.__version__
     for contender in contenders:
         assert check(checkpoint_directory(tmp_path, contender)).ok
 

@@ -13,7 +13,7 @@ import torch
 
 import layer_oracles as oracle
 from halve import check
-from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction

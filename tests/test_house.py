@@ -14,7 +14,7 @@ FLOORS = (
     ("errors",),
     ("leaning",),
     ("torch_internals", "transformers_internals"),
-    ("device", "memory", "checks", "lookup", "option_groups", "checkpoint"),
+    ("device", "memory", "checks", "lookup", "option_groups", "versions", "checkpoint"),
     ("maths",),
     ("solve",),
     ("model",),

@@ -246,8 +246,10 @@ def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(checkpoint, text,
     assert halve.check(again.out, against=checkpoint).ok
 
 
-def test_a_text_that_the_model_wrote_is_not_written_again(checkpoint, tmp_path, monkeypatch):
-    options = FAST | {"calibration": "self"}
+@pytest.mark.parametrize("bos", ["auto", "never"])
+def test_a_text_that_the_model_wrote_is_not_written_again(checkpoint, tmp_path, monkeypatch, bos):
+    byte_bpe(adds_bos=True).save_pretrained(checkpoint)
+    options = FAST | {"calibration": "self", "bos": bos}
     halve.prune(checkpoint, tmp_path / "whole", **options)
     with pytest.raises(StoppedError):
         halve.prune(checkpoint, tmp_path / "stopped", listen=stop_in(1), **options)

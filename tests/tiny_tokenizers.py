@@ -1,7 +1,7 @@
 """Small tokenizers built in code; nothing is downloaded."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 UNKNOWN = "<unk>"
 SENTENCES = (
@@ -30,13 +30,42 @@ def byte_bpe(vocabulary=320, *, bos="<s>", eos="</s>", adds_bos=False, **setting
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, **settings)
 
 
-def ends_texts():
-    """Return a `byte_bpe` that puts a token after every text."""
-    tokenizer = byte_bpe()
-    eos = [("</s>", tokenizer.convert_tokens_to_ids("</s>"))]
-    template = processors.TemplateProcessing(single="$A </s>", special_tokens=eos)
-    tokenizer.backend_tokenizer.post_processor = template
+def surrounding(tokenizer, template):
+    """Let a fast tokenizer put special tokens around every text: ``<s> $A </s>``."""
+    names = [name for name in template.split() if name != "$A"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in dict.fromkeys(names)]
+    )
     return tokenizer
+
+
+class InPython(PreTrainedTokenizer):
+    """A slow tokenizer, one token a letter, that adds its own BOS and EOS."""
+
+    def __init__(self, **settings):
+        letters = sorted(set("".join(SENTENCES)) | {"T"})
+        self.letters = {name: index for index, name in enumerate(["<s>", "</s>", UNKNOWN, *letters])}
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": UNKNOWN}
+        super().__init__(**names, **settings)
+
+    @property
+    def vocab_size(self):
+        return len(self.letters)
+
+    def get_vocab(self):
+        return dict(self.letters)
+
+    def _tokenize(self, text, **_):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.letters.get(token, self.letters[UNKNOWN])
+
+    def _convert_id_to_token(self, index):
+        return list(self.letters)[index]
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+        return [self.bos_token_id, *token_ids_0, *(token_ids_1 or ()), self.eos_token_id]
 
 
 def word_level(*, bos="<s>", eos="</s>", **settings):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halve.comparison import Comparison, compare
     from halve.errors import HalveError
-    from halve.evaluation.perplexity import Perplexity, evaluate
+    from halve.evaluation.figure import Perplexity
+    from halve.evaluation.perplexity import evaluate
     from halve.evaluation.request import Evaluation
     from halve.maths.gram import GramAccumulator, Statistics
     from halve.maths.pattern import Pattern
@@ -46,7 +47,7 @@ _HOMES = {
     "Outcome": "solve.outcome",
     "PackResult": "packed.write",
     "Pattern": "maths.pattern",
-    "Perplexity": "evaluation.perplexity",
+    "Perplexity": "evaluation.figure",
     "Placement": "run.request",
     "Pruned": "whole_model",
     "Reconstruction": "model.reconstruct",

@@ -16,7 +16,8 @@ from halve.checkpoint import write
 from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.room import check_destination
 from halve.errors import HalveError, InputError
-from halve.evaluation.perplexity import Perplexity, perplexity
+from halve.evaluation.figure import Perplexity
+from halve.evaluation.perplexity import perplexity
 from halve.model.reconstruct import BLOCK, parse_reconstruction
 from halve.report.measured import add_perplexity
 from halve.report.page import COMPARISON, write_comparison
@@ -156,6 +157,7 @@ class Comparison:
                 "source": self.calibration.source,
                 "samples": self.calibration.samples,
                 "seq_len": self.calibration.seq_len,
+                "bos": self.calibration.bos,
                 "sha256": self.calibration.sha256,
                 "seed": self._any.calibration.seed,
             },
@@ -163,7 +165,7 @@ class Comparison:
             "contenders": {
                 str(contender): settings_json(request.settings) for contender, request in self._requests.items()
             },
-            "rows": [_row_json(row) for row in self.rows],
+            "rows": [_row_json(row, self._dense) for row in self.rows],
         }
 
     def _finished(self, row: Row) -> Row:
@@ -332,8 +334,9 @@ def make_requests(
     return found
 
 
-def _row_json(row: Row) -> dict[str, Any]:
-    scores = [{**asdict(p), "value": finite(p.value), "nll": finite(p.nll)} for p in row.perplexities]
+def _row_json(row: Row, dense: tuple[Perplexity, ...]) -> dict[str, Any]:
+    of_dense = dense if row.name != DENSE else (None,) * len(dense)
+    scores = [score.as_json(first) for score, first in zip(row.perplexities, of_dense, strict=False)]
     times = {
         "seconds": round(row.seconds, 2),
         "phases": {phase: round(seconds, 2) for phase, seconds in row.phases.items()},

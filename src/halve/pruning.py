@@ -13,7 +13,7 @@ from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.room import check_destination, check_shared_space
 from halve.device import weight_dtype
 from halve.errors import HalveError, InputError
-from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation, overlap
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
@@ -211,12 +211,12 @@ class _Judge:
     def measure_dense(self) -> None:
         """Measure the dense model, or take what was measured before the run was stopped."""
         asked = {
-            "texts": [[text.source, text.sha256] for text in self._texts],
+            "texts": [[text.source, text.sha256, text.bos] for text in self._texts],
             "forward_dtype": str(self._evaluation.precision(self._request.placement.target)),
         }
         kept = None if self._run is None else self._run.measured(asked)
         if kept is not None:
-            self._before = tuple(Perplexity(**entry) for entry in kept)
+            self._before = tuple(Perplexity(**entry | {"window_nll": tuple(entry["window_nll"])}) for entry in kept)
             return
         announce(self._listen, Phase.EVALUATE)
         with self._phases.timing(Phase.EVALUATE):

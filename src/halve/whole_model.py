@@ -16,7 +16,7 @@ from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
 from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import CorruptFileError, HalveError, InputError
-from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.figure import Perplexity
 from halve.model.blocks import Batch, stand_in_batch
 from halve.report import record
 from halve.report.measured import measured_json, write_measured

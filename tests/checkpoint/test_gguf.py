@@ -3,9 +3,11 @@
 import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from halve.checkpoint.load import load_model
+from halve.text.special_tokens import put_before_text
 from halve.transformers_internals import without_progress_bars
 
 gguf = pytest.importorskip("gguf")
@@ -13,7 +15,7 @@ gguf = pytest.importorskip("gguf")
 _WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc"]
 
 
-def tiny(path):
+def tiny(path, adds_bos=None):
     """Write a Llama of one block and a byte-pair tokenizer of eight words."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(1)
@@ -31,6 +33,8 @@ def tiny(path):
     writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if adds_bos is not None:
+        writer.add_add_bos_token(adds_bos)
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "token_embd": (len(_WORDS), 32),
@@ -87,3 +91,11 @@ def test_whoever_wants_no_bars_still_gets_none_afterwards():
     finally:
         if before:
             logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize(("adds_bos", "expected"), [(None, ()), (False, ()), (True, (1,))])
+def test_the_file_says_whether_text_begins_with_bos(tmp_path, adds_bos, expected):
+    tokenizer = load_model(tiny(tmp_path / "tiny.gguf", adds_bos)).tokenizer
+    assert put_before_text(tokenizer) == expected
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert put_before_text(AutoTokenizer.from_pretrained(tmp_path / "saved")) == expected

@@ -12,7 +12,7 @@ from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
 from halve.evaluation.task_groups import TASK_GROUPS, Member, TaskGroup
 from local_tasks import write_group, write_task
 from models import FORWARD_DTYPE, decoder
-from tiny_tokenizers import byte_bpe, ends_texts
+from tiny_tokenizers import byte_bpe, surrounding
 
 run = CliRunner().invoke
 WINDOWS = ["--seq-len", "32", "--max-windows", "3"]
@@ -53,7 +53,7 @@ def test_perplexity_of_one_model(model, text):
         assert word in result.output
     (entry,) = json.loads(run(app, ["eval", model, "--data", text, *WINDOWS, "--json"]).stdout)
     assert (entry["model"], entry["source"], entry["seq_len"], entry["windows"]) == (model, text, 32, 3)
-    keys = "model value windows seq_len dtype source tokens_sha256 seconds nll note"
+    keys = "model value windows seq_len dtype source tokens_sha256 seconds nll note bos window_nll versions"
     assert list(entry) == keys.split()
 
 
@@ -75,6 +75,11 @@ def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
     rows = [cells for cells in lines if cells]
     for entry, cells in zip((entries[0], entries[2]), rows[:2], strict=True):
         assert cells[:3] == [entry["model"], text, f"{entry['value']:.3f}"]
+        apart = entry.get("log_difference"), entry.get("log_difference_stderr")
+        assert cells[3] == ("" if entry is entries[0] else f"{apart[0]:+.4f} ± {apart[1]:.4f}")
+        assert cells[4:7] == ["32", "3", "none"]
+    assert "logarithm - dense's" in result.stdout
+    assert f"torch {entries[0]['versions']['torch']}" in result.stdout
     for first, second, cells in zip(entries[1]["tasks"], entries[3]["tasks"], rows[2:7], strict=True):
         assert cells[1:4] == [
             f"{first['metric']} ↑",
@@ -131,7 +136,7 @@ def test_a_group_of_ours_says_what_it_fixes(model, asked, monkeypatch):
 
 
 def test_a_tokenizer_that_tasks_cannot_take_is_refused_before_perplexity_is_measured(model, text, asked, monkeypatch):
-    ends_texts().save_pretrained(model)
+    surrounding(byte_bpe(), "$A </s>").save_pretrained(model)
     monkeypatch.setattr("halve.evaluation.request.Evaluation.measure", None)
     result = run(app, ["eval", model, "--data", text, *WINDOWS, *asked])
     assert result.exit_code == EXIT_REFUSED, result.output
@@ -145,6 +150,31 @@ def test_figures_carry_what_differs_between_models(model, tmp_path, asked):
     result = run(app, ["eval", model, str(tmp_path / "other"), *asked])
     assert result.exit_code == 0, result.output
     assert "at most 128 | 64 tokens; no BOS | BOS <s>; lm-eval" in " ".join(result.stdout.split())
+
+
+def test_every_window_begins_with_bos_where_the_tokenizer_says_so(model, other, text):
+    byte_bpe(adds_bos=True).save_pretrained(other)
+
+    def entries(*more):
+        result = run(app, ["eval", model, other, "--data", text, *WINDOWS, "--json", *more])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    plain, begun = entries()
+    assert (plain["bos"], begun["bos"]) == ("none", "each")
+    assert "log_difference" not in begun  # of other tokens
+    assert "empty where the tokens differ" in run(app, ["eval", model, other, "--data", text, *WINDOWS]).stdout
+    both = entries("--bos", "always")
+    assert [entry["bos"] for entry in both] == ["each", "each"]
+    assert both[1] | {"seconds": 0} == begun | {
+        "seconds": 0,
+        "log_difference": both[1]["log_difference"],
+        "log_difference_stderr": both[1]["log_difference_stderr"],
+    }
+    byte_bpe(bos=None).save_pretrained(other)
+    result = run(app, ["eval", other, "--data", text, *WINDOWS, "--bos", "always"])
+    assert result.exit_code == EXIT_REFUSED
+    assert result.stderr.startswith("error: bos = 'always', but the tokenizer has no BOS token: ")
 
 
 def test_one_model_in_memory_at_a_time(model, other, asked, monkeypatch):
@@ -202,6 +232,8 @@ def test_a_failing_task_is_an_error(model, asked, monkeypatch):
         (["--data", "TEXT"], "--data needs --seq-len: perplexities depend on it, so there is no default"),
         (["--seq-len", "8"], "nothing to measure"),
         (["--tasks", "first", "--seq-len", "8"], "--seq-len is for --data, which is not given"),
+        (["--tasks", "first", "--bos", "never"], "--bos is for --data, which is not given"),
+        (["--data", "TEXT", "--seq-len", "8", "--bos", "first"], "bos = 'first' is not known: choose one of auto"),
         (["--data", "TEXT", "--seq-len", "8", "--limit", "3"], "--limit is for --tasks, which is not given"),
         (["--data", "TEXT", "--seq-len", "8", "--num-fewshot", "0"], "--num-fewshot is for --tasks"),
         (["--data", "TEXT", "--seq-len", "8", "--tasks-path", "."], "--tasks-path is for --tasks"),

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+import transformers
 from typer.testing import CliRunner
 
 import halve
@@ -23,10 +25,17 @@ def test_a_run_leaves_its_report_and_says_where(run, model, text, tmp_path):
     result = run(app, [*arguments, "--eval-data", text, "--eval-max-windows", "2"])
     assert result.exit_code == 0, result.output
     (entry,) = json.loads((out / "halve-measured.json").read_text())["perplexity"]
+    (first, second), (dense_first, dense_second) = entry["after_windows"], entry["before_windows"]
+    apart = [first - dense_first, second - dense_second]
     line = (
-        f"perplexity text.txt: {entry['before']:.3f} → {entry['after']:.3f} (2 windows of 16 tokens, {FORWARD_DTYPE})"
+        f"perplexity text.txt: {entry['before']:.3f} → {entry['after']:.3f}, logarithm {sum(apart) / 2:+.4f} ± "
+        f"{abs(apart[0] - apart[1]) / 2:.4f} (2 windows of 16 tokens, no BOS, {FORWARD_DTYPE}; halve "
     )
     assert line in result.output
+    assert f"torch {torch.__version__}, transformers {transformers.__version__})" in result.output
+    page = (out / "report.html").read_text()
+    assert f"(logarithm {sum(apart) / 2:+.4f} ± {abs(apart[0] - apart[1]) / 2:.4f}; 2 windows of 16 tokens" in page
+    assert f"torch {torch.__version__}, transformers {transformers.__version__}</td>" in page
     assert f"report: {out / 'report.html'}" in result.output
     assert "self_attn.q_proj" in result.output  # the table by kind
     assert (out / "report.html").stat().st_size > 1_000_000
@@ -55,7 +64,7 @@ def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
     halve.prune(checkpoint, out, calibration=text, samples=8, seq_len=16, method="magnitude", refit="none")
     result = run(app, ["report", str(out), "--data", text, "--seq-len", "32", "--max-windows", "1"])
     assert result.exit_code == 0, result.output
-    assert f"(1 window of 32 tokens, {FORWARD_DTYPE})" in result.output
+    assert f"(1 window of 32 tokens, no BOS, {FORWARD_DTYPE}; halve " in result.output
     assert "perplexity text.txt" in result.output
     assert "32 tokens" in (out / "report.html").read_text()
     result = run(app, ["report", str(out), "--data", text, "--max-windows", "1", "--dense", "none"])

@@ -17,6 +17,7 @@ from halve.cli.terminal import (
     warn_if_crowded,
     warn_of_overlap,
 )
+from halve.evaluation.figure import Perplexity
 from halve.run.events import Progress
 from halve.run.phases import Phase
 
@@ -74,17 +75,23 @@ def test_text_that_is_calibrated_and_evaluated_on_is_warned_of(capsys):
 
 
 def test_the_table_marks_failures_and_fallbacks():
-    score = SimpleNamespace(source="/a/text.txt", windows=2, seq_len=16, dtype="float32", value=12.345)
+    of = {"source": "/a/text.txt", "windows": 2, "seq_len": 16, "dtype": "float32", "bos": "each", "seconds": 1.0}
+    of |= {"tokens_sha256": "0", "nll": 2.5, "versions": {"halve": "1.2", "torch": "3.4"}}
+    score = Perplexity(value=12.345, window_nll=(2.0, 3.0), **of)
+    pruned = Perplexity(value=23.456, window_nll=(2.5, 3.75), **of)
     dense = SimpleNamespace(
         name="dense", perplexities=[score], mean_relative_loss=None, seconds=0.0, fallbacks=0, error=""
     )
-    fell = SimpleNamespace(**{**vars(dense), "name": "wanda", "fallbacks": 3, "mean_relative_loss": 0.01234})
+    wanda = {"name": "wanda", "fallbacks": 3, "mean_relative_loss": 0.01234, "perplexities": [pruned]}
+    fell = SimpleNamespace(**vars(dense) | wanda)
     failed = SimpleNamespace(**{**vars(dense), "name": "sparsegpt", "perplexities": [], "error": "no"})
     console = Console(file=io.StringIO(), width=160, color_system=None)
     console.print(comparison_table([dense, fell, failed], "2:4"))
     printed = console.file.getvalue()
-    for part in ("perplexity text.txt", "12.35", "wanda (3 fallbacks)", "0.0123", "failed", "2 windows of 16 tokens"):
+    for part in ("perplexity text.txt", " 12.35 ", "wanda (3 fallbacks)", "0.0123", "failed", "2 windows of 16 tokens"):
         assert part in printed
+    assert "23.46 (+0.6250 ± 0.1250)" in printed
+    assert "16 tokens, BOS in each, float32; halve 1.2, torch 3.4;" in " ".join(printed.split())
 
 
 def matrix(name, loss=None, status="ok"):

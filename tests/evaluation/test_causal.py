@@ -8,7 +8,7 @@ from halve.errors import InputError
 from halve.evaluation.harness import text_opening
 from halve.evaluation.tasks import evaluate_tasks
 from local_tasks import EXACT, QUESTIONS, llama, stay_offline, write_task
-from tiny_tokenizers import byte_bpe, ends_texts
+from tiny_tokenizers import byte_bpe, surrounding
 
 WITH_BOS = byte_bpe(adds_bos=True)
 LONG = "the quick brown fox " * 40
@@ -114,7 +114,7 @@ def test_every_window_of_a_long_text_begins_with_bos(tmp_path):
 def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path):
     """Or the token would stand between question and answer, and the answer's first token would not be scored."""
     with pytest.raises(InputError, match=r"ends every text with </s>, which would stand between .* add_eos_token"):
-        seen(tmp_path, ends_texts())
+        seen(tmp_path, surrounding(byte_bpe(), "$A </s>"))
 
 
 def test_the_opening_may_be_several_tokens():

@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from halve.errors import InputError
 from halve.evaluation.perplexity import evaluate, evaluation_texts, perplexity
 from halve.text.tokens import TokenSet, evaluation_tokens, hash_ids
 from models import DECODERS, VOCAB, decoder, tokens
-from tiny_tokenizers import SENTENCES, word_level
+from tiny_tokenizers import SENTENCES, surrounding, word_level
 
 
 def windows(count=5, length=24, seed=0):
@@ -296,6 +298,7 @@ def test_evaluate_refuses_before_loading(directory, text, monkeypatch):
         ({"max_windows": 0}, "max_windows must be a whole number of at least 1, got 0"),
         ({"forward_dtype": "int8"}, "'int8' is not understood"),
         ({"device": "abacus"}, "'abacus' is not understood"),
+        ({"bos": "first"}, "bos = 'first' is not known: choose one of auto, always, never, once"),
     ):
         with pytest.raises(InputError, match=message):
             evaluate(directory, **{"data": text, "seq_len": 16, **wrong})
@@ -304,3 +307,63 @@ def test_evaluate_refuses_before_loading(directory, text, monkeypatch):
 def test_a_model_without_tokenizer_cannot_read_text():
     with pytest.raises(InputError, match="has no tokenizer"):
         evaluation_texts(LoadedModel(decoder("llama"), None, None), ["x.txt"], seq_len=8, max_windows=1, text_field="")
+
+
+# BOS
+
+
+def by_hand(tokenizer, text, lead, seq_len):
+    """Losses (windows, scored) in float64 of the plain model, each window and token on its own; BOS is no target."""
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    ids = [token for token in tokenizer(text)["input_ids"] if token not in special]
+    room = seq_len - len(lead)
+    model, losses = decoder("llama").double(), []
+    for start in range(0, len(ids) // room * room, room):
+        window = torch.tensor([[*lead, *ids[start : start + room]]])
+        with torch.no_grad():
+            scores = model(input_ids=window).logits[0].log_softmax(-1)
+        targets = range(max(1, len(lead)), seq_len)
+        losses.append([-scores[place - 1, window[0, place]].item() for place in targets])
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(
+    ("template", "lead"),
+    [("$A", []), ("<s> $A", ["<s>"]), ("<s> $A </s>", ["<s>"]), ("$A </s>", []), ("</s> <s> $A", ["</s>", "<s>"])],
+)
+def test_every_window_is_scored_after_what_the_tokenizer_puts_before_text(text, template, lead, special):
+    tokenizer = surrounding(word_level(), template)
+    expected = by_hand(tokenizer, text.read_text(), tokenizer.convert_tokens_to_ids(lead), 16)
+    bos = "auto" if special else "never"
+    if not special:
+        expected = by_hand(word_level(), text.read_text(), [], 16)
+    found = evaluate(decoder("llama"), text, seq_len=16, tokenizer=tokenizer, forward_dtype="float32", bos=bos)
+    assert found.window_nll == pytest.approx(expected.mean(1).tolist(), rel=1e-5)
+    assert found.nll == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert (found.windows, found.bos) == (len(expected), "each" if lead and special else "none")
+
+
+def test_once_is_the_protocol_of_the_literature(text):
+    """The whole text with its special tokens, cut through: what other code has measured."""
+    tokenizer = surrounding(word_level(), "<s> $A")
+    ids = torch.tensor(tokenizer(text.read_text())["input_ids"])
+    windows = ids[: len(ids) // 16 * 16].reshape(-1, 16)
+    found = evaluate(decoder("llama"), text, seq_len=16, tokenizer=tokenizer, forward_dtype="float32", bos="once")
+    assert found.nll == pytest.approx(reference(decoder("llama"), windows), rel=1e-5)
+    assert (found.bos, found.windows) == ("once", len(windows))
+    assert found.versions == {"halve": version("halve"), "torch": torch.__version__, "transformers": tf.__version__}
+
+
+def test_windows_without_a_token_to_predict_are_refused():
+    data = replace(windows(length=3), lead=3)
+    with pytest.raises(InputError, match="seq_len = 3 leave no token to predict: give at least 4"):
+        perplexity(decoder("llama"), data)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_the_loss_of_every_window_is_kept_in_order(batch_size):
+    found = perplexity(decoder("llama"), windows(), batch_size=batch_size, forward_dtype="float32")
+    expected = [reference(decoder("llama"), windows().ids[index : index + 1]) for index in range(5)]
+    assert found.window_nll == pytest.approx(expected, rel=1e-5)
+    assert found.nll == pytest.approx(sum(found.window_nll) / 5, rel=1e-12)

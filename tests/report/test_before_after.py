@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from halve.evaluation.request import Evaluation
 from halve.report.before_after import measure
 from models import decoder, edit_json, tokens
 from reported import prune_and_measure, write_record
+from tiny_tokenizers import byte_bpe
 
 FAST = {"method": "wanda", "refit": "none"}
 
@@ -72,6 +74,7 @@ def test_a_resumed_run_measures_as_it_was_asked_to(checkpoint, text, tmp_path):
     pruned = halve.resume(tmp_path / "out")
     whole = prune_and_measure(checkpoint, text, tmp_path / "whole", **FAST)
     assert scores(tmp_path / "out") == scores(whole)
+    assert isinstance(hash(pruned.before[0]), int)  # as it was before it was put on record
     assert pruned.report.resumed_blocks == 1
     assert json.loads((tmp_path / "out" / "halve-measured.json").read_text())["resumed_blocks"] == 1
 
@@ -254,3 +257,39 @@ def test_text_that_is_calibrated_and_evaluated_on_is_told(checkpoint, text, tmp_
     pruned = halve.prune(checkpoint, tmp_path / "out", **options, **FAST)
     assert pruned.notes == (f"{text} is both calibrated on and evaluated on: perplexities on it flatter",)
     assert "both calibrated on and evaluated on" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_calibration_and_evaluation_begin_with_bos_where_the_tokenizer_says_so(checkpoint, text, tmp_path):
+    byte_bpe(adds_bos=True).save_pretrained(checkpoint)
+    out = prune_and_measure(checkpoint, text, tmp_path / "out", **FAST)
+    tokenizer, ids = byte_bpe(), byte_bpe()(Path(text).read_text(), verbose=False)["input_ids"]
+    windows = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + 15]] for start in (0, 15)])
+    (entry,) = scores(out)
+    assert entry["bos"] == "each"
+    for name, place in (("before", checkpoint), ("after", out)):
+        with torch.no_grad():
+            logits = load_model(place).model.double()(input_ids=windows).logits[:, :-1].log_softmax(-1)
+        losses = -logits.gather(-1, windows[:, 1:, None])[..., 0]
+        assert entry[f"{name}_windows"] == pytest.approx(losses.mean(1).tolist(), abs=0.02)  # bfloat16, it may be
+    record = json.loads((out / "halve.json").read_text())["calibration"]
+    assert (record["bos"], record["bos_ids"], record["tokens"]) == ("each", [tokenizer.bos_token_id], 8 * 16)
+    page = (out / "report.html").read_text()
+    assert "2 windows of 16 tokens, BOS in each" in page
+    plain = tmp_path / "plain"
+    options = {"calibration": text, "samples": 8, "seq_len": 16, "eval_data": [text], "bos": "never"}
+    halve.prune(checkpoint, plain, **options, **FAST)
+    assert scores(plain)[0]["bos"] == "none"
+    assert json.loads((plain / "halve.json").read_text())["calibration"]["bos"] == "none"
+
+
+@pytest.mark.parametrize("bos", ["auto", "never"])
+def test_a_solver_sees_bos_only_where_it_is_asked_for(checkpoint, text, bos):
+    byte_bpe(adds_bos=True).save_pretrained(checkpoint)
+    loaded, seen = load_model(checkpoint), []
+    loaded.model.get_input_embeddings().register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    options = {"calibration": text, "samples": 8, "seq_len": 16, "bos": bos}
+    halve.prune(loaded.model, tokenizer=loaded.tokenizer, **options, **FAST)
+    ids = torch.cat(seen).unique(dim=0)  # the first sequence is seen again where the model is looked at
+    assert ids.shape == (8, 16)
+    assert (ids[:, 0] == 0).sum().item() == (8 if bos == "auto" else 0)
+    assert (ids[:, 1:] != 0).all()

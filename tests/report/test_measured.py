@@ -2,10 +2,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from msgspec import to_builtins
 
 from halve.errors import CorruptFileError, HalveError
-from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.figure import Perplexity
 from halve.report.measured import add_perplexity, measured_json, read_measured, write_measured
 from halve.run.events import RunReport
 from reported import matrix_report
@@ -64,6 +65,31 @@ def test_perplexities_of_the_same_windows_are_replaced_and_others_kept(tmp_path)
     assert {"source", "seq_len", "windows", "dtype", "tokens_sha256"} <= found["perplexity"][0].keys()
 
 
+def test_what_a_figure_needs_is_on_record(tmp_path):
+    before = replace(SCORE, bos="each", window_nll=(2.0, 2.5, 3.0 + 1e-9), versions={"halve": "1", "torch": "2"})
+    after = replace(before, window_nll=(2.25, 3.0, 3.25), versions={"halve": "1", "torch": "3"})
+    add_perplexity(tmp_path, (before,), (after,))
+    (entry,) = on_disk(tmp_path)["perplexity"]
+    assert (entry["bos"], entry["before_windows"], entry["after_windows"]) == ("each", [2, 2.5, 3], [2.25, 3, 3.25])
+    assert (entry["versions_before"], entry["versions"]) == (dict(before.versions), dict(after.versions))
+    assert "window_nll" not in entry
+    (found,) = read_measured(tmp_path).perplexity
+    differences = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+    expected = differences.mean().item(), differences.std().item() / 3**0.5
+    assert found.log_difference == pytest.approx(expected)
+    add_perplexity(tmp_path, (), (after,))
+    assert read_measured(tmp_path).perplexity == (found,)  # what is known of the dense model stays
+    add_perplexity(tmp_path, (), (replace(after, window_nll=(1.0,)),))
+    assert read_measured(tmp_path).perplexity[0].log_difference is None
+
+
+def test_a_record_of_before_has_no_difference(tmp_path):
+    old = {"source": "x", "tokens_sha256": "0", "seq_len": 16, "windows": 2, "before": 3.0, "after": 4.0}
+    write_measured(tmp_path, measured_json(report()) | {"perplexity": [old]})
+    (found,) = read_measured(tmp_path).perplexity
+    assert (found.bos, found.versions, found.log_difference) == ("", {}, None)
+
+
 def test_a_perplexity_that_is_not_finite_is_null(tmp_path):
     add_perplexity(tmp_path, (), (replace(SCORE, value=float("inf")),))
     (entry,) = on_disk(tmp_path)["perplexity"]
@@ -82,6 +108,7 @@ def test_a_perplexity_that_is_not_finite_is_null(tmp_path):
         {"resumed_blocks": "many"},
         {"perplexity": None},
         {"perplexity": [{"source": "x"}]},
+        {"perplexity": [{"source": "x", "tokens_sha256": "0", "seq_len": 1, "windows": 1, "after_windows": [1e30]}]},
         {"perplexity": [{"source": "x", "tokens_sha256": "0", "seq_len": 1, "windows": 1, "after": "low"}]},
     ],
 )

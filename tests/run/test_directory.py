@@ -22,7 +22,7 @@ class StoppedError(Exception):
 
 def token_set(source="self"):
     ids = torch.arange(16).reshape(2, 8)
-    return TokenSet(ids, source, hash_ids(ids), 2, "</s>", "")
+    return TokenSet(ids, source, hash_ids(ids), 2, "</s>", "", "each", 1)
 
 
 def begin(out, blocks=1, work=None, mark=MARK, source="self"):
@@ -53,6 +53,7 @@ def test_finished_blocks_come_back(tmp_path, elsewhere):
         kept = run.tokens(ASKED)
         assert kept == token_set()
         assert torch.equal(kept.ids, token_set().ids)
+        assert (kept.bos, kept.lead) == ("each", 1)
         assert run.tokens({**ASKED, "seed": 1}) is None
 
 

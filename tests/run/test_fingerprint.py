@@ -120,6 +120,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "seq_len": 3,
         "seed": 3,
         "text_field": "body",
+        "bos": "always",
         "device": "cpu",
         "forward_dtype": "bfloat16",
         "offload": tmp_path,
@@ -134,7 +135,17 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
     assert changed.keys() == {each.name for each in options_of(Request)}  # a new option needs a word here
     base = {"forward_dtype": "float32", "only_where_faster": 1.1, "reconstruct": "none", "eval_data": ["b"]}
     base |= {"shrinkage": 0.0, "match_dense": 0.1}
-    idle = {"calibration", "samples", "seq_len", "text_field", "offload", "work", "revision", "trust_remote_code"}
+    idle = {
+        "calibration",
+        "samples",
+        "seq_len",
+        "text_field",
+        "bos",
+        "offload",
+        "work",
+        "revision",
+        "trust_remote_code",
+    }
     idle |= {"fallback", "least_prunable", "device", "eval_data", "eval_seq_len", "eval_max_windows"}
 
     def of(**options):

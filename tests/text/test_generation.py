@@ -12,7 +12,7 @@ from halve.errors import CalibrationError, InputError, UnsupportedModelError
 from halve.text import generation
 from halve.text.tokens import calibration_tokens, evaluation_tokens, hash_ids
 from models import DECODERS, VOCAB, decoder
-from tiny_tokenizers import word_level
+from tiny_tokenizers import surrounding, word_level
 
 
 @pytest.fixture
@@ -185,3 +185,41 @@ def test_queries_that_share_keys_go_together_and_give_the_same_text(monkeypatch)
     monkeypatch.setattr(generation, "queries_packed", nullcontext)
     assert torch.equal(calibration_tokens("self", word_level(), **given).ids, together)
     assert not packed
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_own_text_begins_with_all_that_the_tokenizer_puts_before_text():
+    model, tokenizer = decoder("llama"), surrounding(word_level(), "</s> <s> $A")
+    found = calibration_tokens("self", tokenizer, samples=5, seq_len=12, seed=4, model=model)
+    lead = tokenizer.convert_tokens_to_ids(["</s>", "<s>"])
+    assert found.ids[:, :2].tolist() == [lead] * 5
+    assert (found.bos, found.lead, found.ids.shape) == ("each", 2, (5, 12))
+    draws = 1 - torch.rand(5, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    with torch.no_grad():
+        upper = model.double()(input_ids=found.ids).logits[:, 1:-1, : len(tokenizer)].softmax(-1).cumsum(-1)
+    lower = nn.functional.pad(upper, (1, 0))[..., :-1]
+    assert (draws[:, 2:] <= upper.gather(-1, found.ids[:, 2:, None])[..., 0] + 1e-5).all()
+    assert (draws[:, 2:] >= lower.gather(-1, found.ids[:, 2:, None])[..., 0] - 1e-5).all()
+
+
+@pytest.mark.parametrize("bos", ["auto", "always", "once"])
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>"])
+def test_own_text_begins_with_one_bos_wherever_there_is_one(template, bos):
+    tokenizer = surrounding(word_level(), template)
+    found = calibration_tokens("self", tokenizer, samples=5, seq_len=4, model=decoder("llama"), bos=bos)
+    expected = calibration_tokens("self", word_level(), samples=5, seq_len=4, model=decoder("llama"))
+    assert (found.ids[:, 0] == tokenizer.bos_token_id).all()
+    assert found == expected
+    assert (found.bos, found.lead) == ("each", 1)
+
+
+def test_own_text_never_begins_with_bos_where_it_is_not_wanted():
+    tokenizer = surrounding(word_level(), "<s> $A")
+    found = calibration_tokens("self", tokenizer, samples=64, seq_len=3, model=decoder("llama"), bos="never")
+    assert len(set(found.ids[:, 0].tolist())) > 10
+    assert not set(found.ids[:, 0].tolist()) & set(tokenizer.all_special_ids)
+    assert (found.bos, found.lead) == ("none", 0)
+    nowhere = calibration_tokens("self", word_level(bos=None), samples=4, seq_len=3, model=decoder("llama"))
+    assert nowhere.bos == "none"
+    with pytest.raises(InputError, match="bos = 'always', but the tokenizer has no BOS token"):
+        calibration_tokens("self", word_level(bos=None), samples=4, seq_len=3, model=decoder("llama"), bos="always")

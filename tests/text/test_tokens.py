@@ -21,7 +21,7 @@ from halve.text.tokens import (
     longest,
 )
 from models import VOCAB, decoder
-from tiny_tokenizers import SENTENCES, byte_bpe, word_level
+from tiny_tokenizers import SENTENCES, InPython, byte_bpe, surrounding, word_level
 
 
 def write_corpus(path, texts):
@@ -52,7 +52,7 @@ def corpus(tmp_path):
 
 
 def test_packing_is_documents_joined_by_eos(corpus):
-    tokenizer = byte_bpe(adds_bos=True)
+    tokenizer = byte_bpe()
     found = calibration_tokens(corpus, tokenizer, samples=7, seq_len=50, seed=3)
     assert found.ids.shape == (7, 50)
     assert found.ids.dtype == torch.int64
@@ -199,7 +199,7 @@ def test_windows_of_a_txt(tmp_path):
     path.write_bytes(text.encode())
     tokenizer = byte_bpe(adds_bos=True)
     expected = tokenizer(text, verbose=False)["input_ids"]
-    found = evaluation_tokens(path, tokenizer, seq_len=64)
+    found = evaluation_tokens(path, tokenizer, seq_len=64, bos="once")
     assert expected[0] == tokenizer.bos_token_id
     assert found.ids.flatten().tolist() == expected[: len(expected) // 64 * 64]
     assert len(expected) % 64
@@ -293,3 +293,138 @@ def test_token_sets_compare_by_content():
     ids = torch.zeros(2, 3, dtype=torch.int64)
     assert TokenSet(ids, "a", hash_ids(ids), 1) == TokenSet(ids.clone(), "a", hash_ids(ids), 1)
     assert TokenSet(ids, "a", hash_ids(ids), 1) != TokenSet(ids + 1, "a", hash_ids(ids + 1), 1)
+
+
+# What sequences begin with
+
+
+BEFORE = {
+    "none": (byte_bpe, []),
+    "BOS": (lambda: byte_bpe(adds_bos=True), ["<s>"]),
+    "BOS and EOS": (lambda: surrounding(byte_bpe(), "<s> $A </s>"), ["<s>"]),
+    "EOS alone": (lambda: surrounding(byte_bpe(), "$A </s>"), []),
+    "two": (lambda: surrounding(byte_bpe(), "</s> <s> $A </s>"), ["</s>", "<s>"]),
+    "in Python": (InPython, ["<s>"]),
+}
+
+
+def without_special(tokenizer, text):
+    """The tokens of a text alone: those of pieces of it that are special are left out by hand."""
+    return [token for token in tokenizer(text, verbose=False)["input_ids"] if token not in tokenizer.all_special_ids]
+
+
+@pytest.mark.parametrize("max_windows", [None, 3])
+@pytest.mark.parametrize("kind", BEFORE)
+def test_every_window_begins_as_the_tokenizer_begins_text(tmp_path, kind, max_windows):
+    build, before = BEFORE[kind]
+    tokenizer = build()
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(sentences(300)))
+    lead = tokenizer.convert_tokens_to_ids(before)
+    text = without_special(tokenizer, path.read_text())
+    room = 20 - len(lead)
+    windows = len(text) // room if max_windows is None else max_windows
+    expected = [[*lead, *text[start : start + room]] for start in range(0, windows * room, room)]
+    found = evaluation_tokens(path, tokenizer, seq_len=20, max_windows=max_windows)
+    assert found.ids.tolist() == expected
+    assert found.ids.dtype == torch.int64
+    assert (found.bos, found.lead, found.bos_ids) == ("each" if lead else "none", len(lead), lead)
+    assert found.sha256 == hash_ids(found.ids)
+
+
+@pytest.mark.parametrize("kind", BEFORE)
+def test_windows_fit_to_the_last_token_of_the_text_and_not_beyond(tmp_path, kind):
+    build, before = BEFORE[kind]
+    tokenizer = build()
+    path = tmp_path / "a.txt"
+    path.write_text("the fox jumps over the lazy dog")
+    text = without_special(tokenizer, path.read_text())
+    found = evaluation_tokens(path, tokenizer, seq_len=len(text) + len(before))
+    assert found.ids.tolist() == [[*tokenizer.convert_tokens_to_ids(before), *text]]
+    with pytest.raises(InputError, match=f"has {len(text)} tokens, fewer than one window of seq_len = ") as refused:
+        evaluation_tokens(path, tokenizer, seq_len=len(text) + len(before) + 1)
+    assert (" holds beside BOS" in str(refused.value)) == bool(before)
+
+
+@pytest.mark.parametrize("bos", ["auto", "never", "once"])
+def test_a_tokenizer_that_puts_nothing_before_text_gives_what_it_always_gave(corpus, bos):
+    """The hashes are of the version before sequences could begin with BOS."""
+    tokenizer = byte_bpe()
+    found = calibration_tokens(corpus, tokenizer, samples=7, seq_len=50, seed=3, bos=bos)
+    assert found.sha256 == "149988eda2f97babb40dee9574cb004cadfcfc465c19a072d88e480f51724eed"
+    windows = evaluation_tokens(corpus, tokenizer, seq_len=50, bos=bos)
+    assert windows.sha256 == "4e5c8c1ad84ede0b148e3ae3a9f84483408e5c2aa7dc9063574a1bfb25f53e4a"
+    assert (found.bos, found.lead, windows.bos, windows.lead) == ("none", 0, "none", 0)
+
+
+def test_once_gives_what_was_given_before(corpus):
+    tokenizer = byte_bpe(adds_bos=True)
+    found = calibration_tokens(corpus, tokenizer, samples=7, seq_len=50, seed=3, bos="once")
+    assert (found.sha256, found.bos) == ("149988eda2f97babb40dee9574cb004cadfcfc465c19a072d88e480f51724eed", "none")
+    windows = evaluation_tokens(corpus, tokenizer, seq_len=50, bos="once")
+    assert (windows.sha256, windows.bos, windows.lead) == (
+        "c389c19ffbb2ba2d20041f859812176fb389a062acc90c763bc93daa45cd8af5",
+        "once",
+        0,
+    )
+    assert windows.ids[0, 0] == 0
+    assert not (windows.ids[1:] == 0).any()
+
+
+@pytest.mark.parametrize("kind", BEFORE)
+def test_every_calibration_sequence_begins_as_the_tokenizer_begins_text(corpus, kind):
+    build, before = BEFORE[kind]
+    tokenizer = build()
+    lead = tokenizer.convert_tokens_to_ids(before)
+    room = 30 - len(lead)
+    packed = calibration_tokens(corpus, tokenizer, samples=1, seq_len=8 * room, seed=2, bos="never")
+    assert (packed.bos, packed.lead) == ("none", 0)
+    found = calibration_tokens(corpus, tokenizer, samples=8, seq_len=30, seed=2)
+    assert found.ids[:, : len(lead)].tolist() == [lead] * 8
+    assert found.ids[:, len(lead) :].flatten().tolist() == packed.ids[0].tolist()
+    assert (found.bos, found.lead, found.bos_ids) == ("each" if lead else "none", len(lead), lead)
+    assert (found.tokens, found.documents) == (240, packed.documents)
+
+
+def test_bos_can_be_asked_for_where_the_tokenizer_puts_none(corpus):
+    tokenizer = byte_bpe()
+    found = calibration_tokens(corpus, tokenizer, samples=4, seq_len=30, bos="always")
+    windows = evaluation_tokens(corpus, tokenizer, seq_len=30, max_windows=4, bos="always")
+    assert (found.ids[:, 0] == tokenizer.bos_token_id).all()
+    assert (windows.ids[:, 0] == tokenizer.bos_token_id).all()
+    assert (found.bos, windows.bos, windows.lead) == ("each", "each", 1)
+    for tokens_of in (calibration_tokens, evaluation_tokens):
+        with pytest.raises(InputError, match="bos = 'always', but the tokenizer has no BOS token"):
+            tokens_of(corpus, byte_bpe(bos=None), seq_len=30, bos="always")
+        with pytest.raises(InputError, match="bos = 'first' is not known: choose one of auto, always, never, once"):
+            tokens_of(corpus, tokenizer, seq_len=30, bos="first")
+
+
+def test_bos_that_the_text_has_itself_is_not_doubled(tmp_path):
+    tokenizer = byte_bpe(adds_bos=True)
+    path = write_corpus(tmp_path / "a.jsonl", ["<s>the quick fox jumps"])
+    text = without_special(tokenizer, "the quick fox jumps")
+    for found in (
+        calibration_tokens(path, tokenizer, samples=1, seq_len=1 + len(text)),
+        evaluation_tokens(path, tokenizer, seq_len=1 + len(text)),
+    ):
+        assert found.ids.tolist() == [[tokenizer.bos_token_id, *text]]
+
+
+def test_bos_leaves_room_for_text(corpus):
+    tokenizer = surrounding(byte_bpe(), "</s> <s> $A")
+    for tokens_of in (calibration_tokens, evaluation_tokens):
+        with pytest.raises(InputError, match=r"seq_len = 2 leaves no room for text beside BOS: give at least 3"):
+            tokens_of(corpus, tokenizer, seq_len=2)
+        assert tokens_of(corpus, tokenizer, seq_len=3).seq_len == 3
+
+
+def test_too_few_tokens_beside_bos(tmp_path):
+    path = write_corpus(tmp_path / "few.jsonl", ["the quick fox"] * 10)  # 3 * 10 tokens, 9 separators
+    tokenizer = surrounding(word_level(), "<s> $A")
+    calibration_tokens(path, tokenizer, samples=3, seq_len=14)
+    with pytest.raises(InputError, match=r"has 39 tokens, .* need 40 beside BOS: .*samples = 3 is the most"):
+        calibration_tokens(path, tokenizer, samples=4, seq_len=11)
+    calibration_tokens(path, tokenizer, samples=1, seq_len=40)
+    with pytest.raises(InputError, match=r"not even one sample fits; seq_len <= 40 would"):
+        calibration_tokens(path, tokenizer, samples=1, seq_len=41)

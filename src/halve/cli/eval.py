@@ -4,13 +4,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from halve.checkpoint.load import Source, has_tokenizer, load_model, resolve
@@ -21,9 +21,9 @@ from halve.cli.options import DeviceOption, JsonOption, TrustOption
 from halve.cli.terminal import err, out, progress_bar, say
 from halve.device import forward_precision, resolve_device
 from halve.errors import InputError
-from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.figure import Perplexity, said_difference
 from halve.evaluation.request import Evaluation
-from halve.report.record import finite
+from halve.versions import named_versions
 
 if TYPE_CHECKING:
     from halve.evaluation.tasks import TaskResults, TaskSet
@@ -88,7 +88,7 @@ def _check_wanted(given: dict[str, Any], tasks: str | None, of_tasks: dict[str, 
         raise InputError("nothing to measure: give --data for perplexity, --tasks for accuracy, or both")
     if given.get("data") and "seq_len" not in given:
         raise InputError("--data needs --seq-len: perplexities depend on it, so there is no default")
-    of_data = {name.replace("_", "-"): given.get(name) for name in ("seq_len", "max_windows", "text_field")}
+    of_data = {name.replace("_", "-"): given.get(name) for name in ("seq_len", "max_windows", "text_field", "bos")}
     for flag, wanted, others in (("--data", given.get("data"), of_data), ("--tasks", tasks, of_tasks)):
         idle = [name for name, value in others.items() if not wanted and value is not None]
         if idle:
@@ -149,9 +149,9 @@ def _progress(model: str) -> Iterator[Any]:
 
 def _entries(measured: _Measured, first: _Measured) -> Iterator[dict[str, Any]]:
     """Return what ``--json`` prints of a model: an entry a perplexity, and one with the scores of all tasks."""
-    for result in measured.perplexities:
-        entry = asdict(result)
-        yield {"model": measured.model, **entry, "value": finite(result.value), "nll": finite(result.nll)}
+    for index, result in enumerate(measured.perplexities):
+        of_first = None if measured is first else first.perplexities[index]
+        yield {"model": measured.model, **result.as_json(of_first)}
     if measured.tasks is not None:
         from halve.cli.task_tables import task_entry
 
@@ -174,15 +174,36 @@ def _show(measured: list[_Measured]) -> None:
 
 
 def _perplexity_table(measured: list[_Measured]) -> Table:
-    table = Table("model", "data", "perplexity", "sequence length", "windows", "dtype", "seconds")
+    """Return a row a model and text; with several models, the differences of the logarithms to the first one's."""
+    several = len(measured) > 1
+    apart = [Column(Text(f"logarithm - {Path(measured[0].model).name}'s"), justify="right")] if several else []
+    meant = ["± standard error over the windows, paired; empty where the tokens differ"] if several else []
+    by = named_versions(measured[0].perplexities[0].versions)
+    table = Table(
+        "model",
+        "data",
+        "perplexity",
+        *apart,
+        "sequence length",
+        "windows",
+        "BOS",
+        "dtype",
+        "seconds",
+        caption=Text("; ".join([*meant, by])),
+    )
     for one in measured:
-        for result in one.perplexities:
+        for index, result in enumerate(one.perplexities):
+            first = measured[0].perplexities[index]
+            known = one is not measured[0] and result.pairs_with(first)
+            differences = [said_difference(*result.minus(first)) if known else ""] if several else []
             table.add_row(
                 Text(one.model),
                 Text(result.source),
                 f"{result.value:.3f}",
+                *differences,
                 str(result.seq_len),
                 str(result.windows),
+                result.bos,
                 result.dtype,
                 f"{result.seconds:.1f}",
             )

@@ -10,10 +10,11 @@ from halve.cli.groups import taking
 from halve.cli.options import DeviceOption, TrustOption
 from halve.cli.terminal import err, out, say
 from halve.errors import InputError
-from halve.evaluation.perplexity import Perplexity, measured_as
+from halve.evaluation.figure import Perplexity, measured_as, said_difference
 from halve.evaluation.request import Evaluation
 from halve.report.before_after import dense_source, measure
 from halve.report.page import COMPARISON, cautions, check_page, write_comparison, write_report
+from halve.versions import named_versions
 
 DenseOption = Annotated[
     str | None,
@@ -62,10 +63,13 @@ def report(
 
 
 def say_scores(before: tuple[Perplexity, ...], after: tuple[Perplexity, ...]) -> None:
-    """Say perplexities, dense and pruned, a line a text."""
+    """Say perplexities, dense and pruned, and how far their logarithms are apart, a line a text."""
     for index, score in enumerate(after):
         change = f"{before[index].value:.3f} → {score.value:.3f}" if before else f"{score.value:.3f}"
-        how = measured_as(score.windows, score.seq_len, score.dtype)
-        say(out, f"perplexity {Path(score.source).name}: {change} ({how})")
+        how = measured_as(score.windows, score.seq_len, score.bos, score.dtype)
+        apart = ""
+        if before and score.pairs_with(before[index]):
+            apart = f", logarithm {said_difference(*score.minus(before[index]))}"
+        say(out, f"perplexity {Path(score.source).name}: {change}{apart} ({how}; {named_versions(score.versions)})")
         if score.note:
             say(err, score.note, label="note")

@@ -40,24 +40,38 @@ err = Console(stderr=True)
 
 def comparison_table(rows: "Sequence[Row]", pattern: str) -> Table:
     """Return the table of a comparison, `halve.comparison.Row` by row."""
-    from halve.evaluation.perplexity import measured_as
+    from halve.evaluation.figure import measured_as
+    from halve.versions import named_versions
 
     first = rows[0].perplexities
-    caption = "; ".join(f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.dtype)}" for p in first)
+    how = [f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.bos, p.dtype)}" for p in first]
+    by = [named_versions(score.versions) for score in first[:1]]
+    meant = "in brackets the difference of the logarithm to the first row, ± its standard error over the windows"
+    caption = "; ".join([*how, *by, meant, "seconds of pruning alone", "a loss is against the method's own targets"])
     table = Table(
         "method",
         *[Column(Text(f"perplexity {Path(p.source).name}")) for p in first],
         "mean relative loss",
         "seconds",
         title=Text(f"{pattern}, lower is better"),
-        caption=Text(f"{caption}; seconds of pruning alone; a loss is against the method's own targets"),
+        caption=Text(caption),
     )
     for row in rows:
         loss = "" if row.mean_relative_loss is None else f"{row.mean_relative_loss:.4f}"
         name = row.name if not row.fallbacks else f"{row.name} ({row.fallbacks} fallbacks)"
-        scores = ["failed"] * len(first) if row.error else [f"{p.value:.2f}" for p in row.perplexities]
+        scores = ["failed"] * len(first) if row.error else _scores(row, rows[0])
         table.add_row(name, *scores, loss, f"{row.seconds:.0f}")
     return table
+
+
+def _scores(row: "Row", first: "Row") -> list[str]:
+    """Return the perplexities of a row (`halve.comparison.Row`), with what they differ in from the first row's."""
+    from halve.evaluation.figure import said_difference
+
+    if row is first:
+        return [f"{score.value:.2f}" for score in row.perplexities]
+    pairs = zip(row.perplexities, first.perplexities, strict=True)
+    return [f"{score.value:.2f} ({said_difference(*score.minus(dense))})" for score, dense in pairs]
 
 
 def summary_table(report: "RunReport") -> Table:

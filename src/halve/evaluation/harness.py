@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from torch import nn
 
 from halve.device import weight_dtype
 from halve.errors import InputError
+from halve.text.special_tokens import put_around_text
+from halve.versions import versions as package_versions
 
 SEED = 1234
 """lm-eval's own default: the same solved examples are shown as by its command line."""
@@ -78,7 +79,8 @@ def require_harness() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that scores depend on, by package."""
-    return {"lm-eval": require_harness(), **{name: version(name) for name in ("transformers", "torch", "halve")}}
+    installed = package_versions()
+    return {"lm-eval": require_harness(), **{name: installed[name] for name in ("transformers", "torch", "halve")}}
 
 
 @contextmanager
@@ -191,16 +193,15 @@ def text_opening(tokenizer: Any) -> list[int]:
     Raises:
         InputError: it puts something after every text too, which would stand between a question and its answer.
     """
-    plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-    start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
-    closing = whole[start + len(plain) :]
+    opening, closing = put_around_text(tokenizer)
     if closing:
+        names = " ".join(tokenizer.convert_ids_to_tokens(list(closing)))
         raise InputError(
-            f"the tokenizer ends every text with {' '.join(tokenizer.convert_ids_to_tokens(closing))}, which would "
+            f"the tokenizer ends every text with {names}, which would "
             "stand between a question and its answer: set add_eos_token to false in its tokenizer_config.json, or take "
             "the post-processor that adds it out of its tokenizer.json"
         )
-    return whole[:start]
+    return list(opening)
 
 
 def check_model(model: Any, tokenizer: Any) -> None:

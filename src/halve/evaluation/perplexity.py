@@ -1,9 +1,9 @@
 """Perplexity of a causal language model."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,8 +13,10 @@ from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
 from halve.checks import check_count
 from halve.device import autocast, evaluation_mode, forward_precision, model_device, resolve_device
-from halve.errors import InputError, counted
+from halve.errors import InputError
+from halve.evaluation.figure import Perplexity
 from halve.text.tokens import TokenSet, check_length, check_vocabulary, evaluation_corpus, evaluation_tokens
+from halve.versions import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,33 +26,6 @@ if TYPE_CHECKING:
 _TOKENS_PER_BATCH = 4096
 _LOGITS_AT_ONCE = 2**24  # elements of the logits held in float32: 64 MiB
 _PROBE = 16  # tokens on which the sliced head is compared with the model
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """The perplexity of one model on one set of windows.
-
-    Attributes:
-        value: exp of ``nll``; infinite if that overflows.
-        windows: windows measured.
-        seq_len: tokens in a window; perplexities at different lengths are not comparable.
-        dtype: what the matrices were multiplied in.
-        source: where the text came from.
-        tokens_sha256: hash of the token ids, see `halve.text.tokens.hash_ids`.
-        seconds: wall-clock time of the measurement, tokenising and loading excluded.
-        nll: mean negative log-likelihood in nats, over the seq_len - 1 predicted tokens of every window.
-        note: empty if the logits were computed in slices; otherwise why the model's own, slower forward was used.
-    """
-
-    value: float
-    windows: int
-    seq_len: int
-    dtype: str
-    source: str
-    tokens_sha256: str
-    seconds: float
-    nll: float
-    note: str = ""
 
 
 def perplexity(
@@ -64,10 +39,11 @@ def perplexity(
 ) -> Perplexity:
     """Measure the perplexity of a model on windows of tokens.
 
-    Every window is predicted on its own from its first token. The softmax is taken in float32 (float64 for float64
-    logits), sums in float64. The output head is applied to slices of the hidden states, so that logits of at most
-    2^24 elements exist at a time; where that is not exactly the model's own logits (soft-capped or scaled logits, no
-    plain linear head), the model's own forward is used, one window at a time, and ``note`` of the result says so.
+    Every window is predicted on its own from its first token, or from what stands before its text. The softmax is taken
+    in float32 (float64 for float64 logits), sums in float64. The output head is applied to slices of the hidden states,
+    so that logits of at most 2^24 elements exist at a time; where that is not exactly the model's own logits
+    (soft-capped or scaled logits, no plain linear head), the model's own forward is used, one window at a time, and
+    ``note`` of the result says so.
 
     Args:
         model: a causal language model: called with ``input_ids`` (batch, seq_len) it returns logits (batch, seq_len,
@@ -84,17 +60,19 @@ def perplexity(
         InputError: an argument is not usable, the windows do not fit the model, or the loss of a window is not finite;
             the message names which.
     """
-    if tokens.seq_len < 2:
-        raise InputError(f"windows of seq_len = {tokens.seq_len} leave no token to predict: give at least 2")
+    if tokens.seq_len <= max(1, tokens.lead):
+        least = 1 + max(1, tokens.lead)
+        raise InputError(f"windows of seq_len = {tokens.seq_len} leave no token to predict: give at least {least}")
     if batch_size is not None:
         check_count("batch_size", batch_size)
     check_length(tokens.seq_len, model)
     check_vocabulary(tokens.ids, model, tokens.source)
     place = model_device(model) if device is None else resolve_device(device)
     started = time.perf_counter()
+    scored = tokens.seq_len - max(1, tokens.lead)
     with ready(model, place, forward_dtype) as used:
-        total, note = _total_nll(model, tokens, place, batch_size, progress)
-    nll = total / (tokens.samples * (tokens.seq_len - 1))
+        sums, note = _window_sums(model, tokens, place, batch_size, progress)
+    nll = math.fsum(sums) / (tokens.samples * scored)
     return Perplexity(
         value=torch.tensor(nll, dtype=torch.float64).exp().item(),
         windows=tokens.samples,
@@ -105,6 +83,9 @@ def perplexity(
         seconds=time.perf_counter() - started,
         nll=nll,
         note=note,
+        bos=tokens.bos,
+        window_nll=tuple(total / scored for total in sums),
+        versions=versions(),
     )
 
 
@@ -116,6 +97,7 @@ def evaluate(
     max_windows: int | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     text_field: str = "text",
+    bos: str = "auto",
     batch_size: int | None = None,
     device: str | torch.device = "auto",
     forward_dtype: str = "auto",
@@ -131,6 +113,8 @@ def evaluate(
         max_windows: only the first windows, for text; None takes all.
         tokenizer: for text; None takes the checkpoint's own.
         text_field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
+        bos: which windows begin with BOS, for text: ``auto``, ``always``, ``never`` or ``once``, see
+            `halve.text.special_tokens.begin_sequences`.
         batch_size: as `perplexity` has it, and ``forward_dtype`` and ``progress``.
         device: ``"auto"`` is where a model in memory lies, and the GPU if there is one for a checkpoint.
         trust_remote_code: whether to run Python code that comes with the checkpoint.
@@ -142,7 +126,8 @@ def evaluate(
     place = model_device(model) if isinstance(model, nn.Module) and device == "auto" else resolve_device(device)
     forward_precision(forward_dtype, place)
     if not isinstance(data, TokenSet):
-        evaluation_corpus(data, seq_len=seq_len, max_windows=max_windows, text_field=text_field)  # before a long load
+        # before a long load
+        evaluation_corpus(data, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos)
     if isinstance(model, nn.Module):
         network: nn.Module = model
     else:
@@ -157,7 +142,9 @@ def evaluate(
         raise InputError("text needs a tokenizer, and the model has none: give tokenizer, or a TokenSet as data")
     else:
         check_length(seq_len, network)
-        tokens = evaluation_tokens(data, tokenizer, seq_len=seq_len, max_windows=max_windows, text_field=text_field)
+        tokens = evaluation_tokens(
+            data, tokenizer, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos
+        )
     return perplexity(
         network, tokens, batch_size=batch_size, device=place, forward_dtype=forward_dtype, progress=progress
     )
@@ -185,7 +172,13 @@ def ready(model: nn.Module, device: torch.device, forward_dtype: str) -> Iterato
 
 
 def evaluation_texts(
-    loaded: "LoadedModel", sources: Sequence[str | Path], *, seq_len: int, max_windows: int | None, text_field: str
+    loaded: "LoadedModel",
+    sources: Sequence[str | Path],
+    *,
+    seq_len: int,
+    max_windows: int | None,
+    text_field: str,
+    bos: str = "auto",
 ) -> list[TokenSet]:
     """Tokenise the evaluation texts for a model.
 
@@ -200,41 +193,36 @@ def evaluation_texts(
         raise InputError("the model has no tokenizer, so perplexity of text cannot be measured: give another model")
     check_length(seq_len, loaded.model)
     return [
-        evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, text_field=text_field)
+        evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos)
         for source in sources
     ]
 
 
-def measured_as(windows: int, seq_len: int, dtype: str) -> str:
-    """Say how a perplexity was measured, without which it says nothing."""
-    return f"{counted(windows, 'window')} of {seq_len} tokens, {dtype}"
-
-
-def _total_nll(
+def _window_sums(
     model: nn.Module,
     tokens: TokenSet,
     device: torch.device,
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
-) -> tuple[float, str]:
-    """Sum the negative log-likelihood of every predicted token; with it, why the model's own logits were used."""
+) -> tuple[list[float], str]:
+    """Sum the negative log-likelihood over each window's tokens; with that, why the model's own logits were used."""
     parts = _split(model, tokens.ids[:1, :_PROBE].to(device))
     batch = 1 if isinstance(parts, str) else batch_size or max(1, _TOKENS_PER_BATCH // tokens.seq_len)
-    total = 0.0
+    found: list[float] = []
     for start in range(0, tokens.samples, batch):
         ids = tokens.ids[start : start + batch].to(device)
         losses = _whole_nll(model, ids) if isinstance(parts, str) else _sliced_nll(parts, ids)
-        sums = losses.cpu().double().sum(-1)
+        sums = losses[:, max(1, tokens.lead) - 1 :].cpu().double().sum(-1)  # the first is of the second token
         if not bool(sums.isfinite().all()):
             window = start + int(sums.isfinite().logical_not().nonzero()[0])
             raise InputError(
                 f"the loss of window {window} of {tokens.source!r} (counted from 0) is not finite: "
                 "the model's weights or activations are broken"
             )
-        total += sums.sum().item()
+        found += sums.tolist()
         if progress is not None:
             progress(start + len(ids), tokens.samples)
-    return total, parts if isinstance(parts, str) else ""
+    return found, parts if isinstance(parts, str) else ""
 
 
 class _Parts(NamedTuple):

@@ -10,7 +10,8 @@ from torch import nn
 from halve.checkpoint.load import LoadedModel
 from halve.device import forward_precision
 from halve.errors import InputError
-from halve.evaluation.perplexity import Perplexity, evaluation_texts, perplexity
+from halve.evaluation.figure import Perplexity
+from halve.evaluation.perplexity import evaluation_texts, perplexity
 from halve.option_groups import option
 from halve.text.calibration import default_length
 from halve.text.tokens import TokenSet, check_texts
@@ -26,6 +27,8 @@ class Evaluation:
             says, as many as the calibration sequences have.
         max_windows: only the first windows of each text.
         text_field: name of the text in ``.jsonl`` and ``.parquet`` files.
+        bos: which windows begin with BOS: ``auto``, where the tokenizer itself puts it before text, or ``always``,
+            every one; ``never``, none; ``once``, the first alone, as for the tables in the literature.
         forward_dtype: products of forward passes: ``auto``, ``float32`` or ``bfloat16``.
     """
 
@@ -33,6 +36,7 @@ class Evaluation:
     seq_len: int | None = None
     max_windows: int | None = None
     text_field: str = option("text", shared=True)
+    bos: str = option("auto", shared=True)
     forward_dtype: str = option("auto", shared=True)
 
     def precision(self, device: torch.device) -> torch.dtype:
@@ -54,7 +58,13 @@ class Evaluation:
             raise InputError(
                 f"the evaluation's data = {self.data!r} is not a list of texts: give at least one, in a list"
             )
-        check_texts(self.data, seq_len=self.seq_len, max_windows=self.max_windows, text_field=self.text_field)
+        check_texts(
+            self.data,
+            seq_len=self.seq_len,
+            max_windows=self.max_windows,
+            text_field=self.text_field,
+            bos=self.bos,
+        )
 
     def texts(self, loaded: LoadedModel, calibrated_with: int | None) -> list[TokenSet]:
         """Tokenise the texts for a model.
@@ -68,7 +78,12 @@ class Evaluation:
         """
         length = self.seq_len or calibrated_with or default_length(loaded)
         return evaluation_texts(
-            loaded, self.data, seq_len=length, max_windows=self.max_windows, text_field=self.text_field
+            loaded,
+            self.data,
+            seq_len=length,
+            max_windows=self.max_windows,
+            text_field=self.text_field,
+            bos=self.bos,
         )
 
     def measure(self, model: nn.Module, texts: Sequence[TokenSet], device: torch.device) -> tuple[Perplexity, ...]:

@@ -11,7 +11,7 @@ from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.validated import wrong
 from halve.device import resolve_device
 from halve.errors import InputError
-from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
 from halve.recorded import Record
 from halve.report.facts import Origin, record_of

@@ -15,13 +15,14 @@ from msgspec import UNSET, Struct, UnsetType, to_builtins
 from halve.checkpoint.directory import RECORD, refuse_packed, refuse_unfinished
 from halve.checkpoint.validated import wrong
 from halve.errors import InputError
-from halve.evaluation.perplexity import measured_as
+from halve.evaluation.figure import measured_as, said_difference
 from halve.evaluation.request import overlap
 from halve.model.plan import place_of
 from halve.recorded import MOST, REMEDY, Kind, Record, RecordedBlock, RecordedMatrix, read_record
 from halve.report.measured import Measured, Score, read_measured
 from halve.run.events import seconds_of_pruning
 from halve.solve.outcome import Status
+from halve.versions import named_versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,11 @@ class BlockFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityFacts:
-    """One text; ``before`` is the dense model's, None where it was not measured; infinite where it overflowed."""
+    """One text; ``before`` is the dense model's, None where it was not measured; infinite where it overflowed.
+
+    ``difference`` is by how much pruning raised the logarithm, and its standard error, in words; empty where it is not
+    known, as ``versions`` are where they were not put on record.
+    """
 
     source: str
     seq_len: int
@@ -86,6 +91,9 @@ class PerplexityFacts:
     sha256: str
     before: float | None
     after: float | None
+    bos: str = ""
+    difference: str = ""
+    versions: str = ""
 
     @property
     def title(self) -> str:
@@ -94,11 +102,10 @@ class PerplexityFacts:
 
     @property
     def measured_as(self) -> str:
-        """Sequence length, windows and dtype, without which a perplexity says nothing."""
+        """Sequence length, windows, BOS and dtype, without which a perplexity says nothing."""
         same = self.dtype_before in ("", self.dtype)
-        return measured_as(
-            self.windows, self.seq_len, self.dtype if same else f"{self.dtype_before} before, {self.dtype} after"
-        )
+        dtype = self.dtype if same else f"{self.dtype_before} before, {self.dtype} after"
+        return measured_as(self.windows, self.seq_len, self.bos, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,7 +401,15 @@ def _perplexity(entry: Score) -> PerplexityFacts:
         sha256=entry.tokens_sha256,
         before=_score(entry.before, entry.before_nll),
         after=_score(entry.after, entry.after_nll),
+        bos=entry.bos,
+        difference="" if entry.log_difference is None else said_difference(*entry.log_difference),
+        versions=_measured_by(entry),
     )
+
+
+def _measured_by(entry: Score) -> str:
+    after, before = named_versions(entry.versions), named_versions(entry.versions_before or {})
+    return after if before in ("", after) else f"{before} before, {after} after"
 
 
 def _number(value: float | None) -> float | None:

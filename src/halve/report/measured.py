@@ -16,7 +16,7 @@ from halve.checkpoint.directory import MEASURED
 from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.shards import read_json
 from halve.checkpoint.validated import validated, wrong
-from halve.evaluation.perplexity import Perplexity
+from halve.evaluation.figure import Perplexity, paired_difference, rounded
 from halve.recorded import MOST
 from halve.report.record import finite
 from halve.run.events import RunReport
@@ -25,6 +25,8 @@ FORMAT = 1
 """Version of the layout of ``halve-measured.json``."""
 
 _SAME_TEXT = ("source", "tokens_sha256")
+_OF_ONE = {"value", "nll", "seconds", "window_nll"}  # of a perplexity, kept under other names, or not at all
+_OF_DENSE = ("before", "before_nll", "before_windows", "dtype_before", "versions_before")
 _REMEDY = "remove it, and times and perplexities will be missing"
 
 
@@ -55,11 +57,16 @@ class Score(Struct, frozen=True, kw_only=True):
         windows: number of windows.
         dtype: that the pruned model was measured in.
         dtype_before: that the dense model was measured in, None where it was not measured.
+        bos: which windows begin with BOS (`halve.text.tokens.TokenSet`), empty where that is not known.
         tokens_sha256: of the tokens measured.
         before: the dense model's, None where it is not known, or not finite.
         before_nll: its logarithm.
         after: the pruned model's.
         after_nll: its logarithm.
+        before_windows: the dense model's mean loss of each window, in nats a token, to 6 decimals.
+        after_windows: the pruned model's.
+        versions: of the packages that measured the pruned model.
+        versions_before: of those that measured the dense one.
     """
 
     source: str
@@ -67,11 +74,24 @@ class Score(Struct, frozen=True, kw_only=True):
     windows: float
     dtype: str = ""
     dtype_before: str | None = None
+    bos: str = ""
     tokens_sha256: str
     before: float | None = None
     before_nll: float | None = None
     after: float | None = None
     after_nll: float | None = None
+    before_windows: tuple[float, ...] | None = None
+    after_windows: tuple[float, ...] | None = None
+    versions: dict[str, str] = {}
+    versions_before: dict[str, str] | None = None
+
+    @property
+    def log_difference(self) -> tuple[float, float | None] | None:
+        """By how much pruning raised the logarithm, and its paired standard error; None where that is not known."""
+        before, after = self.before_windows, self.after_windows
+        if not before or not after or len(before) != len(after):
+            return None
+        return paired_difference(after, before)
 
 
 class Measured(Struct, frozen=True, kw_only=True):
@@ -93,6 +113,7 @@ class Measured(Struct, frozen=True, kw_only=True):
         yield self.resumed_blocks
         for score in self.perplexity:
             yield from (score.seq_len, score.windows, score.before, score.before_nll, score.after, score.after_nll)
+            yield from (*(score.before_windows or ()), *(score.after_windows or ()))
 
 
 def read_measured(directory: Path) -> Measured:
@@ -144,14 +165,21 @@ def add_perplexity(directory: Path, before: Sequence[Perplexity], after: Sequenc
     content = read_json(path) if path.exists() else empty
     _checked(content, path)
     for index, score in enumerate(after):
-        facts = {name: value for name, value in asdict(score).items() if name not in {"value", "nll", "seconds"}}
-        entry = {**facts, "after": finite(score.value), "after_nll": score.nll}
+        facts = {name: value for name, value in asdict(score).items() if name not in _OF_ONE}
+        windows = rounded(score.window_nll)
+        entry = {**facts, "after": finite(score.value), "after_nll": score.nll, "after_windows": windows}
         same = [old for old in content["perplexity"] if all(old[key] == entry[key] for key in _SAME_TEXT)]
         if before:
             dense = before[index]
-            entry |= {"before": finite(dense.value), "before_nll": dense.nll, "dtype_before": dense.dtype}
+            entry |= {
+                "before": finite(dense.value),
+                "before_nll": dense.nll,
+                "before_windows": rounded(dense.window_nll),
+                "dtype_before": dense.dtype,
+                "versions_before": dict(dense.versions),
+            }
         else:
             known = same[-1] if same else {}
-            entry |= {name: known.get(name) for name in ("before", "before_nll", "dtype_before")}
+            entry |= {name: known.get(name) for name in _OF_DENSE}
         content["perplexity"] = [*[old for old in content["perplexity"] if old not in same], entry]
     write_measured(directory, content)

@@ -209,6 +209,8 @@ class RunDirectory:
                 "documents": tokens.documents,
                 "separator": tokens.separator,
                 "revision": tokens.revision,
+                "bos": tokens.bos,
+                "lead": tokens.lead,
             }
             with writing(self.state):
                 sha256 = write_file(self.state / _TOKENS, content, "tokens")

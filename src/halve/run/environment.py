@@ -2,21 +2,19 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from halve.maths import kernels
+from halve.versions import package_version, versions
 
 
 def environment() -> dict[str, Any]:
     """Return versions and machine facts that can change the result."""
     return {
-        "halve": _version("halve"),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "safetensors": _version("safetensors"),
+        **versions(),
+        "safetensors": package_version("safetensors"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -25,10 +23,3 @@ def environment() -> dict[str, Any]:
         "prox_kernel": kernels.describe(),
         **({"prox_kernel_cuda": kernels.describe("cuda")} if torch.cuda.is_available() else {}),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -40,7 +40,7 @@ _ENVIRONMENT = (
 _GROUPS = ("calibration", "placement", "loading")
 WITHOUT_EFFECT = frozenset(
     {
-        *("source", "samples", "seq_len", "text_field"),  # the tokens themselves count
+        *("source", "samples", "seq_len", "text_field", "bos"),  # the tokens themselves count
         *("revision", "trust_remote_code"),  # the files of the model do
         *("offload", "work"),  # where something is kept
         "least_prunable",  # whether a model is refused

@@ -58,6 +58,8 @@ class _TokenFacts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     documents: int
     separator: str = ""
     revision: str = ""
+    bos: str = ""
+    lead: int = 0
 
 
 class _Tokens(Struct, frozen=True, kw_only=True):

@@ -45,8 +45,8 @@ class Settings:
         min_expert_tokens: with a fallback, an expert that saw fewer tokens is pruned by magnitude, and reported.
         reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
         objective: shrinkage of the statistics, and targets from the dense model.
-        tower: the part of a model that is pruned, where it has several: ``text``, ``vision``, ``audio`` or another, or ``all``
-            that run on the calibration data. Text where nobody says; of an encoder-decoder always both.
+        tower: the part of a model that is pruned, where it has several: ``text``, ``vision``, ``audio`` or another, or
+            ``all`` that run on the calibration data. Text where nobody says; of an encoder-decoder always both.
         least_prunable: refuse a model where less than this share of a block's matrix weights can be pruned, 0 to 1.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
     """

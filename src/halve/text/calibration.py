@@ -15,6 +15,7 @@ from halve.option_groups import option
 from halve.text import tokens
 from halve.text.documents import is_on_hub, open_corpus
 from halve.text.generation import Listen
+from halve.text.special_tokens import check_bos
 from halve.text.tokens import TokenSet
 
 DEFAULT_SAMPLES = 128
@@ -39,6 +40,9 @@ class Calibration:
         seq_len: tokens in each; 2048, or the model's maximum if that is less, where nobody says.
         seed: of the choice among documents; a ``.txt`` file is one document, and read from its start.
         text_field: name of the text in ``.jsonl`` and ``.parquet`` files.
+        bos: which sequences of text begin with BOS: ``auto``, where the tokenizer itself puts it before text, or
+            ``always``, every one; ``never``, none; ``once``, only the beginning of a text that perplexity is measured
+            on, as for the tables in the literature.
     """
 
     source: CalibrationSource = option(None, name="calibration")
@@ -46,6 +50,7 @@ class Calibration:
     seq_len: int | None = None
     seed: int = 0
     text_field: str = option("text", shared=True)
+    bos: str = option("auto", shared=True)
 
     @property
     def is_self_written(self) -> bool:
@@ -61,7 +66,8 @@ class Calibration:
     def asked(self) -> dict[str, Any]:
         """How the tokens are asked for, as plain JSON values: the same words name the same tokens."""
         source = str(self.source) if isinstance(self.source, str | Path) else None
-        return {"source": source, "samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
+        counts = {"samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
+        return {"source": source, **counts, "bos": self.bos}
 
     @property
     def length(self) -> int | None:
@@ -74,8 +80,9 @@ class Calibration:
         """Refuse what can be known to be unusable without the model, before it is loaded.
 
         Raises:
-            InputError: there is no such text, or a number is not usable.
+            InputError: there is no such text, or a setting is not usable.
         """
+        check_bos(self.bos)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InputError(f"seed must be a whole number, got {self.seed!r}")
         if self.source is None or isinstance(self.source, str | Path):
@@ -134,6 +141,7 @@ class Calibration:
             seq_len=seq_len,
             seed=self.seed,
             text_field=self.text_field,
+            bos=self.bos,
             model=loaded.model,
             listen=listen,
         )
@@ -185,6 +193,8 @@ def calibration_record(data: TokenSet | Sequence[Batch]) -> dict[str, Any]:
             "documents": data.documents,
             "separator": data.separator,
             "revision": data.revision,
+            "bos": data.bos,
+            "bos_ids": data.bos_ids,
             "sha256": data.sha256,
         }
     return {"source": "batches" if data else "none", "batches": len(data)}

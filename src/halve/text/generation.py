@@ -36,8 +36,8 @@ def sample_text(
 
     Args:
         model: a causal language model.
-        first: (samples,) int64, the first token of each text.
-        seq_len: length of the texts, the first token included.
+        first: (samples, n) int64, what each text begins with, n at least 1 and at most ``seq_len``.
+        seq_len: length of the texts, what they begin with included.
         vocabulary: only ids below are drawn: rows that pad the model's output have no text.
         generator: on the CPU; the texts do not depend on the size of the batches or on the device but for rounding.
         listen: told of the progress after the first seconds, a few times a minute, and at the end.
@@ -50,7 +50,7 @@ def sample_text(
         UnsupportedModelError: the model cannot generate with a key-value cache.
     """
     uniform = 1.0 - torch.rand(len(first), seq_len, generator=generator, dtype=torch.float64)
-    progress = _Progress(len(first) * (seq_len - 1), listen)
+    progress = _Progress(len(first) * (seq_len - first.shape[1]), listen)
     device = model_device(model)
     with evaluation_mode(model), autocast(model, compute_dtype(device)) as dtype, ExitStack() as stack:
         if device.type == "cpu" and dtype == torch.float32:  # in bfloat16 it takes as long, and rounds otherwise
@@ -96,22 +96,23 @@ class _Progress:
 
 
 def _sample(model: nn.Module, first: Tensor, uniform: Tensor, vocabulary: int, progress: _Progress) -> Tensor:
-    """Continue ``first`` (batch,) by inverting the distribution function at ``uniform`` (batch, len)."""
+    """Continue ``first`` (batch, n) by inverting the distribution function at ``uniform`` (batch, len)."""
     device = model_device(model)
-    ids = [first.to(device)]
+    ids = list(first.to(device).unbind(1))
     points = uniform.to(device)
     cache = None
     # transformers called it past_key_values until 5.24.
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    for position in range(1, uniform.shape[1]):
-        output = model(input_ids=ids[-1][:, None], use_cache=True, **{name: cache})
+    for position in range(first.shape[1], uniform.shape[1]):
+        new = torch.stack(ids, dim=1) if cache is None else ids[-1][:, None]
+        output = model(input_ids=new, use_cache=True, **{name: cache})
         cache = getattr(output, name, None)
         if cache is None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} returns no {name}, so it cannot write its own calibration text: "
                 "give another source"
             )
-        if position == 1:
+        if position == first.shape[1]:
             _make_room(cache, uniform.shape[1])
         probabilities = output.logits[:, -1, :vocabulary].softmax(-1, dtype=torch.float32)
         drawn = _draw(probabilities, points[:, position, None])

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from halve.checks import check_count
 from halve.errors import InputError
 from halve.text.documents import Corpus, Document, open_corpus, pieces, shuffled
 from halve.text.generation import Listen, sample_text, text_config
+from halve.text.special_tokens import EACH, NONE, begin_sequences, check_bos, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,9 @@ class TokenSet:
         documents: documents read; for ``"self"``, sequences generated.
         separator: text between documents: the tokenizer's EOS or nothing in calibration, a blank line in evaluation.
         revision: commit of the data set on the hub; empty for other sources.
+        bos: which sequences begin with BOS, or what the tokenizer puts before text in its place: ``each``, ``once``
+            (the first alone) or ``none``; empty where that is not known, as of tokens that were given.
+        lead: how many tokens stand before the text in every sequence; their losses are no part of a perplexity.
     """
 
     ids: Tensor = field(compare=False, repr=False)
@@ -50,6 +54,8 @@ class TokenSet:
     documents: int
     separator: str = ""
     revision: str = ""
+    bos: str = ""
+    lead: int = 0
 
     @property
     def samples(self) -> int:
@@ -63,8 +69,13 @@ class TokenSet:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in all."""
+        """Number of tokens in all, those before the text among them."""
         return self.ids.numel()
+
+    @property
+    def bos_ids(self) -> list[int]:
+        """Ids that every sequence begins with."""
+        return self.ids[0, : self.lead].tolist()
 
 
 def hash_ids(ids: Tensor) -> str:
@@ -83,20 +94,22 @@ def calibration_tokens(
     seq_len: int = 2048,
     seed: int = 0,
     text_field: str = "text",
+    bos: str = "auto",
     model: nn.Module | None = None,
     listen: Listen | None = None,
 ) -> TokenSet:
     """Pack text into ``samples`` sequences of ``seq_len`` tokens, without padding.
 
     Documents are shuffled, tokenised without special tokens, joined by the tokenizer's EOS token (by nothing if it has
-    none: see ``separator`` of the result) and cut; reading stops when there are enough tokens. A local source of at
-    most 200 000 documents and 2^28 characters is shuffled as a whole; of a longer one, documents are drawn from a
-    buffer of that size (10 000 documents for text from the hub). ``.txt`` files are never held as a whole, and of a
-    long document only the beginning may be needed. The same arguments give the same bytes; no global random state is
-    used.
+    none: see ``separator`` of the result) and cut; reading stops when there are enough tokens. Where the tokenizer puts
+    a BOS before text, every sequence begins with it, and as much less text is in it. A local source of at most 200 000
+    documents and 2^28 characters is shuffled as a whole; of a longer one, documents are drawn from a buffer of that
+    size (10 000 documents for text from the hub). ``.txt`` files are never held as a whole, and of a long document only
+    the beginning may be needed. The same arguments give the same bytes; no global random state is used.
 
     ``"self"`` samples the sequences from the model at temperature 1, each from BOS (or a random token, if the
-    tokenizer has no BOS) to the full length, EOS or not.
+    tokenizer has no BOS) to the full length, EOS or not. A model that has a BOS token is given one to begin with even
+    if its tokenizer puts none before text, except with ``bos="never"``.
 
     Args:
         source: see `halve.text.documents.open_corpus`, or ``"self"``.
@@ -105,6 +118,8 @@ def calibration_tokens(
         seq_len: tokens in each, at least 1.
         seed: of the shuffling or sampling.
         text_field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
+        bos: as `halve.text.special_tokens.begin_sequences` has it; ``once``, like ``never``, gives sequences without,
+            since they are cut out of the midst of text.
         model: needed for ``"self"``; for other sources, the ids are checked against its vocabulary if it is given.
         listen: told how long writing ``"self"`` takes, as by `halve.text.generation.sample_text`.
 
@@ -121,16 +136,21 @@ def calibration_tokens(
         check_length(seq_len, model)
         vocabulary = len(tokenizer)
         generator = torch.Generator().manual_seed(seed)
-        first = _first_tokens(tokenizer, samples, generator)
+        lead = _begin_own_text(tokenizer, bos)
+        _check_room(seq_len, lead)
+        first = torch.tensor([lead]).expand(samples, -1) if lead else _ordinary(tokenizer, samples, generator)
         check_vocabulary(first, model, SELF)
         ids = sample_text(model, first, seq_len, vocabulary, generator, listen)
-        return TokenSet(ids, SELF, hash_ids(ids), samples)
+        return TokenSet(ids, SELF, hash_ids(ids), samples, bos=EACH if lead else NONE, lead=len(lead))
     corpus = open_corpus(source, use="calibration", text_field=text_field)
-    ids, documents = _pack(corpus, tokenizer, samples, seq_len, seed)
+    lead = begin_sequences(tokenizer, bos).of_each
+    _check_room(seq_len, lead)
+    ids, documents = _pack(corpus, tokenizer, samples, seq_len, seed, lead)
     if model is not None:
         check_vocabulary(ids, model, corpus.name)
     separator = "" if tokenizer.eos_token_id is None else str(tokenizer.eos_token)
-    return TokenSet(ids, corpus.name, hash_ids(ids), documents, separator, corpus.revision)
+    where = EACH if lead else NONE
+    return TokenSet(ids, corpus.name, hash_ids(ids), documents, separator, corpus.revision, where, len(lead))
 
 
 def evaluation_tokens(
@@ -140,13 +160,17 @@ def evaluation_tokens(
     seq_len: int,
     max_windows: int | None = None,
     text_field: str = "text",
+    bos: str = "auto",
 ) -> TokenSet:
-    """Cut text into consecutive windows of ``seq_len`` tokens, as perplexities are usually measured.
+    """Cut text into consecutive windows of ``seq_len`` tokens.
 
     A single ``.txt`` is taken as it is; the documents of any other source are joined by blank lines, in order. The
-    whole text is tokenised at once, with the special tokens that the tokenizer adds by default; a last partial window
-    is dropped. With ``max_windows``, only as much text is read and tokenised as these windows need, and they are the
-    first windows of the unbounded result: the text tokenised goes at least 1024 tokens beyond those used.
+    whole text is tokenised at once, without special tokens, and cut; a last partial window is dropped. Where the
+    tokenizer puts a BOS before text, every window begins with it, and ``seq_len - 1`` tokens of text follow: models
+    that have learned with a BOS are off their ground without it. ``bos="once"`` is the protocol of the tables in the
+    literature: what the tokenizer puts before text stands before the whole of it, so in the first window alone. With
+    ``max_windows``, only as much text is read and tokenised as these windows need, and they are the first windows of
+    the unbounded result: the text tokenised goes at least 1024 tokens beyond those used.
 
     Args:
         source: see `halve.text.documents.open_corpus`.
@@ -154,36 +178,46 @@ def evaluation_tokens(
         seq_len: tokens in a window, at least 2. Perplexities at different lengths are not comparable.
         max_windows: upper bound on the windows, at least 1; None means all, but 256 for ``"c4"``.
         text_field: key or column of the text in ``.jsonl`` and ``.parquet`` files.
+        bos: as `halve.text.special_tokens.begin_sequences` has it.
 
     Raises:
         InputError: an argument or a file is not usable, or the text is shorter than one window.
     """
-    corpus = evaluation_corpus(source, seq_len=seq_len, max_windows=max_windows, text_field=text_field)
+    corpus = evaluation_corpus(source, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos)
     if max_windows is None and source == "c4":
         max_windows = C4_WINDOWS
+    begin = begin_sequences(tokenizer, bos)
+    lead = begin.of_each
+    _check_room(seq_len, lead)
     reading = _Joined(corpus.documents(), "\n\n")
-    found = _encode_start(tokenizer, reading, max_windows and max_windows * seq_len, add_special_tokens=True)
-    windows = len(found) // seq_len
+    room = seq_len - len(lead)  # for text
+    found = _encode_start(tokenizer, reading, max_windows and max_windows * room + len(lead))
+    found = [*begin.of_text, *_without(lead, found)]
+    windows = len(found) // room
     if not windows:
         _refuse_empty(reading.characters, corpus.name)
         raise InputError(
-            f"source {corpus.name!r} has {len(found)} tokens, fewer than one window of seq_len = {seq_len}: "
-            "give more text or a smaller seq_len"
+            f"source {corpus.name!r} has {len(found)} tokens, fewer than one window of seq_len = {seq_len}"
+            f"{_beside(lead)}: give more text or a smaller seq_len"
         )
     windows = min(windows, max_windows or windows)
-    ids = torch.tensor(found[: windows * seq_len]).reshape(windows, seq_len)
+    ids = _rows(found, windows, seq_len, lead)
+    separator = "\n\n" if corpus.joined else ""
     return TokenSet(
-        ids, corpus.name, hash_ids(ids), reading.documents, "\n\n" if corpus.joined else "", corpus.revision
+        ids, corpus.name, hash_ids(ids), reading.documents, separator, corpus.revision, begin.where, len(lead)
     )
 
 
-def evaluation_corpus(source: str | Path, *, seq_len: int, max_windows: int | None, text_field: str) -> Corpus:
+def evaluation_corpus(
+    source: str | Path, *, seq_len: int, max_windows: int | None, text_field: str, bos: str = "auto"
+) -> Corpus:
     """Check the arguments of `evaluation_tokens` that can be checked without a tokenizer, and find its text.
 
     Raises:
         InputError: an argument is not usable; the message names it.
     """
     check_count("seq_len", seq_len)
+    check_bos(bos)
     if max_windows is not None:
         check_count("max_windows", max_windows)
     if seq_len == 1:
@@ -194,7 +228,7 @@ def evaluation_corpus(source: str | Path, *, seq_len: int, max_windows: int | No
 
 
 def check_texts(
-    sources: Iterable[str | Path], *, seq_len: int | None, max_windows: int | None, text_field: str
+    sources: Iterable[str | Path], *, seq_len: int | None, max_windows: int | None, text_field: str, bos: str = "auto"
 ) -> None:
     """Look for evaluation texts, before a model is loaded.
 
@@ -203,14 +237,15 @@ def check_texts(
         seq_len: tokens in a window, None where that is not known yet.
         max_windows: see `evaluation_tokens`.
         text_field: of ``.jsonl`` and ``.parquet`` files.
+        bos: see `evaluation_tokens`.
 
     Raises:
-        InputError: a text cannot be found, or a number is not usable.
+        InputError: a text cannot be found, or a setting is not usable.
     """
     if seq_len is not None:
         check_count("seq_len", seq_len)
     for source in sources:
-        evaluation_corpus(source, seq_len=seq_len or 2, max_windows=max_windows, text_field=text_field)
+        evaluation_corpus(source, seq_len=seq_len or 2, max_windows=max_windows, text_field=text_field, bos=bos)
 
 
 def check_vocabulary(ids: Tensor, model: nn.Module, source: str) -> None:
@@ -251,21 +286,31 @@ def _refuse_empty(characters: int, name: str) -> None:
         raise InputError(f"source {name!r} holds no text: give a file that is not empty")
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose=False: long text is the point here, and no sequence of this length reaches the model.
-    encoded = tokenizer(
-        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, truncation=False, verbose=False
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+def _check_room(seq_len: int, lead: Sequence[int]) -> None:
+    if seq_len <= len(lead):
+        raise InputError(
+            f"seq_len = {seq_len} leaves no room for text beside BOS: give at least {len(lead) + 1}, or bos = 'never'"
+        )
 
 
-def _encode_start(
-    tokenizer: "PreTrainedTokenizerBase", text: Iterable[str], needed: int | None, *, add_special_tokens: bool
-) -> list[int]:
-    """Tokenise a text given in pieces: all of it, or its first ``needed`` tokens or more without reading further."""
+def _beside(lead: Sequence[int]) -> str:
+    return " holds beside BOS" if lead else ""
+
+
+def _without(lead: Sequence[int], ids: list[int]) -> list[int]:
+    """Drop what sequences begin with where the text has it itself, as chats that were written out do: never twice."""
+    return ids[len(lead) :] if ids[: len(lead)] == list(lead) else ids
+
+
+def _rows(ids: list[int], rows: int, seq_len: int, lead: Sequence[int]) -> Tensor:
+    """Cut the first of ids into (rows, seq_len), each row after ``lead``."""
+    room = seq_len - len(lead)
+    text = torch.tensor(ids[: rows * room]).reshape(rows, room)
+    return torch.cat((torch.tensor(lead, dtype=text.dtype).expand(rows, -1), text), dim=1)
+
+
+def _encode_start(tokenizer: "PreTrainedTokenizerBase", text: Iterable[str], needed: int | None) -> list[int]:
+    """Tokenise text in pieces, without special tokens: all of it, or ``needed`` tokens or more and no further."""
     reading = iter(text)
     read: list[str] = []
     length = 0
@@ -277,7 +322,7 @@ def _encode_start(
         read = ["".join(read)]
         whole = length <= characters
         start = read[0] if whole else read[0][: int(characters)]
-        (ids,) = _encode(tokenizer, [start], add_special_tokens=add_special_tokens)
+        (ids,) = encode(tokenizer, [start])
         if whole or needed is None:
             return ids
         if len(ids) >= needed + _MARGIN:
@@ -305,30 +350,36 @@ class _Joined:
 
 
 def _pack(
-    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", samples: int, seq_len: int, seed: int
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: int,
+    seq_len: int,
+    seed: int,
+    lead: Sequence[int],
 ) -> tuple[Tensor, int]:
-    """Return ids (samples, seq_len) and the number of documents they come from."""
-    needed = samples * seq_len
+    """Return ids (samples, seq_len), each sequence after ``lead``, and the number of documents they come from."""
+    room = seq_len - len(lead)  # for text
+    needed = samples * room
     ids: list[int] = []
     used = 0
     shuffle = shuffled(corpus.documents(), seed, max_documents=_LOCAL_SHUFFLE if corpus.local else _HUB_SHUFFLE)
-    for document in _encode_documents(shuffle, tokenizer, needed):
+    for document in _encode_documents(shuffle, tokenizer, needed + len(lead)):
         if not document:
             continue
         if ids and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        ids += document
+        ids += document if ids else _without(lead, document)
         used += 1
         if len(ids) >= needed:
-            return torch.tensor(ids[:needed]).reshape(samples, seq_len), used
+            return _rows(ids, samples, seq_len, lead), used
     _refuse_empty(len(ids), corpus.name)
-    fit = len(ids) // seq_len
+    fit, longest_one = len(ids) // room, len(ids) + len(lead)
     remedy = (
-        f"samples = {fit} is the most that fits" if fit else f"not even one sample fits; seq_len <= {len(ids)} would"
+        f"samples = {fit} is the most that fits" if fit else f"not even one sample fits; seq_len <= {longest_one} would"
     )
     raise InputError(
-        f"source {corpus.name!r} has {len(ids)} tokens, but samples = {samples} of seq_len = {seq_len} need {needed}: "
-        f"give more text, or fewer samples ({remedy})"
+        f"source {corpus.name!r} has {len(ids)} tokens, but samples = {samples} of seq_len = {seq_len} need {needed}"
+        f"{' beside BOS' if lead else ''}: give more text, or fewer samples ({remedy})"
     )
 
 
@@ -342,17 +393,22 @@ def _encode_documents(
             batch.append(document)
             if len(batch) < _BATCH:
                 continue
-        yield from _encode(tokenizer, batch, add_special_tokens=False)
+        yield from encode(tokenizer, batch)
         batch = []
         if isinstance(document, Path) or len(document) > _LONG:
-            yield _encode_start(tokenizer, pieces(document), needed, add_special_tokens=False)
-    yield from _encode(tokenizer, batch, add_special_tokens=False)
+            yield _encode_start(tokenizer, pieces(document), needed)
+    yield from encode(tokenizer, batch)
 
 
-def _first_tokens(tokenizer: "PreTrainedTokenizerBase", samples: int, generator: torch.Generator) -> Tensor:
-    """Return what self-written texts begin with, (samples,): BOS, or a random ordinary token where there is none."""
-    if tokenizer.bos_token_id is not None:
-        return torch.full((samples,), tokenizer.bos_token_id)
+def _begin_own_text(tokenizer: "PreTrainedTokenizerBase", bos: str) -> tuple[int, ...]:
+    """Return what texts of a model itself begin with; empty where there is no BOS, or none is wanted."""
+    if bos != "never" and tokenizer.bos_token_id is not None:
+        bos = "always"  # a text has to begin somewhere
+    return begin_sequences(tokenizer, bos).ids
+
+
+def _ordinary(tokenizer: "PreTrainedTokenizerBase", samples: int, generator: torch.Generator) -> Tensor:
+    """Return a random token for each sample, (samples, 1), that is not special."""
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
-    return ordinary[torch.randint(len(ordinary), (samples,), generator=generator)]
+    return ordinary[torch.randint(len(ordinary), (samples,), generator=generator)][:, None]
