@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halve.checkpoint.built import refuse_unlike_config
 from halve.checkpoint.directory import MEASURED, PAGE
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
@@ -20,6 +21,7 @@ from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.perplexity import Perplexity
+from halve.model.adapters import refuse_adapters
 from halve.model.blocks import Batch
 from halve.report import record
 from halve.report.measured import measured_json, write_measured
@@ -90,6 +92,7 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
     from halve.runtime.linear import SparseLinear
     from halve.runtime.semi_structured import SemiStructuredLinear
 
+    refuse_adapters(model)
     if writes and not isinstance(model, PreTrainedModel):
         raise InputError(
             f"{type(model).__name__} is not a transformers model, so it cannot be written as a checkpoint: "
@@ -102,6 +105,8 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and parameter.is_floating_point() and not is_plain(parameter.dtype):
             raise InputError(f"{name} is {parameter.dtype}, not plain floating point: prune the model unquantised")
+    if writes and isinstance(model, PreTrainedModel):
+        refuse_unlike_config(model)
 
 
 def load_found(found: nn.Module | Source, tokenizer: Any) -> LoadedModel:
