@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import halve
 import models
 from halve.checkpoint.load import load_model, resolve
-from halve.checkpoint.precision import differing_dtypes, dtype_in_config, dtype_on_disk, dtype_to_prune_in
+from halve.checkpoint.precision import differing_dtypes, dtype_in_config, dtype_to_prune_in, dtypes_on_disk
 from halve.pruning import _run_dtype
 from halve.whole_model import load_found
 
@@ -61,8 +61,8 @@ def test_it_is_said_once_and_put_on_record(tmp_path):
     dense = stored(tmp_path / "in", torch.float32, {"dtype": "bfloat16"})
     pruned = halve.prune(dense, tmp_path / "out", method="magnitude", refit="none")
     sentence = (
-        "the weights are float32 on disk and config.json names bfloat16: they are pruned and written in float32, and "
-        "transformers loads them in bfloat16 unless it is told otherwise"
+        "the weights are float32 on disk and config.json names bfloat16: they are pruned in float32 and written as "
+        "they are on disk, and transformers loads them in bfloat16 unless it is told otherwise"
     )
     assert pruned.notes == (sentence,)
     assert json.loads((tmp_path / "out" / "halve.json").read_text())["warnings"].count(sentence) == 1
@@ -84,6 +84,21 @@ def test_a_matrix_of_more_bits_than_the_others_keeps_them(tmp_path, matrix):
     again = halve.prune(dense, tmp_path / "refit", method="wanda", refit="cg", calibration=models.tokens())
     written = load_file(tmp_path / "refit" / "model.safetensors")[MLP]
     assert torch.equal(written.to(torch.bfloat16), again.model.get_parameter(MLP))
+
+
+def test_blocks_in_float32_beside_larger_embeddings_are_pruned_in_it(tmp_path):
+    models.save(models.decoder("llama", vocab_size=2000), tmp_path / "in")
+    models.edit_json(tmp_path / "in" / "config.json", dtype="bfloat16")
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    outside = {name: value.bfloat16() for name, value in tensors.items() if value.shape[0] == 2000}
+    save_file(tensors | outside, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    pruned = halve.prune(tmp_path / "in", tmp_path / "out", method="magnitude", refit="none")
+    assert dtypes_on_disk(resolve(tmp_path / "in")) == (torch.bfloat16, torch.float32)
+    assert pruned.model.dtype == torch.float32
+    assert "are bfloat16 and float32 on disk" in pruned.notes[0]
+    kept_are_the_sources(tmp_path / "in", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written[MLP], halve.Pattern("2:4").project(tensors[MLP]))
 
 
 def test_a_value_that_memory_holds_as_zero_does_not_come_back_into_a_pruned_place(tmp_path):
@@ -113,7 +128,7 @@ def test_a_value_that_memory_holds_as_zero_does_not_come_back_into_a_pruned_plac
 def test_the_dtype_to_prune_in_holds_every_value_on_disk(tmp_path, on_disk, named, pruned_in):
     path = stored(tmp_path / "in", NAMES[on_disk], {"dtype": named})
     source = resolve(path)
-    assert dtype_on_disk(source) == NAMES[on_disk]
+    assert dtypes_on_disk(source) == (NAMES[on_disk],)
     assert dtype_to_prune_in(source) == NAMES[pruned_in]
     assert bool(differing_dtypes(source)) == (dtype_in_config(source) not in {None, NAMES[on_disk]})
 

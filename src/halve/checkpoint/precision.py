@@ -5,6 +5,7 @@ keeps the dtypes on disk, so it must be computed from all their bits; what the c
 """
 
 from collections import Counter
+from functools import reduce
 
 import torch
 
@@ -13,15 +14,21 @@ from halve.checkpoint.load import Source
 from halve.checkpoint.quantised import is_plain
 from halve.checkpoint.shards import read_json, read_shard
 
+_SHARE = 0.1
+"""Of the weights on disk that a dtype must have to count: routers and norms in float32 do not make a model one."""
 
-def dtype_on_disk(source: Source) -> torch.dtype | None:
-    """Return the floating dtype that most of the weights on disk have; None where there are none (a GGUF file)."""
+
+def dtypes_on_disk(source: Source) -> tuple[torch.dtype, ...]:
+    """Return the floating dtypes that a tenth or more of the weights on disk have, the most used first.
+
+    None of a GGUF file is counted.
+    """
     counts = Counter[torch.dtype]()
     for path in source.shards:
         for entry in read_shard(path).tensors:
             if is_plain(entry.dtype):
                 counts[entry.dtype] += torch.Size(entry.shape).numel()
-    return counts.most_common(1)[0][0] if counts else None
+    return tuple(dtype for dtype, count in counts.most_common() if count >= _SHARE * counts.total())
 
 
 def dtype_in_config(source: Source) -> torch.dtype | None:
@@ -37,22 +44,28 @@ def dtype_to_prune_in(source: Source) -> torch.dtype | None:
     """Return the dtype to load a model in so that the weights on disk are exact in it.
 
     Returns:
-        torch.dtype | None: the one in the config if it holds all values of the one that most weights on disk have, else
-            the smallest that holds both; None leaves it to `load_model`.
+        torch.dtype | None: the smallest that holds all values of those on disk, and of the one in the config; None
+            leaves it to `load_model`.
     """
-    stored, named = dtype_on_disk(source), dtype_in_config(source)
-    if stored is None or named is None or not is_plain(named):
-        return stored
-    return torch.promote_types(stored, named)
+    named = dtype_in_config(source)
+    found = dtypes_on_disk(source)
+    if found and named is not None and is_plain(named):
+        found = (*found, named)
+    return reduce(torch.promote_types, found) if found else None
 
 
 def differing_dtypes(source: Source) -> str:
     """Say that a checkpoint is on disk in another dtype than its config names; empty where it is not."""
-    stored, named = dtype_on_disk(source), dtype_in_config(source)
-    if stored is None or named is None or stored == named:
+    stored, named = dtypes_on_disk(source), dtype_in_config(source)
+    if not stored or named is None or stored == (named,):
         return ""
-    stored_name, named_name = (str(dtype).removeprefix("torch.") for dtype in (stored, named))
+    on_disk = " and ".join(_name(dtype) for dtype in stored)
     return (
-        f"the weights are {stored_name} on disk and {CONFIG} names {named_name}: they are pruned and written in "
-        f"{stored_name}, and transformers loads them in {named_name} unless it is told otherwise"
+        f"the weights are {on_disk} on disk and {CONFIG} names {_name(named)}: they are pruned in "
+        f"{_name(dtype_to_prune_in(source))} and written as they are on disk, and transformers loads them in "
+        f"{_name(named)} unless it is told otherwise"
     )
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
