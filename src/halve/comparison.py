@@ -182,7 +182,7 @@ class Comparison:
     def _compete(self, contender: Contender, request: Request) -> Row:
         gc.collect()  # the previous copy, should it sit in a reference cycle: at most two models at a time
         place = None if self._out is None else checkpoint_directory(self._out, contender)
-        candidate = LoadedModel(copy.deepcopy(self._loaded.model), self._loaded.tokenizer, self._loaded.source)
+        candidate = replace(self._loaded, model=copy.deepcopy(self._loaded.model))
         row = Row(name=str(contender))
 
         def tell(step: Progress) -> None:
@@ -198,7 +198,7 @@ class Comparison:
                 mean_relative_loss=finite(report.mean_relative_loss),
                 seconds=report.seconds_of_pruning,
                 fallbacks=len(report.fallbacks),
-                warnings=report.warnings,
+                warnings=(*self._loaded.notes, *report.warnings),
                 phases=report.seconds,
             )
             row = replace(row, perplexities=self._measure(as_written(pruned, request)))

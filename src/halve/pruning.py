@@ -10,6 +10,7 @@ from torch import nn
 
 from halve.checkpoint import write
 from halve.checkpoint.load import LoadedModel, Source
+from halve.checkpoint.precision import dtype_in_config
 from halve.checkpoint.room import check_destination, check_shared_space
 from halve.device import weight_dtype
 from halve.errors import HalveError, InputError
@@ -180,11 +181,17 @@ def _with_ratios(
             loaded.model,
             settings.pattern,
             settings.skip,
-            dtype=request.loading.written_dtype or weight_dtype(loaded.model),
+            dtype=request.loading.written_dtype or _run_dtype(loaded),
             device=request.placement.target,
             begun=begun,
         )
     return replace(request, settings=replace(settings, only_where_faster=found))
+
+
+def _run_dtype(loaded: LoadedModel) -> torch.dtype:
+    """Return the dtype in which people load the model, and multiply with its matrices."""
+    named = None if loaded.source is None else dtype_in_config(loaded.source)
+    return named or weight_dtype(loaded.model)
 
 
 class _Judge:

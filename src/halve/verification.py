@@ -13,14 +13,13 @@ from torch import Tensor
 from halve.checkpoint.directory import (
     CONFIG,
     RECORD,
-    Weights,
     forbidden_fields,
     is_packed,
     refuse_unfinished,
-    survey_weights,
 )
 from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
+from halve.checkpoint.weight_files import Weights, survey_weights
 from halve.errors import HalveError, InputError, PatternError, noting
 from halve.maths.pattern import Pattern
 from halve.recorded import Record, change_of, pattern_of, read_record
@@ -92,7 +91,8 @@ def check(
 
     Checked: the files' sha256 and the matrices' pattern as ``halve.json`` records them, that every floating-point
     tensor is finite, that shards and index agree, that ``config.json`` is a plain one; with ``against`` also that
-    every tensor of the original is there, and unchanged unless it was pruned or tuned. Of a packed checkpoint: the
+    every tensor of the original is there, and unchanged unless it was pruned or tuned. Tensors in files that
+    transformers does not load are only compared. Of a packed checkpoint: the
     sha256 of its files, that every mask keeps what the pattern keeps, that all values are finite, and that the plain
     checkpoint would be restored byte for byte.
 
@@ -131,9 +131,9 @@ def check(
             if wanted is None and record.layouts:
                 found.problems.append(f"{RECORD} records pruned matrices and no pattern")
     found.problems += map(str, weights.faults)
-    found.tensors = len(entries)
+    found.tensors = len(entries) + sum(len(shard.tensors) for shard in weights.carried)
     if record is not None:
-        _check_files(directory, record, {*weights.unsound, *(shard.path.name for shard in weights.shards)}, told, found)
+        _check_files(directory, record, weights.names | {path.name for path in weights.copies}, told, found)
     tensors = _Tensors(entries, weights)
     changed = _check_tensors(tensors, record, wanted, found) | (set() if record is None else record.tuned)
     if original is not None and original.kind == "gguf":
@@ -299,16 +299,38 @@ def _compare(tensors: _Tensors, original: Source, changed: set[str], found: _Fin
     _compare_names(tensors, theirs.keys(), found)
     for name, other in theirs.items():
         entry = tensors.entries.get(name)
-        if entry is None or name in tensors.unread:
-            continue
-        if (entry.dtype, entry.shape) != (other.dtype, other.shape):
-            found.problems.append(
-                f"tensor {name!r} is {entry.dtype} {entry.shape}, and {other.dtype} {other.shape} in the original"
-            )
-        elif all(ours == original for ours, original in zip(read_chunks(entry), read_chunks(other), strict=True)):
+        if entry is not None and name not in tensors.unread:
+            _compare_tensor(entry, other, found, changed=name in changed)
+    _compare_carried(tensors.weights, original, found)
+    found.notes += [
+        f"{path.name} of the original holds its weights a second time and was not compared" for path in original.copies
+    ]
+
+
+def _compare_carried(weights: Weights, original: Source, found: _Findings) -> None:
+    """Compare the tensors in files that transformers does not load, each with that of its name in its file's."""
+    ours = {shard.path.name: {entry.name: entry for entry in shard.tensors} for shard in weights.carried}
+    theirs = {path.name: {entry.name: entry for entry in read_shard(path).tensors} for path in original.carried}
+    for name in sorted((ours.keys() | theirs.keys()) - weights.unsound):
+        held, wanted = ours.get(name, {}), theirs.get(name, {})
+        lost, added = sorted(wanted.keys() - held.keys()), sorted(held.keys() - wanted.keys())
+        found.problems += [f"tensor {tensor!r} of the original is missing, with {name}" for tensor in lost]
+        found.problems += [f"tensor {tensor!r} in {name} is not in the original" for tensor in added]
+        for tensor in held.keys() & wanted.keys():
+            _compare_tensor(held[tensor], wanted[tensor], found, changed=False)
+
+
+def _compare_tensor(ours: TensorEntry, theirs: TensorEntry, found: _Findings, *, changed: bool) -> None:
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        found.problems.append(
+            f"tensor {ours.name!r} is {ours.dtype} {ours.shape}, and {theirs.dtype} {theirs.shape} in the original"
+        )
+        return
+    with noting(found.note):
+        if all(mine == original for mine, original in zip(read_chunks(ours), read_chunks(theirs), strict=True)):
             found.compared += 1
-        elif name not in changed:
-            found.problems.append(f"tensor {name!r} was neither pruned nor tuned and differs from the original")
+        elif not changed:
+            found.problems.append(f"tensor {ours.name!r} was neither pruned nor tuned and differs from the original")
 
 
 def _compare_dequantised(tensors: _Tensors, original: Source, changed: set[str], found: _Findings) -> None:

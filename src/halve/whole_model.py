@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from halve.checkpoint.built import refuse_unlike_config
 from halve.checkpoint.directory import MEASURED, PAGE
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
+from halve.checkpoint.precision import differing_dtypes, dtype_to_prune_in
+from halve.checkpoint.quantised import is_plain
+from halve.checkpoint.weight_files import refuse_copies
 from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
-from halve.errors import CorruptFileError, HalveError, InputError
+from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.figure import Perplexity
+from halve.model.adapters import refuse_adapters
 from halve.model.blocks import Batch, stand_in_batch
 from halve.report import record
 from halve.report.measured import measured_json, write_measured
@@ -44,7 +49,8 @@ class Pruned:
         out: the checkpoint's directory, None if none was asked for.
         before: the dense model's perplexities, one a text of the evaluation, empty without one.
         after: the pruned model's.
-        notes: what could not be done once the checkpoint was complete: its report, or its evaluation; sentences.
+        notes: what to know of the model on disk, and what could not be done once the checkpoint was complete (its
+            report, or its evaluation); sentences.
     """
 
     model: nn.Module
@@ -75,6 +81,8 @@ def find(model: nn.Module | str | Path, request: Request, *, writes: bool) -> nn
     source = resolve(model, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
     if asked.written_dtype is not None and source.shards:
         raise InputError("dtype is for a GGUF file or a model in memory: a safetensors checkpoint keeps its own dtypes")
+    if writes:
+        refuse_copies(source.path, source.copies)
     return source
 
 
@@ -84,6 +92,7 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
     from halve.runtime.linear import SparseLinear
     from halve.runtime.semi_structured import SemiStructuredLinear
 
+    refuse_adapters(model)
     if writes and not isinstance(model, PreTrainedModel):
         raise InputError(
             f"{type(model).__name__} is not a transformers model, so it cannot be written as a checkpoint: "
@@ -93,14 +102,30 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
         raise InputError("the model is accelerated, its pruned weights are packed: save it, and prune what was saved")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("the model has parameters on the meta device, without values: load it completely")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and parameter.is_floating_point() and not is_plain(parameter.dtype):
+            raise InputError(f"{name} is {parameter.dtype}, not plain floating point: prune the model unquantised")
+    if writes and isinstance(model, PreTrainedModel):
+        refuse_unlike_config(model)
 
 
 def load_found(found: nn.Module | Source, tokenizer: Any) -> LoadedModel:
-    """Load what `find` has found; a tokenizer that is given takes the place of the checkpoint's own."""
+    """Load what `find` has found, with all bits of its weights on disk.
+
+    A tokenizer that is given takes the place of the checkpoint's own.
+    """
     if isinstance(found, nn.Module):
         return LoadedModel(found, tokenizer, None)  # type: ignore[arg-type]
-    loaded = load_model(found)
-    return loaded if tokenizer is None else LoadedModel(loaded.model, tokenizer, found)
+    loaded = load_model(found, dtype=dtype_to_prune_in(found))
+    notes = [differing_dtypes(found)]
+    if found.copies:
+        names = first_few([path.name for path in found.copies])
+        notes.append(f"{names} of the cache is a second copy of the weights, and is not written")
+    return replace(
+        loaded,
+        tokenizer=loaded.tokenizer if tokenizer is None else tokenizer,
+        notes=(*loaded.notes, *filter(None, notes)),
+    )
 
 
 def as_written(pruned: Pruned, request: Request) -> nn.Module:
@@ -139,7 +164,7 @@ def prune_loaded(
     phases = phases or Phases(request.placement.target)
     if run is None:
         done = _prune(loaded, data, request, None, listen, phases, before)
-        return Pruned(loaded.model, done, _record(loaded, data, request, done, None), None)
+        return Pruned(loaded.model, done, _record(loaded, data, request, done, None), None, notes=loaded.notes)
     mark = fingerprint(loaded, data, request)
     kept = data if isinstance(data, TokenSet) else None
     run.begin(mark, call, kept, request.calibration.asked, request.settings.fallback)
@@ -159,7 +184,7 @@ def prune_loaded(
         helps = not isinstance(error, CorruptFileError)  # to call again would not help against damage
         error.unfinished = run.out if helps and run.worth_keeping else None
         raise
-    return Pruned(loaded.model, done, content, run.out, notes=notes)
+    return Pruned(loaded.model, done, content, run.out, notes=(*loaded.notes, *notes))
 
 
 def _publish(
@@ -259,6 +284,7 @@ def _record(
         record.masks(loaded.model, done, request.settings.pattern, request.loading.written_dtype),
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
+        notes=loaded.notes,
         calibration={"seed": request.calibration.seed, **calibration_record(data)},
         device=str(request.placement.target),
         precision=str(request.placement.precision).removeprefix("torch."),

@@ -7,7 +7,10 @@ import huggingface_hub
 import huggingface_hub.errors as hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 
+import halve
 import models
 from halve.checkpoint.load import load_model, resolve, skeleton
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
@@ -53,15 +56,24 @@ def test_only_safetensors_and_settings_are_asked_of_the_hub(tmp_path, sharded, m
     snapshot = cache(tmp_path / "cache", sharded, monkeypatch)
     asked = []
 
-    def download(name, *, revision, allow_patterns, local_files_only):
-        asked.append((name, revision, allow_patterns, local_files_only))
+    def download(name, *, revision, allow_patterns, ignore_patterns, local_files_only):
+        files = [
+            "a.safetensors",
+            "b.safetensors",
+            "consolidated.safetensors",
+            "original/a.safetensors",
+            "a.bin",
+            "a.py",
+        ]
+        wanted = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        asked.append((name, revision, [*allow_patterns], [*wanted], local_files_only))
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     resolve("org/tiny", revision="v1")
-    (_, first, settings, offline), (_, second, weights, _) = asked
+    (_, first, settings, none, offline), (_, second, _, weights, _) = asked
     assert (first, second, offline) == ("v1", COMMIT, True)
-    assert weights == sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert (none, weights) == ([], ["a.safetensors", "b.safetensors"])
     assert not any(pattern.endswith((".bin", ".pt", ".py", "*")) and "." in pattern for pattern in settings)
     asked.clear()
     (snapshot / "config.json").unlink()
@@ -170,3 +182,14 @@ def test_of_the_hub_a_skeleton_asks_for_settings_alone(tmp_path, llama, monkeypa
     assert asked
     assert not any("safetensors" in pattern for pattern in asked)
     assert len(list(skeleton(source).parameters())) == len(list(models.decoder("llama").parameters()))
+
+
+def test_a_second_copy_in_the_cache_is_left_there_and_that_is_said(tmp_path, sharded, monkeypatch):
+    save_file({"layers.0.attention.wq.weight": torch.ones(4, 4)}, sharded / "consolidated.safetensors")
+    save_file({"mtp.norm.weight": torch.ones(4)}, sharded / "mtp.safetensors")
+    cache(tmp_path / "cache", sharded, monkeypatch)
+    pruned = halve.prune("org/tiny", tmp_path / "out", method="magnitude", refit="none")
+    assert pruned.record["warnings"][:1] == list(pruned.notes)
+    assert "consolidated.safetensors of the cache is a second copy of the weights, and is not written" in pruned.notes
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+    assert (tmp_path / "out" / "mtp.safetensors").read_bytes() == (sharded / "mtp.safetensors").read_bytes()

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from halve.checkpoint.directory import read_shards
 from halve.checkpoint.shards import read_json, read_shard
+from halve.checkpoint.weight_files import read_weights
 from halve.errors import HalveError
 from halve.packed import manifest as packing
 from halve.report.facts import read_run
@@ -187,7 +187,7 @@ def read(kind: str, path: Path) -> None:
     elif kind == "json":
         read_json(path)
     elif kind == "index":
-        read_shards(path.parent)
+        read_weights(path.parent)
     elif kind == "record":
         read_run(path.parent)
     elif kind == "packed":

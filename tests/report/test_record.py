@@ -19,7 +19,7 @@ def record(facts, objective):
     matrix = matrix_report("a", facts)
     asked = Settings(method="wanda", refit="cg", objective=objective)
     report = RunReport(matrices=(matrix,), excluded=(), blocks=1, seconds={"solve": 1.0})
-    return to_json(report, asked, {}, {}, {}, source={}, calibration={}, device="cpu", precision="float32")
+    return to_json(report, asked, {}, {}, {}, source={}, notes=(), calibration={}, device="cpu", precision="float32")
 
 
 def test_what_is_not_finite_is_null_and_no_time_is_told():

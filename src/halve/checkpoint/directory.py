@@ -1,17 +1,12 @@
 """The files of a checkpoint directory that nobody here wrote: which belong to it, and which are refused."""
 
 import json
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from msgspec import Struct
-
-from halve.checkpoint.shards import Shard, read_json, read_shard
-from halve.checkpoint.validated import shown, validated
-from halve.errors import CorruptFileError, HalveError, InputError, UnsupportedModelError, first_few, noting
+from halve.checkpoint.shards import read_json
+from halve.errors import CorruptFileError, InputError, UnsupportedModelError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -33,7 +28,6 @@ LAST = (INDEX, CONFIG)
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 TEMPLATES = "additional_chat_templates"
 CODE = "*.py"
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _FORBIDDEN = {
     "auto_map": "it needs Python code from its own directory, which is not run: read it, and if you trust it give "
     "trust_remote_code (--trust-remote-code)",
@@ -113,101 +107,6 @@ def forbidden_fields(config: Mapping[str, Any], *, code: bool = False) -> dict[s
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """The weight files of a checkpoint, as far as they can be read.
-
-    Attributes:
-        shards: the headers of those that can, in the order of their names.
-        unsound: names of the others.
-        weight_map: the file of every tensor, as the index has it; empty where there is none, or none to be trusted.
-        faults: what is wrong, in the order in which it was found.
-    """
-
-    shards: tuple[Shard, ...]
-    unsound: frozenset[str]
-    weight_map: Mapping[str, str]
-    faults: tuple[HalveError, ...]
-
-    def told(self, tensor: str) -> bool:
-        """Whether `faults` say already why a tensor is not there: its file cannot be read, or does not hold it."""
-        return tensor in self.weight_map or bool(self.unsound and not self.weight_map)
-
-
-def read_shards(directory: Path) -> tuple[Shard, ...]:
-    """Read the headers of the safetensors files of a checkpoint directory, and check them against the index.
-
-    Raises:
-        InputError: there are none.
-        UnsupportedModelError: the weights are pickled, or of an unknown dtype.
-        CorruptFileError: a file is absent, malformed, outside the directory, or contradicts the index.
-        UnreadableFileError: a file cannot be read.
-    """
-    weights = survey_weights(directory)
-    if weights.faults:
-        raise weights.faults[0]
-    return weights.shards
-
-
-def survey_weights(directory: Path) -> Weights:
-    """Do what `read_shards` does, and go on after what is wrong.
-
-    Where there is no index to be trusted, all safetensors files of the directory are taken for weight files.
-    """
-    faults: list[HalveError] = []
-    weight_map: dict[str, str] = {}
-    if (directory / WEIGHTS).exists():  # first, as transformers has it
-        names = {WEIGHTS}
-    else:
-        with noting(faults.append):
-            weight_map = _index_of(directory)
-        names = set(weight_map.values()) or {path.name for path in directory.glob("*.safetensors")}
-    shards: list[Shard] = []
-    for name in sorted(names):
-        with noting(faults.append):
-            shards.append(read_shard(contained(directory, directory / name)))
-    unsound = names - {shard.path.name for shard in shards}
-    faults += disagreements(shards, weight_map, directory / INDEX, unsound)
-    return Weights(shards=tuple(shards), unsound=frozenset(unsound), weight_map=weight_map, faults=tuple(faults))
-
-
-def _index_of(directory: Path) -> dict[str, str]:
-    if not (directory / INDEX).exists():
-        raise _no_weights(directory)
-    return weight_map_of(contained(directory, directory / INDEX))
-
-
-def disagreements(
-    shards: Sequence[Shard], weight_map: Mapping[str, str], index: Path, unsound: Collection[str] = ()
-) -> Iterator[CorruptFileError]:
-    """Say of every two shards that they hold the same tensors, and of every other that it lacks some of the index's.
-
-    Args:
-        shards: all of them that can be read.
-        weight_map: the file of every tensor, empty where there is no index.
-        index: for messages.
-        unsound: names of the files that cannot be read, of which nothing is said.
-    """
-    holder: dict[str, str] = {}
-    twice: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for shard in shards:
-        for entry in shard.tensors:
-            if entry.name in holder:
-                twice[holder[entry.name], shard.path.name].append(repr(entry.name))
-            holder[entry.name] = shard.path.name
-    for (one, other), names in twice.items():
-        yield CorruptFileError(f"tensor {first_few(names)} is in both {one} and {other}: fetch them again")
-    told = {*unsound, *(name for pair in twice for name in pair)}
-    lacking: defaultdict[str, list[str]] = defaultdict(list)
-    for tensor, name in weight_map.items():
-        if name not in told and holder.get(tensor) != name:
-            lacking[name].append(repr(tensor))
-    for name, tensors in lacking.items():
-        yield CorruptFileError(
-            f"{index} says that tensor {first_few(tensors)} is in {name}, which does not hold it: fetch both again"
-        )
-
-
 def check_config(directory: Path, *, code: bool = False) -> None:
     """Refuse settings that a plain checkpoint does not have; ``code`` as for `forbidden_fields`.
 
@@ -229,38 +128,6 @@ def check_config(directory: Path, *, code: bool = False) -> None:
             if (directory / "adapter_config.json").exists():
                 raise UnsupportedModelError(f"{directory} is an adapter: merge it into its base model, then prune that")
             raise InputError(f"{directory} has no {CONFIG}: give the directory of a model saved by transformers")
-
-
-def weight_map_of(index: Path) -> dict[str, str]:
-    """Return the file of every tensor.
-
-    Raises:
-        CorruptFileError: the index is malformed, or names what is no plain file name.
-        UnreadableFileError: it cannot be read.
-    """
-    return check_weight_map(read_json(index), index)
-
-
-class _Index(Struct, frozen=True, kw_only=True):
-    weight_map: dict[str, object] = {}  # checked name by name, to name the one that is wrong
-
-
-def check_weight_map(content: Mapping[str, Any], index: Path) -> dict[str, str]:
-    """Return the file of every tensor, of an index that has been read from ``index``.
-
-    Raises:
-        CorruptFileError: as `weight_map_of`.
-    """
-    found: dict[str, str] = {}
-    for tensor, name in validated(content, _Index, index, "fetch it again", fault="is malformed").weight_map.items():
-        if not is_plain_name(name) or not name.endswith(".safetensors"):
-            raise CorruptFileError(
-                f"{index} names the weight file {shown(repr(name))}, which is not a plain *.safetensors name"
-            )
-        found[tensor] = name
-    if not found:
-        raise CorruptFileError(f"{index} has no weight_map: fetch it again")
-    return found
 
 
 def is_plain_name(name: object) -> TypeGuard[str]:
@@ -287,16 +154,6 @@ def refuse_packed(directory: Path) -> None:
         )
 
 
-def _no_weights(directory: Path) -> InputError | UnsupportedModelError:
-    pickles = [path.name for path in sorted(directory.iterdir()) if path.suffix in _PICKLES]
-    if pickles:
-        return UnsupportedModelError(
-            f"{directory} has only pickled weights ({pickles[0]}), which can run code when read: convert them where "
-            "you trust them, with transformers' from_pretrained(...).save_pretrained(...)"
-        )
-    return InputError(f"{directory} has neither {WEIGHTS} nor {INDEX}: give the directory of a safetensors model")
-
-
 def contained(directory: Path, path: Path) -> Path:
     """Return ``path`` if it is a regular file that really lies in ``directory``, or in the same hub cache."""
     try:
@@ -304,7 +161,7 @@ def contained(directory: Path, path: Path) -> Path:
     except (OSError, RuntimeError) as error:
         raise CorruptFileError(f"{path} is missing: fetch the checkpoint again") from error
     roots = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+    if in_hub_cache(directory):
         repository = root.parent.parent
         # A snapshot links to the blobs of its repository, which link to blobs shared by the whole cache.
         roots += [repository / "blobs", repository.parent / "blobs"]
@@ -313,3 +170,9 @@ def contained(directory: Path, path: Path) -> Path:
     if not real.is_file():
         raise CorruptFileError(f"{path} is not a regular file: fetch it again")
     return path
+
+
+def in_hub_cache(directory: Path) -> bool:
+    """Whether a directory is what the hub's client has fetched of a model into its cache."""
+    root = directory.resolve()
+    return root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")

@@ -232,6 +232,16 @@ class DiskLayout:
         )
 
 
+def targets_on_loading(model: "PreTrainedModel", names: Collection[str]) -> dict[str, str]:
+    """Return the name in the model's ``state_dict()`` that loading gives each name on disk, whether it has one or not.
+
+    Args:
+        model: may lie on the meta device.
+        names: of tensors on disk.
+    """
+    return {name: target for name, (target, _) in _Rules(model).forward(names).items()}
+
+
 class _Rules:
     """The renaming and conversion rules of one model, both ways."""
 

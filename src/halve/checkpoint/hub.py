@@ -9,16 +9,17 @@ from halve.checkpoint.directory import (
     COMPANIONS,
     INDEX,
     TEMPLATES,
-    WEIGHTS,
     check_config,
     contained,
-    weight_map_of,
 )
+from halve.checkpoint.weight_files import COPIES, weight_map_of
 from halve.errors import InputError, one_line
 
 
 def download(name: str, revision: str | None, *, code: bool, weights: bool) -> Path:
-    """Fetch a model's settings, and the weights they name only once nothing in them is refused.
+    """Fetch a model's settings, and its weights only once nothing in them is refused.
+
+    All safetensors files are weights but those in folders, and Mistral's second copy.
 
     Args:
         name: of the model, such as ``org/model``.
@@ -36,20 +37,24 @@ def download(name: str, revision: str | None, *, code: bool, weights: bool) -> P
     """
     from huggingface_hub import constants, snapshot_download
 
-    def fetch(patterns: list[str], commit: str | None) -> Path:
+    def fetch(patterns: list[str], commit: str | None, but: list[str]) -> Path:
         offline = bool(constants.HF_HUB_OFFLINE)
         try:
-            return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=offline))
+            return Path(
+                snapshot_download(
+                    name, revision=commit, allow_patterns=patterns, ignore_patterns=but, local_files_only=offline
+                )
+            )
         except Exception as error:  # of the hub's client, of what carries its requests, or of the disk
             raise InputError(_why_not_downloaded(name, revision, error, offline=offline)) from error
 
-    path = fetch([*COMPANIONS, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision)
+    path = fetch([*COMPANIONS, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision, [])
     check_config(path, code=code)
     if not weights:
         return path
-    index = path / INDEX
-    names = sorted(set(weight_map_of(contained(path, index)).values())) if index.exists() else [WEIGHTS]
-    return fetch(names, path.name)
+    if (path / INDEX).exists():
+        weight_map_of(contained(path, path / INDEX))
+    return fetch(["*.safetensors"], path.name, ["*/*", COPIES])  # an index need not name all that belong to it
 
 
 def _why_not_downloaded(name: str, revision: str | None, error: Exception, *, offline: bool) -> str:

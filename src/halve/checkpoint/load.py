@@ -20,15 +20,15 @@ from torch import Tensor
 from halve.checkpoint.directory import (
     CONFIG,
     INDEX,
-    WEIGHTS,
     check_config,
     companions,
-    read_shards,
     refuse_packed,
 )
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.hub import download, similar
+from halve.checkpoint.quantised import refuse_quantised
 from halve.checkpoint.shards import read_json, read_shard
+from halve.checkpoint.weight_files import read_weights
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError, first_few, one_line
 from halve.transformers_internals import (
     build,
@@ -53,8 +53,11 @@ class Source:
         path: the directory, or the GGUF file, on disk.
         name: what the user wrote.
         revision: the commit that was downloaded; None unless from the hub.
-        shards: the safetensors files, in the order of their names; empty for a GGUF file.
+        shards: the safetensors files that are loaded, in the order of their names; empty for a GGUF file.
         trust_remote_code: whether the user trusts the Python code in the directory.
+        carried: the safetensors files that transformers does not load; a checkpoint written from this one has them too.
+        copies: the safetensors files with a second copy of the weights.
+        index: the index of the safetensors files; None where there is none that belongs to them.
     """
 
     kind: Literal["directory", "hub", "gguf", "packed"]
@@ -63,11 +66,14 @@ class Source:
     revision: str | None = None
     shards: tuple[Path, ...] = ()
     trust_remote_code: bool = False
+    carried: tuple[Path, ...] = ()
+    copies: tuple[Path, ...] = ()
+    index: Path | None = None
 
     @property
     def size(self) -> int:
-        """Size of the weight files in bytes."""
-        return sum(path.stat().st_size for path in self.shards or (self.path,))
+        """Size of the weight files in bytes, those included that are carried along."""
+        return sum(path.stat().st_size for path in (*self.shards, *self.carried) or (self.path,))
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,8 @@ def resolve(
         if revision is not None:
             raise InputError(f"revision {revision!r} was given, but {name} is on this disk: leave the revision out")
         if path.is_dir():
-            shards = _validate_directory(path, code=trust_remote_code, weights=weights)
-            return Source("directory", path, name, None, shards, trust_remote_code)
+            found = _validate_directory(path, code=trust_remote_code, weights=weights)
+            return Source("directory", path, name, None, trust_remote_code=trust_remote_code, **found)
         return _resolve_gguf(path, name)
     if isinstance(source, Path) or _is_clearly_a_path(name):
         near = similar(path)
@@ -133,8 +139,8 @@ def resolve(
             "model name such as org/model"
         )
     path = download(name, revision, code=trust_remote_code, weights=weights)
-    shards = _validate_directory(path, code=trust_remote_code, weights=weights)
-    return Source("hub", path, name, path.name, shards, trust_remote_code)
+    found = _validate_directory(path, code=trust_remote_code, weights=weights)
+    return Source("hub", path, name, path.name, trust_remote_code=trust_remote_code, **found)
 
 
 def load_model(
@@ -150,11 +156,12 @@ def load_model(
 
     Raises:
         InputError: as ``resolve``; a parameter that is NaN or infinite; a tokenizer that cannot be loaded.
-        UnsupportedModelError: as ``resolve``; an architecture that transformers does not have; a parameter that the
-            checkpoint does not hold and that would be random.
+        UnsupportedModelError: as ``resolve``; an architecture that transformers does not have; weights that are not
+            plain floating point on disk; a parameter that the checkpoint does not hold and that would be random.
         CorruptFileError: as ``resolve``.
     """
     found = source if isinstance(source, Source) else resolve(source, trust_remote_code=trust_remote_code)
+    refuse_quantised(found.name, found.shards, lambda: skeleton(found))
     with _validated_files(found) as directory:
         gguf = {"gguf_file": found.path.name} if found.kind == "gguf" else {}
         with without_progress_bars():
@@ -224,7 +231,7 @@ def skeleton(source: Source) -> "PreTrainedModel":
 
 
 def source_files(source: Source) -> list[Path]:
-    """Return every file that a model is read from; of a packed checkpoint, those that transformers reads.
+    """Return every file that belongs to a model; of a packed checkpoint, those that transformers reads.
 
     Raises:
         CorruptFileError: one of them is a link that leaves the checkpoint.
@@ -233,9 +240,9 @@ def source_files(source: Source) -> list[Path]:
         return [source.path]
     if source.kind == "packed":
         return [source.path / CONFIG, *companions(source.path, code=source.trust_remote_code)]
-    index = [source.path / INDEX] if source.shards and source.shards[0].name != WEIGHTS else []
+    index = [] if source.index is None else [source.index]
     others = companions(source.path, code=source.trust_remote_code)
-    return [source.path / CONFIG, *source.shards, *others, *index]
+    return [source.path / CONFIG, *source.shards, *source.carried, *others, *index]
 
 
 def has_tokenizer(source: Source) -> bool:
@@ -248,11 +255,20 @@ def _is_clearly_a_path(name: str) -> bool:
     return not _HUB_ID.fullmatch(name) or name.endswith(".gguf") or ("/" in name and Path(name).parent.is_dir())
 
 
-def _validate_directory(directory: Path, *, code: bool, weights: bool) -> tuple[Path, ...]:
+def _validate_directory(directory: Path, *, code: bool, weights: bool) -> dict[str, Any]:
+    """Return what a `Source` says of the weight files of a directory."""
     refuse_packed(directory)
     check_config(directory, code=code)
     companions(directory, code=code)
-    return tuple(shard.path for shard in read_shards(directory)) if weights else ()
+    if not weights:
+        return {}
+    found = read_weights(directory)
+    return {
+        "shards": tuple(shard.path for shard in found.shards),
+        "carried": tuple(shard.path for shard in found.carried),
+        "copies": found.copies,
+        "index": directory / INDEX if found.index else None,
+    }
 
 
 def _resolve_gguf(path: Path, name: str) -> Source:
@@ -271,9 +287,11 @@ def _resolve_gguf(path: Path, name: str) -> Source:
 
 @contextmanager
 def _validated_files(source: Source) -> Iterator[Path]:
-    """Show the validated files, and nothing else, in a directory of links."""
+    """Show the validated files that transformers is to read, and nothing else, in a directory of links."""
     with tempfile.TemporaryDirectory(prefix="halve-") as name:
         for path in source_files(source):
+            if path in source.carried:
+                continue
             link = Path(name) / (path.name if source.kind == "gguf" else path.relative_to(source.path))
             link.parent.mkdir(exist_ok=True)
             link.symlink_to(path.resolve())

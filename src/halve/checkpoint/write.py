@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from halve.checkpoint.directory import CONFIG, INDEX, LAST, RECORD, WEIGHTS, companions
 from halve.checkpoint.disk_layout import DiskTensor
 from halve.checkpoint.durable import Content, file_chunks, filling
 from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.room import check_destination
-from halve.checkpoint.shards import build_header, read_chunks, read_shard, tensor_bytes
+from halve.checkpoint.shards import build_header, read_chunks, read_shard, read_tensor, tensor_bytes
 from halve.errors import InputError
 
 MAX_SHARD = 5_000_000_000
@@ -49,8 +50,9 @@ def write_checkpoint(
     """Write a pruned model that plain ``from_pretrained`` loads.
 
     A model that came from safetensors keeps its shard names, headers, dtypes and every byte of every tensor that did
-    not change. One that came from a GGUF file or from memory is written whole, in shards of at most 5 GB. ``-0.0``
-    becomes ``+0.0`` in the tensors that changed.
+    not change, those in files that transformers does not load among them. A weight that did not change keeps its bits
+    on disk even where memory holds fewer. A model from a GGUF file or from memory is written whole, in shards of at
+    most 5 GB. ``-0.0`` becomes ``+0.0`` in the tensors that changed.
 
     Args:
         out: the directory, absent or empty; removed again if anything fails.
@@ -95,10 +97,12 @@ def _rewritten(loaded: LoadedModel, source: Source, changed: Collection[str]) ->
     plan: dict[str, Content] = {}
     for path in source.shards:
         plan[path.name] = _rewritten_shard(loaded, path, changed)
+    for path in source.carried:
+        plan[path.name] = file_chunks(path)
     for path in companions(source.path, code=source.trust_remote_code):
         plan[str(path.relative_to(source.path))] = file_chunks(path)
-    if source.shards[0].name != WEIGHTS:
-        plan[INDEX] = file_chunks(source.path / INDEX)
+    if source.index is not None:
+        plan[INDEX] = file_chunks(source.index)
     plan[CONFIG] = file_chunks(source.path / CONFIG)
     return plan
 
@@ -107,12 +111,31 @@ def _rewritten_shard(loaded: LoadedModel, path: Path, changed: Collection[str]) 
     shard = read_shard(path)
     names = {entry.name for entry in shard.tensors}
     new = dict(loaded.layout.convert(changed, names))
+    held = {
+        tensor: loaded.model.get_parameter_or_buffer(name).dtype
+        for name in changed
+        for tensor in loaded.layout.locate(name).tensors
+    }
     yield shard.header
     for entry in shard.tensors:
         if entry.name in new:
-            yield tensor_bytes(new.pop(entry.name) + 0.0)
+            value = new.pop(entry.name) + 0.0
+            exact = torch.promote_types(held[entry.name], entry.dtype) == held[entry.name]
+            yield tensor_bytes(value if exact else _unrounded(value, read_tensor(entry), held[entry.name]))
         else:
             yield from read_chunks(entry)
+
+
+def _unrounded(value: Tensor, original: Tensor, dtype: torch.dtype) -> Tensor:
+    """Put back the bits that loading rounded away, wherever a weight is still what it was loaded as.
+
+    Args:
+        value: of any shape, in the dtype on disk; +0.0 where it is pruned.
+        original: the tensor on disk, alike.
+        dtype: that it was held in, which has fewer bits.
+    """
+    untouched = (value != 0) & (original.to(dtype).to(original.dtype) == value)
+    return torch.where(untouched, original, value)
 
 
 def _written_whole(loaded: LoadedModel, changed: Collection[str], dtype: torch.dtype | None) -> dict[str, Content]:

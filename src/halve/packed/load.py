@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from halve.checkpoint.directory import CONFIG, is_packed
+from halve.checkpoint.directory import is_packed
 from halve.checkpoint.load import LoadedModel, assemble, freeze, load_model
-from halve.checkpoint.shards import TensorEntry, read_json
+from halve.checkpoint.precision import dtype_in_config
+from halve.checkpoint.shards import TensorEntry
 from halve.errors import InputError, UnsupportedModelError, first_few
 from halve.model.layers import is_conv1d, is_plain_linear
 from halve.packed.read import PackedCheckpoint, open_packed
@@ -89,7 +90,7 @@ def _read(
     Returns:
         tuple: the tensors; the stand-ins among them; why each of the other packed ones is none.
     """
-    own = _own_dtype(checkpoint.directory) if dtype is None else dtype
+    own = dtype_in_config(checkpoint.source) if dtype is None else dtype
     tensors: dict[str, Tensor] = {}
     stand_ins: dict[str, _StandIn] = {}
     dense: dict[str, str] = {}
@@ -111,13 +112,6 @@ def _why_dense(entry: TensorEntry, dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} is not packed"
     return "" if len(entry.shape) == 2 else "each is several matrices in one tensor"
-
-
-def _own_dtype(directory: Path) -> torch.dtype | None:
-    """Return the dtype that the config asks for."""
-    config = read_json(directory / CONFIG)
-    found = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
-    return found if isinstance(found, torch.dtype) else None
 
 
 def _stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,10 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from msgspec import Meta, Struct
 
-from halve.checkpoint.directory import INDEX, PACKED, WEIGHTS, check_weight_map, disagreements, is_plain_name
+from halve.checkpoint.directory import INDEX, PACKED, WEIGHTS, is_plain_name
 from halve.checkpoint.shards import DTYPE_NAMES, LARGEST, Shard, parse_header, parse_object, read_json
 from halve.checkpoint.validated import validated, wrong
+from halve.checkpoint.weight_files import check_weight_map, disagreements
 from halve.errors import CorruptFileError, PatternError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
@@ -84,7 +85,7 @@ class Manifest:
         shards: the weight files of the plain checkpoint, in the order of their names.
         index: the plain checkpoint's index, as it is there; None where there is none.
         index_sha256: its sha256; empty where there is none.
-        files: every file of the packed directory but the manifest.
+        files: every file of the packed directory but the manifest; weight files that are carried along among them.
     """
 
     matrices: Mapping[str, PackedTensor]
@@ -116,11 +117,14 @@ class Manifest:
         weight_map: Mapping[str, str] = {}
         if self.index is not None:
             weight_map = check_weight_map(parse_object(self.index, directory / INDEX), directory / INDEX)
-        if names != (set(weight_map.values()) or {WEIGHTS}):
+        named = set(weight_map.values())
+        carried = named - names  # beside a single weight file, an index may name others, which are not loaded
+        listed = self.files.keys() - {shard.packed for shard in self.shards}
+        if not (carried <= listed if names == {WEIGHTS} else named == names):
             raise CorruptFileError(
                 f"the weight files in {directory / PACKED} are not those of its index: pack it again"
             )
-        for error in disagreements(shards, weight_map, directory / INDEX):
+        for error in disagreements(shards, weight_map, directory / INDEX, carried):
             raise error
         return shards
 

@@ -132,6 +132,8 @@ def matrix_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
 def carried_files(directory: Path, *, code: bool) -> dict[str, Path]:
     """Return the files of a checkpoint that go with it unchanged, packed or not, by name: all but weights and index.
 
+    Weight files that transformers does not load go with it too, but only the manifest of a packed one tells which.
+
     Raises:
         CorruptFileError: one of them is a link that leaves the checkpoint, or no file.
     """
@@ -221,9 +223,12 @@ def _manifest_of(place: Path) -> Manifest:
 
 def _file_faults(place: Path, manifest: Manifest) -> Iterator[tuple[str, HalveError]]:
     """Yield the files that are not listed, or missing, of another size, or links that leave the directory; and why."""
-    listed = manifest.files.keys() - {shard.packed for shard in manifest.shards}
-    known = {path.relative_to(place).as_posix() for path in _carried(place, code=True)}  # may be run or not
-    for name in sorted(known - listed):
+    packed = {shard.packed for shard in manifest.shards}
+    listed = manifest.files.keys() - packed
+    others = {path.relative_to(place).as_posix() for path in _carried(place, code=True)}  # may be run or not
+    weights = {path.name for path in place.glob("*.safetensors") if not path.name.startswith(".")} - packed
+    known = others | weights
+    for name in sorted(others - listed):
         yield name, CorruptFileError(f"{place / name} is not among the files in {PACKED}: remove it")
     for name in sorted(listed - known - {CONFIG}):  # which `check_config` has missed already
         yield (
@@ -241,6 +246,8 @@ def _file_faults(place: Path, manifest: Manifest) -> Iterator[tuple[str, HalveEr
         else:
             if size != (expected := manifest.files[name].size):
                 yield name, CorruptFileError(f"{place / name} has {size} bytes, not {expected}: fetch it again")
+    for name in sorted(weights - listed):
+        yield name, CorruptFileError(f"{place / name} is not among the files in {PACKED}: remove it")
 
 
 def _agreed(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halve.checkpoint.directory import INDEX, PACKED, RECORD, WEIGHTS, contained, read_shards, refuse_unfinished
+from halve.checkpoint.directory import INDEX, PACKED, PACKED_WEIGHTS, RECORD, contained, refuse_unfinished
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.durable import file_chunks, filling, hashed, sha256_of
 from halve.checkpoint.load import Source, resolve, skeleton
@@ -27,6 +27,7 @@ from halve.checkpoint.shards import (
     tensor_bytes,
 )
 from halve.checkpoint.validated import wrong
+from halve.checkpoint.weight_files import refuse_copies
 from halve.errors import CorruptFileError, InputError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, is_conv1d, is_fused, is_linear
@@ -109,11 +110,13 @@ def pack_checkpoint(
         raise InputError(f"{directory} is not a directory: give the directory of a pruned checkpoint")
     refuse_unfinished(place)
     source = resolve(place, trust_remote_code=trust_remote_code)
+    refuse_copies(source.path, source.copies)
+    _refuse_names(source)
     check_new(target, source, 0)
-    shards = read_shards(source.path)
+    shards = tuple(read_shard(path) for path in source.shards)
     entries = {entry.name: entry for shard in shards for entry in shard.tensors}
     record = read_record(source.path, Record) if (source.path / RECORD).exists() else None
-    weights = {shard.path.name for shard in shards}
+    weights = {path.name for path in (*source.shards, *source.carried)}
     if record is not None:
         _refuse_changed(record, source.path, (record.files or {}).keys() - weights)
     wanted = None if pattern is None else Pattern.parse(pattern)
@@ -125,7 +128,7 @@ def pack_checkpoint(
         raise InputError(f"nothing to pack in {directory}: {reasons}")
     headers = [build_header(_parts(shard, chosen)) for shard in shards]
     sizes = [len(header) + _size(_parts(shard, chosen)) for header, shard in zip(headers, shards, strict=True)]
-    carried = carried_files(source.path, code=trust_remote_code)
+    carried = carried_files(source.path, code=trust_remote_code) | {path.name: path for path in source.carried}
     check_space(target, sum(sizes) + sum(path.stat().st_size for path in carried.values()))
     _write(target, source, shards, headers, carried, chosen, left)
     packed = [entry for shard in shards for entry in shard.tensors if entry.name in chosen]
@@ -137,7 +140,7 @@ def pack_checkpoint(
         matrix_bytes_before=sum(entry.end - entry.start for entry in packed),
         matrix_bytes_after=sum(_size(_parts_of(entry, chosen)) for entry in packed),
         bytes_before=source.size,
-        bytes_after=sum(sizes),
+        bytes_after=sum(sizes) + sum(path.stat().st_size for path in source.carried),
     )
 
 
@@ -198,6 +201,13 @@ def _refuse_changed(record: Record, directory: Path, names: Collection[str]) -> 
                 f"{directory}: {change}; restore it, or, if the change is meant, remove {RECORD} and give the pattern "
                 "(--pattern)"
             )
+
+
+def _refuse_names(source: Source) -> None:
+    """Refuse files to be carried along whose names are those of packed files."""
+    for path in source.carried:
+        if path.match(PACKED_WEIGHTS):
+            raise InputError(f"{path} has a name that packed weights have: rename it, and its entries in {INDEX}")
 
 
 def _linear_tensors(source: Source, entries: Mapping[str, TensorEntry]) -> dict[str, tuple[Layout, ...]]:
@@ -295,9 +305,7 @@ def _write(
     count = len(shards)
     names = [f"packed-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["packed.safetensors"]
-    index = (
-        None if shards[0].path.name == WEIGHTS else b"".join(file_chunks(contained(source.path, source.path / INDEX)))
-    )
+    index = None if source.index is None else b"".join(file_chunks(contained(source.path, source.index)))
     with filling(out) as write:
         sums = {}
         for name, header, shard in zip(names, headers, shards, strict=True):

@@ -28,6 +28,7 @@ def to_json(
     changed: Mapping[str, Sequence[str]],
     *,
     source: Mapping[str, Any],
+    notes: Sequence[str],
     calibration: Mapping[str, Any],
     device: str,
     precision: str,
@@ -41,6 +42,7 @@ def to_json(
         masks: for each matrix by name, what `masks` says of it.
         changed: for each changed parameter by name, the tensors on disk that hold it; empty when nothing is written.
         source: what was pruned (name, kind, revision).
+        notes: sentences on how that lies on disk.
         calibration: source, counts, seed and hash of the calibration data.
         device: where the run happened.
         precision: dtype of the forward products.
@@ -63,7 +65,7 @@ def to_json(
         "excluded": [
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
         ],
-        "warnings": list(report.warnings),
+        "warnings": [*notes, *report.warnings],
         "environment": environment(),
     }
 
