@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -45,7 +45,9 @@ from safetensors import safe_open
 
 import halve
 import sweep_oracle as oracle
+import tiny_inputs
 import tiny_models
+from tiny_families import EXPERTS
 from tiny_models import KINDS, Case
 
 _COMMON: dict[str, Any] = {"forward_dtype": "float32", "device": "cpu", "min_expert_tokens": 8, "fallback": "magnitude"}
@@ -118,7 +120,7 @@ class _Judge:
     def _run(self) -> None:
         dense = tiny_models.tiny_model(self._case)
         self.facts["weights"] = sum(parameter.numel() for parameter in dense.parameters())
-        batches = tiny_models.batches(self._case, dense)
+        batches = tiny_inputs.batches(self._case, dense)
         for batch in batches:
             if not bool(oracle.forward(dense, batch).isfinite().all()):
                 raise tiny_models.CannotBuildError("its output is not finite")
@@ -136,7 +138,7 @@ class _Judge:
         matrices = [oracle.Matrix(m.parameter, m.expert, m.layout == "in_out") for m in done.report.matrices]
         plain = [m for m, row in zip(matrices, done.report.matrices, strict=True) if row.method == "wanda"]
         self._take(oracle.judge_masks(plain, reference, listening.calls))
-        self._take(oracle.judge_routers(matrices, done.model, tiny_models.EXPERTS))
+        self._take(oracle.judge_routers(matrices, done.model, EXPERTS))
         fallen = [row for row in done.report.fallbacks if "reached this expert" not in row.reason]
         self._say([f"{row.name} fell back to {row.method}: {row.reason}" for row in fallen])
         self.facts["fell_back"] = len(done.report.fallbacks)
@@ -283,10 +285,9 @@ def judge_all(todo: Sequence[Case], workers: int, seconds: float) -> Iterable[Re
                 sender.close()
                 running[receiver] = (case, process, time.monotonic())
             for ready in wait(list(running), timeout=0.5):
-                receiver: Any = ready
-                case, process, began = running.pop(receiver)
+                case, process, began = running.pop(ready)
                 try:
-                    result = receiver.recv()
+                    result = cast("Connection", ready).recv()
                 except EOFError:
                     process.join()
                     result = _failed(case, f"the process ended with {process.exitcode}", time.monotonic() - began)

@@ -7,28 +7,24 @@ a gate of zeros or a scale of ones would hide what is wrong behind it.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VOCABULARY = 96
+from tiny_families import EXPERTS, FAMILIES, VOCABULARY
+
 MOST_WEIGHTS = 5_000_000
 """A model with more weights than this is not built: its configuration was not shrunk as it should be."""
-EXPERTS = 6
-"""No other width of a tiny model is 6, so a matrix with 6 outputs is a router."""
-_FIRST_SPECIAL = 64
+FIRST_SPECIAL = 64
 """Special tokens of a family are numbered from here on, ordinary ones are below."""
-_FIRST_ORDINARY = 8
-
-Batch = dict[str, Tensor]
+FIRST_ORDINARY = 8
 
 KINDS = {
     "causal": ("CAUSAL_LM",),
@@ -92,6 +88,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"moe_(?!shared).*intermediate_size|.*expert.*intermediate_size|expert_ffn_hidden_size|moe_.*ffn.*", 16),
     (r".*attention_heads|n_heads?|num_heads|.*encoder_heads|attention_heads|.*_n_heads|.*attn_heads", 4),
     (r"num_key_value_heads|.*num_key_value_heads|num_kv_heads|kv_n_heads|num_kv_groups|multi_query_group_num", 2),
+    (r"linear_num_heads", 4),
     (r"linear_num_key_heads", 2),
     (r"linear_num_value_heads", 4),
     (r"head_dim|.*_head_dim|d_head|d_kv|head_size|dim_head|kv_channels|linear_head_dim|attention_head_size", 8),
@@ -207,14 +204,14 @@ class _Shrinker:
         if isinstance(value, bool) or value is None or isinstance(value, str | float):
             return value
         if isinstance(value, int):
-            return self._number(key, value, chosen)
+            return self._number(key, value, path, chosen)
         if isinstance(value, dict):
             return _rope(value) if "rope" in key else value
         if isinstance(value, list | tuple):
             return self._sequence(key, value, chosen)
         return value
 
-    def _number(self, key: str, value: int, chosen: "list[int]") -> int:
+    def _number(self, key: str, value: int, path: str, chosen: "list[int]") -> int:
         if _TOKEN.fullmatch(key):
             return self._token(key, value)
         if _LAYERS.fullmatch(key):
@@ -226,13 +223,13 @@ class _Shrinker:
             return min(value, size)
         if key == "num_key_value_heads" and self._latent:
             return 4  # keys and values come from a latent vector, one of each a head
-        return size
+        return size // 2 if size == 64 and _TOWER.search(path) else size  # real towers are smaller than what they feed
 
     def _token(self, key: str, value: int) -> int:
-        if value < _FIRST_ORDINARY:
+        if value < FIRST_ORDINARY:
             return value
         if key not in self._tokens:
-            self._tokens[key] = _FIRST_SPECIAL + len(self._tokens) % (VOCABULARY - _FIRST_SPECIAL)
+            self._tokens[key] = FIRST_SPECIAL + len(self._tokens) % (VOCABULARY - FIRST_SPECIAL)
         return self._tokens[key]
 
     def _sequence(self, key: str, value: Any, chosen: "list[int]") -> Any:
@@ -289,202 +286,6 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
         if small.get(key) is not None:
             small[key] = [1.0] * 4
     return small
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Families that need more
-# ---------------------------------------------------------------------------------------------------------------------
-
-_DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16}
-_SHARED_KEYS = {
-    "num_hidden_layers": 5,
-    "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
-    "num_kv_shared_layers": 2,
-    "intermediate_size": 64,
-    "hidden_size_per_layer_input": 16,
-}
-_DRAFT = {
-    "num_hidden_layers": 4,
-    "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full")],
-    "num_kv_shared_layers": 4,
-}
-_GEMMA_ROPE = {
-    kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "bamba": {**_HYBRID, "attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}}},
-    "dory": {
-        "num_hidden_layers": 4,
-        "n_input_layers": 1,
-        "n_recurrent_layers": 2,
-        "n_output_layers": 1,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
-    },
-    "dots1": {
-        "n_routed_experts": EXPERTS,
-        "num_local_experts": EXPERTS,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "num_key_value_heads": 2,
-        "first_k_dense_replace": 1,
-    },
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
-        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": EXPERTS, "moe_top_k": 2, "hidden_size": 32},
-    },
-    "dots3_note_text": {
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 4,
-        "swa_q_lora_rank": 16,
-        "swa_kv_lora_rank": 16,
-        "swa_head_dim": 16,
-        "swa_qk_nope_head_dim": 8,
-        "swa_v_head_dim": 8,
-    },
-    "falcon_h1": {**_HYBRID, "mamba_d_ssm": 64, "ssm_multipliers": [1.0] * 5},
-    "gemma3n_text": {**_SHARED_KEYS, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0]},
-    "gemma4_text": {
-        **_SHARED_KEYS,
-        "global_head_dim": 16,
-        "enable_moe_block": True,
-        "num_experts": EXPERTS,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 16,
-    },
-    "gemma4_unified_text": {**_SHARED_KEYS, "global_head_dim": 16},
-    "gemma4_assistant": {"backbone_hidden_size": 32, "text_config.hidden_size_per_layer_input": 0},
-    "gemma4_unified_assistant": {
-        "backbone_hidden_size": 32,
-        "num_centroids": 8,
-        "centroid_intermediate_top_k": 4,
-        **{f"text_config.{key}": value for key, value in _DRAFT.items()},
-    },
-    "granitemoehybrid": {**_HYBRID, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": EXPERTS, "moe_topk": 2},
-    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
-    "longcat_flash": {"zero_expert_num": 2},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
-    "ministral": {"head_dim": 8},
-    "musicgen": {"audio_encoder.audio_channels": 1},
-    "musicgen_melody": {"audio_encoder.audio_channels": 1},
-    "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
-        "hc_lowrank": 16,
-        "ple_embed_dim": 32,
-        "ngram_vocab_size_base": 64,
-        "split_ngram_parts": 1,
-        "make_ngram_vocab_size_divisible_by": 4,
-    },
-    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "num_key_value_heads": 4},
-    "reformer": {
-        "axial_pos_embds_dim": [16, 16],
-        "axial_pos_shape": [8, 16],
-        "lsh_attn_chunk_length": 8,
-        "local_attn_chunk_length": 8,
-        "attn_layers": ["local", "lsh", "local"],
-        "num_buckets": 4,
-        "feed_forward_size": 64,
-    },
-    "causal:reformer:ReformerModelWithLMHead": {"is_decoder": True},
-    "xlstm": {"ffn_round_up_to_multiple_of": 16, "chunk_size": 8, "qk_dim_factor": 0.5},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "num_hidden_layers": 5,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "n_mamba_heads": 2,
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-        "num_key_value_heads": 4,
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"],
-    },
-    # image-text
-    "chameleon": {"vocabulary_map": {"<image>": 90}},
-    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}},
-    "deepseek_ocr2_text": {
-        "mlp_layer_types": ["dense", "sparse", "sparse"],
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, 32], "window_size": 2},
-    "diffusion_gemma_text": {
-        "num_experts": EXPERTS,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 16,
-        "global_head_dim": 16,
-    },
-    "diffusion_gemma": {"canvas_length": 8},
-    "dots3_note_audio_encoder": {"adapter_input_size": 32},
-    "ernie4_5_vl_moe_text": {
-        "rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [1, 1, 2]},
-        "moe_intermediate_size": [16, 16],
-    },
-    "florence_vision": {
-        "depths": (1, 1),
-        "patch_size": (7, 3),
-        "patch_stride": (4, 2),
-        "patch_padding": (3, 1),
-        "patch_prenorm": (False, True),
-        "embed_dim": (16, 32),
-        "num_heads": (2, 4),
-        "num_groups": (2, 4),
-        "window_size": 2,
-        "projection_dim": 32,
-    },
-    "glm4v_text": {"rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}},
-    "glm_ocr_text": {"rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}},
-    "glm46v_text": {"rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}},
-    "glm4v_moe_text": {"rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}},
-    "glm5_next_text": {"index_kpool": 4},
-    "granite4_vision": {
-        "downsample_rate": "1/2",
-        "deepstack_layer_map": [[-1, 1]],
-        "spatial_target_layers": [0, 1, 2, 2],
-        "vision_config.hidden_size": 64,
-        "qformer_config.hidden_size": 64,
-        "qformer_config.encoder_hidden_size": 64,
-    },
-    "mistral4": {"head_dim": 16},
-    "muse_spark_audio": {"num_hidden_layers": 2, "patch_sizes": (4, 4), "hidden_sizes": (16, 32), "depths": (1, 1)},
-    "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [1, 1, 1, 1]}},
-    "molmo2": {"adapter_config.vision_feature_layer": [0, 1]},
-    "blip-2": {"image_token_index": 90},
-    "instructblip": {"image_token_index": 90},
-    "instructblipvideo": {"image_token_index": 90, "video_token_index": 90},
-    "kosmos-2": {"latent_query_num": 8},
-    # others
-    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 90, "pad_token_id": 0},
-    "esmc": {"num_key_value_heads": 4},
-    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "zamba2": {
-        "num_hidden_layers": 5,
-        "n_mamba_heads": 4,
-        "mamba_headdim": 16,
-        "num_key_value_heads": 4,
-        "chunk_size": 8,
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-        "kv_channels": 8,
-        "num_query_groups": 4,
-        "hybrid_layer_ids": [1, 3],
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"],
-    },
-}
-"""By family: fields that the generic way does not find; a dot leads into a configuration inside."""
 
 
 def model_class(case: Case) -> Any:
@@ -557,122 +358,3 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
             elif parameter.numel() and float(parameter.max()) == float(parameter.min()):
                 parameter.add_(noise * 0.1)
     return model
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inputs
-# ---------------------------------------------------------------------------------------------------------------------
-
-SHAPES = ((1, 17), (4, 24), (4, 24), (2, 20))
-"""Rows and length of each batch. The first is what a method may probe a model with, as it is: one row of at most 32."""
-
-
-def batches(case: Case, model: Any, seed: int = 0) -> list[Batch]:
-    """Return random inputs of unequal sizes for a model."""
-    random = torch.Generator().manual_seed(seed)
-    maker = INPUTS.get(case.name) or INPUTS.get(case.family) or INPUTS.get(case.kind, _text)
-    return [maker(model, rows, length, random) for rows, length in SHAPES]
-
-
-Maker = Callable[[Any, int, int, torch.Generator], Batch]
-
-
-def _ids(rows: int, length: int, random: torch.Generator) -> Tensor:
-    return torch.randint(_FIRST_ORDINARY, _FIRST_SPECIAL, (rows, length), generator=random)
-
-
-def _text(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {"input_ids": _ids(rows, length, random)}
-
-
-def _pairs(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {
-        "input_ids": _ids(rows, length, random),
-        "decoder_input_ids": _ids(rows, length - 5, random),
-    }
-
-
-def _pixels(model: Any, rows: int, random: torch.Generator) -> Tensor:
-    """Return images of the size that a model, or the tower in it, is built for."""
-    inside = [getattr(model.config, name, None) for name in ("vision_config", "encoder")]
-    configs = [each for each in (model.config, *inside) if each is not None]
-    size = next((each.image_size for each in configs if getattr(each, "image_size", None)), 32)
-    channels = next((each.num_channels for each in configs if getattr(each, "num_channels", None)), 3)
-    height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(rows, channels, height, width, generator=random)
-
-
-def _image(model: Any, rows: int, _length: int, random: torch.Generator) -> Batch:
-    return {"pixel_values": _pixels(model, rows, random)}
-
-
-def _image_and_text(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {"pixel_values": _pixels(model, rows, random), "input_ids": _ids(rows, length, random)}
-
-
-def _image_to_text(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {"pixel_values": _pixels(model, rows, random), "decoder_input_ids": _ids(rows, length, random)}
-
-
-def _queried(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    """Return text that begins with the places of an image's queries, and the text that the queries see, if any."""
-    batch = _image_and_text(model, rows, length, random)
-    batch["input_ids"][:, : model.config.num_query_tokens] = model.config.image_token_index
-    if "qformer_input_ids" in signature(model.forward).parameters:
-        batch["qformer_input_ids"] = _ids(rows, 8, random)
-    return batch
-
-
-def _one_of_many_images(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {
-        "input_ids": _ids(rows, length, random),
-        "pixel_values": _pixels(model, rows, random)[:, None],
-        "image_attention_mask": torch.ones(rows, length, 1, dtype=torch.int64),
-    }
-
-
-def _image_in_places(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    places = torch.zeros(rows, length, dtype=torch.int64)
-    places[:, 1 : 1 + model.config.latent_query_num] = 1
-    return {**_image_and_text(model, rows, length, random), "image_embeds_position_mask": places}
-
-
-def _patches(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    width = model.config.vision_config.patch_embed_hidden_size
-    patches = torch.randn(rows, 16, 2 + width, generator=random)
-    patches[..., 0], patches[..., 1] = torch.arange(16) // 4 + 1, torch.arange(16) % 4 + 1
-    return {"flattened_patches": patches, "decoder_input_ids": _ids(rows, length, random)}
-
-
-def _page(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    corners = torch.rand(rows, length, 2, generator=random) * 0.5
-    boxes = torch.cat([corners, corners + 0.25], dim=-1)
-    return {"input_ids": _ids(rows, length, random), "bbox": boxes, "decoder_input_ids": _ids(rows, length - 5, random)}
-
-
-def _sound(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {"input_values": torch.randn(rows, 400 + 100 * length, generator=random)}
-
-
-def _codes(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {"input_ids": _ids(rows * model.config.num_codebooks, length, random)}
-
-
-INPUTS: dict[str, Maker] = {
-    "causal:musicgen:MusicgenForCausalLM": _codes,
-    "causal:musicgen_melody:MusicgenMelodyForCausalLM": _codes,
-    "blip": _image_and_text,
-    "blip-2": _queried,
-    "instructblip": _queried,
-    "idefics": _one_of_many_images,
-    "kosmos-2": _image_in_places,
-    "pix2struct": _patches,
-    "udop": _page,
-    "pp_formulanet": _image_to_text,
-    "vision-encoder-decoder": _image_to_text,
-    "t5gemma2": _pairs,
-    "seq2seq": _pairs,
-    "vision": _image,
-    "audio": _sound,
-}
-"""What makes the inputs of a family or, where it has no row, of a kind; text where that has none either."""
