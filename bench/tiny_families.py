@@ -7,6 +7,7 @@ EXPERTS = 6
 """No other width of a tiny model is 6, so a matrix with 6 outputs is a router."""
 
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SECTIONED_ROPE = {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}
 _HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16}
 _SHARED_KEYS = {
     "num_hidden_layers": 5,
@@ -22,6 +23,16 @@ _DRAFT = {
 }
 _GEMMA_ROPE = {
     kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+}
+_TWO_STAGES = {"embed_dim": 16, "image_size": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+_OTHER_TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {**_HYBRID, "attn_layer_indices": [1]},
@@ -156,9 +167,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "window_size": 2,
         "projection_dim": 32,
     },
-    "glm4v_text": {"rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}},
-    "glm_ocr_text": {"rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}},
-    "glm46v_text": {"rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}},
+    "glm4v_text": {"rope_parameters": _SECTIONED_ROPE},
+    "glm_ocr_text": {"rope_parameters": _SECTIONED_ROPE},
+    "glm46v_text": {"rope_parameters": _SECTIONED_ROPE},
     "glm4v_moe_text": {"rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}},
     "glm5_next_text": {"index_kpool": 4},
     "granite4_vision": {
@@ -172,11 +183,70 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 16},
     "muse_spark_audio": {"num_hidden_layers": 2, "patch_sizes": (4, 4), "hidden_sizes": (16, 32), "depths": (1, 1)},
     "hunyuan_vl_text": {"head_dim": 8, "rope_parameters": {**_DEFAULT_ROPE, "mrope_section": [1, 1, 1, 1]}},
+    "qwen2_vl_text": {"rope_parameters": _SECTIONED_ROPE},
+    "qwen2_5_vl_text": {"rope_parameters": _SECTIONED_ROPE},
+    "qwen2_5_omni_text": {"rope_parameters": _SECTIONED_ROPE},
+    "paddleocr_vl_text": {"rope_parameters": _SECTIONED_ROPE},
+    # Its own tower needs timm, which need not be installed; text does not pass through it.
+    "fast_vlm": {"vision_config": _OTHER_TOWER},
+    "radio": {"max_img_size": 16},
     "molmo2": {"adapter_config.vision_feature_layer": [0, 1]},
     "blip-2": {"image_token_index": 90},
     "instructblip": {"image_token_index": 90},
     "instructblipvideo": {"image_token_index": 90, "video_token_index": 90},
     "kosmos-2": {"latent_query_num": 8},
+    # vision
+    "swin": _TWO_STAGES,
+    "swinv2": _TWO_STAGES,
+    "donut-swin": _TWO_STAGES,
+    "focalnet": {
+        "embed_dim": 16,
+        "image_size": 32,
+        "depths": [2, 2],
+        "hidden_sizes": [16, 32],
+        "focal_levels": [2, 2],
+        "focal_windows": [3, 3],
+    },
+    "cvt": {
+        "patch_sizes": [7, 3],
+        "patch_stride": [4, 2],
+        "patch_padding": [2, 1],
+        "embed_dim": [16, 32],
+        "num_heads": [1, 2],
+        "depth": [2, 3],
+        "mlp_ratio": [2.0, 2.0],
+        "attention_drop_rate": [0.0, 0.0],
+        "drop_rate": [0.0, 0.0],
+        "drop_path_rate": [0.0, 0.0],
+        "qkv_bias": [True, True],
+        "cls_token": [False, True],
+        "qkv_projection_method": ["dw_bn", "dw_bn"],
+        "kernel_qkv": [3, 3],
+        "padding_kv": [1, 1],
+        "stride_kv": [2, 2],
+        "padding_q": [1, 1],
+        "stride_q": [1, 1],
+    },
+    "levit": {
+        "patch_size": 16,
+        "image_size": 64,
+        "hidden_sizes": [16, 32, 32],
+        "depths": [2, 2, 2],
+        "key_dim": [8] * 3,
+        "num_attention_heads": [2, 2, 2],
+    },
+    "bit": {"num_groups": 4, "embedding_size": 32},
+    "hiera": {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 2, 2, 1]},
+    "efficientnet": {"hidden_dim": 2560},
+    "mobilevitv2": {"patch_size": 2, "image_size": 128},
+    "perceiver": {
+        "d_latents": 32,
+        "d_model": 32,
+        "num_latents": 8,
+        "num_blocks": 1,
+        "num_self_attends_per_block": 3,
+        "num_cross_attention_heads": 1,
+    },
     # others
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 90, "pad_token_id": 0},
     "esmc": {"num_key_value_heads": 4},

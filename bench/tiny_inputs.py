@@ -33,11 +33,12 @@ def _text(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch
     return {"input_ids": _ids(rows, length, random)}
 
 
-def _pairs(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {
-        "input_ids": _ids(rows, length, random),
-        "decoder_input_ids": _ids(rows, length - 5, random),
-    }
+def _pairs(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    """Return text for the encoder and other text for the decoder; text alone where there is one stack."""
+    batch = _text(model, rows, length, random)
+    if "decoder_input_ids" in signature(model.forward).parameters:
+        batch["decoder_input_ids"] = _ids(rows, length - 5, random)
+    return batch
 
 
 def _pixels(model: Any, rows: int, random: torch.Generator) -> Tensor:
@@ -105,6 +106,27 @@ def _page(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch
     return {"input_ids": _ids(rows, length, random), "bbox": boxes, "decoder_input_ids": _ids(rows, length - 5, random)}
 
 
+def _image_as_inputs(model: Any, rows: int, _length: int, random: torch.Generator) -> Batch:
+    return {"inputs": _pixels(model, rows, random)}
+
+
+def _text_as_inputs(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    return {"inputs": _ids(rows, length, random)}
+
+
+def _text_of_pixels(model: Any, rows: int, _length: int, random: torch.Generator) -> Batch:
+    return _text(model, rows, 16, random)
+
+
+def _image_patches(model: Any, rows: int, _length: int, random: torch.Generator) -> Batch:
+    config = model.config.vision_config
+    return {
+        "pixel_values": torch.randn(rows, 16, config.num_channels * config.patch_size**2, generator=random),
+        "pixel_attention_mask": torch.ones(rows, 16, dtype=torch.int64),
+        "spatial_shapes": torch.full((rows, 2), 4),
+    }
+
+
 def _sound(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
     return {"input_values": torch.randn(rows, 400 + 100 * length, generator=random)}
 
@@ -127,6 +149,12 @@ INPUTS: dict[str, Maker] = {
     "pp_formulanet": _image_to_text,
     "vision-encoder-decoder": _image_to_text,
     "t5gemma2": _pairs,
+    "imagegpt": _text_of_pixels,
+    "siglip2": _image_patches,
+    "vision:perceiver:PerceiverForImageClassificationLearned": _image_as_inputs,
+    "vision:perceiver:PerceiverForImageClassificationFourier": _image_as_inputs,
+    "vision:perceiver:PerceiverForImageClassificationConvProcessing": _image_as_inputs,
+    "masked:perceiver:PerceiverForMaskedLM": _text_as_inputs,
     "seq2seq": _pairs,
     "vision": _image,
     "audio": _sound,

@@ -155,13 +155,29 @@ def _size(key: str) -> int | None:
     return exact[-1] if exact else matching[-1][1] if matching else None
 
 
+@dataclass(frozen=True)
+class _Level:
+    """What is known of one configuration, which may be inside another, while its fields are shrunk.
+
+    Attributes:
+        path: where it is, with a dot at the end; empty for the outermost.
+        chosen: which of the default's layers stay.
+        lengths: how long lists with one entry a layer are.
+        latent: whether keys and values come from a latent vector.
+    """
+
+    path: str
+    chosen: list[int]
+    lengths: set[int]
+    latent: bool
+
+
 class _Shrinker:
     """Shrinks the configurations of one family; special tokens get numbers that are all different."""
 
     def __init__(self, overrides: dict[str, Any]) -> None:
         self._overrides = overrides
         self._tokens: dict[str, int] = {}
-        self._latent = False
 
     def config(self, config_class: Any, path: str = "", start: Any = None) -> Any:
         """Return a small configuration of a class; ``path`` ends in a dot inside another configuration."""
@@ -169,9 +185,12 @@ class _Shrinker:
         self._overrides = {**{f"{path}{key}": value for key, value in own.items()}, **self._overrides}
         default = self._default(config_class, path) if start is None else start
         fields = {key: value for key, value in vars(default).items() if not key.startswith("_") and key not in _KEEP}
-        chosen = _chosen_layers(fields, self._asked_layers(path))
-        self._latent = "kv_lora_rank" in fields
-        small = {key: self._value(key, value, path, chosen) for key, value in fields.items()}
+        counts = {value for key, value in fields.items() if _LAYERS.fullmatch(key) and isinstance(value, int)}
+        chosen = _chosen_layers(fields, counts, self._asked_layers(path))
+        level = _Level(path, chosen, counts - set(range(5)), "kv_lora_rank" in fields)
+        small = {key: self._value(key, value, level) for key, value in fields.items()}
+        if not path and any(key in fields for key in ("depths", "depth", "sr_ratios", "encoder_stride")):
+            small["image_size"] = 64  # each stage halves it
         small.update(self._of(path))
         small = {key: value for key, value in small.items() if value is not _ABSENT}
         return config_class(**small)
@@ -196,34 +215,37 @@ class _Shrinker:
         asked = [value for key, value in self._of(path).items() if _LAYERS.fullmatch(key) and isinstance(value, int)]
         return asked[0] if asked else 2 if _TOWER.search(path) else 3
 
-    def _value(self, key: str, value: Any, path: str, chosen: "list[int]") -> Any:
-        if f"{path}{key}" in self._overrides:
-            return self._overrides[f"{path}{key}"]
+    def _value(self, key: str, value: Any, level: "_Level") -> Any:
+        if f"{level.path}{key}" in self._overrides:
+            return self._overrides[f"{level.path}{key}"]
         if isinstance(value, transformers.PretrainedConfig):
-            return self.config(type(value), f"{path}{key}.", value)
+            return self.config(type(value), f"{level.path}{key}.", value)
         if isinstance(value, bool) or value is None or isinstance(value, str | float):
             return value
         if isinstance(value, int):
-            return self._number(key, value, path, chosen)
+            return self._number(key, value, level)
         if isinstance(value, dict):
             return _rope(value) if "rope" in key else value
         if isinstance(value, list | tuple):
-            return self._sequence(key, value, chosen)
+            return self._sequence(key, value, level)
         return value
 
-    def _number(self, key: str, value: int, path: str, chosen: "list[int]") -> int:
+    def _number(self, key: str, value: int, level: "_Level") -> int:
         if _TOKEN.fullmatch(key):
             return self._token(key, value)
         if _LAYERS.fullmatch(key):
-            return min(value, len(chosen))
+            return min(value, len(level.chosen))
+        if key == "window_size":
+            return min(value, 4)
         size = _size(key)
         if size is None or value <= 0:
             return value
         if key in {"n_group", "num_expert_group", "topk_group"}:
             return min(value, size)
-        if key == "num_key_value_heads" and self._latent:
+        if key == "num_key_value_heads" and level.latent:
             return 4  # keys and values come from a latent vector, one of each a head
-        return size // 2 if size == 64 and _TOWER.search(path) else size  # real towers are smaller than what they feed
+        # Real towers are smaller than what they feed.
+        return size // 2 if size == 64 and _TOWER.search(level.path) else size
 
     def _token(self, key: str, value: int) -> int:
         if value < FIRST_ORDINARY:
@@ -232,15 +254,30 @@ class _Shrinker:
             self._tokens[key] = FIRST_SPECIAL + len(self._tokens) % (VOCABULARY - FIRST_SPECIAL)
         return self._tokens[key]
 
-    def _sequence(self, key: str, value: Any, chosen: "list[int]") -> Any:
+    def _sequence(self, key: str, value: Any, level: "_Level") -> Any:
         if _TOKEN.fullmatch(key):
             return type(value)(self._token(f"{key}{i}", item) for i, item in enumerate(value))
-        if len(value) > 4 and len(value) > max(chosen, default=0) and _per_layer(key, value):
-            return type(value)(value[i] for i in chosen)
+        if len(value) in level.lengths and _per_layer(key, value):
+            return type(value)(value[i] for i in level.chosen)
+        if (stages := _stages(key, value)) is not None:
+            return type(value)(stages)
         if _LAYER_INDICES.fullmatch(key) and all(isinstance(item, int) for item in value) and value:
-            kept = [item for item in value if item < len(chosen)]
-            return type(value)(kept or [len(chosen) - 1])
+            kept = [item for item in value if item < len(level.chosen)]
+            return type(value)(kept or [len(level.chosen) - 1])
         return value
+
+
+def _stages(key: str, value: Any) -> list[int] | None:
+    """Return what a list with one number a stage of a vision model becomes; None if it is none."""
+    if not 2 <= len(value) <= 5 or not all(isinstance(item, int) for item in value):
+        return None
+    if key in {"depths", "depth", "layers_repeats"}:
+        return [min(item, 2) for item in value]
+    if key in {"hidden_sizes", "embed_dims", "embed_dim", "encoder_hidden_sizes"}:
+        return [16, 32, 32, 64, 64][: len(value)]
+    if key in {"num_heads", "num_attention_heads"}:
+        return [min(item, 2) for item in value]
+    return None
 
 
 _ABSENT = object()
@@ -251,9 +288,8 @@ def _per_layer(key: str, value: Any) -> bool:
     return not isinstance(value[0], list | tuple | dict) and not key.startswith(("conv_", "tdnn_", "upsampl"))
 
 
-def _chosen_layers(fields: dict[str, Any], asked: int) -> list[int]:
+def _chosen_layers(fields: dict[str, Any], counts: set[int], asked: int) -> list[int]:
     """Choose which layers of the default configuration stay: at least three, and at least one of every sort."""
-    counts = [value for key, value in fields.items() if _LAYERS.fullmatch(key) and isinstance(value, int)]
     total = max([*counts, 3])
     lists = [
         value
