@@ -137,10 +137,11 @@ class _Judge:
         self._take(oracle.judge_streams(listening, reference, dense_too=False))
         matrices = [oracle.Matrix(m.parameter, m.expert, m.layout == "in_out") for m in done.report.matrices]
         plain = [m for m, row in zip(matrices, done.report.matrices, strict=True) if row.method == "wanda"]
-        self._take(oracle.judge_masks(plain, reference, listening.calls))
+        self._take(oracle.judge_masks(plain, reference, listening.blocks))
         self._take(oracle.judge_routers(matrices, done.model, EXPERTS))
         fallen = [row for row in done.report.fallbacks if "reached this expert" not in row.reason]
-        self._say([f"{row.name} fell back to {row.method}: {row.reason}" for row in fallen])
+        if fallen:  # which it would have refused to do, had it not been allowed for experts
+            raise halve.HalveError(f"{fallen[0].name}: {fallen[0].reason}")
         self.facts["fell_back"] = len(done.report.fallbacks)
         everything = sum(parameter.numel() for parameter in dense.parameters() if parameter.ndim >= 2)
         self.facts["pruned_share"] = round(sum(m.shape[0] * m.shape[1] for m in done.report.matrices) / everything, 3)
@@ -252,6 +253,14 @@ def judge(case: Case) -> Result:
     with TemporaryDirectory(prefix="halve-sweep-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _Judge(case, Path(folder)).judge()
+
+
+def warm_up() -> None:
+    """Judge one class in this process, so that what is imported on the way is not imported in each one forked from it.
+
+    Call it where PyTorch has one thread: a forked process has only that.
+    """
+    judge(Case("causal", "llama", "LlamaForCausalLM"))
 
 
 def _child(case: Case, sender: Connection, log: Path) -> None:
@@ -425,6 +434,8 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     began = time.monotonic()
+    if len(todo) > 1:
+        warm_up()
     with asked.results.open("a") as file:
         for count, result in enumerate(judge_all(todo, asked.workers, asked.timeout), 1):
             known[result.name] = result

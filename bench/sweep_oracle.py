@@ -56,53 +56,71 @@ def _uncached(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Call:
-    """One call of a block: every tensor that went in, by where it stood, and the first that came out."""
+    """One call of a module: every tensor that went in, by where it stood, and the first that came out.
+
+    Attributes:
+        inputs: those tensors, copied.
+        output: the first that came out, None while it runs.
+        on_its_own: whether it was a call of a copy, and not on behalf of another copy's.
+    """
 
     inputs: dict[str, Tensor]
     output: Tensor | None = None
-    of_copy: bool = False
+    on_its_own: bool = False
 
 
 class Listening:
-    """Note every call of a model's blocks, and of copies of them, until it is closed.
+    """Note every call of all members of a model's module lists, and of copies of them, until it is closed.
 
-    Blocks are the members of module lists that are in no other such list's member.
+    Which of them are the blocks that are run one by one shows in the calls: copies of those are called on their own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: dict[str, list[Call]] = {}
         self._hooks = ExitStack()
-        self._inside = 0
-        for name, block in blocks_of(model).items():
+        self._copies_running = 0
+        for name, member in members_of(model).items():
             self.calls[name] = []
-            self._listen(name, block)
+            self._listen(name, member)
+
+    @property
+    def blocks(self) -> dict[str, list[Call]]:
+        """The calls of copies on their own, by the name of the block; names in the order of the model."""
+        alone = {name: [call for call in calls if call.on_its_own] for name, calls in self.calls.items()}
+        return {name: calls for name, calls in alone.items() if calls}
 
     def _listen(self, name: str, original: nn.Module) -> None:
         calls = self.calls[name]
+        running: list[Call] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.append(Call(dict(_tensors((args, kwargs))), of_copy=module is not original))
+            copied = module is not original
+            call = Call(dict(_tensors((args, kwargs))), on_its_own=copied and not self._copies_running)
+            self._copies_running += copied
+            calls.append(call)
+            running.append(call)
 
-        def after(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            calls[-1].output = next((tensor for _, tensor in _tensors(output)), None)
+        def after(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            running.pop().output = next((tensor for _, tensor in _tensors(output)), None)
+            self._copies_running -= module is not original
 
         self._hooks.callback(original.register_forward_pre_hook(before, with_kwargs=True).remove)
-        self._hooks.callback(original.register_forward_hook(after, with_kwargs=True).remove)
+        self._hooks.callback(original.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
 
     def close(self) -> None:
         """Take the hooks off the model."""
         self._hooks.close()
 
 
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the members of all module lists that lie in no other list's member, by name."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and not any(name.startswith(f"{each}.") for each in found):
-            for key, member in module.named_children():
-                if any(parameter.ndim >= 2 for parameter in member.parameters()):
-                    found[f"{name}.{key}".lstrip(".")] = member
-    return found
+def members_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the members of all module lists of a model that have matrices, by name."""
+    return {
+        f"{name}.{key}".lstrip("."): member
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for key, member in module.named_children()
+        if any(parameter.ndim >= 2 for parameter in member.parameters())
+    }
 
 
 def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -196,14 +214,18 @@ def judge_streams(listening: Listening, reference: Reference, *, dense_too: bool
     """
     findings = Findings()
     worst = 0.0
-    run = {name: [call for call in calls if call.of_copy] for name, calls in listening.calls.items()}
-    touched = {name for name in run if any(each.startswith(f"{name}.") for each in reference.changed)}
+    blocks = {
+        name: calls
+        for name, calls in listening.blocks.items()
+        if any(each.startswith(f"{name}.") for each in reference.changed)
+    }
     for parameter in reference.changed:
-        if not any(parameter.startswith(f"{name}.") for name in touched):
-            findings.wrong.append(f"{parameter} was pruned, but lies in no block that could be listened to")
-    for name in sorted(touched, key=list(run).index):
+        if not any(parameter.startswith(f"{name}.") for name in blocks):
+            findings.wrong.append(f"{parameter} was pruned, but no block that holds it was seen to run on its own")
+            break
+    for name, calls in blocks.items():
         seen: set[tuple[str, int]] = set()
-        for call in run[name]:
+        for call in calls:
             matched, gap = _match(name, call, reference)
             worst = max(worst, gap)
             if not matched:
@@ -217,7 +239,7 @@ def judge_streams(listening: Listening, reference: Reference, *, dense_too: bool
                     findings.wrong.append(
                         f"{name} was not fed the {stream} model's hidden states of batch {missing[0]}"
                     )
-    findings.facts["blocks"] = len(touched)
+    findings.facts["blocks"] = len(blocks)
     findings.facts["stream_error"] = worst
     return findings
 

@@ -68,7 +68,7 @@ def reference_of(run):
 def test_the_judge_passes_a_right_run(run):
     reference = reference_of(run)
     assert oracle.judge_streams(run[2], reference, dense_too=False).wrong == []
-    found = oracle.judge_masks(run[3], reference, run[2].calls)
+    found = oracle.judge_masks(run[3], reference, run[2].blocks)
     assert found.wrong == []
     assert found.facts["groups"] == sum(p.numel() for n, p in run[0].named_parameters() if "proj" in n) // 4
     assert found.facts["matrices_unseen"] == 0
@@ -76,7 +76,7 @@ def test_the_judge_passes_a_right_run(run):
 
 def test_the_judge_sees_a_hidden_state_that_is_off(run):
     listening = copy.deepcopy(run[2])
-    call = next(call for call in listening.calls["model.layers.1"] if call.of_copy)
+    call = next(call for call in listening.calls["model.layers.1"] if call.on_its_own)
     name = next(name for name, tensor in call.inputs.items() if tensor.is_floating_point())
     call.inputs[name][0, 3] *= 1.01
     assert (
@@ -87,7 +87,7 @@ def test_the_judge_sees_a_hidden_state_that_is_off(run):
 
 def test_the_judge_sees_an_output_that_is_off_on_a_right_hidden_state(run):
     listening = copy.deepcopy(run[2])
-    next(call for call in listening.calls["model.layers.2"] if call.of_copy).output[0, 3] *= 1.01
+    next(call for call in listening.calls["model.layers.2"] if call.on_its_own).output[0, 3] *= 1.01
     assert "model.layers.2: its output" in oracle.judge_streams(listening, reference_of(run), dense_too=False).wrong[0]
 
 
@@ -99,7 +99,7 @@ def test_the_judge_misses_a_stream_that_was_not_fed(run):
 def test_the_judge_misses_a_batch_that_was_not_fed(run):
     listening = copy.deepcopy(run[2])
     calls = listening.calls["model.layers.0"]
-    calls[:] = [call for call in calls if not call.of_copy or next(iter(call.inputs.values())).shape[0] == 1]
+    calls[:] = [call for call in calls if not call.on_its_own or next(iter(call.inputs.values())).shape[0] == 1]
     wrong = oracle.judge_streams(listening, reference_of(run), dense_too=False).wrong
     assert wrong == ["model.layers.0 was not fed the pruned model's hidden states of batch 1"]
 
@@ -109,7 +109,7 @@ def test_the_judge_sees_masks_by_another_score(run):
     pruned = copy.deepcopy(dense)
     halve.prune(pruned, calibration=batches, method="magnitude", refit="none", forward_dtype="float32")
     reference = oracle.Reference(dense, pruned, {matrix.parameter for matrix in matrices}, batches)
-    assert "of wanda's groups differ" in oracle.judge_masks(matrices, reference, listening.calls).wrong[0]
+    assert "of wanda's groups differ" in oracle.judge_masks(matrices, reference, listening.blocks).wrong[0]
 
 
 def test_the_judge_sees_a_kept_weight_that_changed(run):
@@ -120,7 +120,7 @@ def test_the_judge_sees_a_kept_weight_that_changed(run):
     reference = oracle.Reference(dense, pruned, {matrix.parameter for matrix in matrices}, batches)
     assert (
         f"{matrices[0].parameter}: a weight that was kept has changed"
-        in oracle.judge_masks(matrices, reference, listening.calls).wrong
+        in oracle.judge_masks(matrices, reference, listening.blocks).wrong
     )
 
 
@@ -145,7 +145,7 @@ def test_the_judge_sees_a_bit_that_changed_in_what_was_not_pruned(run):
 
 def test_the_judge_leaves_the_finished_model_as_it_was(run):
     before = {name: tensor.clone() for name, tensor in run[1].state_dict().items()}
-    oracle.judge_masks(run[3], reference_of(run), run[2].calls)
+    oracle.judge_masks(run[3], reference_of(run), run[2].blocks)
     assert all(torch.equal(tensor, before[name]) for name, tensor in run[1].state_dict().items())
 
 
