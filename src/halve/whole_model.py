@@ -267,6 +267,7 @@ def _prune(
             ledger=run,
             phases=phases,
             before=before,
+            together=() if run is None else loaded.layout.together,
         )
 
 

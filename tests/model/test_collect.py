@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -5,8 +7,8 @@ from torch import nn
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model import blocks, replay
+from halve.model.classify import make_plan
 from halve.model.collect import Collector, observe
-from halve.model.plan import make_plan
 from halve.model.stacks import find_stack
 from models import DECODERS, MIXTURES, decoder, tokens
 
@@ -20,8 +22,8 @@ def collect_first_block(model, batches, skip=()):
     short = replay.probe_batches(batches)
     with blocks.eager_experts(model):
         behaviour = replay.verify_replay(model, members, short)
-        observed = observe(model, members, lambda: blocks.run_batches(model, short))
-        plan = make_plan(model, Pattern("2:4"), observed.layouts, skip)
+        observed = observe(model, members, [partial(blocks.run_model, model, batch) for batch in short])
+        plan = make_plan(model, Pattern("2:4"), observed, skip)
         stream = blocks.capture(model, members, batches, behaviour)
         collector = Collector(members[0], plan.blocks[0], plan.of_block(0), CPU)
         with collector.watching():
@@ -209,7 +211,7 @@ def test_an_expert_called_with_no_rows_counts_as_unseen():
 
 def test_observe_lists_the_layers_that_were_called():
     model = Stack()
-    observed = observe(model, list(model.layers), lambda: model(torch.randn(2, 5, 8)))
+    observed = observe(model, list(model.layers), [lambda: model(torch.randn(2, 5, 8))])
     assert observed.called == {"layers.0.up.weight": 10, "layers.1.up.weight": 10}
 
 
@@ -227,7 +229,7 @@ class UsesBoth(nn.Module):
 def test_a_weight_that_is_multiplied_with_outside_of_its_layer_does_not_count_as_called():
     model = nn.Module()
     model.layers = nn.ModuleList([UsesBoth()])
-    observed = observe(model, list(model.layers), lambda: model.layers[0](torch.randn(2, 5, 8)))
+    observed = observe(model, list(model.layers), [lambda: model.layers[0](torch.randn(2, 5, 8))])
     assert observed.called == {"layers.0.called.weight": 10}
 
 
@@ -244,8 +246,8 @@ class Branches(nn.Module):
 
 def collector_of(model, *, halves=False):
     members = list(model.layers)
-    observed = observe(model, members, lambda: model(torch.randn(2, 5, 8)))
-    plan = make_plan(model, Pattern("2:4"), observed.layouts, ())
+    observed = observe(model, members, [lambda: model(torch.randn(2, 5, 8))])
+    plan = make_plan(model, Pattern("2:4"), observed, ())
     return Collector(members[0], plan.blocks[0], plan.of_block(0), CPU, halves=halves)
 
 

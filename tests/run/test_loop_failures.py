@@ -101,7 +101,7 @@ def without_output_projection():
 def test_a_layer_that_turns_out_not_to_be_called_stays_dense():
     model = without_output_projection()
     report = prune_blocks(model, batches(), settings(), device=CPU)
-    unseen = "its layer is not called where the model multiplies with it, so its inputs cannot be seen"
+    unseen = "its layer did not run on the calibration data, so its inputs cannot be seen"
     assert {entry.name: entry.reason for entry in report.excluded if "layers.2" in entry.name} == {
         "model.layers.2.self_attn.hidden_projection.weight": unseen
     }

@@ -114,7 +114,7 @@ def test_weights_used_without_their_layer_stay_dense_by_themselves():
     report = run(mamba(), text((4, 24), (3, 18)), "wanda")
     reasons = {entry.name.split(".", 4)[-1]: entry.reason for entry in report.excluded}
     assert reasons["dt_proj.weight"] == (
-        "its layer is not called where the model multiplies with it, so its inputs cannot be seen"
+        "the model multiplies with it without calling its layer, so its inputs cannot be seen"
     )
     assert {m.name.split(".")[-2] for m in report.matrices} == {"in_proj", "x_proj", "out_proj"}
 

@@ -126,6 +126,11 @@ class DiskLayout:
         for group in self._groups:
             yield group.parameters
 
+    @property
+    def together(self) -> list[tuple[str, ...]]:
+        """The state-dict names, group by group, of parameters that share tensors on disk."""
+        return [group.parameters for group in self._groups if len(group.parameters) > len(group.tensors)]
+
     def _groups_of(self, parameter: str) -> list[_Group]:
         if parameter not in self._aliases:
             raise InputError(f"the model has no parameter {parameter!r}: use a name from its state_dict()")

@@ -57,12 +57,6 @@ def stand_in_batch(model: nn.Module) -> Batch:
     return {"input_ids": ids, "decoder_input_ids": ids} if decodes else {"input_ids": ids}
 
 
-def run_batches(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Run one batch after the other."""
-    for batch in batches:
-        run_model(model, batch)
-
-
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Make fused experts multiply slice by slice, so that each product can be observed; put the setting back after."""

@@ -202,10 +202,14 @@ class Template:
     Attributes:
         content: a nest of them.
         hidden: where the block received its hidden state: a position, or the name of an argument.
+        received: shape of the hidden state that it was given.
+        gave: shape of the hidden state that it returned.
     """
 
     content: Any
     hidden: int | str
+    received: torch.Size
+    gave: torch.Size
 
     @classmethod
     def of(cls, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: int | str) -> "Template":
@@ -225,7 +229,16 @@ class Template:
                 return rebuilt(value, seen)
             return value if is_constant(value) else None
 
-        return cls(seen(output), hidden)
+        return cls(seen(output), hidden, taken_apart(args, kwargs, hidden)[0].shape, state.shape)
+
+    def passed(self, hidden: Tensor) -> Tensor:
+        """Return a hidden state in place of the block's: as it came, or zeros where the block changes the shape."""
+        if self.received == self.gave:
+            return hidden
+        if hidden.ndim != len(self.received) or hidden.ndim != len(self.gave):
+            return hidden.new_zeros(self.gave)
+        sizes = zip(hidden.shape, self.received, self.gave, strict=True)
+        return hidden.new_zeros([size * after // before for size, before, after in sizes])
 
     @property
     def constants(self) -> list[tuple[Path, Any]]:
@@ -298,7 +311,7 @@ class Recording:
 
         def filled(value: Any, path: Path) -> Any:
             if value is _HIDDEN:
-                return hidden
+                return template.passed(hidden)
             if isinstance(value, _FromArgument):
                 found = given
                 for key in value.path:
@@ -325,7 +338,7 @@ class Recording:
 
 @dataclass
 class Recorder:
-    """Stands in for a block's forward: keeps the call, passes the hidden state through."""
+    """Stands in for a block's forward: keeps the call, passes the hidden state on."""
 
     block: int
     template: Template

@@ -3,7 +3,7 @@
 Matrices that receive the very same tensor (query, key and value; gate and up) share one set of statistics.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.gram import GramAccumulator, Statistics
 from halve.model.calls import Call, leaves
 from halve.model.layers import Layout, is_fused, is_linear, layer_matrix
-from halve.model.plan import Matrix
+from halve.model.plan import Matrix, Observed
 
 _LINEAR = {torch.nn.functional.linear}
 _MATMUL = {torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
@@ -83,33 +83,21 @@ class _BypassWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class Observed:
-    """How a model used its weights in one forward pass.
-
-    Attributes:
-        layouts: full name of each fused 3-D parameter seen in a product, and how it was multiplied.
-        called: full names of the weights of linear layers that were called, and never multiplied with otherwise, each
-            with the tokens that it was multiplied with.
-    """
-
-    layouts: dict[str, Layout]
-    called: dict[str, int]
-
-
-def observe(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], None]) -> Observed:
+def observe(model: nn.Module, blocks: Sequence[nn.Module], runs: Sequence[Callable[[], None]]) -> Observed:
     """Find out how the model multiplies with the weights inside its blocks.
 
     Args:
         model: the model.
         blocks: its blocks.
-        run: runs short batches through the model, experts multiplied slice by slice
+        runs: each runs a short batch through the model, experts multiplied slice by slice
             (`halve.model.blocks.eager_experts`).
     """
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     fused: dict[str, Tensor] = {}
     layouts: dict[str, Layout] = {}
     called: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    repeated: set[str] = set()
     bypassed: set[str] = set()
     running: list[str] = []
     weights: dict[int, str] = {}
@@ -120,6 +108,7 @@ def observe(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Non
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append(name)
         x = args[0] if args else next(iter(kwargs.values()))
+        calls[name] += 1
         called[name] += x.numel() // layer_matrix(module).shape[1]
 
     with ExitStack() as stack:
@@ -137,8 +126,12 @@ def observe(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Non
         stack.enter_context(_BypassWatch(weights, running, bypassed.add))
         if fused:
             stack.enter_context(_ProductWatch(fused, note_product))
-        run()
-    return Observed(layouts, {name: tokens for name, tokens in called.items() if name not in bypassed})
+        for run in runs:
+            calls.clear()
+            run()
+            repeated |= {name for name, count in calls.items() if count > 1}
+    seen = {name: tokens for name, tokens in called.items() if name not in bypassed}
+    return Observed(layouts=layouts, called=seen, repeated=frozenset(repeated), bypassed=frozenset(bypassed))
 
 
 @dataclass(frozen=True)
@@ -194,7 +187,7 @@ class Collector:
         self._inputs: list[tuple[Tensor, str]] = []
         self._valid: Tensor | None = None
         self._memory: Memory | None = None
-        self._dense: dict[str, Tensor] = {}
+        self._dense: defaultdict[str, list[Tensor]] = defaultdict(list)  # one a call of the matrix
         self._in_dense = False
 
     def _local(self, parameter: str) -> str:
@@ -239,7 +232,7 @@ class Collector:
     def _see(self, matrix: Matrix, x: Tensor) -> None:
         if x.numel() == 0:  # an expert called without tokens
             return
-        twin = next((name for other, name in self._inputs if _identical(other, x)), None)
+        twin = next((name for other, name in self._inputs if not matrix.repeated and _identical(other, x)), None)
         leader = self._leader.setdefault(matrix.name, twin or matrix.name)
         if leader != (twin or matrix.name):
             raise CalibrationError(
@@ -247,12 +240,14 @@ class Collector:
                 "Halve cannot tell which statistics it needs"
             )
         if twin is None:
-            self._inputs.append((x, matrix.name))
+            if not matrix.repeated:
+                self._inputs.append((x, matrix.name))
             counted = self._counted(x, matrix)
             if self._in_dense:
-                self._dense[matrix.name] = counted
+                self._dense[matrix.name].append(counted)
             else:
-                self._accumulator(matrix).add(counted, self._dense.get(matrix.name))
+                others = self._dense[matrix.name]
+                self._accumulator(matrix).add(counted, others.pop(0) if others else None)
 
     def _see_expert(self, name: str, expert: int | None, x: Tensor, _layout: Layout) -> None:
         if self._valid is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halve.errors import UnsupportedModelError, one_line
+from halve.errors import HalveError, UnsupportedModelError, one_line
 from halve.model.blocks import Batch, capture, check_finite, run_model
 from halve.model.calls import Behaviour, Template, hidden_of, is_plain, leaves
 from halve.model.stacks import Stack
@@ -27,13 +27,15 @@ _ALONG_TOKENS = frozenset(
 """Tensors of a batch whose second dimension is tokens."""
 
 
-def probe_batches(batches: Sequence[Batch]) -> list[Batch]:
+def probe_batches(batches: Sequence[Batch], *, rows: bool = True) -> list[Batch]:
     """Return two short samples of a calibration set, of different lengths where that can be chosen.
 
     The first row of the first batch and the last row of the last; of token sequences the first 32 and 24 positions,
     unless something other than tokens belongs to the batch (images, whose places in the text must not be cut off).
+    Without ``rows``, all rows.
     """
-    return [_part(batches[0], slice(0, 1), PROBE_TOKENS), _part(batches[-1], slice(-1, None), PROBE_TOKENS * 3 // 4)]
+    first, last = (slice(0, 1), slice(-1, None)) if rows else (slice(None), slice(None))
+    return [_part(batches[0], first, PROBE_TOKENS), _part(batches[-1], last, PROBE_TOKENS * 3 // 4)]
 
 
 def _part(batch: Batch, rows: slice, length: int) -> Batch:
@@ -44,6 +46,34 @@ def _part(batch: Batch, rows: slice, length: int) -> Batch:
         key: value[rows, :length].contiguous() if cut and value.ndim >= 2 else value[rows]
         for key, value in batch.items()
     }
+
+
+def short_samples(
+    model: nn.Module, stacks: Sequence[Stack], batches: Sequence[Batch]
+) -> tuple[list[Batch], list[Stack]]:
+    """Find short samples that the model takes, and the stacks that run on them.
+
+    They are those of `probe_batches`. Where the model fails on them they are cut less, since its rows may not be the
+    batch's (several codebooks of audio): along tokens only, then not at all.
+
+    Returns:
+        tuple[list[Batch], list[Stack]]: the samples, and the stacks in the order in which they run.
+    """
+    samples = [probe_batches(batches), probe_batches(batches, rows=False), [batches[0], batches[-1]]]
+    for short in samples:
+        try:
+            running = [in_running_order(model, stacks, batch) for batch in short]
+        except HalveError:
+            raise
+        except Exception as error:  # a model may raise anything
+            if short is samples[-1]:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} cannot be run on the calibration data without a cache of keys and values: "
+                    f"{one_line(error)}"
+                ) from error
+        else:
+            return short, running[0]
+    raise AssertionError
 
 
 def in_running_order(model: nn.Module, stacks: Sequence[Stack], batch: Batch) -> list[Stack]:
@@ -96,9 +126,10 @@ def watch_blocks(
     name = type(model).__name__
     for index, calls in enumerate(ran):
         if len(calls) != 1:
+            how_often = f"ran {len(calls)} times" if calls else "did not run"
             raise UnsupportedModelError(
-                f"block {index} of {name} ran {len(calls)} times in one forward pass: Halve needs blocks that run "
-                "exactly once"
+                f"block {index} of {name} {how_often} in one forward pass on the calibration data: Halve needs blocks "
+                "that run exactly once"
             )
         if not isinstance(hidden_of(calls[0][2]), Tensor):
             raise UnsupportedModelError(

@@ -1,7 +1,8 @@
 """Before a run changes anything: what will be pruned, and how the stacks of blocks that hold it are run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -12,8 +13,9 @@ from halve.model import blocks as stream_of
 from halve.model import replay
 from halve.model.blocks import Batch
 from halve.model.calls import Behaviour, Template
+from halve.model.classify import LEAST_PRUNABLE, make_plan
 from halve.model.collect import observe
-from halve.model.plan import LEAST_PRUNABLE, Matrix, Plan, make_plan
+from halve.model.plan import Matrix, Plan
 from halve.model.stacks import DECODER, Stack, choose_stacks, find_stacks
 from halve.model.stream import Stream
 
@@ -51,6 +53,7 @@ def plan_model(
     why_dense: Callable[[Matrix], str] | None = None,
     *,
     tower: str | None = None,
+    together: Collection[Sequence[str]] = (),
     least: float = LEAST_PRUNABLE,
 ) -> tuple[Plan, list[StackRun]]:
     """Decide what will be pruned, and prove on short samples that the model can be run block by block.
@@ -60,9 +63,10 @@ def plan_model(
         batches: the calibration set; short parts of the first and the last batch are run.
         pattern: the sparsity pattern.
         skip: shell-style patterns of parameters that stay dense.
-        why_dense: as for `halve.model.plan.make_plan`, and ``least``.
+        why_dense: as for `halve.model.classify.make_plan`.
         tower: as for `halve.model.stacks.default_stacks`; None is the text tower where the batches have tokens.
-        least: see ``why_dense``.
+        together: as for `halve.model.classify.make_plan`, and ``least``.
+        least: see ``together``.
 
     Returns:
         tuple[Plan, list[StackRun]]: the plan, and how to run each of its stacks.
@@ -72,23 +76,22 @@ def plan_model(
         InputError: nothing is left to prune, a skip pattern matches nothing, or a tower is not there or does not run.
     """
     stacks = find_stacks(model)
-    short = replay.probe_batches(batches)
     with stream_of.eager_experts(model):
-        running = replay.in_running_order(model, stacks, short[0])
+        short, running = replay.short_samples(model, stacks, batches)
         known = {stack.name: stack for stack in running}
         others = [stack for stack in stacks if stack.name not in known]
         chosen = choose_stacks([*running, *others], type(model).__name__, tower, known)
         runs = [_stack_run(model, stack, running, short) for stack in chosen]
         members = [block for stack in chosen for block in stack.blocks]
-        observed = observe(model, members, lambda: stream_of.run_batches(model, short))
+        observed = observe(model, members, [partial(stream_of.run_model, model, batch) for batch in short])
     plan = make_plan(
         model,
         pattern,
-        observed.layouts,
+        observed,
         skip,
         why_dense,
         stacks=chosen,
-        called=observed.called,
+        together=together,
         least=least,
     )
     return plan, runs

@@ -13,7 +13,8 @@ from halve.checkpoint import load
 from halve.device import weight_dtype
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
-from halve.model.plan import Matrix, make_plan, place_of
+from halve.model.classify import make_plan
+from halve.model.plan import Matrix, place_of
 from halve.runtime import speed
 
 LLAMA: dict[str, dict[str, Any]] = {
@@ -105,7 +106,7 @@ class Outline:
         dense: Counter[tuple[str, tuple[int, ...], str]] = Counter()
         for skeleton in self.skeletons:
             prefix = "" if len(self.skeletons) == 1 else f"{_preset_of(skeleton)} "
-            plan = make_plan(skeleton, pattern, None)
+            plan = make_plan(skeleton, pattern)
             for matrix in plan.matrices:
                 name = prefix + _kind(matrix.name, plan.blocks)
                 if reason := why_dense(matrix, dtype, device):

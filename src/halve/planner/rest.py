@@ -19,8 +19,8 @@ from torch import nn
 from halve.device import on_device
 from halve.errors import HalveError
 from halve.maths.pattern import Pattern
+from halve.model.classify import make_plan
 from halve.model.layers import block_weight_count
-from halve.model.plan import make_plan
 from halve.model.stacks import find_stack
 from halve.planner.outline import why_dense
 from halve.runtime.timing import CACHES, last_level_cache
@@ -155,7 +155,7 @@ class _Watched:
 
     @classmethod
     def of(cls, model: nn.Module, pattern: Pattern, dtype: torch.dtype, device: torch.device) -> "_Watched":
-        plan = make_plan(model, pattern, None)
+        plan = make_plan(model, pattern)
         names = [
             matrix.parameter.removesuffix(".weight") for matrix in plan.matrices if not why_dense(matrix, dtype, device)
         ]

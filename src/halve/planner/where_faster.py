@@ -12,8 +12,9 @@ from torch import nn
 from halve.checks import check_count, check_positive
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
+from halve.model.classify import make_plan
 from halve.model.layers import EXPERTS_IN_ONE
-from halve.model.plan import Matrix, make_plan
+from halve.model.plan import Matrix
 from halve.option_groups import internal, option
 
 _RATIOS = "only_where_faster.ratios."
@@ -76,7 +77,7 @@ class WhereFaster:
                 name.removeprefix(_RATIOS): float(value) for name, value in begun.items() if name.startswith(_RATIOS)
             }
             return replace(self, ratios=dict(sorted(kept.items())))
-        plan = make_plan(model, pattern, None, skip)
+        plan = make_plan(model, pattern, skip=skip)
         shapes = dict.fromkeys((matrix.d_out, matrix.d_in) for matrix in plan.matrices)
         ratios = {_name(*shape): _ratio(*shape, self.batch, pattern, dtype, device) for shape in shapes}
         best = max(ratios, key=lambda shape: ratios[shape])
@@ -92,7 +93,7 @@ class WhereFaster:
         """Return why a matrix stays dense, as half a sentence; empty if it is fast enough."""
         if matrix.expert is not None:
             return EXPERTS_IN_ONE
-        return self._reason(self.ratios[_name(matrix.d_out, matrix.d_in)], pattern)
+        return self._reason(self.ratios.get(_name(matrix.d_out, matrix.d_in), 0.0), pattern)
 
     def reasons(self, pattern: Pattern) -> set[str]:
         """Return everything that `why_dense` may say."""

@@ -5,7 +5,7 @@ one block at a time, as a float32 copy; the model keeps its own dtype and place.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -48,6 +48,7 @@ def prune_blocks(
     ledger: RunDirectory | None = None,
     phases: Phases | None = None,
     before: Callable[[], None] | None = None,
+    together: Collection[Sequence[str]] = (),
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
 
@@ -66,6 +67,7 @@ def prune_blocks(
             nothing.
         phases: what already counts towards the run's seconds and memory; None begins at nothing.
         before: called once, when the plan is accepted and nothing has been changed yet.
+        together: names of parameters that are stored in one tensor.
 
     Raises:
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
@@ -82,6 +84,7 @@ def prune_blocks(
         settings.skip,
         settings.why_dense,
         tower=settings.tower,
+        together=together,
         least=settings.least_prunable,
     )
     routed = next((matrix for matrix in plan.matrices if matrix.routed), None)

@@ -7,7 +7,8 @@ from typing import Any
 from halve.checks import check_count, is_number
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
-from halve.model.plan import LEAST_PRUNABLE, Matrix
+from halve.model.classify import LEAST_PRUNABLE
+from halve.model.plan import Matrix
 from halve.model.reconstruct import BLOCK, Reconstruction
 from halve.option_groups import group, internal
 from halve.planner.where_faster import WhereFaster

@@ -4,20 +4,36 @@ from torch import nn
 
 from halve.errors import InputError, UnsupportedModelError
 from halve.maths.pattern import Pattern
-from halve.model.plan import ROUTER, UNSEEN, make_plan, place_of, set_matrix
+from halve.model.classify import ROUTER, UNSEEN, make_plan
+from halve.model.plan import Observed, place_of, set_matrix
 from models import DECODERS, MIXTURES, bert, decoder, encoder_decoder, vit
 
 PATTERN = Pattern("2:4")
 
 
-def fused_layouts(model, layout="out_in"):
-    return {name: layout for name, parameter in model.named_parameters() if parameter.ndim == 3}
+class Everything(dict):
+    """Counts as many tokens for every weight."""
+
+    def __contains__(self, name):
+        return True
+
+    def get(self, name, default=None):
+        return super().get(name, 20)
+
+
+def seen(layouts=None, called=None):
+    """As if all inputs had been seen, unless said otherwise, and these fused parameters."""
+    return Observed(layouts=layouts or {}, called=Everything() if called is None else called)
+
+
+def fused(model, layout="out_in"):
+    return seen({name: layout for name, parameter in model.named_parameters() if parameter.ndim == 3})
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_every_matrix_parameter_is_planned_or_excluded_with_a_reason(family):
     model = decoder(family)
-    plan = make_plan(model, PATTERN, fused_layouts(model))
+    plan = make_plan(model, PATTERN, fused(model))
     accounted = {matrix.parameter for matrix in plan.matrices} | {entry.name for entry in plan.excluded}
     assert accounted == {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
     planned = sum(matrix.d_out * matrix.d_in for matrix in plan.matrices)
@@ -31,7 +47,7 @@ def test_every_matrix_parameter_is_planned_or_excluded_with_a_reason(family):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_fused_experts_are_one_matrix_each_and_routers_stay_dense(family):
     model = decoder(family)
-    plan = make_plan(model, PATTERN, fused_layouts(model))
+    plan = make_plan(model, PATTERN, fused(model))
     experts = [matrix for matrix in plan.matrices if matrix.expert is not None]
     assert len(experts) == 3 * 2 * 4  # blocks, gate_up and down, experts
     assert all(matrix.routed for matrix in experts)
@@ -43,15 +59,15 @@ def test_a_fused_parameter_nobody_saw_in_use_is_refused_unless_skipped():
     with pytest.raises(
         UnsupportedModelError, match=r"only 11% of the matrix weights in model\.layers\.0 of Mixtral.*gate_up_proj"
     ):
-        make_plan(model, PATTERN, {})
-    kept = make_plan(model, PATTERN, {}, least=0.1)
+        make_plan(model, PATTERN, seen())
+    kept = make_plan(model, PATTERN, seen(), least=0.1)
     assert {entry.reason for entry in kept.excluded if "experts" in entry.name} == {UNSEEN}
-    plan = make_plan(model, PATTERN, {}, skip=["*experts*"])
+    plan = make_plan(model, PATTERN, seen(), skip=["*experts*"])
     assert {entry.reason for entry in plan.excluded if "experts" in entry.name} == {"skipped on request"}
 
 
 def test_fused_parameters_are_left_dense_where_no_layouts_are_to_be_had():
-    plan = make_plan(decoder("mixtral"), PATTERN, None)
+    plan = make_plan(decoder("mixtral"), PATTERN)
     reasons = {entry.reason for entry in plan.excluded if "experts" in entry.name}
     assert reasons == {"experts in one parameter, which the model's own code multiplies"}
     assert {place_of(matrix.name)[1] for matrix in plan.matrices} == {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -63,18 +79,18 @@ def test_a_matrix_is_left_dense_for_the_reason_given():
     def why(matrix):
         return f"{matrix.d_out} outputs" if matrix.d_out in (16, 64) else ""  # of k, v and up, gate together: 128
 
-    plan = make_plan(model, PATTERN, fused_layouts(model), ["*v_proj*"], why)
+    plan = make_plan(model, PATTERN, fused(model), ["*v_proj*"], why)
     reasons = {entry.name.split(".", 3)[-1]: entry.reason for entry in plan.excluded}
     assert reasons["self_attn.k_proj.weight"] == "16 outputs"
     assert reasons["self_attn.v_proj.weight"] == "skipped on request"
     assert {matrix.d_out for matrix in plan.matrices} == {32, 128}
     with pytest.raises(InputError, match=r"nothing to prune: .*slow"):
-        make_plan(model, PATTERN, fused_layouts(model), (), lambda matrix: "slow")
+        make_plan(model, PATTERN, fused(model), (), lambda matrix: "slow")
 
 
 def test_conv1d_is_seen_as_out_by_in():
     model = decoder("gpt2")
-    matrix = next(m for m in make_plan(model, PATTERN, {}).matrices if m.name.endswith("mlp.c_fc.weight"))
+    matrix = next(m for m in make_plan(model, PATTERN, seen()).matrices if m.name.endswith("mlp.c_fc.weight"))
     parameter = model.get_parameter(matrix.parameter)
     assert parameter.shape == (32, 128)
     assert (matrix.d_out, matrix.d_in, matrix.layout) == (128, 32, "in_out")
@@ -86,34 +102,34 @@ def test_conv1d_is_seen_as_out_by_in():
 
 def test_encoders_and_vision_transformers_are_found():
     for model in (bert(), vit()):
-        plan = make_plan(model, PATTERN, {})
+        plan = make_plan(model, PATTERN, seen())
         assert len(plan.blocks) == 3
         assert len(plan.matrices) == 18
 
 
 def test_a_dimension_that_does_not_divide_is_excluded_with_its_size():
     model = decoder("llama", intermediate_size=66)
-    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, {}).excluded}
+    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, seen()).excluded}
     assert reasons["model.layers.0.mlp.down_proj.weight"] == "d_in = 66 is not divisible by 4"
 
 
 def test_nothing_left_to_prune_and_unmatched_skips_are_refused():
     model = decoder("llama")
     with pytest.raises(InputError, match="nothing to prune"):
-        make_plan(model, PATTERN, {}, skip=["*"])
+        make_plan(model, PATTERN, seen(), skip=["*"])
     with pytest.raises(InputError, match="'\\*q_porj\\*' matches no parameter"):
-        make_plan(model, PATTERN, {}, skip=["*q_porj*"])
+        make_plan(model, PATTERN, seen(), skip=["*q_porj*"])
 
 
 def test_quantised_weights_are_refused_and_shared_ones_left_alone():
     model = decoder("llama")
     layer = model.model.layers[0].self_attn
     layer.k_proj.weight = layer.v_proj.weight
-    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, {}).excluded}
+    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, seen()).excluded}
     assert reasons["model.layers.0.self_attn.k_proj.weight"] == "shared with another module"
     layer.q_proj.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match=r"q_proj\.weight is torch\.int8"):
-        make_plan(model, PATTERN, {})
+        make_plan(model, PATTERN, seen())
 
 
 def test_convolutions_gates_and_nested_expert_lists():
@@ -127,7 +143,7 @@ def test_convolutions_gates_and_nested_expert_lists():
 
     model = nn.Module()
     model.layers = nn.ModuleList([Block(), Block()])
-    plan = make_plan(model, PATTERN, {})
+    plan = make_plan(model, PATTERN)
     assert [m.name for m in plan.of_block(1)] == ["layers.1.experts.0.weight", "layers.1.experts.1.weight"]
     assert all(m.routed for m in plan.matrices)
     reasons = {e.name.removeprefix("layers.0."): e.reason for e in plan.excluded}
@@ -146,7 +162,7 @@ def test_a_linear_router_beside_its_experts_stays_dense():
 
     model = nn.Module()
     model.layers = nn.ModuleList([Mixture(), Mixture()])
-    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, {}).excluded}
+    reasons = {e.name: e.reason for e in make_plan(model, PATTERN, seen()).excluded}
     assert reasons == {
         "layers.0.router.weight": "as many outputs as experts beside it: a router",
         "layers.1.router.weight": "as many outputs as experts beside it: a router",
@@ -169,7 +185,7 @@ class Deep(nn.Module):
 def test_routers_stay_dense_wherever_they_stand_and_so_does_what_is_too_small():
     model = nn.Module()
     model.layers = nn.ModuleList([Deep(), Deep()])
-    plan = make_plan(model, PATTERN, {f"layers.{i}.experts.gate_up": "out_in" for i in range(2)})
+    plan = make_plan(model, PATTERN, seen({f"layers.{i}.experts.gate_up": "out_in" for i in range(2)}))
     reasons = {e.name.removeprefix("layers.1."): e.reason for e in plan.excluded if e.name.startswith("layers.1.")}
     assert reasons == {
         "router.1.weight": ROUTER,
@@ -187,16 +203,16 @@ def test_a_list_in_a_block_is_one_of_experts_where_its_members_see_different_tok
     model = nn.Module()
     model.layers = nn.ModuleList([Block(), Block()])
     names = [f"layers.{i}.parts.{j}.weight" for i in range(2) for j in range(3)]
-    alike = make_plan(model, PATTERN, {}, called=dict.fromkeys(names, 20))
+    alike = make_plan(model, PATTERN, seen(called=dict.fromkeys(names, 20)))
     assert not any(matrix.routed for matrix in alike.matrices)
-    routed = make_plan(model, PATTERN, {}, called={**dict.fromkeys(names, 20), names[1]: 12})
+    routed = make_plan(model, PATTERN, seen(called={**dict.fromkeys(names, 20), names[1]: 12}))
     assert [matrix.routed for matrix in routed.matrices] == [True] * 3 + [False] * 3
-    absent = make_plan(model, PATTERN, {}, called=dict.fromkeys(names[:-1], 20))
+    absent = make_plan(model, PATTERN, seen(called=dict.fromkeys(names[:-1], 20)))
     assert [matrix.routed for matrix in absent.matrices] == [False] * 3 + [True] * 3
 
 
 def test_the_plan_of_an_encoder_decoder_has_both_stacks():
-    plan = make_plan(encoder_decoder("t5"), PATTERN, {})
+    plan = make_plan(encoder_decoder("t5"), PATTERN, seen())
     assert plan.stacks == (2, 2)
     assert plan.blocks == ("encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1")
     assert plan.weights + plan.dense_weights == sum(p.numel() for p in encoder_decoder("t5").parameters() if p.ndim > 1)
