@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tiny_families import EXPERTS, FAMILIES, VOCABULARY
+from tiny_families import EXPERTS, FAMILIES, IMAGE_PLACES, VOCABULARY
 
 MOST_WEIGHTS = 5_000_000
 """A model with more weights than this is not built: its configuration was not shrunk as it should be."""
@@ -29,13 +29,15 @@ FIRST_ORDINARY = 8
 KINDS = {
     "causal": ("CAUSAL_LM",),
     "image-text": ("IMAGE_TEXT_TO_TEXT",),
+    "images": ("IMAGE_TEXT_TO_TEXT",),
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM",),
     "speech": ("SPEECH_SEQ_2_SEQ",),
     "masked": ("MASKED_LM",),
     "vision": ("IMAGE_CLASSIFICATION",),
     "audio": ("AUDIO_CLASSIFICATION", "CTC"),
 }
-"""Kinds of models, and the lists of transformers that name their classes."""
+"""Kinds of models, and the lists of transformers that name their classes; ``images`` has some of ``image-text`` again,
+calibrated with images in their text."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def cases(kinds: Iterable[str] = KINDS) -> list[Case]:
     for kind in kinds:
         for task in KINDS[kind]:
             for family, classes in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
+                if kind == "images" and family not in IMAGE_PLACES:
+                    continue
                 for cls in (classes,) if isinstance(classes, str) else classes:
                     case = Case(kind, family, cls)
                     found.setdefault(case.name, case)
@@ -123,7 +127,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"classifier_proj_size|codevector_dim|proj_codevector_dim|xvector_output_dim", 16),
     (r"codebook_dim", 32),
     (r"codebook_size|num_embeddings|num_codevectors_per_group", 32),
-    (r"base_channels|latent_channels|z_channels|(?!audio).*_channels", 32),
+    (r"base_channels|latent_channels|z_channels|(?!audio|input).*_channels", 32),
     (r"num_query_tokens|.*n_latents|num_latents|latent_query_num|num_queries", 8),
     (r"mask_(time|feature)_length", 2),
     (r"rotary_dim", 4),
@@ -269,6 +273,8 @@ class _Shrinker:
 
 def _stages(key: str, value: Any) -> list[int] | None:
     """Return what a list with one number a stage of a vision model becomes; None if it is none."""
+    if key == "conv_dim":  # of a feature extractor that makes waveforms shorter
+        return [16] * len(value)
     if not 2 <= len(value) <= 5 or not all(isinstance(item, int) for item in value):
         return None
     if key in {"depths", "depth", "layers_repeats"}:
