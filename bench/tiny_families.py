@@ -267,6 +267,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "step3p5": {"sliding_window": 8},
     "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "embedding_size": 32},
     "neomme": {"head_dim": 16},
+    # masked; as in the checkpoints that people use, not as in the default
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 32},
+    "deberta-v2": {
+        "relative_attention": True,
+        "share_att_key": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 8,
+        "max_relative_positions": 32,
+    },
     # others
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 90, "pad_token_id": 0},
     "esmc": {"num_key_value_heads": 4},
