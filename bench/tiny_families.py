@@ -272,6 +272,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deberta-v2": {
         "relative_attention": True,
         "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
         "pos_att_type": ["c2p", "p2c"],
         "position_buckets": 8,
         "max_relative_positions": 32,
