@@ -78,10 +78,6 @@ class CannotBuildError(Exception):
     """A tiny model of a class cannot be built here, and why."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The generic way
-# ---------------------------------------------------------------------------------------------------------------------
-
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|.*_vocab_size|n_vocab|vocab_size_.*|.*_vocab", VOCABULARY),
     (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj_dim|hidden_dim|emb_dim|dim|model_dim", 32),
