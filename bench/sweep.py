@@ -222,6 +222,7 @@ def main() -> None:
         todo = [case for case in todo if case.name not in known]
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     began = time.monotonic()
     if len(todo) > 1:
         warm_up()

@@ -133,6 +133,7 @@ _LAYERS = re.compile(
     r"(num_|n_)?(hidden_|text_|encoder_|decoder_)?(layers?|depth)|.*num_hidden_layers|n_layers?|.*encoder_layers|"
     r".*decoder_layers|num_blocks|num_layers_.*|depth|layers|.*_depth|num_(en|de)coder_layers"
 )
+_KINDS_OF_LAYERS = re.compile("layer_types|layers_block_type|mlp_layer_types")
 _TOKEN = re.compile(r".*token_(id|index)s?|(boi|eoi|boa|eoa|image|video|audio|pad|bos|eos|.*_start|.*_end)_(id|index)")
 _TOWER = re.compile("vision|audio|speech|image|sam_config|vq|qformer")
 _LAYER_INDICES = re.compile(r".*(_indexes|_idxs|_indices|_layers|_layer_ids|_idx|feature_layers?)$")
@@ -186,6 +187,7 @@ class _Shrinker:
         default = self._default(config_class, path) if start is None else start
         fields = {key: value for key, value in vars(default).items() if not key.startswith("_") and key not in _KEEP}
         counts = {value for key, value in fields.items() if _LAYERS.fullmatch(key) and isinstance(value, int)}
+        counts |= {len(value) for key, value in fields.items() if _KINDS_OF_LAYERS.fullmatch(key) and value}
         chosen = _chosen_layers(fields, counts, self._asked_layers(path))
         level = _Level(path, chosen, counts - set(range(5)), "kv_lora_rank" in fields)
         small = {key: self._value(key, value, level) for key, value in fields.items()}
