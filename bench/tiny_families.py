@@ -6,6 +6,17 @@ VOCABULARY = 96
 EXPERTS = 6
 """No other width of a tiny model is 6, so a matrix with 6 outputs is a router."""
 
+IMAGE_PLACES = {
+    "aya_vision": 4,
+    "cohere2_vision": 4,
+    "got_ocr2": 1,
+    "llava": 16,
+    "ovis2": 16,
+    "paligemma": 16,
+    "step3p7": 1,
+}
+"""How many tokens of a text stand for one image, in families whose images are tensors of pixels and nothing else."""
+
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SECTIONED_ROPE = {**_DEFAULT_ROPE, "mrope_section": [2, 1, 1]}
 _HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16}
@@ -246,6 +257,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_blocks": 1,
         "num_self_attends_per_block": 3,
         "num_cross_attention_heads": 1,
+    },
+    # audio
+    "audio-spectrogram-transformer": {"max_length": 24, "patch_size": 4, "frequency_stride": 4, "time_stride": 4},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
+    "wav2vec2-bert": {"vocab_size": VOCABULARY},
+    "wav2vec2-conformer": {"vocab_size": VOCABULARY},
+    "step3p5": {"sliding_window": 8},
+    "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "embedding_size": 32},
+    "neomme": {"head_dim": 16},
+    # masked; as in the checkpoints that people use, not as in the default
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 32},
+    "deberta-v2": {
+        "relative_attention": True,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 8,
+        "max_relative_positions": 32,
     },
     # others
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 90, "pad_token_id": 0},

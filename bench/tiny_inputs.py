@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiny_families import IMAGE_PLACES
 from tiny_models import FIRST_ORDINARY, FIRST_SPECIAL, Case
 
 Batch = dict[str, Tensor]
@@ -41,14 +42,21 @@ def _pairs(model: Any, rows: int, length: int, random: torch.Generator) -> Batch
     return batch
 
 
+def _known(model: Any, *names: str) -> Any:
+    """Return the first of these fields that a model's configuration has, or one of those inside it."""
+    inside = ("vision_config", "encoder_config", "audio_config", "encoder")
+    for config in (model.config, *(getattr(model.config, name, None) for name in inside)):
+        for name in names:
+            if getattr(config, name, None):
+                return getattr(config, name)
+    return None
+
+
 def _pixels(model: Any, rows: int, random: torch.Generator) -> Tensor:
     """Return images of the size that a model, or the tower in it, is built for."""
-    inside = [getattr(model.config, name, None) for name in ("vision_config", "encoder")]
-    configs = [each for each in (model.config, *inside) if each is not None]
-    size = next((each.image_size for each in configs if getattr(each, "image_size", None)), 32)
-    channels = next((each.num_channels for each in configs if getattr(each, "num_channels", None)), 3)
+    size = _known(model, "image_size") or 32
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(rows, channels, height, width, generator=random)
+    return torch.randn(rows, _known(model, "num_channels") or 3, height, width, generator=random)
 
 
 def _image(model: Any, rows: int, _length: int, random: torch.Generator) -> Batch:
@@ -57,6 +65,15 @@ def _image(model: Any, rows: int, _length: int, random: torch.Generator) -> Batc
 
 def _image_and_text(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
     return {"pixel_values": _pixels(model, rows, random), "input_ids": _ids(rows, length, random)}
+
+
+def _image_in_text(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    """Return text that begins with the places of an image's features."""
+    batch = _image_and_text(model, rows, length, random)
+    batch["input_ids"][:, : IMAGE_PLACES[model.config.model_type]] = _known(
+        model, "image_token_id", "image_token_index"
+    )
+    return batch
 
 
 def _image_to_text(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
@@ -127,8 +144,53 @@ def _image_patches(model: Any, rows: int, _length: int, random: torch.Generator)
     }
 
 
-def _sound(_model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
-    return {"input_values": torch.randn(rows, 400 + 100 * length, generator=random)}
+def _sound(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    """Return waveforms, or what stands for them in a model that takes features; and text for a decoder."""
+    parameters = signature(model.forward).parameters
+    if "input_values" in parameters:
+        batch = {"input_values": torch.randn(rows, 400 + 100 * length, generator=random)}
+    else:
+        width = _known(model, "feature_projection_input_dim", "num_mel_bins", "input_feat_per_channel", "input_dim")
+        batch = {"input_features": torch.randn(rows, 4 * length, width, generator=random)}
+    if "decoder_input_ids" in parameters:
+        batch["decoder_input_ids"] = _ids(rows, length, random)
+    return batch
+
+
+def _long_sound(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    return _sound(model, rows, 4 * length, random) | {"decoder_input_ids": _ids(rows, length, random)}
+
+
+def _masked_sound(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    batch = _sound(model, rows, length, random)
+    return {**batch, "attention_mask": torch.ones(batch["input_features"].shape[:2], dtype=torch.int64)}
+
+
+def _spectrogram(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    """Return log-mel spectrograms of the one length that an encoder takes; and text for a decoder."""
+    frames = torch.randn(rows, model.config.num_mel_bins, 2 * model.config.max_source_positions, generator=random)
+    text = {"decoder_input_ids": _ids(rows, length, random)}
+    return {"input_features": frames, **(text if "decoder_input_ids" in signature(model.forward).parameters else {})}
+
+
+def _square_spectrogram(model: Any, rows: int, _length: int, random: torch.Generator) -> Batch:
+    config = model.config
+    return {"input_values": torch.randn(rows, config.max_length, config.num_mel_bins, generator=random)}
+
+
+def _one_channel(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    return {"input_values": _sound(model, rows, length, random)["input_values"][:, None]}
+
+
+def _stacked_frames(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    return {"input_features": torch.randn(rows, 4 * length, 4 * _known(model, "num_mel_bins"), generator=random)}
+
+
+def _melody(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
+    return {
+        "input_features": torch.randn(rows, length, model.config.d_model, generator=random),
+        "decoder_input_ids": _ids(rows, length, random),
+    }
 
 
 def _codes(model: Any, rows: int, length: int, random: torch.Generator) -> Batch:
@@ -138,6 +200,7 @@ def _codes(model: Any, rows: int, length: int, random: torch.Generator) -> Batch
 INPUTS: dict[str, Maker] = {
     "causal:musicgen:MusicgenForCausalLM": _codes,
     "causal:musicgen_melody:MusicgenMelodyForCausalLM": _codes,
+    "images": _image_in_text,
     "blip": _image_and_text,
     "blip-2": _queried,
     "instructblip": _queried,
@@ -155,6 +218,23 @@ INPUTS: dict[str, Maker] = {
     "vision:perceiver:PerceiverForImageClassificationFourier": _image_as_inputs,
     "vision:perceiver:PerceiverForImageClassificationConvProcessing": _image_as_inputs,
     "masked:perceiver:PerceiverForMaskedLM": _text_as_inputs,
+    "whisper": _spectrogram,
+    "causal:whisper:WhisperForCausalLM": _text,
+    "audio-spectrogram-transformer": _square_spectrogram,
+    "omniasr_ctc": _one_channel,
+    "granite_speech5_ctc": _stacked_frames,
+    "moonshine": _long_sound,
+    "moonshine_streaming": _long_sound,
+    "canary": _sound,
+    "cohere_asr": _sound,
+    "seamless_m4t": _masked_sound,
+    "seamless_m4t_v2": _masked_sound,
+    "seq2seq:seamless_m4t:SeamlessM4TForTextToText": _pairs,
+    "seq2seq:seamless_m4t_v2:SeamlessM4Tv2ForTextToText": _pairs,
+    "speech_to_text": _sound,
+    "speecht5": _sound,
+    "speech-encoder-decoder": _sound,
+    "pop2piano": _melody,
     "seq2seq": _pairs,
     "vision": _image,
     "audio": _sound,

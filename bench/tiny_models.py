@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tiny_families import EXPERTS, FAMILIES, VOCABULARY
+from tiny_families import EXPERTS, FAMILIES, IMAGE_PLACES, VOCABULARY
 
 MOST_WEIGHTS = 5_000_000
 """A model with more weights than this is not built: its configuration was not shrunk as it should be."""
@@ -29,13 +29,15 @@ FIRST_ORDINARY = 8
 KINDS = {
     "causal": ("CAUSAL_LM",),
     "image-text": ("IMAGE_TEXT_TO_TEXT",),
+    "images": ("IMAGE_TEXT_TO_TEXT",),
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM",),
     "speech": ("SPEECH_SEQ_2_SEQ",),
     "masked": ("MASKED_LM",),
     "vision": ("IMAGE_CLASSIFICATION",),
     "audio": ("AUDIO_CLASSIFICATION", "CTC"),
 }
-"""Kinds of models, and the lists of transformers that name their classes."""
+"""Kinds of models, and the lists of transformers that name their classes; ``images`` has some of ``image-text`` again,
+calibrated with images in their text."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def cases(kinds: Iterable[str] = KINDS) -> list[Case]:
     for kind in kinds:
         for task in KINDS[kind]:
             for family, classes in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
+                if kind == "images" and family not in IMAGE_PLACES:
+                    continue
                 for cls in (classes,) if isinstance(classes, str) else classes:
                     case = Case(kind, family, cls)
                     found.setdefault(case.name, case)
@@ -73,10 +77,6 @@ def cases(kinds: Iterable[str] = KINDS) -> list[Case]:
 class CannotBuildError(Exception):
     """A tiny model of a class cannot be built here, and why."""
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The generic way
-# ---------------------------------------------------------------------------------------------------------------------
 
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|.*_vocab_size|n_vocab|vocab_size_.*|.*_vocab", VOCABULARY),
@@ -123,7 +123,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"classifier_proj_size|codevector_dim|proj_codevector_dim|xvector_output_dim", 16),
     (r"codebook_dim", 32),
     (r"codebook_size|num_embeddings|num_codevectors_per_group", 32),
-    (r"base_channels|latent_channels|z_channels|(?!audio).*_channels", 32),
+    (r"base_channels|latent_channels|z_channels|(?!audio|input).*_channels", 32),
     (r"num_query_tokens|.*n_latents|num_latents|latent_query_num|num_queries", 8),
     (r"mask_(time|feature)_length", 2),
     (r"rotary_dim", 4),
@@ -133,6 +133,7 @@ _LAYERS = re.compile(
     r"(num_|n_)?(hidden_|text_|encoder_|decoder_)?(layers?|depth)|.*num_hidden_layers|n_layers?|.*encoder_layers|"
     r".*decoder_layers|num_blocks|num_layers_.*|depth|layers|.*_depth|num_(en|de)coder_layers"
 )
+_KINDS_OF_LAYERS = re.compile("layer_types|layers_block_type|mlp_layer_types")
 _TOKEN = re.compile(r".*token_(id|index)s?|(boi|eoi|boa|eoa|image|video|audio|pad|bos|eos|.*_start|.*_end)_(id|index)")
 _TOWER = re.compile("vision|audio|speech|image|sam_config|vq|qformer")
 _LAYER_INDICES = re.compile(r".*(_indexes|_idxs|_indices|_layers|_layer_ids|_idx|feature_layers?)$")
@@ -186,6 +187,7 @@ class _Shrinker:
         default = self._default(config_class, path) if start is None else start
         fields = {key: value for key, value in vars(default).items() if not key.startswith("_") and key not in _KEEP}
         counts = {value for key, value in fields.items() if _LAYERS.fullmatch(key) and isinstance(value, int)}
+        counts |= {len(value) for key, value in fields.items() if _KINDS_OF_LAYERS.fullmatch(key) and value}
         chosen = _chosen_layers(fields, counts, self._asked_layers(path))
         level = _Level(path, chosen, counts - set(range(5)), "kv_lora_rank" in fields)
         small = {key: self._value(key, value, level) for key, value in fields.items()}
@@ -269,6 +271,8 @@ class _Shrinker:
 
 def _stages(key: str, value: Any) -> list[int] | None:
     """Return what a list with one number a stage of a vision model becomes; None if it is none."""
+    if key == "conv_dim":  # of a feature extractor that makes waveforms shorter
+        return [16] * len(value)
     if not 2 <= len(value) <= 5 or not all(isinstance(item, int) for item in value):
         return None
     if key in {"depths", "depth", "layers_repeats"}:

@@ -10,11 +10,12 @@ import torch
 
 import halve
 import sweep
+import sweep_masks as masks
 import sweep_oracle as oracle
 import tiny_inputs
 import tiny_models
 from models import decoder, tokens
-from sweep import Result
+from sweep_judge import Result, judge
 
 RIGHT = (
     "causal:qwen3_moe:Qwen3MoeForCausalLM",
@@ -33,7 +34,7 @@ DRAWN = set(random.Random(17).sample(OTHERS, SAMPLED))
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_class_that_has_to_work_is_right(name):
-    result = sweep.judge(CASES[name])
+    result = judge(CASES[name])
     assert (result.verdict, result.reason) == ("right", "")
 
 
@@ -41,7 +42,7 @@ def test_a_class_that_has_to_work_is_right(name):
     "name", [pytest.param(name, marks=() if name in DRAWN else pytest.mark.slow) for name in OTHERS]
 )
 def test_no_class_is_wrong_or_crashes(name):
-    result = sweep.judge(CASES[name])
+    result = judge(CASES[name])
     if result.verdict == "not built":
         pytest.skip(result.reason)
     assert result.verdict in {"right", "refused"}, result.reason
@@ -56,7 +57,7 @@ def run():
     listening = oracle.Listening(pruned)
     done = halve.prune(pruned, calibration=batches, method="wanda", refit="none", forward_dtype="float32")
     listening.close()
-    matrices = [oracle.Matrix(m.parameter, m.expert, m.layout == "in_out") for m in done.report.matrices]
+    matrices = [masks.Matrix(m.parameter, m.expert, m.layout == "in_out") for m in done.report.matrices]
     return dense, pruned, listening, matrices, batches
 
 
@@ -68,7 +69,7 @@ def reference_of(run):
 def test_the_judge_passes_a_right_run(run):
     reference = reference_of(run)
     assert oracle.judge_streams(run[2], reference, dense_too=False).wrong == []
-    found = oracle.judge_masks(run[3], reference, run[2].blocks)
+    found = masks.judge_masks(run[3], reference, run[2].blocks)
     assert found.wrong == []
     assert found.facts["groups"] == sum(p.numel() for n, p in run[0].named_parameters() if "proj" in n) // 4
     assert found.facts["matrices_unseen"] == 0
@@ -109,7 +110,7 @@ def test_the_judge_sees_masks_by_another_score(run):
     pruned = copy.deepcopy(dense)
     halve.prune(pruned, calibration=batches, method="magnitude", refit="none", forward_dtype="float32")
     reference = oracle.Reference(dense, pruned, {matrix.parameter for matrix in matrices}, batches)
-    assert "of wanda's groups differ" in oracle.judge_masks(matrices, reference, listening.blocks).wrong[0]
+    assert "of wanda's groups differ" in masks.judge_masks(matrices, reference, listening.blocks).wrong[0]
 
 
 def test_the_judge_sees_a_kept_weight_that_changed(run):
@@ -120,32 +121,32 @@ def test_the_judge_sees_a_kept_weight_that_changed(run):
     reference = oracle.Reference(dense, pruned, {matrix.parameter for matrix in matrices}, batches)
     assert (
         f"{matrices[0].parameter}: a weight that was kept has changed"
-        in oracle.judge_masks(matrices, reference, listening.blocks).wrong
+        in masks.judge_masks(matrices, reference, listening.blocks).wrong
     )
 
 
 def test_the_judge_sees_a_router_that_was_pruned(run):
     pruned = run[1]
-    assert oracle.judge_routers(run[3], pruned, experts=6).wrong == []
+    assert masks.judge_routers(run[3], pruned, experts=6).wrong == []
     outputs = pruned.get_parameter(run[3][0].parameter).shape[0]
-    assert "chooses among experts, and was pruned" in oracle.judge_routers(run[3], pruned, experts=outputs).wrong[0]
+    assert "chooses among experts, and was pruned" in masks.judge_routers(run[3], pruned, experts=outputs).wrong[0]
 
 
 def test_the_judge_sees_a_bit_that_changed_in_what_was_not_pruned(run):
     dense, pruned, _, matrices, _ = run
     changed = {matrix.parameter for matrix in matrices}
-    assert oracle.judge_untouched(dense, pruned, pruned, changed).wrong == []
+    assert masks.judge_untouched(dense, pruned, pruned, changed).wrong == []
     found = copy.deepcopy(pruned)
     norm = found.model.norm.weight.data
     norm[0] = torch.nextafter(norm[0], torch.tensor(2.0))
-    assert oracle.judge_untouched(dense, found, pruned, changed).wrong == [
+    assert masks.judge_untouched(dense, found, pruned, changed).wrong == [
         "model.norm.weight was not pruned, and has changed"
     ]
 
 
 def test_the_judge_leaves_the_finished_model_as_it_was(run):
     before = {name: tensor.clone() for name, tensor in run[1].state_dict().items()}
-    oracle.judge_masks(run[3], reference_of(run), run[2].blocks)
+    masks.judge_masks(run[3], reference_of(run), run[2].blocks)
     assert all(torch.equal(tensor, before[name]) for name, tensor in run[1].state_dict().items())
 
 
@@ -162,7 +163,7 @@ def test_every_input_is_as_long_as_it_says():
 
 
 def test_a_process_that_ends_or_takes_too_long_is_a_crash(monkeypatch):
-    def judge(case):
+    def slow_or_gone(case):
         if case.family == "gpt2":
             raise SystemExit(3)
         torch.zeros(1)
@@ -170,7 +171,7 @@ def test_a_process_that_ends_or_takes_too_long_is_a_crash(monkeypatch):
 
         time.sleep(60)
 
-    monkeypatch.setattr(sweep, "judge", judge)
+    monkeypatch.setattr(sweep, "judge", slow_or_gone)
     cases = [CASES["causal:gpt2:GPT2LMHeadModel"], CASES["causal:llama:LlamaForCausalLM"]]
     found = {result.family: result for result in sweep.judge_all(cases, workers=2, seconds=1.5)}
     assert found["gpt2"].reason == "the process ended with 3"

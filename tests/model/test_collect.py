@@ -7,7 +7,7 @@ from torch import nn
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model import blocks, replay
-from halve.model.classify import make_plan
+from halve.model.classify import BYPASSED, make_plan
 from halve.model.collect import Collector, observe
 from halve.model.stacks import find_stack
 from models import DECODERS, MIXTURES, decoder, tokens
@@ -150,12 +150,63 @@ class Stack(nn.Module):
         return x
 
 
-def test_a_weight_used_without_calling_its_layer_is_an_error_not_zeros():
-    batch = {"x": torch.randn(2, 5, 8)}
-    with pytest.raises(UnsupportedModelError, match=r"out_proj\.weight was never called"):
-        collect_first_block(Stack(), [batch])
-    _, statistics = collect_first_block(Stack(), [batch], skip=["*out_proj*"])
+def test_a_weight_used_without_calling_its_layer_stays_dense():
+    plan, statistics = collect_first_block(Stack(), [{"x": torch.randn(2, 5, 8)}])
+    assert {entry.reason for entry in plan.excluded if "out_proj" in entry.name} == {BYPASSED}
     assert list(statistics) == ["layers.0.up.weight"]
+
+
+def test_a_matrix_that_was_planned_and_never_called_is_an_error_not_zeros():
+    model = Stack()
+    plan = make_plan(model, Pattern("2:4"))
+    collector = Collector(model.layers[0], plan.blocks[0], plan.of_block(0), CPU)
+    with collector.watching():
+        collector.start_batch(None)
+        model(torch.randn(2, 5, 8))
+    with pytest.raises(UnsupportedModelError, match=r"out_proj\.weight was never called"):
+        collector.finish()
+
+
+class CalledTwice(nn.Module):
+    """Calls one layer on the input that another shares, and once more on something of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.value = (nn.Linear(8, 8) for _ in range(2))
+        self.positions = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        return x + self.key(x) + self.value(x) + self.key(self.positions).sum(0)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_layer_that_is_called_several_times_has_statistics_of_its_own(paired):
+    """The oracle sums up both calls of one layer and the one call of the other by hand."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([CalledTwice()])
+    block, x, dense = model.layers[0], torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    plan = make_plan(model, Pattern("2:4"), observe(model, [block], [lambda: block(x)]))
+    assert {matrix.name: matrix.repeated for matrix in plan.matrices} == {
+        "layers.0.key.weight": True,
+        "layers.0.value.weight": False,
+    }
+    collector = Collector(block, plan.blocks[0], plan.of_block(0), CPU)
+    with collector.watching():
+        if paired:
+            collector.start_batch(None, dense=True)
+            block(dense)
+        collector.start_batch(None)
+        block(x)
+    found = collector.finish()
+    rows = {
+        "value": (x.flatten(0, 1), dense.flatten(0, 1)),
+        "key": tuple(torch.cat([each.flatten(0, 1), block.positions]) for each in (x, dense)),
+    }
+    for name, (ours, theirs) in rows.items():
+        statistics = found[f"layers.0.{name}.weight"]
+        torch.testing.assert_close(statistics.gram, ours.T @ ours / len(ours))
+        if paired:
+            torch.testing.assert_close(statistics.cross, theirs.T @ ours / len(ours))
 
 
 class TransposedExperts(nn.Module):

@@ -307,3 +307,61 @@ def test_a_cache_in_a_config_is_neither_used_nor_lost():
     stack = list(model.model.layers)
     replay.verify_replay(model, stack, [{"input_ids": tokens(2)}])
     assert model.config.use_cache is True
+
+
+class Downsampling(nn.Module):
+    """A stage that halves the length and doubles the width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.merge = nn.Linear(2 * width, 2 * width)
+
+    def forward(self, x):
+        return self.merge(x.reshape(len(x), x.shape[1] // 2, 2 * x.shape[2]))
+
+
+class Stages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Downsampling(8), Downsampling(16)])
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        self.norm(x)
+        return x
+
+
+def test_blocks_may_change_the_shape_of_the_hidden_state():
+    model, xs = Stages(), inputs((2, 8), (3, 8), (1, 12))
+    for got, expected in zip(replayed_states(model, xs), final_states(model, xs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+class Codebooks(nn.Module):
+    """Takes four rows for each sample, as models of audio tokens do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 8)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2)])
+
+    def forward(self, input_ids):
+        x = self.embedding(input_ids.reshape(-1, 4, input_ids.shape[-1])).sum(1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_rows_that_belong_together_are_not_cut_apart():
+    model = Codebooks()
+    short, running = replay.short_samples(model, find_stacks(model), [{"input_ids": tokens(8, 40)}])
+    assert [tuple(batch["input_ids"].shape) for batch in short] == [(8, 32), (8, 24)]
+    assert [stack.name for stack in running] == ["blocks"]
+
+
+def test_a_model_that_fails_on_the_data_is_told_in_one_sentence():
+    model = Codebooks()
+    with pytest.raises(UnsupportedModelError, match=r"^Codebooks cannot be run on the calibration data .*shape"):
+        replay.short_samples(model, find_stacks(model), [{"input_ids": tokens(3, 40)}])

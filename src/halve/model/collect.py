@@ -23,7 +23,18 @@ from halve.model.plan import Matrix, Observed
 _LINEAR = {torch.nn.functional.linear}
 _MATMUL = {torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
 
-_PRODUCTS = {*_LINEAR, *_MATMUL, torch.einsum, torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.__rmatmul__}
+_ONLY_LOOKING = {
+    "__get__",
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_floating_point",
+    "data_ptr",
+    "element_size",
+    "__len__",
+}
+"""Names of functions that compute nothing from the values of a tensor."""
 
 Key = tuple[int, torch.Size]
 """Address and shape of a weight as the model multiplies with it."""
@@ -64,7 +75,7 @@ class _ProductWatch(TorchFunctionMode):
 
 
 class _BypassWatch(TorchFunctionMode):
-    """Report every product with a weight whose layer is not running."""
+    """Report every use of a weight whose layer is not running."""
 
     def __init__(self, weights: Mapping[int, str], running: Collection[str], seen: Callable[[str], None]) -> None:
         super().__init__()
@@ -75,7 +86,7 @@ class _BypassWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _PRODUCTS:
+        if getattr(func, "__name__", "") not in _ONLY_LOOKING:
             for _, operand in leaves((tuple(args), dict(kwargs or {}))):
                 name = self._weights.get(operand.data_ptr()) if isinstance(operand, Tensor) else None
                 if name is not None and name not in self._running:
