@@ -96,7 +96,7 @@ def prune_as(
                 run.check_code(code_fields(found))
         phases = Phases(request.placement.target)
         with phases.timing(Phase.LOAD):
-            loaded = load_found(found, tokenizer)
+            loaded = load_found(found, tokenizer, request.loading.attention)
         if run is not None:
             _check_room(loaded, run, request.loading.written_dtype)
         request = _with_ratios(request, loaded, run, phases, listen)

@@ -76,6 +76,8 @@ def find(model: nn.Module | str | Path, request: Request, *, writes: bool) -> nn
     """
     asked = request.loading
     if isinstance(model, nn.Module):
+        if asked.attention is not None:
+            raise InputError("attention is for a model that Halve loads: set it on the model, set_attn_implementation")
         _check_in_memory(model, writes=writes)
         return model
     source = resolve(model, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
@@ -109,14 +111,14 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
         refuse_unlike_config(model)
 
 
-def load_found(found: nn.Module | Source, tokenizer: Any) -> LoadedModel:
-    """Load what `find` has found, with all bits of its weights on disk.
+def load_found(found: nn.Module | Source, tokenizer: Any, attention: str | None = None) -> LoadedModel:
+    """Load what `find` has found, with all bits of its weights on disk, and with the attention asked for.
 
     A tokenizer that is given takes the place of the checkpoint's own.
     """
     if isinstance(found, nn.Module):
         return LoadedModel(found, tokenizer, None)  # type: ignore[arg-type]
-    loaded = load_model(found, dtype=dtype_to_prune_in(found))
+    loaded = load_model(found, dtype=dtype_to_prune_in(found), attention=attention)
     notes = [differing_dtypes(found)]
     if found.copies:
         names = first_few([path.name for path in found.copies])
@@ -132,7 +134,8 @@ def as_written(pruned: Pruned, request: Request) -> nn.Module:
     """Return the pruned model; where it was written in another dtype, as that has rounded it."""
     if pruned.out is None or request.loading.written_dtype is None:
         return pruned.model
-    return load_model(pruned.out, trust_remote_code=request.loading.trust_remote_code).model
+    asked = request.loading
+    return load_model(pruned.out, trust_remote_code=asked.trust_remote_code, attention=asked.attention).model
 
 
 def prune_loaded(

@@ -128,6 +128,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "revision": "main",
         "trust_remote_code": True,
         "dtype": "float16",
+        "attention": "eager",
         "eval_data": ["a"],
         "eval_seq_len": 3,
         "eval_max_windows": 3,

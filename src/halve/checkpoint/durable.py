@@ -1,17 +1,21 @@
-"""Files that are whole or absent, whatever happens: written under another name, flushed to the disk, then renamed."""
+"""Files that are whole or absent, whatever happens: written under another name, flushed to the disk, then renamed.
+
+A directory of them is put together and verified elsewhere, then moves to its place, the last files last.
+"""
 
 import errno
 import hashlib
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from halve.checkpoint.directory import LAST
 from halve.checkpoint.shards import CHUNK, reading
-from halve.errors import HalveError
+from halve.errors import CorruptFileError, HalveError
 
 CRASH_POINT = "HALVE_CRASH_POINT"
 """Environment variable of the fault tests: ``name@k`` kills the process as it passes that crash point for the k-th
@@ -190,3 +194,38 @@ def crash_point(name: str) -> None:
             file.write(here + "\n")
     if here == asked:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def move_into_place(staging: Path, out: Path, files: Mapping[str, str]) -> None:
+    """Move the files of a finished directory to their final place; what an earlier attempt moved stays there.
+
+    Args:
+        staging: where they were put together, on the volume of ``out``.
+        out: where they belong.
+        files: sha256 of every file, by its name in the directory.
+
+    Raises:
+        CorruptFileError: a file was damaged since it was verified; nothing more was moved.
+        OSError: the volume failed.
+    """
+    order = [*sorted(files.keys() - set(LAST)), *(name for name in LAST if name in files)]
+    for name in order:
+        staged = staging / name
+        check_hash(staged if staged.exists() else out / name, files[name])
+    for name in order:
+        if (staging / name).exists():
+            move_file(staging / name, out / name, name if name in LAST else "file")
+
+
+def check_hash(path: Path, expected: str) -> None:
+    """Refuse a file of an unfinished run that is not the one that was written.
+
+    Raises:
+        CorruptFileError: it is missing, or has another sha256 than ``expected``.
+    """
+    if not path.is_file():
+        raise CorruptFileError(f"{path} is missing: put it back, or remove the unfinished run and begin again")
+    if sha256_of(path) != expected:
+        raise CorruptFileError(
+            f"{path} was changed since it was written: put it back, or remove the unfinished run and begin again"
+        )

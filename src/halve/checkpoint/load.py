@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from halve.checkpoint.attention import choices
 from halve.checkpoint.directory import (
     CONFIG,
     INDEX,
@@ -144,7 +145,11 @@ def resolve(
 
 
 def load_model(
-    source: str | Path | Source, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    source: str | Path | Source,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer on the CPU.
 
@@ -153,6 +158,8 @@ def load_model(
         dtype: of the parameters in memory; None takes the checkpoint's own, and float32 for a GGUF file, which is
             dequantised.
         trust_remote_code: as for ``resolve``.
+        attention: implementation of attention (`halve.checkpoint.attention.KINDS`); None is the config's own, or one
+            that runs on every device where that does not.
 
     Raises:
         InputError: as ``resolve``; a parameter that is NaN or infinite; a tokenizer that cannot be loaded.
@@ -165,10 +172,10 @@ def load_model(
     with _validated_files(found) as directory:
         gguf = {"gguf_file": found.path.name} if found.kind == "gguf" else {}
         with without_progress_bars():
-            model = _load_weights(found, directory, dtype, gguf)
+            model, note = _load_weights(found, directory, dtype, gguf, attention=attention)
             tokenizer = _load_tokenizer(found, directory, gguf)
     freeze(model, found.name)
-    loaded = LoadedModel(model, tokenizer, found)
+    loaded = LoadedModel(model, tokenizer, found, (note,) if note else ())
     _ = loaded.layout  # a checkpoint that could not be written back is refused now, not after the work
     return loaded
 
@@ -185,8 +192,8 @@ def assemble(source: Source, tensors: Mapping[str, Tensor], *, dtype: torch.dtyp
         InputError, UnsupportedModelError: as `load_model`, but NaN and infinity are not looked for.
     """
     with _validated_files(source) as directory:
-        model = _load_weights(source, directory, dtype, {}, tensors)
-        return LoadedModel(model, _load_tokenizer(source, directory, {}), source)
+        model, note = _load_weights(source, directory, dtype, {}, tensors)
+        return LoadedModel(model, _load_tokenizer(source, directory, {}), source, (note,) if note else ())
 
 
 def freeze(model: "PreTrainedModel", name: str) -> None:
@@ -299,8 +306,15 @@ def _validated_files(source: Source) -> Iterator[Path]:
 
 
 def _load_weights(
-    source: Source, directory: Path, dtype: torch.dtype | None, gguf: Any, tensors: Mapping[str, Tensor] | None = None
-) -> "PreTrainedModel":
+    source: Source,
+    directory: Path,
+    dtype: torch.dtype | None,
+    gguf: Any,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    attention: str | None = None,
+) -> tuple["PreTrainedModel", str]:
+    """Return the model, and what the user should know of the attention that it runs with; mostly nothing."""
     options: dict[str, Any] = {**gguf, "local_files_only": True, "trust_remote_code": source.trust_remote_code}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if gguf:
@@ -308,14 +322,19 @@ def _load_weights(
     else:
         options |= {"dtype": dtype or "auto", "use_safetensors": True}
     model_class = _model_class(source, directory, gguf)
-    try:
-        if tensors is None:
-            model, info = model_class.from_pretrained(directory, **options)
-        else:
-            model_class, settings = _without_files(directory, model_class, code=source.trust_remote_code)
-            model, info = model_class.from_pretrained(None, state_dict=dict(tensors), **settings, **options)
-    except Exception as error:  # a foreign config can provoke any error in there
-        raise UnsupportedModelError(f"transformers could not load {source.name}: {one_line(error)}") from error
+    kinds, note = choices(attention, {} if gguf else read_json(directory / CONFIG))
+    for kind in kinds:
+        chosen = options if kind is None else {**options, "attn_implementation": kind}
+        try:
+            if tensors is None:
+                model, info = model_class.from_pretrained(directory, **chosen)
+            else:
+                without_files, settings = _without_files(directory, model_class, code=source.trust_remote_code)
+                model, info = without_files.from_pretrained(None, state_dict=dict(tensors), **settings, **chosen)
+            break
+        except Exception as error:  # a foreign config can provoke any error in there
+            if kind is kinds[-1]:
+                raise UnsupportedModelError(f"transformers could not load {source.name}: {one_line(error)}") from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched})
     if random:
@@ -326,7 +345,7 @@ def _load_weights(
     if gguf:
         forget_quantisation(model)
     model.config.name_or_path = source.name  # else the name of a temporary directory
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval(), note
 
 
 def _without_files(directory: Path, model_class: Any, *, code: bool) -> tuple[Any, dict[str, Any]]:

@@ -19,9 +19,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from halve.checkpoint.directory import CONFIG, HOME, is_unfinished
-from halve.checkpoint.durable import Content, crash_point, make_directory, write_file, writing
+from halve.checkpoint.durable import (
+    Content,
+    check_hash,
+    crash_point,
+    make_directory,
+    move_into_place,
+    write_file,
+    writing,
+)
 from halve.checkpoint.lock import locked
-from halve.checkpoint.publish import check_hash, move_into_place
 from halve.checkpoint.room import refuse_contents
 from halve.checkpoint.shards import build_header, read_json, tensor_bytes
 from halve.checkpoint.validated import validated

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from halve.checkpoint.attention import check_attention
 from halve.device import forward_precision, parse_dtype, resolve_device
 from halve.errors import InputError
 from halve.evaluation.request import Evaluation
@@ -74,16 +75,20 @@ class Loading:
         trust_remote_code: run Python code that comes with the model, which is copied to the output. Read it first.
         dtype: written dtype where the input has none of its own (GGUF): ``float32`` (default), ``bfloat16``,
             ``float16``.
+        attention: implementation of attention that Halve runs the model with: ``eager``, ``sdpa`` or
+            ``flex_attention``. The config's own where nobody says; what is written keeps the config's.
 
     Raises:
-        InputError: a dtype is unknown, or a value is of another type.
+        InputError: a dtype or an implementation is unknown, or a value is of another type.
     """
 
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: torch.dtype | str | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
+        check_attention(self.attention)
         if isinstance(self.dtype, str):
             object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
