@@ -270,8 +270,15 @@ def _prune(
             ledger=run,
             phases=phases,
             before=before,
-            together=() if run is None else loaded.layout.together,
+            together=_together(loaded),
         )
+
+
+def _together(loaded: LoadedModel) -> list[tuple[str, ...]]:
+    """Return which parameters are stored in one tensor; none where the model has no layout on disk."""
+    from transformers import PreTrainedModel
+
+    return loaded.layout.together if isinstance(loaded.model, PreTrainedModel) else []
 
 
 def _record(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from halve.errors import UnsupportedModelError
+from halve.errors import CalibrationError, UnsupportedModelError
 from halve.model import replay
 from halve.model.blocks import capture
 from halve.model.stacks import find_stacks
@@ -365,3 +365,42 @@ def test_a_model_that_fails_on_the_data_is_told_in_one_sentence():
     model = Codebooks()
     with pytest.raises(UnsupportedModelError, match=r"^Codebooks cannot be run on the calibration data .*shape"):
         replay.short_samples(model, find_stacks(model), [{"input_ids": tokens(3, 40)}])
+
+
+class LeavesSomething(nn.Module):
+    """A block that the model asks for something else afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.left = None
+
+    def forward(self, x):
+        self.left = self.up(x)
+        return x + self.left
+
+
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([LeavesSomething(), LeavesSomething()])
+
+    def forward(self, x):
+        for block in self.blocks:
+            block.left = None
+            x = block(x)
+        return x + self.blocks[0].left
+
+
+def test_a_model_that_uses_what_its_blocks_leave_elsewhere_is_refused():
+    model = Asking()
+    with pytest.raises(UnsupportedModelError, match=r"^Asking fails where its blocks are not computed \(TypeError"):
+        verify(model, {"x": torch.randn(2, 5, 8)})
+
+
+def test_a_value_that_is_not_finite_is_told_as_such_where_blocks_hand_something_on():
+    model = Sharing(lambda extra: extra)
+    with torch.no_grad():
+        model.blocks[1].up.weight[0, 0] = float("inf")
+    with pytest.raises(CalibrationError, match="outputs of the dense model's block 1 are not finite"):
+        verify(model, {"x": torch.randn(2, 5, 8)})

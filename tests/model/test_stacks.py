@@ -30,7 +30,7 @@ def test_both_stacks_of_an_encoder_decoder_are_chosen():
     for family in ("t5", "bart", "whisper"):
         model = encoder_decoder(family)
         assert [stack.tower for stack in default_stacks(model)] == ["encoder", "decoder"]
-        with pytest.raises(UnsupportedModelError, match="an encoder-decoder model, with two stacks"):
+        with pytest.raises(UnsupportedModelError, match="has several stacks of blocks"):
             find_stack(model)
 
 
@@ -53,6 +53,14 @@ def test_a_stack_may_have_blocks_without_matrices():
     model = nn.Module()
     model.layers = nn.ModuleList([Block(nn.Linear(8, 8)), Block(nn.Identity()), Block(nn.Linear(8, 8))])
     assert list(find_stacks(model)[0].members) == ["layers.0", "layers.1", "layers.2"]
+
+
+def test_the_stages_of_a_list_of_lists_are_pruned_together():
+    model = nn.Module()
+    model.stages = nn.ModuleList([nn.ModuleList([Block(nn.Linear(8, 8)) for _ in range(count)]) for count in (1, 3, 2)])
+    model.heads = nn.ModuleList([Block(nn.Linear(16, 12)) for _ in range(2)])
+    assert [stack.name for stack in default_stacks(model)] == ["stages.0", "stages.1", "stages.2"]
+    assert [list(stack.members) for stack in default_stacks(model)][1] == ["stages.1.0", "stages.1.1", "stages.1.2"]
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():

@@ -65,7 +65,8 @@ class _ProductWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _look(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
-        found = self._slices.get((weight.data_ptr(), weight.shape))
+        address = _address(weight)
+        found = None if address is None else self._slices.get((address, weight.shape))
         if found is None:
             return
         # x @ W uses W as (d_in, d_out) unless W itself is a transposed view of how it is stored.
@@ -74,10 +75,20 @@ class _ProductWatch(TorchFunctionMode):
         self._seen(*found, x, layout)
 
 
+def _address(tensor: Tensor) -> int | None:
+    """Return where a tensor's values lie; None where it has none, as while functions are mapped."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
+
+
 class _BypassWatch(TorchFunctionMode):
     """Report every use of a weight whose layer is not running."""
 
-    def __init__(self, weights: Mapping[int, str], running: Collection[str], seen: Callable[[str], None]) -> None:
+    def __init__(
+        self, weights: Mapping[int | None, str], running: Collection[str], seen: Callable[[str], None]
+    ) -> None:
         super().__init__()
         self._weights = weights
         self._running = running
@@ -88,7 +99,7 @@ class _BypassWatch(TorchFunctionMode):
     ) -> Any:
         if getattr(func, "__name__", "") not in _ONLY_LOOKING:
             for _, operand in leaves((tuple(args), dict(kwargs or {}))):
-                name = self._weights.get(operand.data_ptr()) if isinstance(operand, Tensor) else None
+                name = self._weights.get(_address(operand)) if isinstance(operand, Tensor) else None
                 if name is not None and name not in self._running:
                     self._seen(name)
         return func(*args, **(kwargs or {}))
@@ -111,7 +122,7 @@ def observe(model: nn.Module, blocks: Sequence[nn.Module], runs: Sequence[Callab
     repeated: set[str] = set()
     bypassed: set[str] = set()
     running: list[str] = []
-    weights: dict[int, str] = {}
+    weights: dict[int | None, str] = {}
 
     def note_product(name: str, _expert: int | None, _x: Tensor, layout: Layout) -> None:
         layouts[name] = layout

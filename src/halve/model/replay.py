@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halve.errors import HalveError, UnsupportedModelError, one_line
+from halve.errors import CalibrationError, HalveError, UnsupportedModelError, one_line
 from halve.model.blocks import Batch, capture, check_finite, run_model
 from halve.model.calls import Behaviour, Template, hidden_of, is_plain, leaves
 from halve.model.stacks import Stack
@@ -211,15 +211,20 @@ def verify_replay(
     behaviour = Behaviour(templates, living=living, hands_on=bool(handing), decodes=decodes)
     try:
         _check_replay(model, blocks, batches, behaviour, expected)
-    except UnsupportedModelError:
+    except HalveError:
         raise
     except Exception as error:
-        # The model computes with what it was handed between blocks; it may do without, where it is not there.
         if not handing:
-            raise
+            raise UnsupportedModelError(
+                f"{type(model).__name__} fails where its blocks are not computed ({one_line(error)}): it uses more of "
+                "theirs than what they return, such as a cache, which Halve cannot hand on"
+            ) from error
+        # The model computes with what it was handed between blocks; it may do without, where it is not there.
         behaviour = replace(behaviour, hands_on=False)
         try:
             _check_replay(model, blocks, batches, behaviour, expected)
+        except CalibrationError:
+            raise
         except Exception as missed:
             block, path = handing[0]
             raise UnsupportedModelError(

@@ -1,5 +1,6 @@
 """The stacks of blocks in a model, found by structure, and which of them are pruned."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,13 @@ class Stack:
         tower: the part of the model that it belongs to: ``encoder`` and ``decoder`` of an encoder-decoder, or what the
             config calls its parts (``text``, ``vision``, ``audio``, …); ``text`` where there are no parts.
         blocks: the blocks, in order.
+        group: what is pruned together: the list of lists that it stands in (the stages of a vision model), else itself.
     """
 
     name: str
     tower: str
     blocks: nn.ModuleList | nn.Sequential
+    group: str
 
     @property
     def members(self) -> dict[str, nn.Module]:
@@ -46,12 +49,13 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     """Find every outermost list of blocks with linear layers, in the order of the model's modules.
 
     A list counts when at least half of its members have linear layers below them and none is one itself: hybrids have
-    blocks without.
+    blocks without. Of a list of lists, which never runs as a whole, every member is a stack.
 
     Raises:
         UnsupportedModelError: there is none.
     """
     found: list[Stack] = []
+    groups: list[str] = []
     towers = _Towers(model)
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) == 0:
@@ -59,9 +63,13 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         if any(name.startswith(f"{outer.name}.") or not outer.name for outer in found):
             continue
         weights = [block_weight_count(block) for block in module]
+        if all(isinstance(member, nn.ModuleList) for member in module):
+            groups.append(name)
+            continue
         if 2 * sum(weight > 0 for weight in weights) < len(weights) or any(is_linear(block) for block in module):
             continue
-        found.append(Stack(name, towers.of(name), module))
+        group = next((outer for outer in groups if name.startswith(f"{outer}.")), name)
+        found.append(Stack(name, towers.of(name), module, group))
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of blocks with linear layers (a ModuleList or Sequential), "
@@ -71,7 +79,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def default_stacks(model: nn.Module, tower: str | None = None) -> list[Stack]:
-    """Choose the stacks to prune by structure alone, as if the input were text: the largest of each chosen tower.
+    """Choose the stacks to prune by structure alone, as if the input were text: the largest group of each chosen tower.
 
     Args:
         model: any module.
@@ -104,10 +112,13 @@ def choose_stacks(
         raise InputError(
             f"no blocks of {model_name} ran on the calibration data ({_listed(stacks)}): give the inputs that they need"
         )
-    largest: dict[str, Stack] = {}
+    weights: Counter[str] = Counter()
     for stack in running:
-        if stack.tower not in largest or stack.weights > largest[stack.tower].weights:
-            largest[stack.tower] = stack
+        weights[stack.group] += stack.weights
+    largest: dict[str, str] = {}
+    for stack in running:
+        if stack.tower not in largest or weights[stack.group] > weights[largest[stack.tower]]:
+            largest[stack.tower] = stack.group
     if tower == ALL:
         wanted = set(largest)
     elif tower is not None:
@@ -115,8 +126,8 @@ def choose_stacks(
     elif ENCODER in largest or DECODER in largest:
         wanted = {ENCODER, DECODER}
     else:
-        wanted = {TEXT} if TEXT in largest else {max(largest.values(), key=lambda stack: stack.weights).tower}
-    chosen = [stack for stack in running if stack.tower in wanted and largest[stack.tower] is stack]
+        wanted = {TEXT} if TEXT in largest else {max(largest, key=lambda name: weights[largest[name]])}
+    chosen = [stack for stack in running if stack.tower in wanted and largest[stack.tower] == stack.group]
     if chosen:
         return chosen
     if any(stack.tower == tower or {stack.tower, tower} <= _VISION for stack in stacks):
@@ -136,7 +147,7 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     stacks = default_stacks(model)
     if len(stacks) > 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder model, with two stacks of blocks: this works with one only"
+            f"{type(model).__name__} has several stacks of blocks, as encoder-decoders have: this works with one only"
         )
     return stacks[0].name, stacks[0].blocks
 
