@@ -81,7 +81,7 @@ LEANINGS = (
         path="torch.Tensor._version",
         use="whether a tensor was written in place",
         breaks="blocks that change their own input would be pruned on wrong statistics",
-        test="tests/model/test_blocks.py",
+        test="tests/model/test_replay.py",
     ),
     Leaning(
         path="torch.nn.Module._forward_hooks",
@@ -108,7 +108,7 @@ LEANINGS = (
         path="torch.nn.modules.conv._ConvNd",
         use="what all convolutions have in common",
         breaks="convolutions could not be told from unknown layers",
-        test="tests/model/test_layers.py",
+        test="tests/model/test_classify.py",
     ),
     Leaning(
         path="torch.cuda._sleep",

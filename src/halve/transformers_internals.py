@@ -210,7 +210,7 @@ LEANINGS = (
         path="transformers.pytorch_utils.Conv1D",
         use="the linear layers of GPT-2, whose weights lie the other way round",
         breaks="models of GPT-2's kind could not be pruned",
-        test="tests/model/test_layers.py",
+        test="tests/model/test_classify.py",
     ),
     Leaning(
         path="transformers.PreTrainedModel.get_experts_implementation",
