@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from halve.comparison import Row
     from halve.model.plan import Plan
     from halve.run.events import MatrixReport, Progress, RunReport
+    from halve.text.pairs import PairSet
     from halve.text.tokens import TokenSet
 
 _FEW = 3
@@ -44,7 +45,7 @@ def comparison_table(rows: "Sequence[Row]", pattern: str) -> Table:
     from halve.versions import named_versions
 
     first = rows[0].perplexities
-    how = [f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.bos, p.dtype)}" for p in first]
+    how = [f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.bos, p.dtype, p.scored)}" for p in first]
     by = [named_versions(score.versions) for score in first[:1]]
     meant = "in brackets the difference of the logarithm to the first row, ± its standard error over the windows"
     caption = "; ".join([*how, *by, meant, "seconds of pruning alone", "a loss is against the method's own targets"])
@@ -167,7 +168,7 @@ def warn_if_crowded(threads: int, processors: int | None) -> None:
         )
 
 
-def warn_of_overlap(calibration: "TokenSet", evaluation: "Sequence[TokenSet]") -> None:
+def warn_of_overlap(calibration: "TokenSet | PairSet", evaluation: "Sequence[TokenSet]") -> None:
     """Warn where a model is measured on the very text that it was calibrated on."""
     if caution := overlap(calibration.source, [text.source for text in evaluation]):
         say(err, caution, label="warning", style="yellow")
