@@ -58,7 +58,7 @@ def test_text_is_enough_to_prune_and_to_measure(t5, text, tmp_path):
     result = run("eval", t5, out, "--data", text, "--seq-len", 64, "--max-windows", 3)
     assert result.exit_code == 0, result.output
     assert "±" in result.output
-    assert SECOND_HALF in " ".join(result.output.split())
+    assert f"of encoder-decoders {SECOND_HALF}" in " ".join(result.output.split())
     result = run("report", out, "--data", text, "--max-windows", 3)
     assert result.exit_code == 0, result.output
     assert "3 windows of 130 tokens" in " ".join(result.output.split())

@@ -95,6 +95,31 @@ def test_how_sequences_begin_can_be_chosen(text):
         Frames.of(surrounding(byte_bpe(bos=None), "$A </s>"), encoder_decoder("bart"), "always")
 
 
+@pytest.mark.parametrize(
+    ("build", "read", "fed"),
+    [
+        (tf.MBartTokenizer, ([], ["</s>", "en_XX"]), (["de_DE"], ["</s>"])),
+        (tf.MBart50Tokenizer, (["en_XX"], ["</s>"]), (["</s>", "de_DE"], [])),
+    ],
+)
+def test_translators_read_one_language_and_say_another(build, read, fed, text):
+    """Of mBART's own tokenizers: the language that is said comes first, though it is the last of mBART's labels."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = [(name, 0.0) for name in (*special, *(f"▁{word}" for word in " ".join(SENTENCES).split()))]
+    tokenizer = build(vocab=list(dict.fromkeys(vocabulary)), src_lang="en_XX", tgt_lang="de_DE")
+    model = mbart()
+    model.config.pad_token_id = 1
+    model.resize_token_embeddings(len(tokenizer))
+    data = Calibration(text, samples=1, seq_len=128).data(LoadedModel(model, tokenizer, None))
+    (batch,) = calibration_batches(data, model)
+    for name, (before, after) in (("input_ids", read), ("decoder_input_ids", fed)):
+        found = tokenizer.convert_ids_to_tokens(batch[name][0].tolist())
+        assert len(found) == 64
+        assert found[: len(before)] == before
+        assert found[len(found) - len(after) :] == after
+        assert all(word.startswith("▁") for word in found[len(before) : len(found) - len(after)])
+
+
 def test_a_start_token_that_the_tokenizer_puts_there_too_is_not_said():
     model = encoder_decoder("bart")
     model.config.decoder_start_token_id = 5

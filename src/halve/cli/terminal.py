@@ -86,8 +86,11 @@ def summary_table(report: "RunReport") -> Table:
     kinds: dict[str, list[MatrixReport]] = {}
     for matrix in report.matrices:
         kinds.setdefault(place_of(matrix.name)[1], []).append(matrix)
+    several = len({_stack_and_block(matrix)[0] for matrix in report.matrices}) > 1
     for kind, found in kinds.items():
-        losses = [(m.facts["relative_loss"], _block_of(m)) for m in found if "relative_loss" in m.facts]
+        losses = [
+            (m.facts["relative_loss"], _block_of(m, several=several)) for m in found if "relative_loss" in m.facts
+        ]
         fallen = sum(matrix.status == "fell_back" for matrix in found)
         cells = ["", "", ""]
         if losses:
@@ -98,10 +101,19 @@ def summary_table(report: "RunReport") -> Table:
     return table
 
 
-def _block_of(matrix: "MatrixReport") -> str:
-    """Return the name of a matrix's block, such as ``layers.0``: what counts from 0 is never shown as a bare number."""
-    found = re.match(r"(?:.*\.)?(\w+\.\d+)\.", matrix.name)
-    return found[1] if found else ""
+def _block_of(matrix: "MatrixReport", *, several: bool) -> str:
+    """Return the name of a matrix's block, such as ``layers.0``: what counts from 0 is never shown as a bare number.
+
+    Where ``several`` stacks are pruned, the part of the model comes first: ``decoder.layers.0``.
+    """
+    stack, block = _stack_and_block(matrix)
+    return f"{stack.rpartition('.')[2]}.{block}".lstrip(".") if several else block
+
+
+def _stack_and_block(matrix: "MatrixReport") -> tuple[str, str]:
+    """Return what is before the outermost numbered part of a matrix's name, and that part; empty without one."""
+    found = re.match(r"(?:(.*?)\.)??(\w+\.\d+)\.", matrix.name)
+    return (found[1] or "", found[2]) if found else ("", "")
 
 
 def say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
