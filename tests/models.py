@@ -117,6 +117,11 @@ ENCODER_DECODERS = {
 }
 
 
+def seq2seq() -> dict[str, Any]:
+    """Return settings of a tiny encoder-decoder like BART."""
+    return dict(_BART)
+
+
 def encoder_decoder(family: str, seed: int = 0) -> Any:
     """Return a random encoder-decoder of ``family`` in evaluation mode."""
     torch.manual_seed(seed)

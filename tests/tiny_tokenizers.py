@@ -77,3 +77,10 @@ def word_level(*, bos="<s>", eos="</s>", **settings):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=UNKNOWN, bos_token=bos, eos_token=eos, **settings
     )
+
+
+def sentinels(count, **settings):
+    """Return a tokenizer as `word_level`'s with T5's sentinels, ``<extra_id_0>`` having the last id."""
+    tokenizer = word_level(bos=None, **settings)
+    tokenizer.add_tokens([f"<extra_id_{index}>" for index in reversed(range(count))], special_tokens=True)
+    return tokenizer

@@ -28,7 +28,8 @@ from halve.run.environment import environment
 from halve.run.events import Progress, announce, writing_told_to
 from halve.run.phases import Phase
 from halve.run.request import Request
-from halve.text import tokens
+from halve.text.limits import check_fits
+from halve.text.pairs import PairSet
 from halve.text.tokens import TokenSet
 from halve.whole_model import as_written, find, load_found, prune_loaded, report_notes
 
@@ -87,7 +88,7 @@ class Comparison:
     Args:
         loaded: the dense model; it stays as it is, a copy is pruned (so twice its memory is needed).
         requests: what to compare, and how to prune for it (`make_requests`).
-        calibration: tokens, the same for all.
+        calibration: tokens or pairs, the same for all.
         evaluation: texts to evaluate on.
         out: directory under which each pruned checkpoint is written, and ``comparison.html`` in the end; None to
             write none.
@@ -107,7 +108,7 @@ class Comparison:
         self,
         loaded: LoadedModel,
         requests: Mapping[Contender, Request],
-        calibration: TokenSet,
+        calibration: TokenSet | PairSet,
         evaluation: Sequence[TokenSet],
         *,
         out: Path | None = None,
@@ -115,9 +116,8 @@ class Comparison:
     ) -> None:
         if not requests or not evaluation:
             raise InputError("there is nothing to compare: give at least one contender and one evaluation text")
-        for texts in (calibration, *evaluation):
-            tokens.check_length(texts.seq_len, loaded.model)
-            tokens.check_vocabulary(texts.ids, loaded.model, texts.source)
+        for texts in (*([] if isinstance(calibration, PairSet) else [calibration]), *evaluation):
+            check_fits(texts, loaded.model)
         self.calibration = calibration
         self.evaluation = tuple(evaluation)
         self.rows: list[Row] = []
@@ -271,7 +271,7 @@ def compare(
     if asked.calibration.is_self_written:
         announce(tell, Phase.GENERATE)
     found = asked.calibration.data(loaded, writing_told_to(tell))
-    if not isinstance(found, TokenSet):
+    if not isinstance(found, TokenSet | PairSet):
         raise InputError("calibration is a list of batches, and a comparison needs tokens: give text or token ids")
     return Comparison(loaded, requests, found, texts, out=place, listen=listen)
 

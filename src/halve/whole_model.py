@@ -1,6 +1,6 @@
 """One model, loaded, with its calibration data: prune it, then write, verify and publish what comes out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,18 +11,19 @@ import torch
 from torch import nn
 
 from halve.checkpoint.built import refuse_unlike_config
-from halve.checkpoint.directory import MEASURED, PAGE
+from halve.checkpoint.directory import CONFIG, MEASURED, PAGE
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
 from halve.checkpoint.precision import differing_dtypes, dtype_to_prune_in
 from halve.checkpoint.quantised import is_plain
+from halve.checkpoint.shards import read_json
 from halve.checkpoint.weight_files import refuse_copies
 from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.figure import Perplexity
 from halve.model.adapters import refuse_adapters
-from halve.model.blocks import Batch, stand_in_batch
+from halve.model.blocks import stand_in_batch
 from halve.report import record
 from halve.report.measured import measured_json, write_measured
 from halve.report.page import write_report
@@ -33,7 +34,8 @@ from halve.run.log import RunLog
 from halve.run.loop import prune_blocks
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
-from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, calibration_record, token_batches
+from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, CalibrationData, calibration_batches, calibration_record
+from halve.text.limits import is_encoder_decoder
 from halve.text.tokens import TokenSet
 from halve.verification import check
 
@@ -79,10 +81,15 @@ def find(model: nn.Module | str | Path, request: Request, *, writes: bool) -> nn
         if asked.attention is not None:
             raise InputError("attention is for a model that Halve loads: set it on the model, set_attn_implementation")
         _check_in_memory(model, writes=writes)
+        if is_encoder_decoder(model) and request.settings.needs_calibration:
+            request.calibration.refuse_own_text(type(model).__name__)
         return model
     source = resolve(model, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
     if asked.written_dtype is not None and source.shards:
         raise InputError("dtype is for a GGUF file or a model in memory: a safetensors checkpoint keeps its own dtypes")
+    named = {} if source.kind == "gguf" else read_json(source.path / CONFIG)
+    if named.get("is_encoder_decoder") is True and request.settings.needs_calibration:
+        request.calibration.refuse_own_text(source.name)
     if writes:
         refuse_copies(source.path, source.copies)
     return source
@@ -140,7 +147,7 @@ def as_written(pruned: Pruned, request: Request) -> nn.Module:
 
 def prune_loaded(
     loaded: LoadedModel,
-    data: TokenSet | Sequence[Batch],
+    data: CalibrationData,
     request: Request,
     run: RunDirectory | None,
     *,
@@ -153,7 +160,7 @@ def prune_loaded(
 
     Args:
         loaded: the model.
-        data: calibration tokens or batches; an empty list for a method and refit that need none.
+        data: calibration tokens, pairs or batches; an empty list for a method and refit that need none.
         request: how to prune.
         run: where finished blocks and the checkpoint go, new or stopped; None writes nothing.
         listen: called at every step.
@@ -243,7 +250,7 @@ def report_notes(directory: Path, place: Path | None = None) -> tuple[str, ...]:
 
 def _prune(
     loaded: LoadedModel,
-    data: TokenSet | Sequence[Batch],
+    data: CalibrationData,
     request: Request,
     run: RunDirectory | None,
     listen: Listener | None,
@@ -257,7 +264,7 @@ def _prune(
         if placement.offload is not None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=placement.offload)))
         most = BATCH_TOKENS if settings.reconstruction is None else STEP_TOKENS
-        batches = token_batches(data.ids, most) if isinstance(data, TokenSet) else data
+        batches = calibration_batches(data, loaded.model, most)
         return prune_blocks(
             loaded.model,
             batches or [stand_in_batch(loaded.model)],
@@ -283,7 +290,7 @@ def _together(loaded: LoadedModel) -> list[tuple[str, ...]]:
 
 def _record(
     loaded: LoadedModel,
-    data: TokenSet | Sequence[Batch],
+    data: CalibrationData,
     request: Request,
     done: RunReport,
     out: Path | None,

@@ -53,7 +53,7 @@ def test_perplexity_of_one_model(model, text):
         assert word in result.output
     (entry,) = json.loads(run(app, ["eval", model, "--data", text, *WINDOWS, "--json"]).stdout)
     assert (entry["model"], entry["source"], entry["seq_len"], entry["windows"]) == (model, text, 32, 3)
-    keys = "model value windows seq_len dtype source tokens_sha256 seconds nll note bos window_nll versions"
+    keys = "model value windows seq_len dtype source tokens_sha256 seconds nll note bos scored window_nll versions"
     assert list(entry) == keys.split()
 
 

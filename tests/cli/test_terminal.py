@@ -120,6 +120,21 @@ def test_the_summary_names_the_worst_of_every_kind(width):
     assert ["self_attn.q_proj", "1", "", "", "", ""] in rows
 
 
+@pytest.mark.parametrize(
+    ("names", "worst"),
+    [
+        (["encoder.block.1.layer.0.wi.weight", "decoder.block.0.layer.0.wi.weight"], "encoder.block.1"),
+        (["model.encoder.layers.0.fc1.weight", "model.decoder.layers.0.fc1.weight"], "encoder.layers.0"),
+        (["model.layers.1.mlp.experts.5.up.weight", "model.layers.0.mlp.experts.7.up.weight"], "layers.1"),
+        (["layers.1.up.weight", "layers.0.up.weight"], "layers.1"),
+    ],
+)
+def test_the_worst_block_is_named_by_its_stack_where_there_are_several(names, worst):
+    table = summary_table(SimpleNamespace(matrices=[matrix(names[0], 0.2), matrix(names[1], 0.1)]))
+    (row,) = [line for line in printed(table, 120).splitlines() if "0.1500" in line]
+    assert row.split("│")[5].strip() == worst
+
+
 @pytest.mark.parametrize(("phase", "words"), [("generate", "writes its calibration text"), ("evaluate", "perplexity")])
 def test_what_takes_long_outside_the_blocks_is_announced(capsys, phase, words):
     with progress() as show:

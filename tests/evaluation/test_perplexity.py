@@ -146,7 +146,7 @@ def test_perplexity_that_overflows_is_infinite():
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100, None])
 def test_batches_and_slices_change_nothing(family, batch_size, monkeypatch):
     expected = reference(decoder(family), windows().ids)
-    monkeypatch.setattr(halve.evaluation.perplexity, "_LOGITS_AT_ONCE", 7 * VOCAB)
+    monkeypatch.setattr(halve.evaluation.perplexity, "LOGITS_AT_ONCE", 7 * VOCAB)
     calls = []
     found = perplexity(
         decoder(family),
@@ -161,7 +161,7 @@ def test_batches_and_slices_change_nothing(family, batch_size, monkeypatch):
 
 
 def test_logits_are_never_held_at_once(monkeypatch):
-    monkeypatch.setattr(halve.evaluation.perplexity, "_LOGITS_AT_ONCE", 7 * VOCAB + 5)
+    monkeypatch.setattr(halve.evaluation.perplexity, "LOGITS_AT_ONCE", 7 * VOCAB + 5)
     model, rows = decoder("llama"), []
     model.lm_head.register_forward_hook(lambda _module, _args, output: rows.append(output.numel() // VOCAB))
     perplexity(model, windows())

@@ -8,7 +8,7 @@ from halve.checkpoint.directory import HOME, is_unfinished
 from halve.errors import AlreadyCompleteError, CorruptFileError, HalveError, InputError, ResumeMismatchError
 from halve.run.directory import open_run, recorded_call
 from halve.run.manifest import hash_of
-from halve.text.tokens import TokenSet, hash_ids
+from halve.text.tokens import Cut, TokenSet, hash_ids
 
 MARK = {"pattern": "2:4", "environment.threads": "2"}
 CALL = {"model": "m", "pattern": "2:4"}
@@ -22,7 +22,7 @@ class StoppedError(Exception):
 
 def token_set(source="self"):
     ids = torch.arange(16).reshape(2, 8)
-    return TokenSet(ids, source, hash_ids(ids), 2, "</s>", "", "each", 1)
+    return TokenSet(ids, source, hash_ids(ids), 2, "</s>", "", "each", 1, Cut("halves", 5, 0, 1))
 
 
 def begin(out, blocks=1, work=None, mark=MARK, source="self"):
@@ -53,7 +53,7 @@ def test_finished_blocks_come_back(tmp_path, elsewhere):
         kept = run.tokens(ASKED)
         assert kept == token_set()
         assert torch.equal(kept.ids, token_set().ids)
-        assert (kept.bos, kept.lead) == ("each", 1)
+        assert (kept.bos, kept.lead, kept.cut) == ("each", 1, Cut("halves", 5, 0, 1))
         assert run.tokens({**ASKED, "seed": 1}) is None
 
 

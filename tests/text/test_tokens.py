@@ -8,18 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import halve.text.packing
 import halve.text.tokens
 from halve.errors import InputError
 from halve.text.documents import Corpus
-from halve.text.tokens import (
-    TokenSet,
-    calibration_tokens,
-    check_length,
-    check_vocabulary,
-    evaluation_tokens,
-    hash_ids,
-    longest,
-)
+from halve.text.limits import check_length, check_vocabulary, longest
+from halve.text.tokens import TokenSet, calibration_tokens, evaluation_tokens, hash_ids
 from models import VOCAB, decoder
 from tiny_tokenizers import SENTENCES, InPython, byte_bpe, surrounding, word_level
 
@@ -96,8 +90,8 @@ def test_without_eos_documents_are_joined_by_nothing(corpus):
 @pytest.mark.parametrize(("batch", "long"), [(1, 2**16), (64, 2**16), (64, 20)])
 def test_batches_and_long_documents_change_nothing(corpus, monkeypatch, batch, long):
     expected = calibration_tokens(corpus, byte_bpe(), samples=5, seq_len=60)
-    monkeypatch.setattr(halve.text.tokens, "_BATCH", batch)
-    monkeypatch.setattr(halve.text.tokens, "_LONG", long)
+    monkeypatch.setattr(halve.text.packing, "_BATCH", batch)
+    monkeypatch.setattr(halve.text.packing, "_LONG", long)
     assert calibration_tokens(corpus, byte_bpe(), samples=5, seq_len=60) == expected
 
 
@@ -119,8 +113,8 @@ def test_empty_documents_do_not_count(tmp_path):
 
 
 def test_reading_stops_when_there_is_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr(halve.text.tokens, "_LOCAL_SHUFFLE", 10)
-    monkeypatch.setattr(halve.text.tokens, "_BATCH", 4)
+    monkeypatch.setattr(halve.text.packing, "LOCAL_SHUFFLE", 10)
+    monkeypatch.setattr(halve.text.packing, "_BATCH", 4)
     path = write_corpus(tmp_path / "a.jsonl", ["the quick fox"] * 100)
     path.write_text(path.read_text() + "not json\n")
     assert calibration_tokens(path, word_level(), samples=1, seq_len=80).documents == 21  # 4 tokens each, with EOS
@@ -244,8 +238,8 @@ def test_the_end_of_a_bounded_text_is_not_used(tmp_path, monkeypatch):
     assert len(tokenizer.tokenize(" exponential")) == 1
     whole = evaluation_tokens(path, tokenizer, seq_len=11)
     assert torch.equal(evaluation_tokens(path, tokenizer, seq_len=11, max_windows=1).ids, whole.ids[:1])
-    monkeypatch.setattr(halve.text.tokens, "_MARGIN", 0)
-    monkeypatch.setattr(halve.text.tokens, "_CHARACTERS_PER_TOKEN", 11)  # of 12
+    monkeypatch.setattr(halve.text.packing, "_MARGIN", 0)
+    monkeypatch.setattr(halve.text.packing, "_CHARACTERS_PER_TOKEN", 11)  # of 12
     assert not torch.equal(evaluation_tokens(path, tokenizer, seq_len=11, max_windows=1).ids, whole.ids[:1])
 
 

@@ -180,6 +180,26 @@ def load_model(
     return loaded
 
 
+def load_feature_extractor(source: Source) -> Any:
+    """Load what makes the inputs of a model that hears out of audio.
+
+    Raises:
+        InputError: it has none, or it cannot be loaded.
+    """
+    from transformers import AutoFeatureExtractor
+
+    with _validated_files(source) as directory:
+        try:
+            return AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
+                directory, local_files_only=True, trust_remote_code=source.trust_remote_code
+            )
+        except Exception as error:  # a foreign config can provoke any error in there
+            raise InputError(
+                f"the feature extractor of {source.name} could not be loaded: {one_line(error)}; put its "
+                "preprocessor_config.json beside the weights"
+            ) from error
+
+
 def assemble(source: Source, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> LoadedModel:
     """Load a model whose tensors are in memory already, exactly as if they were read from its files.
 

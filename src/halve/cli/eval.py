@@ -178,6 +178,8 @@ def _perplexity_table(measured: list[_Measured]) -> Table:
     several = len(measured) > 1
     apart = [Column(Text(f"logarithm - {Path(measured[0].model).name}'s"), justify="right")] if several else []
     meant = ["± standard error over the windows, paired; empty where the tokens differ"] if several else []
+    scored = dict.fromkeys(result.scored for one in measured for result in one.perplexities if result.scored)
+    meant += [f"of encoder-decoders {how}" for how in scored]
     by = named_versions(measured[0].perplexities[0].versions)
     table = Table(
         "model",

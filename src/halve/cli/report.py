@@ -66,7 +66,7 @@ def say_scores(before: tuple[Perplexity, ...], after: tuple[Perplexity, ...]) ->
     """Say perplexities, dense and pruned, and how far their logarithms are apart, a line a text."""
     for index, score in enumerate(after):
         change = f"{before[index].value:.3f} → {score.value:.3f}" if before else f"{score.value:.3f}"
-        how = measured_as(score.windows, score.seq_len, score.bos, score.dtype)
+        how = measured_as(score.windows, score.seq_len, score.bos, score.dtype, score.scored)
         apart = ""
         if before and score.pairs_with(before[index]):
             apart = f", logarithm {said_difference(*score.minus(before[index]))}"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from halve.comparison import Row
     from halve.model.plan import Plan
     from halve.run.events import MatrixReport, Progress, RunReport
+    from halve.text.pairs import PairSet
     from halve.text.tokens import TokenSet
 
 _FEW = 3
@@ -44,7 +45,7 @@ def comparison_table(rows: "Sequence[Row]", pattern: str) -> Table:
     from halve.versions import named_versions
 
     first = rows[0].perplexities
-    how = [f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.bos, p.dtype)}" for p in first]
+    how = [f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.bos, p.dtype, p.scored)}" for p in first]
     by = [named_versions(score.versions) for score in first[:1]]
     meant = "in brackets the difference of the logarithm to the first row, ± its standard error over the windows"
     caption = "; ".join([*how, *by, meant, "seconds of pruning alone", "a loss is against the method's own targets"])
@@ -85,8 +86,11 @@ def summary_table(report: "RunReport") -> Table:
     kinds: dict[str, list[MatrixReport]] = {}
     for matrix in report.matrices:
         kinds.setdefault(place_of(matrix.name)[1], []).append(matrix)
+    several = len({_stack_and_block(matrix)[0] for matrix in report.matrices}) > 1
     for kind, found in kinds.items():
-        losses = [(m.facts["relative_loss"], _block_of(m)) for m in found if "relative_loss" in m.facts]
+        losses = [
+            (m.facts["relative_loss"], _block_of(m, several=several)) for m in found if "relative_loss" in m.facts
+        ]
         fallen = sum(matrix.status == "fell_back" for matrix in found)
         cells = ["", "", ""]
         if losses:
@@ -97,10 +101,19 @@ def summary_table(report: "RunReport") -> Table:
     return table
 
 
-def _block_of(matrix: "MatrixReport") -> str:
-    """Return the name of a matrix's block, such as ``layers.0``: what counts from 0 is never shown as a bare number."""
-    found = re.match(r"(?:.*\.)?(\w+\.\d+)\.", matrix.name)
-    return found[1] if found else ""
+def _block_of(matrix: "MatrixReport", *, several: bool) -> str:
+    """Return the name of a matrix's block, such as ``layers.0``: what counts from 0 is never shown as a bare number.
+
+    Where ``several`` stacks are pruned, the part of the model comes first: ``decoder.layers.0``.
+    """
+    stack, block = _stack_and_block(matrix)
+    return f"{stack.rpartition('.')[2]}.{block}".lstrip(".") if several else block
+
+
+def _stack_and_block(matrix: "MatrixReport") -> tuple[str, str]:
+    """Return what is before the outermost numbered part of a matrix's name, and that part; empty without one."""
+    found = re.match(r"(?:(.*?)\.)??(\w+\.\d+)\.", matrix.name)
+    return (found[1] or "", found[2]) if found else ("", "")
 
 
 def say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:
@@ -167,7 +180,7 @@ def warn_if_crowded(threads: int, processors: int | None) -> None:
         )
 
 
-def warn_of_overlap(calibration: "TokenSet", evaluation: "Sequence[TokenSet]") -> None:
+def warn_of_overlap(calibration: "TokenSet | PairSet", evaluation: "Sequence[TokenSet]") -> None:
     """Warn where a model is measured on the very text that it was calibrated on."""
     if caution := overlap(calibration.source, [text.source for text in evaluation]):
         say(err, caution, label="warning", style="yellow")

@@ -9,6 +9,9 @@ from typing import Any
 from halve.errors import InputError, counted
 from halve.text.special_tokens import said
 
+SECOND_HALF = "the decoder's half scored, given the encoder's"
+"""How a perplexity of an encoder-decoder is measured, which cannot be compared with that of a causal model."""
+
 _DECIMALS = 6
 
 
@@ -28,6 +31,7 @@ class Perplexity:
             but those that stand before the text.
         note: empty if the logits were computed in slices; otherwise why the model's own, slower forward was used.
         bos: which windows begin with BOS, as `halve.text.tokens.TokenSet` has it.
+        scored: what of each window is scored: empty for all of it, `SECOND_HALF` for an encoder-decoder.
         window_nll: mean negative log-likelihood of every window, in nats, in the order of the text.
         versions: of the packages that measured.
     """
@@ -42,6 +46,7 @@ class Perplexity:
     nll: float
     note: str = ""
     bos: str = ""
+    scored: str = ""
     window_nll: tuple[float, ...] = field(default=(), repr=False)
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -69,8 +74,8 @@ class Perplexity:
 
     def pairs_with(self, first: "Perplexity") -> bool:
         """Whether both were measured on the same windows, and the loss of every window is known of both."""
-        same = (self.tokens_sha256, self.seq_len, self.bos) == (first.tokens_sha256, first.seq_len, first.bos)
-        return same and len(self.window_nll) == len(first.window_nll) > 0
+        mine, theirs = ((one.tokens_sha256, one.seq_len, one.bos, one.scored) for one in (self, first))
+        return mine == theirs and len(self.window_nll) == len(first.window_nll) > 0
 
     def as_json(self, first: "Perplexity | None" = None) -> dict[str, Any]:
         """Return this as plain JSON values; a perplexity that overflows is None.
@@ -108,6 +113,6 @@ def rounded(window_nll: Sequence[float]) -> list[float]:
     return [round(value, _DECIMALS) for value in window_nll]
 
 
-def measured_as(windows: int, seq_len: int, bos: str, dtype: str) -> str:
+def measured_as(windows: int, seq_len: int, bos: str, dtype: str, scored: str = "") -> str:
     """Say how a perplexity was measured, without which it says nothing."""
-    return ", ".join(filter(None, (f"{counted(windows, 'window')} of {seq_len} tokens", said(bos), dtype)))
+    return ", ".join(filter(None, (f"{counted(windows, 'window')} of {seq_len} tokens", scored, said(bos), dtype)))

@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model."""
+"""Perplexity of a language model: causal, or the decoder's of an encoder-decoder."""
 
 import math
 import time
@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
 from halve.checks import check_count
 from halve.device import autocast, evaluation_mode, forward_precision, model_device, resolve_device
 from halve.errors import InputError
-from halve.evaluation.figure import Perplexity
-from halve.text.tokens import TokenSet, check_length, check_vocabulary, evaluation_corpus, evaluation_tokens
+from halve.evaluation.figure import SECOND_HALF, Perplexity
+from halve.evaluation.losses import LOGITS_AT_ONCE, finite_sums, token_losses
+from halve.evaluation.teacher_forced import decoder_sums, labels_of_text
+from halve.text.halves import evaluation_halves
+from halve.text.limits import check_fits, check_length, is_encoder_decoder, refuse_unread
+from halve.text.tokens import TokenSet, evaluation_corpus, evaluation_tokens
 from halve.versions import versions
 
 if TYPE_CHECKING:
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     from halve.checkpoint.load import LoadedModel
 
 _TOKENS_PER_BATCH = 4096
-_LOGITS_AT_ONCE = 2**24  # elements of the logits held in float32: 64 MiB
 _PROBE = 16  # tokens on which the sliced head is compared with the model
 
 
@@ -45,9 +47,12 @@ def perplexity(
     (soft-capped or scaled logits, no plain linear head), the model's own forward is used, one window at a time, and
     ``note`` of the result says so.
 
+    An encoder-decoder reads the first half of each window and is scored on the second, given the tokens before
+    (``scored`` of the result says so): that is another figure than a causal model's, and the two cannot be compared.
+
     Args:
         model: a causal language model: called with ``input_ids`` (batch, seq_len) it returns logits (batch, seq_len,
-            vocabulary), or an object that has them as ``logits``.
+            vocabulary), or an object that has them as ``logits``. Or an encoder-decoder, for tokens that are cut.
         tokens: what to measure on; ids (windows, seq_len).
         batch_size: windows in one forward; None is as many as make 4096 tokens.
         device: where to run; the model is moved there meanwhile. None leaves it where it is.
@@ -60,18 +65,20 @@ def perplexity(
         InputError: an argument is not usable, the windows do not fit the model, or the loss of a window is not finite;
             the message names which.
     """
-    if tokens.seq_len <= max(1, tokens.lead):
+    if tokens.cut is None and tokens.seq_len <= max(1, tokens.lead):
         least = 1 + max(1, tokens.lead)
         raise InputError(f"windows of seq_len = {tokens.seq_len} leave no token to predict: give at least {least}")
     if batch_size is not None:
         check_count("batch_size", batch_size)
-    check_length(tokens.seq_len, model)
-    check_vocabulary(tokens.ids, model, tokens.source)
+    check_fits(tokens, model)
     place = model_device(model) if device is None else resolve_device(device)
     started = time.perf_counter()
-    scored = tokens.seq_len - max(1, tokens.lead)
+    scored = tokens.seq_len - max(1, tokens.lead) if tokens.cut is None else labels_of_text(tokens)
     with ready(model, place, forward_dtype) as used:
-        sums, note = _window_sums(model, tokens, place, batch_size, progress)
+        if tokens.cut is None:
+            sums, note = _window_sums(model, tokens, place, batch_size, progress)
+        else:
+            sums, note = decoder_sums(model, tokens, place, batch_size, progress), ""
     nll = math.fsum(sums) / (tokens.samples * scored)
     return Perplexity(
         value=torch.tensor(nll, dtype=torch.float64).exp().item(),
@@ -84,6 +91,7 @@ def perplexity(
         nll=nll,
         note=note,
         bos=tokens.bos,
+        scored=SECOND_HALF if tokens.cut is not None else "",
         window_nll=tuple(total / scored for total in sums),
         versions=versions(),
     )
@@ -141,9 +149,8 @@ def evaluate(
     elif tokenizer is None:
         raise InputError("text needs a tokenizer, and the model has none: give tokenizer, or a TokenSet as data")
     else:
-        check_length(seq_len, network)
-        tokens = evaluation_tokens(
-            data, tokenizer, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos
+        tokens = _windows(
+            data, tokenizer, network, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos
         )
     return perplexity(
         network, tokens, batch_size=batch_size, device=place, forward_dtype=forward_dtype, progress=progress
@@ -191,11 +198,18 @@ def evaluation_texts(
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise InputError("the model has no tokenizer, so perplexity of text cannot be measured: give another model")
-    check_length(seq_len, loaded.model)
-    return [
-        evaluation_tokens(source, tokenizer, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos)
-        for source in sources
-    ]
+    options: dict[str, Any] = {"max_windows": max_windows, "text_field": text_field, "bos": bos}
+    return [_windows(source, tokenizer, loaded.model, seq_len=seq_len, **options) for source in sources]
+
+
+def _windows(
+    source: str | Path, tokenizer: "PreTrainedTokenizerBase", model: nn.Module, *, seq_len: int, **options: Any
+) -> TokenSet:
+    if not is_encoder_decoder(model):
+        check_length(seq_len, model)
+        return evaluation_tokens(source, tokenizer, seq_len=seq_len, **options)
+    refuse_unread(model, "its perplexity on text cannot be measured", usable=False)
+    return evaluation_halves(source, tokenizer, model, seq_len=seq_len, **options)
 
 
 def _window_sums(
@@ -212,14 +226,7 @@ def _window_sums(
     for start in range(0, tokens.samples, batch):
         ids = tokens.ids[start : start + batch].to(device)
         losses = _whole_nll(model, ids) if isinstance(parts, str) else _sliced_nll(parts, ids)
-        sums = losses[:, max(1, tokens.lead) - 1 :].cpu().double().sum(-1)  # the first is of the second token
-        if not bool(sums.isfinite().all()):
-            window = start + int(sums.isfinite().logical_not().nonzero()[0])
-            raise InputError(
-                f"the loss of window {window} of {tokens.source!r} (counted from 0) is not finite: "
-                "the model's weights or activations are broken"
-            )
-        found += sums.tolist()
+        found += finite_sums(losses[:, max(1, tokens.lead) - 1 :], start, tokens.source)  # the first is of the second
         if progress is not None:
             progress(start + len(ids), tokens.samples)
     return found, parts if isinstance(parts, str) else ""
@@ -234,23 +241,18 @@ def _sliced_nll(parts: _Parts, ids: Tensor) -> Tensor:
     """Losses (batch, seq_len - 1) of ids (batch, seq_len), by the output head on slices of the hidden states."""
     hidden = _last_hidden(_forward(parts.base, ids))[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
-    step = max(1, _LOGITS_AT_ONCE // parts.head.out_features)
+    step = max(1, LOGITS_AT_ONCE // parts.head.out_features)
     slices = zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
-    return torch.cat([_losses(parts.head(states), target) for states, target in slices]).reshape(len(ids), -1)
+    return torch.cat([token_losses(parts.head(states), target) for states, target in slices]).reshape(len(ids), -1)
 
 
 def _whole_nll(model: nn.Module, ids: Tensor) -> Tensor:
     """Losses (batch, seq_len - 1) of ids (batch, seq_len), from the model's own logits."""
     logits = _logits(_forward(model, ids))[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
-    step = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     slices = zip(torch.split(logits, step), torch.split(targets, step), strict=True)
-    return torch.cat([_losses(part, target) for part, target in slices]).reshape(len(ids), -1)
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood (n,) of targets (n,) under logits (n, vocabulary)."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    return torch.cat([token_losses(part, target) for part, target in slices]).reshape(len(ids), -1)
 
 
 def _split(model: Any, probe: Tensor) -> _Parts | str:

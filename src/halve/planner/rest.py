@@ -25,7 +25,7 @@ from halve.model.stacks import find_stack
 from halve.planner.outline import why_dense
 from halve.runtime.timing import CACHES, last_level_cache
 from halve.text.generation import text_config
-from halve.text.tokens import longest
+from halve.text.limits import longest
 from halve.torch_internals import keep_gpu_busy
 from halve.transformers_internals import build, skipped_initialisation
 

@@ -92,6 +92,7 @@ class PerplexityFacts:
     before: float | None
     after: float | None
     bos: str = ""
+    scored: str = ""
     difference: str = ""
     versions: str = ""
 
@@ -105,7 +106,7 @@ class PerplexityFacts:
         """Sequence length, windows, BOS and dtype, without which a perplexity says nothing."""
         same = self.dtype_before in ("", self.dtype)
         dtype = self.dtype if same else f"{self.dtype_before} before, {self.dtype} after"
-        return measured_as(self.windows, self.seq_len, self.bos, dtype)
+        return measured_as(self.windows, self.seq_len, self.bos, dtype, self.scored)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,6 +403,7 @@ def _perplexity(entry: Score) -> PerplexityFacts:
         before=_score(entry.before, entry.before_nll),
         after=_score(entry.after, entry.after_nll),
         bos=entry.bos,
+        scored=entry.scored,
         difference="" if entry.log_difference is None else said_difference(*entry.log_difference),
         versions=_measured_by(entry),
     )

@@ -58,6 +58,7 @@ class Score(Struct, frozen=True, kw_only=True):
         dtype: that the pruned model was measured in.
         dtype_before: that the dense model was measured in, None where it was not measured.
         bos: which windows begin with BOS (`halve.text.tokens.TokenSet`), empty where that is not known.
+        scored: what of each window is scored, empty for all of it.
         tokens_sha256: of the tokens measured.
         before: the dense model's, None where it is not known, or not finite.
         before_nll: its logarithm.
@@ -75,6 +76,7 @@ class Score(Struct, frozen=True, kw_only=True):
     dtype: str = ""
     dtype_before: str | None = None
     bos: str = ""
+    scored: str = ""
     tokens_sha256: str
     before: float | None = None
     before_nll: float | None = None

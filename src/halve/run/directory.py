@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from halve.checkpoint.validated import validated
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
 from halve.run.fingerprint import Fingerprint, differences
 from halve.run.manifest import MANIFEST, Manifest, read_manifest
-from halve.text.tokens import SELF, TokenSet
+from halve.text.tokens import SELF, Cut, TokenSet
 
 _TOKENS = "calibration.safetensors"
 _WORK = "work.json"
@@ -153,7 +154,8 @@ class RunDirectory:
             return None
         path = self.state / _TOKENS
         check_hash(path, kept["sha256"])
-        return TokenSet(load_file(path)["ids"], **kept["facts"])
+        cut = kept["facts"].get("cut")
+        return TokenSet(load_file(path)["ids"], **kept["facts"] | {"cut": None if cut is None else Cut(**cut)})
 
     def measured(self, asked: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         """Return the dense model's perplexities that were kept; None if none were, or they were asked for otherwise."""
@@ -218,6 +220,7 @@ class RunDirectory:
                 "revision": tokens.revision,
                 "bos": tokens.bos,
                 "lead": tokens.lead,
+                "cut": None if tokens.cut is None else asdict(tokens.cut),
             }
             with writing(self.state):
                 sha256 = write_file(self.state / _TOKENS, content, "tokens")

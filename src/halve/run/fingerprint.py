@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from halve.checkpoint.durable import file_chunks, sha256_of
 from halve.checkpoint.load import LoadedModel, Source, source_files
 from halve.checkpoint.shards import tensor_bytes
-from halve.model.blocks import Batch
 from halve.run.environment import environment
 from halve.run.request import Request
 from halve.run.serial import to_plain
+from halve.text.calibration import CalibrationData
+from halve.text.pairs import PairSet
 from halve.text.tokens import TokenSet
 
 Fingerprint = dict[str, str]
@@ -40,7 +41,7 @@ _ENVIRONMENT = (
 _GROUPS = ("calibration", "placement", "loading")
 WITHOUT_EFFECT = frozenset(
     {
-        *("source", "samples", "seq_len", "text_field", "bos"),  # the tokens themselves count
+        *("source", "samples", "seq_len", "text_field", "bos", "pair_fields", "span_corruption"),  # the tokens count
         *("revision", "trust_remote_code"),  # the files of the model do
         *("offload", "work"),  # where something is kept
         "least_prunable",  # whether a model is refused
@@ -50,14 +51,14 @@ WITHOUT_EFFECT = frozenset(
 """Fields of what was asked for that cannot change a finished block by themselves, or that count otherwise."""
 
 
-def fingerprint(loaded: LoadedModel, data: TokenSet | Sequence[Batch], request: Request) -> Fingerprint:
+def fingerprint(loaded: LoadedModel, data: CalibrationData, request: Request) -> Fingerprint:
     """Return the fingerprint of a run that is about to start.
 
     Every field of what was asked for is in it but those of `WITHOUT_EFFECT` and what is measured before and after.
 
     Args:
         loaded: the dense model.
-        data: calibration tokens or batches.
+        data: calibration tokens, pairs or batches.
         request: what is asked for.
     """
     settings, device = request.settings, request.placement.target
@@ -146,8 +147,8 @@ def _hash_tensors(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _calibration(data: TokenSet | Sequence[Batch]) -> str:
-    if isinstance(data, TokenSet):
+def _calibration(data: CalibrationData) -> str:
+    if isinstance(data, TokenSet | PairSet):
         return data.sha256
     digest = hashlib.sha256()
     for batch in data:

@@ -52,6 +52,13 @@ class Manifest:
             write_file(state / MANIFEST, [text.encode()], "manifest")
 
 
+class _Cut(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    how: str
+    encoder: int
+    before: int
+    after: int
+
+
 class _TokenFacts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     source: str
     sha256: str
@@ -60,6 +67,7 @@ class _TokenFacts(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     revision: str = ""
     bos: str = ""
     lead: int = 0
+    cut: _Cut | None = None
 
 
 class _Tokens(Struct, frozen=True, kw_only=True):

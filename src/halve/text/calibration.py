@@ -5,16 +5,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from halve.checkpoint.load import LoadedModel
+from halve.checkpoint.load import LoadedModel, load_feature_extractor
 from halve.checks import check_count
 from halve.errors import InputError
 from halve.model.blocks import Batch
-from halve.option_groups import option
+from halve.option_groups import OptionError, option
 from halve.text import tokens
-from halve.text.documents import is_on_hub, open_corpus
+from halve.text.audio import audio_pairs
+from halve.text.documents import is_on_hub, open_corpus, read_pairs
 from halve.text.generation import Listen
+from halve.text.halves import Frames, Halves, calibration_halves, shift_right
+from halve.text.limits import (
+    AUDIO,
+    DECODER,
+    ENCODER,
+    check_fits,
+    check_length,
+    is_encoder_decoder,
+    longest,
+    longest_side,
+    refuse_unread,
+)
+from halve.text.pairs import FED, IDS, PairSet, text_pairs
+from halve.text.span_corruption import Spans
 from halve.text.special_tokens import check_bos
 from halve.text.tokens import TokenSet
 
@@ -27,6 +43,8 @@ STEP_TOKENS = 512
 
 CalibrationSource = str | Path | TokenSet | Tensor | Sequence[Batch] | None
 """A file, directory, ``c4``, ``wikitext2`` or ``self`` (None); tokens (samples, seq_len); or ready batches."""
+CalibrationData = TokenSet | PairSet | Sequence[Batch]
+"""What a source comes to, for one model."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +55,18 @@ class Calibration:
         source: text: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a directory of them, ``c4``, ``wikitext2``, or
             ``self``, which lets the model write. In Python also tokens (samples, seq_len), or ready batches.
         samples: number of sequences.
-        seq_len: tokens in each; 2048, or the model's maximum if that is less, where nobody says.
+        seq_len: tokens in each; 2048, or the model's maximum if that is less, where nobody says. For an
+            encoder-decoder, those on both sides together, or with pair_fields on each side at most.
         seed: of the choice among documents; a ``.txt`` file is one document, and read from its start.
         text_field: name of the text in ``.jsonl`` and ``.parquet`` files.
         bos: which sequences of text begin with BOS: ``auto``, where the tokenizer itself puts it before text, or
             ``always``, every one; ``never``, none; ``once``, only the beginning of a text that perplexity is measured
             on, as for the tables in the literature.
+        pair_fields: for encoder-decoders, the two fields of ``.jsonl`` and ``.parquet`` files that hold what is read
+            and what is to be said of it: ``source,target``, or ``audio,text`` with paths of ``.wav`` files. Without
+            it, text is cut: the first half of each sequence is read, the second is to be said.
+        span_corruption: for T5 and its like, mask spans of the text instead of cutting it in halves, as in their
+            training.
     """
 
     source: CalibrationSource = option(None, name="calibration")
@@ -51,6 +75,26 @@ class Calibration:
     seed: int = 0
     text_field: str = option("text", shared=True)
     bos: str = option("auto", shared=True)
+    pair_fields: str | Sequence[str] | None = None
+    span_corruption: bool = False
+
+    @property
+    def fields(self) -> tuple[str, str] | None:
+        """The two fields of pairs; None where text is cut.
+
+        Raises:
+            InputError: they are not two names.
+        """
+        if self.pair_fields is None:
+            return None
+        given = self.pair_fields.split(",") if isinstance(self.pair_fields, str) else list(self.pair_fields)
+        names = [name.strip() for name in given if isinstance(name, str)]
+        if len(given) != 2 or len(set(names)) != 2 or not all(names):
+            raise InputError(
+                f"pair_fields = {self.pair_fields!r} does not name two fields: give the one that is read and the one "
+                "that is to be said, such as 'source,target'"
+            )
+        return names[0], names[1]
 
     @property
     def is_self_written(self) -> bool:
@@ -67,7 +111,7 @@ class Calibration:
         """How the tokens are asked for, as plain JSON values: the same words name the same tokens."""
         source = str(self.source) if isinstance(self.source, str | Path) else None
         counts = {"samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
-        return {"source": source, **counts, "bos": self.bos}
+        return {"source": source, **counts, "bos": self.bos, "span_corruption": self.span_corruption}
 
     @property
     def length(self) -> int | None:
@@ -83,6 +127,7 @@ class Calibration:
             InputError: there is no such text, or a setting is not usable.
         """
         check_bos(self.bos)
+        self._check_pairs()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InputError(f"seed must be a whole number, got {self.seed!r}")
         if self.source is None or isinstance(self.source, str | Path):
@@ -91,11 +136,49 @@ class Calibration:
                 check_count("seq_len", self.seq_len)
         if not isinstance(self.source, str | Path) or self.is_self_written:
             return
-        if isinstance(self.source, Path) or not is_on_hub(self.source):
+        if self.fields is not None:
+            next(read_pairs(self.source, self.fields), None)
+        elif isinstance(self.source, Path) or not is_on_hub(self.source):
             open_corpus(self.source, use="calibration", text_field=self.text_field)
 
-    def data(self, loaded: LoadedModel, listen: Listen | None = None) -> TokenSet | list[Batch]:
-        """Turn the source into tokens for a model; ready batches pass through.
+    def _check_pairs(self) -> None:
+        fields = self.fields
+        named = isinstance(self.source, str | Path) and not self.is_self_written
+        if self.span_corruption and fields is not None:
+            raise OptionError("{} is for pairs, {} for plain text: give one of them", "pair_fields", "span_corruption")
+        if self.span_corruption and not named:
+            raise OptionError("{} masks text, and {} names none: give a text", "span_corruption", "calibration")
+        if fields is None:
+            return
+        if not named or (isinstance(self.source, str) and is_on_hub(self.source)):
+            raise OptionError(
+                "{} are of a .jsonl or .parquet file, and {} names none: give one", "pair_fields", "calibration"
+            )
+        if self.bos != "auto":
+            raise OptionError(
+                "{} is for text that is cut into sequences, and {} has each side as its tokenizer puts it: leave one "
+                "out",
+                "bos",
+                "pair_fields",
+            )
+
+    def refuse_own_text(self, name: str) -> None:
+        """Refuse an encoder-decoder that is to write its own text: what it writes is an answer to something.
+
+        Args:
+            name: of the model.
+
+        Raises:
+            InputError: nothing else is to be its calibration data.
+        """
+        if self.is_self_written:
+            raise InputError(
+                f"{name} is an encoder-decoder, which cannot write its own calibration text: give calibration, a text "
+                "that is cut in two, or a .jsonl file of pairs with its two fields as pair_fields"
+            )
+
+    def data(self, loaded: LoadedModel, listen: Listen | None = None) -> TokenSet | PairSet | list[Batch]:
+        """Turn the source into tokens or pairs for a model; ready batches pass through.
 
         Args:
             loaded: the model, and its tokenizer.
@@ -107,11 +190,12 @@ class Calibration:
         """
         if isinstance(self.source, Tensor | TokenSet):
             found = _token_set(self.source)
-            tokens.check_vocabulary(found.ids, loaded.model, found.source)
-            tokens.check_length(found.seq_len, loaded.model)
+            check_fits(found, loaded.model)
             return found
         if self.source is not None and not isinstance(self.source, str | Path):
             return _checked_batches(self.source)
+        if self.fields is not None:
+            return self._pairs(loaded, self.fields)
         return self.text_tokens(loaded, listen)
 
     def text_tokens(self, loaded: LoadedModel, listen: Listen | None = None) -> TokenSet:
@@ -127,16 +211,16 @@ class Calibration:
         """
         if self.source is not None and not isinstance(self.source, str | Path):
             raise InputError("calibration must name a text here, not hand over tokens or batches")
-        if loaded.tokenizer is None:
-            raise InputError(
-                "the model has no tokenizer, so text cannot be used: put its tokenizer files beside it, or in Python "
-                "give tokenizer, or tokens as calibration"
-            )
+        tokenizer = _tokenizer(loaded)
         seq_len = default_length(loaded) if self.seq_len is None else self.seq_len
-        tokens.check_length(seq_len, loaded.model)
+        if is_encoder_decoder(loaded.model):
+            return self._cut(loaded.model, tokenizer, seq_len)
+        if self.span_corruption:
+            raise _no_encoder_decoder("span_corruption", loaded)
+        check_length(seq_len, loaded.model)
         return tokens.calibration_tokens(
             tokens.SELF if self.source is None else self.source,
-            loaded.tokenizer,
+            tokenizer,
             samples=self.samples,
             seq_len=seq_len,
             seed=self.seed,
@@ -145,6 +229,59 @@ class Calibration:
             model=loaded.model,
             listen=listen,
         )
+
+    def _cut(self, model: nn.Module, tokenizer: Any, seq_len: int) -> TokenSet:
+        """Share out text between the two sides of an encoder-decoder."""
+        self.refuse_own_text(type(model).__name__)
+        if self.source is None or not isinstance(self.source, str | Path):
+            raise InputError("calibration must name a text here, not hand over tokens or batches")
+        refuse_unread(model, "a text cannot calibrate it")
+        frames = Frames.of(tokenizer, model, self.bos)
+        recipe = Spans.of(frames, tokenizer, seq_len, self.seed) if self.span_corruption else Halves(frames, seq_len)
+        return calibration_halves(
+            self.source,
+            tokenizer,
+            model,
+            recipe,
+            frames,
+            samples=self.samples,
+            seq_len=seq_len,
+            seed=self.seed,
+            text_field=self.text_field,
+        )
+
+    def _pairs(self, loaded: LoadedModel, fields: tuple[str, str]) -> PairSet:
+        """Read pairs for an encoder-decoder: of texts, or of audio and text."""
+        model, tokenizer = loaded.model, _tokenizer(loaded)
+        if not is_encoder_decoder(model):
+            raise _no_encoder_decoder("pair_fields", loaded)
+        if not isinstance(self.source, str | Path):
+            raise InputError("pair_fields are of a file, and calibration names none: give one")
+        counts: dict[str, Any] = {"samples": self.samples, "seq_len": self.seq_len, "seed": self.seed}
+        if model.main_input_name not in AUDIO:
+            refuse_unread(model, "pairs of texts cannot calibrate it")
+            return text_pairs(self.source, fields, tokenizer, model, **counts)
+        if loaded.source is None:
+            raise InputError(
+                "a model in memory has no feature extractor, so wave files cannot be used: give the checkpoint's "
+                f"directory, or batches with {model.main_input_name} and decoder_input_ids"
+            )
+        extractor = load_feature_extractor(loaded.source)
+        return audio_pairs(self.source, fields, extractor, tokenizer, model, **counts)
+
+
+def _tokenizer(loaded: LoadedModel) -> Any:
+    if loaded.tokenizer is None:
+        raise InputError(
+            "the model has no tokenizer, so text cannot be used: put its tokenizer files beside it, or in Python "
+            "give tokenizer, or tokens as calibration"
+        )
+    return loaded.tokenizer
+
+
+def _no_encoder_decoder(option_name: str, loaded: LoadedModel) -> OptionError:
+    name = type(loaded.model).__name__
+    return OptionError(f"{{}} is for encoder-decoders, and {name} is none: leave it out", option_name)
 
 
 def _token_set(source: Tensor | TokenSet) -> TokenSet:
@@ -159,14 +296,41 @@ def _token_set(source: Tensor | TokenSet) -> TokenSet:
 
 
 def default_length(loaded: LoadedModel) -> int:
-    """Return the length of calibration sequences where none is asked for: 2048, or the model's maximum if less."""
-    return min(DEFAULT_SEQ_LEN, tokens.longest(loaded.model) or DEFAULT_SEQ_LEN)
+    """Return the length of calibration sequences where none is asked for: 2048, or the model's maximum if less.
+
+    The two sides of an encoder-decoder have half of it each, so that its maximum is twice that of the shorter one. T5
+    has none, and is given no more than it was trained with.
+    """
+    if not is_encoder_decoder(loaded.model):
+        return min(DEFAULT_SEQ_LEN, longest(loaded.model) or DEFAULT_SEQ_LEN)
+    limits = [longest_side(loaded.model, side) for side in (ENCODER, DECODER)]
+    trained = getattr(loaded.model.config, "n_positions", None)
+    return min([DEFAULT_SEQ_LEN, *(2 * limit for limit in (*limits, trained) if isinstance(limit, int))])
 
 
 def token_batches(ids: Tensor, most: int = BATCH_TOKENS) -> list[Batch]:
     """Cut token ids (samples, seq_len) into batches of at most ``most`` tokens (at least one sequence)."""
     rows = max(1, most // ids.shape[1])
     return [{"input_ids": ids[start : start + rows]} for start in range(0, len(ids), rows)]
+
+
+def calibration_batches(data: CalibrationData, model: nn.Module, most: int = BATCH_TOKENS) -> Sequence[Batch]:
+    """Turn calibration data into batches for the model's forward.
+
+    Args:
+        data: tokens or pairs; ready batches pass through.
+        model: the model.
+        most: tokens that a batch holds at most (at least one sequence or pair).
+    """
+    if isinstance(data, PairSet):
+        return data.batches(model, most)
+    if not isinstance(data, TokenSet):
+        return data
+    if data.cut is None:
+        return token_batches(data.ids, most)
+    rows = max(1, most // data.seq_len)
+    parts = zip(torch.split(data.encoder_ids, rows), torch.split(data.labels, rows), strict=True)
+    return [{IDS: read, FED: shift_right(model, labels)} for read, labels in parts]
 
 
 def _checked_batches(batches: Sequence[Batch]) -> list[Batch]:
@@ -182,9 +346,20 @@ def _checked_batches(batches: Sequence[Batch]) -> list[Batch]:
     return [dict(batch) for batch in batches]
 
 
-def calibration_record(data: TokenSet | Sequence[Batch]) -> dict[str, Any]:
+def calibration_record(data: CalibrationData) -> dict[str, Any]:
     """Return what a report says of calibration data, as plain JSON values."""
+    if isinstance(data, PairSet):
+        return {
+            "source": data.source,
+            "samples": data.samples,
+            "seq_len": data.seq_len,
+            "pairs": f"fields {' and '.join(data.fields)}",
+            "encoder_tokens": data.encoder_tokens,
+            "decoder_tokens": data.decoder_tokens,
+            "sha256": data.sha256,
+        }
     if isinstance(data, TokenSet):
+        sides = {"encoder_tokens": data.encoder_ids.numel(), "decoder_tokens": data.labels.numel()}
         return {
             "source": data.source,
             "samples": data.samples,
@@ -196,5 +371,6 @@ def calibration_record(data: TokenSet | Sequence[Batch]) -> dict[str, Any]:
             "bos": data.bos,
             "bos_ids": data.bos_ids,
             "sha256": data.sha256,
+            **({} if data.cut is None else {"pairs": data.cut.how, **sides}),
         }
     return {"source": "batches" if data else "none", "batches": len(data)}

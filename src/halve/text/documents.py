@@ -4,16 +4,35 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from halve.errors import InputError
 
 Document = str | Path
 """One text: the text itself, or the path of a ``.txt`` file, which is read piece by piece when its turn comes."""
+
+
+class Pair(NamedTuple):
+    """Two texts that belong together, of two fields of one line or row.
+
+    Attributes:
+        first: what is read, or the path of what is heard.
+        second: what is to be said of it.
+        where: both stand, for messages.
+        folder: of the file, that a path in it is relative to.
+    """
+
+    first: str
+    second: str
+    where: str
+    folder: Path
+
+
+Entry = TypeVar("Entry", Document, Pair)
 
 _PIECE = 2**20  # characters of a .txt read at once
 _ARTICLE = re.compile(r" = [^=].* = \n?")  # a WikiText line that starts an article
@@ -90,6 +109,41 @@ def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"]
     return Corpus(str(source), partial(_read_files, files, text_field), joined=joined, local=True)
 
 
+def read_pairs(source: str | Path, fields: tuple[str, str]) -> Iterator[Pair]:
+    """Yield the pairs of a ``.jsonl`` or ``.parquet`` file, or of a directory of those, in order.
+
+    Args:
+        source: the file or directory.
+        fields: names of the key or column of the first and of the second text.
+
+    Raises:
+        InputError: there is no such file, it is of another kind, or a field is missing or empty: file, line and field
+            are named.
+    """
+    for file in _pair_files(source):
+        if file.suffix.lower() == ".parquet":
+            rows = _parquet_rows(file, fields)
+        else:
+            records = _jsonl_records(file, fields[0])
+            rows = ((where, tuple(_field(record, field, where) for field in fields)) for where, record in records)
+        for where, texts in rows:
+            for field, text in zip(fields, texts, strict=True):
+                if not text.strip():
+                    raise InputError(f"{where} has an empty field {field!r}: remove it from the file, or fill it in")
+            yield Pair(texts[0], texts[1], where, file.parent)
+
+
+def _pair_files(source: str | Path) -> list[Path]:
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"text source {str(source)!r} does not exist: give a file of pairs, .jsonl or .parquet")
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [file for file in files if file.suffix.lower() in _PAIR_SUFFIXES and file.is_file()]
+    if not found:
+        raise InputError(f"{path} holds no pairs: pair_fields needs {' or '.join(_PAIR_SUFFIXES)}, or a directory")
+    return found
+
+
 def pieces(document: Document) -> Iterator[str]:
     """Yield the text of a document, in pieces if it is a file; line ends stay as they are.
 
@@ -110,27 +164,34 @@ def pieces(document: Document) -> Iterator[str]:
 
 
 def shuffled(
-    documents: Iterable[Document], seed: int, *, max_documents: int, max_characters: int = 2**28
-) -> Iterator[Document]:
-    """Yield the documents in a random order that depends only on their order and the seed.
+    documents: Iterable[Entry], seed: int, *, max_documents: int, max_characters: int = 2**28
+) -> Iterator[Entry]:
+    """Yield documents, or pairs of texts, in a random order that depends only on their order and the seed.
 
     At most ``max_documents`` documents and about ``max_characters`` characters are held. A source within both limits is
     shuffled as a whole; of a longer one, every document yielded is drawn from a buffer of that size.
     """
     rng = random.Random(seed)  # noqa: S311 - a reproducible order, not a secret
-    buffer: list[Document] = []
+    buffer: list[Entry] = []
     held = 0
     for document in documents:
         buffer.append(document)
-        held += len(document) if isinstance(document, str) else 0
+        held += _characters(document)
         while len(buffer) > max_documents or held > max_characters:
             chosen = rng.randrange(len(buffer))
             buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
             drawn = buffer.pop()
-            held -= len(drawn) if isinstance(drawn, str) else 0
+            held -= _characters(drawn)
             yield drawn
     rng.shuffle(buffer)
     yield from buffer
+
+
+def _characters(entry: "Document | Pair") -> int:
+    """Return how many characters of text are held with an entry."""
+    if isinstance(entry, Pair):
+        return len(entry.first) + len(entry.second)
+    return len(entry) if isinstance(entry, str) else 0
 
 
 def _read_files(files: list[Path], field: str) -> Iterator[Document]:
@@ -143,22 +204,32 @@ def _read_txt(file: Path, _field: str) -> Iterator[Document]:
 
 
 def _read_jsonl(file: Path, field: str) -> Iterator[Document]:
+    for where, record in _jsonl_records(file, field):
+        yield _field(record, field, where)
+
+
+def _jsonl_records(file: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Yield what every line of a file holds, and where that is; ``field`` is one that a line should have."""
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield _jsonl_text(line, field, f"{file}, line {number},")
+                    where = f"{file}, line {number},"
+                    yield where, _jsonl_record(line, field, where)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error}") from error
 
 
-def _jsonl_text(line: bytes, field: str, where: str) -> str:
+def _jsonl_record(line: bytes, field: str, where: str) -> Any:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text: convert the file first") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: expected one object a line, like {{{field!r}: ...}}") from error
+
+
+def _field(record: Any, field: str, where: str) -> str:
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f"{where} has no text in a field {field!r}: name the field that holds it")
@@ -168,6 +239,12 @@ def _jsonl_text(line: bytes, field: str, where: str) -> str:
 
 
 def _read_parquet(file: Path, field: str) -> Iterator[Document]:
+    for _, (text,) in _parquet_rows(file, [field]):
+        yield text
+
+
+def _parquet_rows(file: Path, fields: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield the texts of some columns of every row, and where that is."""
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -175,19 +252,23 @@ def _read_parquet(file: Path, field: str) -> Iterator[Document]:
         raise InputError(f"reading {file} needs pyarrow: pip install 'halve[data]', or give .jsonl") from error
     try:
         with parquet.ParquetFile(file) as table:
-            if field not in table.schema_arrow.names:
+            if absent := next((field for field in fields if field not in table.schema_arrow.names), None):
                 names = ", ".join(table.schema_arrow.names)
-                raise InputError(f"{file} has no column {field!r}: name the one that holds the text, of {names}")
-            batches = table.iter_batches(batch_size=256, columns=[field])
-            rows = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for number, text in enumerate(rows, start=1):
-                if not isinstance(text, str):
-                    raise InputError(f"{file}, row {number}, has no text in column {field!r}: remove the row")
-                yield text
+                raise InputError(f"{file} has no column {absent!r}: name the one that holds the text, of {names}")
+            batches = table.iter_batches(batch_size=256, columns=list(fields))
+            rows = itertools.chain.from_iterable(
+                zip(*(batch.column(field).to_pylist() for field in fields), strict=True) for batch in batches
+            )
+            for number, texts in enumerate(rows, start=1):
+                for field, text in zip(fields, texts, strict=True):
+                    if not isinstance(text, str):
+                        raise InputError(f"{file}, row {number}, has no text in column {field!r}: remove the row")
+                yield f"{file}, row {number},", texts
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{file} is not a readable Parquet file: {error}") from error
 
 
+_PAIR_SUFFIXES = (".jsonl", ".parquet")
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 

@@ -1,7 +1,7 @@
 """What a tokenizer puts before text by itself, and which sequences are to begin with it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halve.errors import InputError
 
@@ -85,18 +85,24 @@ def put_before_text(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     return put_around_text(tokenizer)[0]
 
 
-def put_around_text(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
+def put_around_text(
+    tokenizer: "PreTrainedTokenizerBase", *, target: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids that a tokenizer puts before text, and those that it puts after text, where nobody says.
 
     That it has a BOS token says nothing: GPT-2's and Qwen's tokenizers have one, or none, and put nothing there, and
     BERT's puts another. So a short text is tokenised with and without special tokens.
 
+    Args:
+        tokenizer: of the model.
+        target: around what a decoder is to say, which translation models mark otherwise than what they read.
+
     Raises:
         InputError: it cannot be told, since the tokens of the text are not the same in both, or there are none.
     """
     for probe in _PROBES:
-        (text,) = encode(tokenizer, [probe])
-        (whole,) = encode(tokenizer, [probe], add_special_tokens=True)
+        (text,) = encode(tokenizer, [probe], target=target)
+        (whole,) = encode(tokenizer, [probe], add_special_tokens=True, target=target)
         if not text:  # it drops what it does not know
             continue
         for start in range(len(whole) - len(text) + 1):
@@ -110,14 +116,32 @@ def put_around_text(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ..
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, add_special_tokens: bool = False
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    *,
+    add_special_tokens: bool = False,
+    target: bool = False,
+    longest: int | None = None,
 ) -> list[list[int]]:
-    """Tokenise whole texts, however long they are, by default without special tokens."""
+    """Tokenise texts.
+
+    Args:
+        tokenizer: of the model.
+        texts: as many as wanted.
+        add_special_tokens: whether to put around each what the tokenizer puts there.
+        target: as what a decoder is to say (`put_around_text`).
+        longest: tokens to cut each down to, special ones among them; None takes all, however long.
+    """
     if not texts:
         return []
+    cutting: dict[str, Any] = {"truncation": False} if longest is None else {"truncation": True, "max_length": longest}
     # verbose=False: long text is the point here, and no sequence of this length reaches the model.
     encoded = tokenizer(
-        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, truncation=False, verbose=False
+        **{"text_target" if target else "text": texts},
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        verbose=False,
+        **cutting,
     )
     ids: list[list[int]] = encoded["input_ids"]
     return ids

@@ -1,35 +1,52 @@
 """Calibration and evaluation text to tokens: packed samples, evaluation windows, text the model itself writes."""
 
 import hashlib
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from halve.checks import check_count
 from halve.errors import InputError
-from halve.text.documents import Corpus, Document, open_corpus, pieces, shuffled
-from halve.text.generation import Listen, sample_text, text_config
-from halve.text.special_tokens import EACH, NONE, begin_sequences, check_bos, encode
+from halve.text.documents import Corpus, open_corpus
+from halve.text.generation import Listen, sample_text
+from halve.text.limits import check_length, check_vocabulary
+from halve.text.packing import (
+    WINDOW_SEPARATOR,
+    Surroundings,
+    check_room,
+    packed,
+    separator_of,
+    surrounded,
+    windows,
+)
+from halve.text.special_tokens import EACH, NONE, begin_sequences, check_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SELF = "self"
 """The source name for text sampled from the model itself."""
-C4_WINDOWS = 256
-"""Windows evaluated on C4 when no number is given; its validation split holds some 100 million tokens."""
 
-_LOCAL_SHUFFLE = 200_000  # documents held for shuffling
-_HUB_SHUFFLE = 10_000  # fewer, because each one is downloaded first
-_BATCH = 64  # documents tokenised in one call
-_LONG = 2**16  # characters from which a document is tokenised alone, and only as far as needed
-_MARGIN = 1024  # tokens dropped before an artificial end of text, where they may differ
-_CHARACTERS_PER_TOKEN = 5
+
+@dataclass(frozen=True)
+class Cut:
+    """How each sequence is shared out between the two sides of an encoder-decoder.
+
+    Attributes:
+        how: ``halves``, or ``span corruption``.
+        encoder: its first tokens, which the encoder reads; the others are the decoder's labels: what it is to say.
+        before: labels before the text, that the tokenizer puts there.
+        after: labels after the text, likewise.
+    """
+
+    how: str
+    encoder: int
+    before: int = 0
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,7 @@ class TokenSet:
         bos: which sequences begin with BOS, or what the tokenizer puts before text in its place: ``each``, ``once``
             (the first alone) or ``none``; empty where that is not known, as of tokens that were given.
         lead: how many tokens stand before the text in every sequence; their losses are no part of a perplexity.
+        cut: what of each sequence the encoder reads and what the decoder is to say; None for any other model.
     """
 
     ids: Tensor = field(compare=False, repr=False)
@@ -56,6 +74,17 @@ class TokenSet:
     revision: str = ""
     bos: str = ""
     lead: int = 0
+    cut: Cut | None = None
+
+    @property
+    def encoder_ids(self) -> Tensor:
+        """What the encoder reads, (samples, tokens); all there is where nothing is cut."""
+        return self.ids if self.cut is None else self.ids[:, : self.cut.encoder]
+
+    @property
+    def labels(self) -> Tensor:
+        """What the decoder is to say, (samples, tokens), none where nothing is cut."""
+        return self.ids[:, self.seq_len if self.cut is None else self.cut.encoder :]
 
     @property
     def samples(self) -> int:
@@ -137,20 +166,21 @@ def calibration_tokens(
         vocabulary = len(tokenizer)
         generator = torch.Generator().manual_seed(seed)
         lead = _begin_own_text(tokenizer, bos)
-        _check_room(seq_len, lead)
+        check_room(seq_len, Surroundings(lead))
         first = torch.tensor([lead]).expand(samples, -1) if lead else _ordinary(tokenizer, samples, generator)
         check_vocabulary(first, model, SELF)
         ids = sample_text(model, first, seq_len, vocabulary, generator, listen)
         return TokenSet(ids, SELF, hash_ids(ids), samples, bos=EACH if lead else NONE, lead=len(lead))
     corpus = open_corpus(source, use="calibration", text_field=text_field)
     lead = begin_sequences(tokenizer, bos).of_each
-    _check_room(seq_len, lead)
-    ids, documents = _pack(corpus, tokenizer, samples, seq_len, seed, lead)
+    text, documents = packed(corpus, tokenizer, samples, seq_len, seed, Surroundings(lead))
+    ids = surrounded(text, lead)
     if model is not None:
         check_vocabulary(ids, model, corpus.name)
-    separator = "" if tokenizer.eos_token_id is None else str(tokenizer.eos_token)
     where = EACH if lead else NONE
-    return TokenSet(ids, corpus.name, hash_ids(ids), documents, separator, corpus.revision, where, len(lead))
+    return TokenSet(
+        ids, corpus.name, hash_ids(ids), documents, separator_of(tokenizer), corpus.revision, where, len(lead)
+    )
 
 
 def evaluation_tokens(
@@ -184,28 +214,12 @@ def evaluation_tokens(
         InputError: an argument or a file is not usable, or the text is shorter than one window.
     """
     corpus = evaluation_corpus(source, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos)
-    if max_windows is None and source == "c4":
-        max_windows = C4_WINDOWS
     begin = begin_sequences(tokenizer, bos)
     lead = begin.of_each
-    _check_room(seq_len, lead)
-    reading = _Joined(corpus.documents(), "\n\n")
-    room = seq_len - len(lead)  # for text
-    found = _encode_start(tokenizer, reading, max_windows and max_windows * room + len(lead))
-    found = [*begin.of_text, *_without(lead, found)]
-    windows = len(found) // room
-    if not windows:
-        _refuse_empty(reading.characters, corpus.name)
-        raise InputError(
-            f"source {corpus.name!r} has {len(found)} tokens, fewer than one window of seq_len = {seq_len}"
-            f"{_beside(lead)}: give more text or a smaller seq_len"
-        )
-    windows = min(windows, max_windows or windows)
-    ids = _rows(found, windows, seq_len, lead)
-    separator = "\n\n" if corpus.joined else ""
-    return TokenSet(
-        ids, corpus.name, hash_ids(ids), reading.documents, separator, corpus.revision, begin.where, len(lead)
-    )
+    text, documents = windows(corpus, tokenizer, max_windows, seq_len, Surroundings(lead), begin.of_text)
+    ids = surrounded(text, lead)
+    separator = WINDOW_SEPARATOR if corpus.joined else ""
+    return TokenSet(ids, corpus.name, hash_ids(ids), documents, separator, corpus.revision, begin.where, len(lead))
 
 
 def evaluation_corpus(
@@ -246,158 +260,6 @@ def check_texts(
         check_count("seq_len", seq_len)
     for source in sources:
         evaluation_corpus(source, seq_len=seq_len or 2, max_windows=max_windows, text_field=text_field, bos=bos)
-
-
-def check_vocabulary(ids: Tensor, model: nn.Module, source: str) -> None:
-    """Refuse token ids that have no row in the model's input embedding, which would crash or read garbage.
-
-    Raises:
-        InputError: an id of ``ids`` (any shape) is negative or too large.
-    """
-    get_embedding: Any = getattr(model, "get_input_embeddings", None)
-    size = getattr(get_embedding and get_embedding(), "num_embeddings", None)
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (isinstance(size, int) and high >= size):
-        raise InputError(
-            f"tokens of {source!r} hold the id {low if low < 0 else high}, but the model's vocabulary has {size} "
-            "entries: use the tokenizer that belongs to the model"
-        )
-
-
-def longest(model: nn.Module) -> int | None:
-    """Return ``max_position_embeddings`` of a model's configuration, None if it has no such limit."""
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def check_length(seq_len: int, model: nn.Module) -> None:
-    """Refuse sequences longer than the model was built for.
-
-    Raises:
-        InputError: ``seq_len`` exceeds ``max_position_embeddings`` of the model's configuration, if it has one.
-    """
-    limit = longest(model)
-    if limit is not None and seq_len > limit:
-        raise InputError(f"seq_len = {seq_len} exceeds the model's max_position_embeddings = {limit}: lower seq_len")
-
-
-def _refuse_empty(characters: int, name: str) -> None:
-    if not characters:
-        raise InputError(f"source {name!r} holds no text: give a file that is not empty")
-
-
-def _check_room(seq_len: int, lead: Sequence[int]) -> None:
-    if seq_len <= len(lead):
-        raise InputError(
-            f"seq_len = {seq_len} leaves no room for text beside BOS: give at least {len(lead) + 1}, or bos = 'never'"
-        )
-
-
-def _beside(lead: Sequence[int]) -> str:
-    return " holds beside BOS" if lead else ""
-
-
-def _without(lead: Sequence[int], ids: list[int]) -> list[int]:
-    """Drop what sequences begin with where the text has it itself, as chats that were written out do: never twice."""
-    return ids[len(lead) :] if ids[: len(lead)] == list(lead) else ids
-
-
-def _rows(ids: list[int], rows: int, seq_len: int, lead: Sequence[int]) -> Tensor:
-    """Cut the first of ids into (rows, seq_len), each row after ``lead``."""
-    room = seq_len - len(lead)
-    text = torch.tensor(ids[: rows * room]).reshape(rows, room)
-    return torch.cat((torch.tensor(lead, dtype=text.dtype).expand(rows, -1), text), dim=1)
-
-
-def _encode_start(tokenizer: "PreTrainedTokenizerBase", text: Iterable[str], needed: int | None) -> list[int]:
-    """Tokenise text in pieces, without special tokens: all of it, or ``needed`` tokens or more and no further."""
-    reading = iter(text)
-    read: list[str] = []
-    length = 0
-    characters = math.inf if needed is None else _CHARACTERS_PER_TOKEN * (needed + _MARGIN)
-    while True:
-        while length <= characters and (piece := next(reading, None)) is not None:
-            read.append(piece)
-            length += len(piece)
-        read = ["".join(read)]
-        whole = length <= characters
-        start = read[0] if whole else read[0][: int(characters)]
-        (ids,) = encode(tokenizer, [start])
-        if whole or needed is None:
-            return ids
-        if len(ids) >= needed + _MARGIN:
-            return ids[:needed]
-        characters *= 2
-
-
-class _Joined:
-    """The documents as one text in pieces, counting what is read."""
-
-    def __init__(self, documents: Iterable[Document], separator: str) -> None:
-        self.source = documents
-        self.separator = separator
-        self.documents = 0
-        self.characters = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for document in self.source:
-            if self.documents:
-                yield self.separator
-            self.documents += 1
-            for piece in pieces(document):
-                self.characters += len(piece)
-                yield piece
-
-
-def _pack(
-    corpus: Corpus,
-    tokenizer: "PreTrainedTokenizerBase",
-    samples: int,
-    seq_len: int,
-    seed: int,
-    lead: Sequence[int],
-) -> tuple[Tensor, int]:
-    """Return ids (samples, seq_len), each sequence after ``lead``, and the number of documents they come from."""
-    room = seq_len - len(lead)  # for text
-    needed = samples * room
-    ids: list[int] = []
-    used = 0
-    shuffle = shuffled(corpus.documents(), seed, max_documents=_LOCAL_SHUFFLE if corpus.local else _HUB_SHUFFLE)
-    for document in _encode_documents(shuffle, tokenizer, needed + len(lead)):
-        if not document:
-            continue
-        if ids and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        ids += document if ids else _without(lead, document)
-        used += 1
-        if len(ids) >= needed:
-            return _rows(ids, samples, seq_len, lead), used
-    _refuse_empty(len(ids), corpus.name)
-    fit, longest_one = len(ids) // room, len(ids) + len(lead)
-    remedy = (
-        f"samples = {fit} is the most that fits" if fit else f"not even one sample fits; seq_len <= {longest_one} would"
-    )
-    raise InputError(
-        f"source {corpus.name!r} has {len(ids)} tokens, but samples = {samples} of seq_len = {seq_len} need {needed}"
-        f"{' beside BOS' if lead else ''}: give more text, or fewer samples ({remedy})"
-    )
-
-
-def _encode_documents(
-    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", needed: int
-) -> Iterator[list[int]]:
-    """Tokenise documents without special tokens, in batches; of a long one, at least ``needed`` tokens."""
-    batch: list[str] = []
-    for document in documents:
-        if isinstance(document, str) and len(document) <= _LONG:
-            batch.append(document)
-            if len(batch) < _BATCH:
-                continue
-        yield from encode(tokenizer, batch)
-        batch = []
-        if isinstance(document, Path) or len(document) > _LONG:
-            yield _encode_start(tokenizer, pieces(document), needed)
-    yield from encode(tokenizer, batch)
 
 
 def _begin_own_text(tokenizer: "PreTrainedTokenizerBase", bos: str) -> tuple[int, ...]:
