@@ -131,7 +131,7 @@ def test_the_summary_names_the_worst_of_every_kind(width):
 )
 def test_the_worst_block_is_named_by_its_stack_where_there_are_several(names, worst):
     table = summary_table(SimpleNamespace(matrices=[matrix(names[0], 0.2), matrix(names[1], 0.1)]))
-    (row,) = [line for line in printed(table, 120).splitlines() if "0.1500" in line]
+    (row,) = [line for line in printed(table, 120).splitlines() if "0.2000" in line]
     assert row.split("│")[5].strip() == worst
 
 

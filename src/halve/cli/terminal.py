@@ -77,19 +77,23 @@ def _scores(row: "Row", first: "Row") -> list[str]:
 
 def summary_table(report: "RunReport") -> Table:
     """Return what became of every kind of matrix (`halve.run.events.RunReport`): how many, their losses, the worst."""
-    from halve.model.plan import place_of
+    from halve.model.plan import part_of, places_of
 
     numbers = ("count", "mean loss", "worst loss", "worst in", "fell back")
     table = Table(
         Column("matrices", overflow="fold"), *[Column(name, justify="right", no_wrap=True) for name in numbers]
     )
     kinds: dict[str, list[MatrixReport]] = {}
+    names = [matrix.name for matrix in report.matrices]
+    places = places_of(names)
     for matrix in report.matrices:
-        kinds.setdefault(place_of(matrix.name)[1], []).append(matrix)
-    several = len({_stack_and_block(matrix)[0] for matrix in report.matrices}) > 1
+        kinds.setdefault(places[matrix.name][1], []).append(matrix)
+    several = len(set(map(part_of, names))) > 1
     for kind, found in kinds.items():
         losses = [
-            (m.facts["relative_loss"], _block_of(m, several=several)) for m in found if "relative_loss" in m.facts
+            (m.facts["relative_loss"], _block_of(m.name, part_of(m.name) if several else ""))
+            for m in found
+            if "relative_loss" in m.facts
         ]
         fallen = sum(matrix.status == "fell_back" for matrix in found)
         cells = ["", "", ""]
@@ -101,19 +105,13 @@ def summary_table(report: "RunReport") -> Table:
     return table
 
 
-def _block_of(matrix: "MatrixReport", *, several: bool) -> str:
+def _block_of(name: str, part: str) -> str:
     """Return the name of a matrix's block, such as ``layers.0``: what counts from 0 is never shown as a bare number.
 
-    Where ``several`` stacks are pruned, the part of the model comes first: ``decoder.layers.0``.
+    The part of the model that it stands in comes first, if there is any to tell: ``decoder.layers.0``.
     """
-    stack, block = _stack_and_block(matrix)
-    return f"{stack.rpartition('.')[2]}.{block}".lstrip(".") if several else block
-
-
-def _stack_and_block(matrix: "MatrixReport") -> tuple[str, str]:
-    """Return what is before the outermost numbered part of a matrix's name, and that part; empty without one."""
-    found = re.match(r"(?:(.*?)\.)??(\w+\.\d+)\.", matrix.name)
-    return (found[1] or "", found[2]) if found else ("", "")
+    found = re.match(r"(?:.*?\.)??(\w+\.\d+)\.", name)
+    return f"{part}.{found[1]}".lstrip(".") if found else ""
 
 
 def say(console: Console, sentence: str, *, label: str = "", style: str = "") -> None:

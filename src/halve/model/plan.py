@@ -1,7 +1,7 @@
 """What is pruned of a model, as (d_out, d_in) views, and what is not, and why."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -123,3 +123,24 @@ def place_of(name: str) -> tuple[int | None, str]:
     """
     place = _IN_BLOCK.fullmatch(_WEIGHT.sub("", name))
     return (None, name) if place is None else (int(place[1]), _EXPERT.sub("", place[2]))
+
+
+def part_of(name: str) -> str:
+    """Return the part of a model that the stack of a matrix stands in, such as ``decoder``; empty if it stands alone.
+
+    It is the last name but one before the index of the block: of ``model.decoder.layers.0.fc1.weight``.
+    """
+    before = name.split(".")
+    index = next((place for place, part in enumerate(before) if part.isdecimal()), 0)
+    return before[index - 2] if index >= 2 else ""
+
+
+def places_of(names: Collection[str]) -> dict[str, tuple[int | None, str]]:
+    """Return `place_of` of every name; where the matrices stand in several parts, a kind begins with its part."""
+    several = len({part_of(name) for name in names}) > 1
+    found = {}
+    for name in names:
+        block, kind = place_of(name)
+        part = part_of(name) if several else ""
+        found[name] = (block, f"{part}: {kind}" if part else kind)
+    return found

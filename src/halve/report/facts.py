@@ -17,7 +17,7 @@ from halve.checkpoint.validated import wrong
 from halve.errors import InputError
 from halve.evaluation.figure import measured_as, said_difference
 from halve.evaluation.request import overlap
-from halve.model.plan import place_of
+from halve.model.plan import places_of
 from halve.recorded import MOST, REMEDY, Kind, Record, RecordedBlock, RecordedMatrix, read_record
 from halve.report.measured import Measured, Score, read_measured
 from halve.run.events import seconds_of_pruning
@@ -311,7 +311,8 @@ class _Record(Record, frozen=True, kw_only=True):
 
 
 def _facts(directory: Path, record: _Record, measured: Measured) -> RunFacts:
-    matrices = tuple(_matrix(entry, measured.matrix_seconds) for entry in record.matrices)
+    places = places_of([entry.name for entry in record.matrices])
+    matrices = tuple(_matrix(entry, places[entry.name], measured.matrix_seconds) for entry in record.matrices)
     if len({len(matrix.kept) for matrix in matrices if matrix.kept}) > 1:
         raise ValueError("`kept_per_group` has different lengths")
     return RunFacts(
@@ -357,8 +358,8 @@ def _contender(record: _Record) -> list[str]:
     return [record.method, *refit, *([] if record.reconstruction is None else ["block"])]
 
 
-def _matrix(entry: _Matrix, seconds: Mapping[str, float]) -> MatrixFacts:
-    block, kind = place_of(entry.name)
+def _matrix(entry: _Matrix, place: tuple[int | None, str], seconds: Mapping[str, float]) -> MatrixFacts:
+    block, kind = place
     tokens, iterations = _number(entry.facts.get("tokens")), _number(entry.facts.get("iterations"))
     return MatrixFacts(
         name=entry.name,
