@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import BartConfig
 
+import halve
 from fed import assert_fed, inputs, watch
 from halve.errors import InputError
 from halve.run.loop import prune_blocks
 from halve.solve.objective import Objective
-from models import ENCODER_DECODERS, encoder_decoder, gemma4, llava, mamba, pairs, tokens
+from models import ENCODER_DECODERS, OF_ONE_RUN, encoder_decoder, gemma4, llava, mamba, pairs, save, tokens
 from pruned_blocks import CPU, assert_pruned, settings
 
 
@@ -138,3 +139,27 @@ def test_the_models_own_settings_come_back():
     prune_blocks(model, [pairs("bart")], settings(), device=CPU)
     assert (model.config.return_dict, model.config.use_cache) == (False, True)
     assert model.config.output_hidden_states is True
+
+
+class StoppedError(Exception):
+    """A run is stopped from outside."""
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("options", [{"method": "auto"}, {"method": "wanda", "reconstruct": "block"}])
+def test_a_run_of_two_stacks_that_was_stopped_ends_with_the_same_bytes(tmp_path, stop, options):
+    save(encoder_decoder("bart"), tmp_path / "dense")
+    asked = {"calibration": [pairs("bart"), pairs("bart", 3, 21, 1)], "device": "cpu", **options}
+
+    def stopping(step):
+        if step.block == stop and step.phase == "solve":
+            raise StoppedError
+
+    whole = halve.prune(tmp_path / "dense", tmp_path / "whole", **asked)
+    with pytest.raises(StoppedError):
+        halve.prune(tmp_path / "dense", tmp_path / "stopped", listen=stopping, **asked)
+    resumed = halve.prune(tmp_path / "dense", tmp_path / "stopped", **asked)
+    assert (whole.report.resumed_blocks, resumed.report.resumed_blocks) == (0, stop)
+    for path in sorted((tmp_path / "whole").iterdir()):
+        if path.name not in OF_ONE_RUN:
+            assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
