@@ -3,7 +3,7 @@
 import pytest
 
 from halve.checkpoint import directory as checkpoint_files
-from halve.checkpoint import durable, publish
+from halve.checkpoint import durable
 from halve.checkpoint.shards import build_header, tensor_bytes
 from halve.run import directory as run_directory
 from halve.run import manifest as run_manifest
@@ -87,7 +87,7 @@ def test_a_store_that_trusts_its_files_gives_wrong_bytes(tmp_path, monkeypatch, 
     block.write_bytes(content)
     if not verifying:
         monkeypatch.setattr(run_directory, "check_hash", trusting)
-        monkeypatch.setattr(publish, "check_hash", trusting)
+        monkeypatch.setattr(durable, "check_hash", trusting)
     status = forked(trial.carry_on)
     assert (status == REFUSED) is verifying
     assert verifying or tree(trial.out) != tree(job.out)

@@ -211,6 +211,28 @@ def test_a_list_in_a_block_is_one_of_experts_where_its_members_see_different_tok
     assert [matrix.routed for matrix in absent.matrices] == [False] * 3 + [True] * 3
 
 
+class InOneTensor(nn.Module):
+    """Parameters that a checkpoint holds as rows of one tensor, one of them small."""
+
+    def __init__(self):
+        super().__init__()
+        self.z, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
+
+
+def test_what_is_stored_in_one_tensor_is_pruned_whole_or_not_at_all():
+    model = nn.Module()
+    model.layers = nn.ModuleList([InOneTensor(), InOneTensor()])
+    together = [(f"layers.{i}.z.weight", f"layers.{i}.b.weight") for i in range(2)]
+    alone, whole = (make_plan(model, PATTERN, seen(), together=each) for each in ((), together))
+    assert [matrix.parameter for matrix in alone.matrices] == ["layers.0.z.weight", "layers.1.z.weight"]
+    assert sorted(matrix.parameter for matrix in whole.matrices) == sorted(sum(together, ()))
+    with pytest.raises(
+        InputError, match=r"layers\.1\.b\.weight stays dense \(skipped on request\) and is stored in one tensor with"
+    ):
+        make_plan(model, PATTERN, seen(), skip=["layers.1.b.*"], together=together)
+    assert make_plan(model, PATTERN, seen(), skip=["layers.1.*"], together=together).matrices
+
+
 def test_the_plan_of_an_encoder_decoder_has_both_stacks():
     plan = make_plan(encoder_decoder("t5"), PATTERN, seen())
     assert plan.stacks == (2, 2)

@@ -176,7 +176,7 @@ class CalledTwice(nn.Module):
         self.positions = nn.Parameter(torch.randn(3, 8))
 
     def forward(self, x):
-        return x + self.key(x) + self.value(x) + self.key(self.positions).sum(0)
+        return x + self.value(x) + self.key(x) + self.key(self.positions).sum(0)
 
 
 @pytest.mark.parametrize("paired", [False, True])
