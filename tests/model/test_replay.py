@@ -1,5 +1,6 @@
 import copy
-from collections import UserDict
+from collections import UserDict, deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,43 @@ class Store(UserDict):
     """A mapping that is no dict."""
 
 
+class InSlots:
+    """A mapping whose content lies neither in a dict of its own nor in ``__dict__``."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, **content):
+        self.content = content
+
+    def values(self):
+        return self.content.values()
+
+    def __len__(self):
+        return len(self.content)
+
+    def __setitem__(self, key, value):
+        self.content[key] = value
+
+
+class InQueue:
+    """The same in a deque, which grows only."""
+
+    def __init__(self, given):
+        self.queue = deque([given])
+
+    def values(self):
+        return self.queue
+
+    def __len__(self):
+        return len(self.queue)
+
+    def __setitem__(self, key, value):
+        self.queue.append(value)
+
+    def __call__(self):
+        return self
+
+
 class Writing(nn.Module):
     """Adds what it finds in a store that all blocks share, and writes into it: by place, or at its end."""
 
@@ -162,7 +200,7 @@ class WithStore(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [Store, dict])
+@pytest.mark.parametrize("kind", [Store, dict, InSlots, InQueue])
 @pytest.mark.parametrize("grows", [False, True])
 def test_every_batch_and_every_model_has_objects_of_its_own(kind, grows):
     torch.manual_seed(0)
@@ -171,9 +209,10 @@ def test_every_batch_and_every_model_has_objects_of_its_own(kind, grows):
         torch.testing.assert_close(got, expected)
 
 
-def test_a_fork_has_objects_of_its_own():
+@pytest.mark.parametrize("kind", [Store, dict, InSlots, InQueue])
+def test_a_fork_has_objects_of_its_own(kind):
     torch.manual_seed(0)
-    dense, xs = WithStore(Store, grows=True), inputs((2, 5), (1, 3))
+    dense, xs = WithStore(kind, grows=True), inputs((2, 5), (1, 3))
     pruned = copy.deepcopy(dense)
     with torch.no_grad():
         for block in pruned.blocks:
@@ -216,7 +255,7 @@ class Forgetting(Between):
 
 def test_a_block_that_differs_on_its_second_run_is_refused():
     model = Forgetting()
-    with pytest.raises(UnsupportedModelError, match=r"\(block 0 when it is run a second time: relative error"):
+    with pytest.raises(UnsupportedModelError, match=r"\(block 0: relative error"):
         verify(model, {"x": torch.randn(2, 5, 8)})
 
 
@@ -373,7 +412,7 @@ def test_rows_that_belong_together_are_not_cut_apart():
 
 def test_a_model_that_fails_on_the_data_is_told_in_one_sentence():
     model = Codebooks()
-    with pytest.raises(UnsupportedModelError, match=r"^Codebooks cannot be run on the calibration data .*shape"):
+    with pytest.raises(UnsupportedModelError, match=r"^Codebooks cannot be run on the calibration data: .*shape"):
         replay.short_samples(model, find_stacks(model), [{"input_ids": tokens(3, 40)}])
 
 
@@ -414,3 +453,52 @@ def test_a_value_that_is_not_finite_is_told_as_such_where_blocks_hand_something_
         model.blocks[1].up.weight[0, 0] = float("inf")
     with pytest.raises(CalibrationError, match="outputs of the dense model's block 1 are not finite"):
         verify(model, {"x": torch.randn(2, 5, 8)})
+
+
+class Uncopied(Store):
+    def __deepcopy__(self, memo):
+        raise TypeError("this one is unique")
+
+
+def test_an_object_that_cannot_be_copied_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"given a Uncopied, which cannot be copied \(TypeError: this"):
+        verify(WithStore(Uncopied, grows=False), {"x": torch.randn(2, 5, 8)})
+
+
+class TwoOfOne(nn.Module):
+    """Blocks are given two objects that share what is in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([WritesOneReadsOther(place) for place in range(3)])
+
+    def forward(self, x):
+        shared = {}
+        one, other = SimpleNamespace(inner=shared), SimpleNamespace(inner=shared)
+        for block in self.blocks:
+            x = block(x, one, other)
+        return x
+
+
+class WritesOneReadsOther(nn.Module):
+    def __init__(self, place):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+        self.place = place
+
+    def forward(self, x, one, other):
+        one.inner[self.place] = x
+        return x + self.up(other.inner[self.place])
+
+
+def test_what_objects_of_a_batch_share_stays_shared():
+    torch.manual_seed(0)
+    model, xs = TwoOfOne(), inputs((2, 5), (1, 3))
+    for got, expected in zip(replayed_states(model, xs), final_states(model, xs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("read", "fed"), [(24, 24), (40, 24), (20, 50)])
+def test_a_decoder_is_fed_less_than_its_encoder_reads(read, fed):
+    for sample in replay.probe_batches([{"input_ids": tokens(2, read), "decoder_input_ids": tokens(2, fed)}]):
+        assert sample["input_ids"].shape[1] != sample["decoder_input_ids"].shape[1]

@@ -28,6 +28,7 @@ def run(model, batches, method, **options):
     report = prune_blocks(model, batches, settings(method, "cg", **options), device=CPU)
     assert_pruned(model, report)
     ran = {name: calls for name, calls in seen.items() if calls}
+    assert {name for name in seen if any(m.name.startswith(f"{name}.") for m in report.matrices)} == set(ran)
     assert_fed(
         ran, inputs(dense, ran, batches), inputs(model, ran, batches), paired=settings(method, **options).matches_dense
     )
@@ -147,9 +148,11 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 @pytest.mark.parametrize("options", [{"method": "auto"}, {"method": "wanda", "reconstruct": "block"}])
-def test_a_run_of_two_stacks_that_was_stopped_ends_with_the_same_bytes(tmp_path, stop, options):
-    save(encoder_decoder("bart"), tmp_path / "dense")
-    asked = {"calibration": [pairs("bart"), pairs("bart", 3, 21, 1)], "device": "cpu", **options}
+@pytest.mark.parametrize("family", ["bart", "t5", "gemma4"])
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path, family, stop, options):
+    save(gemma4() if family == "gemma4" else encoder_decoder(family), tmp_path / "dense")
+    batches = text((4, 24), (2, 13)) if family == "gemma4" else [pairs(family), pairs(family, 3, 21, 1)]
+    asked = {"calibration": batches, "device": "cpu", **options}
 
     def stopping(step):
         if step.block == stop and step.phase == "solve":

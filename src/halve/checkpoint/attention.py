@@ -5,7 +5,7 @@ from typing import Any
 
 from halve.errors import InputError
 
-KINDS = ("eager", "sdpa", "flex_attention")
+KINDS = ("eager", "sdpa")
 """Those that run on every device."""
 _FIELDS = ("attn_implementation", "_attn_implementation")
 
@@ -31,8 +31,10 @@ def named_attention(config: Mapping[str, Any]) -> str | None:
         if isinstance(value, Mapping):
             for name in _FIELDS:
                 found = value.get(name)
-                if isinstance(found, str) and "flash" in found:
-                    return found
+                parts = found.values() if isinstance(found, Mapping) else (found,)
+                for part in parts:
+                    if isinstance(part, str) and "flash" in part:
+                        return part
             pending += value.values()
     return None
 

@@ -353,7 +353,7 @@ def _load_weights(
                 model, info = without_files.from_pretrained(None, state_dict=dict(tensors), **settings, **chosen)
             break
         except Exception as error:  # a foreign config can provoke any error in there
-            if kind is kinds[-1]:
+            if kind is kinds[-1] or "attention" not in str(error).lower():
                 raise UnsupportedModelError(f"transformers could not load {source.name}: {one_line(error)}") from error
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     random = sorted({*info["missing_keys"], *mismatched})

@@ -127,7 +127,7 @@ def say_row(row: "Row") -> None:
     if row.error:
         say(err, row.error, label=f"error ({row.name})", style="red")
         return
-    scores = ", ".join(f"{Path(p.source).name} {p.value:.2f}" for p in row.perplexities)
+    scores = ", ".join(f"{Path(p.source).name} {p.value:.2f}" for p in row.perplexities)  # how: in the table's caption
     say(err, f"{row.name}: {scores} ({row.seconds:.0f} s of pruning)")
 
 

@@ -23,6 +23,8 @@ from halve.memory import check_memory
 from halve.model.calls import Behaviour, Recorder, Recording, Template
 from halve.model.stream import Stream
 
+Passing = Sequence[tuple[Sequence[nn.Module], Sequence[Template]]]
+"""The blocks of stacks that need not be computed, with what they return."""
 Batch = Mapping[str, Tensor]
 """Keyword arguments of one forward pass, as tensors: ``input_ids``, ``attention_mask``, ``pixel_values``, …"""
 
@@ -81,7 +83,7 @@ def capture(
     directory: Path | None = None,
     *,
     copies: int = 1,
-    passing: Sequence[tuple[Sequence[nn.Module], Sequence[Template]]] = (),
+    passing: Passing = (),
 ) -> Stream:
     """Record the hidden state that enters the first block, and every block's arguments, for all batches.
 
@@ -98,17 +100,17 @@ def capture(
         CalibrationError: an embedding is not finite.
         InputError: there is no room for so many hidden states; the first batch tells.
     """
-    stream = Stream(behaviour.templates, directory, has_memory=behaviour.decodes)
-    own, memory = _MASKS[::-1] if behaviour.decodes else (_MASKS[0], None)
+    stream = Stream(behaviour.templates, directory, has_memory=behaviour.memory_mask is not None)
     for index, batch in enumerate(batches):
         recording = _recorded(model, blocks, batch, behaviour, passing)
         hidden = recording.calls[0][0]
         if not index:
-            _check_room(copies * hidden.nbytes * _size(batches) // _size([batch]), directory)
+            side = "decoder_input_ids" if behaviour.memory_mask is not None else ""
+            _check_room(copies * hidden.nbytes * _size(batches, side) // _size([batch], side), directory)
         check_finite(hidden, f"the embeddings of calibration batch {index}")
         stream.append(hidden, [recording.calls[block][1] for block in range(len(blocks))], recording.objects)
-        stream.valid.append(_valid_positions(batch, own))
-        stream.memory_valid.append(None if memory is None else _valid_positions(batch, memory))
+        stream.valid.append(_valid_positions(batch, behaviour.mask))
+        stream.memory_valid.append(_valid_positions(batch, behaviour.memory_mask))
     return stream
 
 
@@ -117,7 +119,7 @@ def _recorded(
     blocks: Sequence[nn.Module],
     batch: Batch,
     behaviour: Behaviour,
-    passing: Sequence[tuple[Sequence[nn.Module], Sequence[Template]]],
+    passing: Passing,
 ) -> Recording:
     recording = Recording(behaviour.living, behaviour.hands_on)
     with ExitStack() as stack:
@@ -131,9 +133,12 @@ def _recorded(
     return recording
 
 
-def _size(batches: Sequence[Batch]) -> int:
-    """Return the number of entries of the batches' first tensors, which hidden states are proportional to."""
-    return sum(next(iter(batch.values())).numel() for batch in batches)
+def _size(batches: Sequence[Batch], name: str) -> int:
+    """Return the number of entries of the batches' tensors of a name, or of their first ones if there are none.
+
+    Hidden states are proportional to it.
+    """
+    return sum(batch.get(name, next(iter(batch.values()))).numel() for batch in batches)
 
 
 def _check_room(bytes_needed: int, directory: Path | None) -> None:
@@ -158,8 +163,8 @@ def _replaced_forward(block: nn.Module, recorder: Recorder) -> Iterator[None]:
             block.__dict__["forward"] = before
 
 
-def _valid_positions(batch: Batch, name: str) -> Tensor | None:
-    mask = batch.get(name)
+def _valid_positions(batch: Batch, name: str | None) -> Tensor | None:
+    mask = None if name is None else batch.get(name)
     return None if mask is None or bool(mask.all()) else mask.bool()
 
 

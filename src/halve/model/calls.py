@@ -10,16 +10,21 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from halve.errors import UnsupportedModelError, one_line
 
 Path = tuple[int | str, ...]
 """Keys and indices that lead to a value in a nest of containers."""
 
 _CONSTANTS = (
     *(type(None), bool, int, float, complex, str, bytes, slice, range, type, Enum),
+    *(FunctionType, BuiltinFunctionType, MethodType, partial),
     *(torch.dtype, torch.device, torch.Generator, nn.Module),
 )
 
@@ -79,7 +84,7 @@ _HIDDEN = object()
 
 def is_constant(value: Any) -> bool:
     """Whether a value that is no tensor and no container cannot change, or is not a block's to change."""
-    return isinstance(value, _CONSTANTS) or callable(value) or hasattr(value, "model_type")  # the last: a config
+    return isinstance(value, _CONSTANTS) or hasattr(value, "model_type")  # the last: a config
 
 
 def is_plain(value: Any) -> bool:
@@ -116,53 +121,45 @@ def hidden_of(output: Any) -> Any:
 
 def to_device(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Move every tensor in a nest of plain containers; floating-point ones also change their dtype, unless None."""
-    return _Mover(device, dtype, fresh=False)(value)
+    if isinstance(value, Call):
+        args, kwargs = to_device((value.args, value.kwargs), device, dtype)
+        return Call(args, kwargs, value.hidden)
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if dtype is not None and value.is_floating_point() else value.dtype)
+    return rebuilt(value, lambda item: to_device(item, device, dtype)) if is_plain(value) else value
 
 
-def living_copy(objects: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> list[Any]:
-    """Return copies of objects that share nothing with them but constants; what they share with each other stays so.
+def living_copy(
+    objects: Sequence[Any],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    memo: dict[int, Any] | None = None,
+) -> list[Any]:
+    """Return copies of objects that share nothing with them; what they share with each other stays so.
 
     Args:
         objects: of any kind.
-        device: of every tensor in them.
+        device: of every tensor in the copies.
         dtype: of the floating-point ones; None leaves theirs.
+        memo: of copies that were made before and may share something with these (`copy.deepcopy`).
+
+    Raises:
+        UnsupportedModelError: an object cannot be copied.
     """
-    mover = _Mover(device, dtype, fresh=True)
-    return [mover(each) for each in objects]
-
-
-class _Mover:
-    """Copies nests with their tensors on a device; ``fresh`` copies go through objects and never share memory."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype | None, *, fresh: bool) -> None:
-        self._device = device
-        self._dtype = dtype
-        self._fresh = fresh
-        self._made: dict[int, Any] = {}
-
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, Call):
-            args, kwargs = self((value.args, value.kwargs))
-            return Call(args, kwargs, value.hidden)
-        if isinstance(value, Tensor):
-            dtype = self._dtype if self._dtype is not None and value.is_floating_point() else value.dtype
-            moved = value.to(self._device, dtype)
-            return moved.clone() if self._fresh and moved.data_ptr() == value.data_ptr() else moved
-        if isinstance(value, tuple):
-            return rebuilt(value, self)
-        if not self._fresh:
-            return rebuilt(value, self) if is_plain(value) else value
-        if is_constant(value):
-            return value
-        if id(value) not in self._made:
-            self._made[id(value)] = made = copy.copy(value)
-            if isinstance(made, dict):
-                made.update({key: self(item) for key, item in value.items()})
-            elif isinstance(made, list):
-                made[:] = [self(item) for item in value]
-            if hasattr(made, "__dict__"):
-                made.__dict__.update({name: self(item) for name, item in vars(value).items()})
-        return self._made[id(value)]
+    memo = {} if memo is None else memo
+    copies = []
+    for each in objects:
+        try:
+            copies.append(copy.deepcopy(each, memo))
+        except Exception as error:  # an object of anybody's making may raise anything
+            raise UnsupportedModelError(
+                f"blocks of the model are given a {type(each).__name__}, which cannot be copied ({one_line(error)}): "
+                "every batch needs one of its own"
+            ) from error
+    for made_of in memo.values():
+        if isinstance(made_of, Tensor):
+            made_of.data = to_device(made_of.data, device, dtype)
+    return copies
 
 
 def same(a: Any, b: Any) -> bool:
@@ -263,13 +260,15 @@ class Behaviour:
         templates: what each block returns.
         living: whether blocks write into dicts or lists that they are given.
         hands_on: whether the model takes what blocks return beside the hidden state and hands it to later ones.
-        decodes: whether it is the decoder of an encoder-decoder: its own positions and the encoder's have masks each.
+        mask: the tensor of a batch that marks the positions which count; None if there is none for these blocks.
+        memory_mask: the same for what a decoder sees of an encoder; None for blocks that see none.
     """
 
     templates: tuple[Template, ...]
     living: bool
     hands_on: bool
-    decodes: bool = False
+    mask: str | None = "attention_mask"
+    memory_mask: str | None = None
 
 
 @dataclass
@@ -289,6 +288,7 @@ class Recording:
     calls: dict[int, tuple[Tensor, Call]] = field(default_factory=dict)
     _numbers: dict[int, int] = field(default_factory=dict)
     _handed: dict[int, Handed] = field(default_factory=dict)
+    _copied: dict[int, Any] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)  # so that no other object gets the same id
 
     def encoded(self, value: Any) -> Any:
@@ -302,7 +302,7 @@ class Recording:
         if id(value) not in self._numbers:
             self._numbers[id(value)] = len(self.objects)
             self._kept.append(value)
-            self.objects += living_copy([value], torch.device("cpu"))
+            self.objects += living_copy([value], torch.device("cpu"), None, self._copied)
         return Living(self._numbers[id(value)])
 
     def returned(self, block: int, template: Template, hidden: Tensor, args: Any, kwargs: Any) -> Any:

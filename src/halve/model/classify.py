@@ -191,10 +191,12 @@ class _Classifier:
         small = _too_small(d_out, d_in)
         if small and name not in self._stored_with_others:
             return small
-        routed = self._is_routed(path)
         seen = self._seen
+        if seen is not None and name in seen.bypassed:
+            return BYPASSED
+        routed = self._is_routed(path)
         if not routed and seen is not None and name not in seen.called:
-            return BYPASSED if name in seen.bypassed else NOT_CALLED
+            return NOT_CALLED
         return [
             Matrix(
                 name=name,
@@ -205,6 +207,7 @@ class _Classifier:
                 layout=layout,
                 routed=routed,
                 repeated=seen is not None and name in seen.repeated,
+                sees_memory=seen is not None and name in seen.memory,
             )
         ]
 
@@ -244,7 +247,7 @@ class _Classifier:
             if self._seen is None:
                 return len({type(member) for member in members.children()}) == 1
             if outer not in self._routed_lists:
-                self._routed_lists[outer] = _is_list_of_experts(outer, members, self._seen.called)
+                self._routed_lists[outer] = _is_list_of_experts(outer, members, self._seen)
             if self._routed_lists[outer]:
                 return True
         return False
@@ -254,13 +257,14 @@ def _too_small(d_out: int, d_in: int) -> str:
     return f"{d_out} x {d_in} is too small ever to gain" if min(d_out, d_in) < SMALLEST else ""
 
 
-def _is_list_of_experts(name: str, members: nn.Module, called: Mapping[str, int]) -> bool:
+def _is_list_of_experts(name: str, members: nn.Module, seen: Observed) -> bool:
     tokens: defaultdict[str, set[int]] = defaultdict(set)
     for index, member in members.named_children():
         for inner, module in member.named_modules():
             if is_linear(module):
                 weight = ".".join(part for part in (name, index, inner, "weight") if part)
-                tokens[inner].add(called.get(weight, 0))
+                if weight not in seen.bypassed:
+                    tokens[inner].add(seen.called.get(weight, 0))
     return any(len(counts) > 1 for counts in tokens.values())
 
 

@@ -120,6 +120,7 @@ def observe(model: nn.Module, blocks: Sequence[nn.Module], runs: Sequence[Callab
     called: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     repeated: set[str] = set()
+    lengths: defaultdict[str, set[int]] = defaultdict(set)
     bypassed: set[str] = set()
     running: list[str] = []
     weights: dict[int | None, str] = {}
@@ -132,6 +133,8 @@ def observe(model: nn.Module, blocks: Sequence[nn.Module], runs: Sequence[Callab
         x = args[0] if args else next(iter(kwargs.values()))
         calls[name] += 1
         called[name] += x.numel() // layer_matrix(module).shape[1]
+        if x.ndim > 1:
+            lengths[name].add(x.shape[-2])
 
     with ExitStack() as stack:
         for path, module in model.named_modules():
@@ -153,7 +156,13 @@ def observe(model: nn.Module, blocks: Sequence[nn.Module], runs: Sequence[Callab
             run()
             repeated |= {name for name, count in calls.items() if count > 1}
     seen = {name: tokens for name, tokens in called.items() if name not in bypassed}
-    return Observed(layouts=layouts, called=seen, repeated=frozenset(repeated), bypassed=frozenset(bypassed))
+    return Observed(
+        layouts=layouts,
+        called=seen,
+        repeated=frozenset(repeated),
+        bypassed=frozenset(bypassed),
+        lengths={name: frozenset(sizes) for name, sizes in lengths.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -293,7 +302,7 @@ class Collector:
 
     def _counted(self, x: Tensor, matrix: Matrix) -> Tensor:
         valid = self._valid
-        if self._memory is not None and self._memory.holds(x):
+        if self._memory is not None and (matrix.sees_memory or self._memory.holds(x)):
             valid = self._memory.valid
         if valid is None:
             return x

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Matrix:
         expert: index along the first dimension of a fused parameter, None for a plain matrix.
         routed: whether only some tokens reach it (a fused expert, or a matrix of a nested list of experts).
         repeated: whether its block calls it several times in one pass, so that its inputs are no other matrix's.
+        sees_memory: whether its inputs are the encoder's positions, in a decoder.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Matrix:
     expert: int | None = None
     routed: bool = False
     repeated: bool = False
+    sees_memory: bool = False
 
     def view(self, parameter: Tensor) -> Tensor:
         """Return this matrix as a (d_out, d_in) view of ``parameter``, writable in place."""
@@ -101,12 +103,16 @@ class Observed:
             with the tokens that it was multiplied with.
         repeated: those of them that were called more than once in a pass.
         bypassed: weights of linear layers that were multiplied with without calling the layer.
+        lengths: sizes of the last but one dimension of each weight's inputs.
+        memory: weights in a decoder that see the encoder's positions.
     """
 
     layouts: Mapping[str, Layout]
     called: Mapping[str, int]
     repeated: frozenset[str] = frozenset()
     bypassed: frozenset[str] = frozenset()
+    lengths: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    memory: frozenset[str] = frozenset()
 
 
 def set_matrix(parameter: nn.Parameter, matrix: Matrix, weight: Tensor) -> None:

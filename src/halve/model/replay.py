@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from halve.errors import CalibrationError, HalveError, UnsupportedModelError, one_line
-from halve.model.blocks import Batch, capture, check_finite, run_model
+from halve.model.blocks import Batch, Passing, capture, check_finite, run_model
 from halve.model.calls import Behaviour, Template, hidden_of, is_plain, leaves
 from halve.model.stacks import Stack
 from halve.model.stream import Stream
@@ -43,9 +43,15 @@ def _part(batch: Batch, rows: slice, length: int) -> Batch:
         return batch  # rows that do not belong to each other one by one
     cut = batch.keys() <= _ALONG_TOKENS
     return {
-        key: value[rows, :length].contiguous() if cut and value.ndim >= 2 else value[rows]
+        key: value[rows, : _length(key, value, length)].contiguous() if cut and value.ndim >= 2 else value[rows]
         for key, value in batch.items()
     }
+
+
+def _length(key: str, value: Tensor, most: int) -> int:
+    """Return how many tokens to keep: of a decoder's fewer, so that what sees the encoder can be told by its length."""
+    kept = min(most, value.shape[1])
+    return kept - kept // 4 if key.startswith("decoder_") else kept
 
 
 def short_samples(
@@ -68,8 +74,7 @@ def short_samples(
         except Exception as error:  # a model may raise anything
             if short is samples[-1]:
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} cannot be run on the calibration data without a cache of keys and values: "
-                    f"{one_line(error)}"
+                    f"{type(model).__name__} cannot be run on the calibration data: {one_line(error)}"
                 ) from error
         else:
             return short, running[0]
@@ -108,10 +113,12 @@ def watch_blocks(
     """
     ran: list[list[tuple[tuple[Any, ...], dict[str, Any], Any]]] = [[] for _ in blocks]
     contents: list[Any] = []
+    kept: list[Any] = []  # so that no object of another run gets the same id
     written = False
 
     def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
         contents.append(_containers((args, kwargs)))
+        kept.extend(leaf for _, leaf in leaves((args, kwargs)))
 
     def after(calls: list[Any], _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal written
@@ -183,7 +190,12 @@ def _hidden_places(calls: Sequence[tuple[Any, Any]], states: Sequence[Tensor]) -
 
 
 def verify_replay(
-    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], *, decodes: bool = False
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    *,
+    masks: tuple[str | None, str | None] = ("attention_mask", None),
+    passing: Passing = (),
 ) -> Behaviour:
     """Check on short batches that running the blocks one after the other equals the model's own forward pass.
 
@@ -194,7 +206,8 @@ def verify_replay(
         model: the model.
         blocks: its blocks, in order.
         batches: short ones (`probe_batches`).
-        decodes: whether it is the decoder of an encoder-decoder.
+        masks: names of the masks of the blocks' own positions and of what they see of an encoder (`Behaviour`).
+        passing: as for `halve.model.blocks.capture`.
 
     Returns:
         Behaviour: of the blocks, as `capture` needs it.
@@ -208,9 +221,9 @@ def verify_replay(
     living = any(written for _, written, _ in watched)
     expected = [states for _, _, states in watched]
     handing = [(block, path) for block, template in enumerate(templates) for path in template.own]
-    behaviour = Behaviour(templates, living=living, hands_on=bool(handing), decodes=decodes)
+    behaviour = Behaviour(templates, living=living, hands_on=bool(handing), mask=masks[0], memory_mask=masks[1])
     try:
-        _check_replay(model, blocks, batches, behaviour, expected)
+        _check_replay(model, blocks, batches, behaviour, expected, passing)
     except HalveError:
         raise
     except Exception as error:
@@ -222,7 +235,7 @@ def verify_replay(
         # The model computes with what it was handed between blocks; it may do without, where it is not there.
         behaviour = replace(behaviour, hands_on=False)
         try:
-            _check_replay(model, blocks, batches, behaviour, expected)
+            _check_replay(model, blocks, batches, behaviour, expected, passing)
         except CalibrationError:
             raise
         except Exception as missed:
@@ -241,14 +254,19 @@ def _check_replay(
     batches: Sequence[Batch],
     behaviour: Behaviour,
     expected: Sequence[Sequence[Tensor]],
+    passing: Passing,
 ) -> None:
-    stream = capture(model, blocks, batches, behaviour)
+    stream = capture(model, blocks, batches, behaviour, passing=passing)
+    other = stream.fork("other")  # as if it were another model's: nothing of it must reach the first
+    for batch in range(len(batches)):
+        other.hidden[batch] = other.hidden[batch] * 0.5
     name = type(model).__name__
     for index, block in enumerate(blocks):
         for keep in (False, True):
             for batch, states in enumerate(expected):
                 place = states[index].device
                 hidden, versions = stream.hidden[batch], _versions(stream, index, batch)
+                other.run(index, batch, block, place, dtype=None, keep=keep)
                 output = stream.run(index, batch, block, place, dtype=None, keep=keep)
                 if _versions(stream, index, batch, hidden=hidden if keep else None) != versions:
                     raise UnsupportedModelError(

@@ -147,7 +147,8 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     stacks = default_stacks(model)
     if len(stacks) > 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has several stacks of blocks, as encoder-decoders have: this works with one only"
+            f"{type(model).__name__} has several stacks of blocks, as encoder-decoders have: what a whole model takes "
+            "can be measured of models with one only"
         )
     return stacks[0].name, stacks[0].blocks
 

@@ -190,7 +190,9 @@ class Stream:
         handed = {key: value for key, value in self._handed[batch].items() if last_use[key] > block}
         for key in last_use:
             if key.block == block:
-                handed[key] = _at(output, key.path).detach().to(_CPU)
+                value = _at(output, key.path).detach().to(_CPU)
+                first = self._handed[0].get(key) if batch else None  # position biases are the same for all batches
+                handed[key] = first if first is not None and same(first, value) else value
         self._handed[batch] = handed
 
     def _check_constants(self, block: int, output: Any) -> None:
@@ -203,8 +205,11 @@ class Stream:
                 )
 
     def clear(self, block: int) -> None:
-        """Forget the calls of a block that has been passed."""
+        """Forget the calls of a block that has been passed, and after the last one all that went with them."""
         self.calls[block].clear()
+        if block == len(self.calls) - 1:
+            self._objects.clear()
+            self._handed.clear()
 
 
 def _has_objects(call: Call) -> bool:

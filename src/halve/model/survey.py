@@ -1,23 +1,30 @@
 """Before a run changes anything: what will be pruned, and how the stacks of blocks that hold it are run."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 
 from torch import nn
 
 from halve.errors import UnsupportedModelError
 from halve.maths.pattern import Pattern
-from halve.model import blocks as stream_of
 from halve.model import replay
-from halve.model.blocks import Batch
+from halve.model.blocks import Batch, capture, eager_experts, run_model
 from halve.model.calls import Behaviour, Template
 from halve.model.classify import LEAST_PRUNABLE, make_plan
 from halve.model.collect import observe
-from halve.model.plan import Matrix, Plan
-from halve.model.stacks import DECODER, Stack, choose_stacks, find_stacks
+from halve.model.plan import Matrix, Observed, Plan
+from halve.model.stacks import DECODER, ENCODER, TEXT, Stack, choose_stacks, find_stacks
 from halve.model.stream import Stream
+
+_MASKS_OF: dict[str, tuple[str | None, str | None]] = {
+    TEXT: ("attention_mask", None),
+    ENCODER: ("attention_mask", None),
+    DECODER: ("decoder_attention_mask", "attention_mask"),
+}
+"""Which masks of a batch are those of a tower; that of text says nothing of images."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +47,7 @@ class StackRun:
         self, model: nn.Module, batches: Sequence[Batch], directory: Path | None = None, *, copies: int = 1
     ) -> Stream:
         """Record what enters the stack in the model as it is now, as `halve.model.blocks.capture` does."""
-        return stream_of.capture(
-            model, self.blocks, batches, self.behaviour, directory, copies=copies, passing=self.later
-        )
+        return capture(model, self.blocks, batches, self.behaviour, directory, copies=copies, passing=self.later)
 
 
 def plan_model(
@@ -76,14 +81,15 @@ def plan_model(
         InputError: nothing is left to prune, a skip pattern matches nothing, or a tower is not there or does not run.
     """
     stacks = find_stacks(model)
-    with stream_of.eager_experts(model):
+    with eager_experts(model):
         short, running = replay.short_samples(model, stacks, batches)
         known = {stack.name: stack for stack in running}
         others = [stack for stack in stacks if stack.name not in known]
         chosen = choose_stacks([*running, *others], type(model).__name__, tower, known)
         runs = [_stack_run(model, stack, running, short) for stack in chosen]
         members = [block for stack in chosen for block in stack.blocks]
-        observed = observe(model, members, [partial(stream_of.run_model, model, batch) for batch in short])
+        observed = observe(model, members, [partial(run_model, model, batch) for batch in short])
+        observed = replace(observed, memory=_seeing_memory(observed, chosen, short[0]))
     plan = make_plan(
         model,
         pattern,
@@ -98,9 +104,9 @@ def plan_model(
 
 
 def _stack_run(model: nn.Module, stack: Stack, running: Sequence[Stack], short: Sequence[Batch]) -> StackRun:
-    """Verify that a stack can be run block by block."""
+    """Verify that a stack can be run block by block, without those that run later if they are not needed for it."""
     members = tuple(stack.blocks)
-    behaviour = replay.verify_replay(model, members, short, decodes=stack.tower == DECODER)
+    _refuse_closures(model, stack)
     later = []
     for other in running[running.index(stack) + 1 :]:
         try:
@@ -108,4 +114,36 @@ def _stack_run(model: nn.Module, stack: Stack, running: Sequence[Stack], short: 
         except UnsupportedModelError:  # nothing is asked of it: it is computed, which only takes longer
             continue
         later.append((tuple(other.blocks), templates))
-    return StackRun(stack.name, members, behaviour, tuple(later))
+    masks = _MASKS_OF.get(stack.tower, (None, None))
+    for passing in (tuple(later), ()) if later else ((),):
+        try:
+            behaviour = replay.verify_replay(model, members, short, masks=masks, passing=passing)
+        except UnsupportedModelError:
+            if not passing:
+                raise
+        else:
+            return StackRun(stack.name, members, behaviour, passing)
+    raise AssertionError
+
+
+def _refuse_closures(model: nn.Module, stack: Stack) -> None:
+    """Refuse a function set in place of a block's forward: a copy of the block would go on calling the original's."""
+    for name, block in stack.members.items():
+        if isinstance(block.__dict__.get("forward"), FunctionType):
+            raise UnsupportedModelError(
+                f"{name} of {type(model).__name__} has a function set in place of its forward, which a copy of the "
+                "block would not follow: remove that patch, or set a bound method"
+            )
+
+
+def _seeing_memory(observed: Observed, stacks: Sequence[Stack], short: Batch) -> frozenset[str]:
+    """Return the weights in a decoder whose inputs are never as long as what the decoder is fed: the encoder's."""
+    own, read = short.get("decoder_input_ids"), short.get("input_ids")
+    if own is None or (read is not None and read.shape[-1] == own.shape[-1]):
+        return frozenset()
+    inside = tuple(f"{name}." for stack in stacks if stack.tower == DECODER for name in stack.members)
+    return frozenset(
+        name
+        for name, lengths in observed.lengths.items()
+        if name.startswith(inside) and lengths and own.shape[-1] not in lengths
+    )

@@ -22,7 +22,7 @@ class MatrixReport:
     """What was done to one matrix.
 
     Attributes:
-        name: the matrix (`halve.model.layers.Matrix`).
+        name: the matrix (`halve.model.plan.Matrix`).
         parameter: the parameter that holds it.
         expert: its index in a fused parameter, else None.
         shape: (d_out, d_in).

@@ -18,8 +18,7 @@ from torch import nn
 from halve.device import autocast
 from halve.errors import CalibrationError, HalveError, InputError, LayerFailedError, UnsupportedModelError
 from halve.maths.gram import Statistics
-from halve.model import blocks as stream_of
-from halve.model.blocks import Batch
+from halve.model.blocks import Batch, check_batches, check_finite, eager_experts, working_copy
 from halve.model.calls import Call, to_device
 from halve.model.collect import Collector, Memory
 from halve.model.plan import Matrix, Plan, set_matrix
@@ -76,7 +75,7 @@ def prune_blocks(
         CorruptFileError: a block in ``ledger`` was damaged.
         HalveError: a block could not be kept, the volume being full or broken.
     """
-    stream_of.check_batches(batches)
+    check_batches(batches)
     plan, runs = plan_model(
         model,
         batches,
@@ -95,7 +94,7 @@ def prune_blocks(
         )
     tell = listen or (lambda _progress: None)
     loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases or Phases(device), collect=collect)
-    with stream_of.eager_experts(model):
+    with eager_experts(model):
         return loop.run(batches, runs, offload, before)
 
 
@@ -180,11 +179,12 @@ class _Loop:
             begins = run is runs[0]
             folder = offload if begins else _folder(offload, run, "pruned")
             stream = self._capture(first, run, batches, folder, copies=1 + (paired and begins))
-            dense = later.get(run.name) or (stream.fork("dense") if paired else None)
+            dense = later.pop(run.name, None) or (stream.fork("dense") if paired else None)
             for place in range(len(run.blocks)):
                 passage = _Passage(first + place, place, stream, dense, last=place == len(run.blocks) - 1)
                 self._pass_block(passage, members[first + place])
             first += len(run.blocks)
+            del stream, dense, passage  # the next stack has hidden states of its own
 
     def _capture(
         self, block: int, run: StackRun, batches: Sequence[Batch], folder: Path | None, *, copies: int = 1
@@ -195,7 +195,7 @@ class _Loop:
 
     def _pass_block(self, at: "_Passage", block: nn.Module) -> None:
         """Take both streams through a block, which is pruned unless it was before."""
-        work = stream_of.working_copy(block, self._device)
+        work = working_copy(block, self._device)
         going_on = at.block < self._last and not at.last
         if at.block < self._kept:
             if at.dense is not None and going_on:
@@ -313,7 +313,7 @@ class _Loop:
 
         with self._lowered(f"{self._plan.blocks[at.block]} fails", "use forward_dtype float32"):
             output = stream.run(at.place, batch, work, self._device, keep=keep, before=begin)
-        stream_of.check_finite(output, f"the outputs of {self._plan.blocks[at.block]} on calibration batch {batch}")
+        check_finite(output, f"the outputs of {self._plan.blocks[at.block]} on calibration batch {batch}")
 
     @contextmanager
     def _lowered(self, what: str, remedy: str) -> Iterator[None]:

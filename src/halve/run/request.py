@@ -75,8 +75,8 @@ class Loading:
         trust_remote_code: run Python code that comes with the model, which is copied to the output. Read it first.
         dtype: written dtype where the input has none of its own (GGUF): ``float32`` (default), ``bfloat16``,
             ``float16``.
-        attention: implementation of attention that Halve runs the model with: ``eager``, ``sdpa`` or
-            ``flex_attention``. The config's own where nobody says; what is written keeps the config's.
+        attention: implementation of attention that Halve runs the model with: ``eager`` or ``sdpa``. The config's own
+            where nobody says; what is written keeps the config's.
 
     Raises:
         InputError: a dtype or an implementation is unknown, or a value is of another type.

@@ -195,7 +195,7 @@ def _groups(rows: Sequence[Mapping[str, Tensor]], most: int, *, equal: bool) -> 
         apart = group and (
             (equal and _lengths(row) != _lengths(group[0]))
             or (IDS not in row and _lengths(row)[0] != _lengths(group[0])[0])  # features are not padded
-            or (len(group) + 1) * sum(_lengths(row)) > most
+            or (len(group) + 1) * sum(map(max, zip(*map(_lengths, [*group, row]), strict=True))) > most
         )
         if apart:
             yield group

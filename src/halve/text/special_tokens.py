@@ -111,7 +111,7 @@ def put_around_text(
         break
     raise InputError(
         f"it cannot be told what the tokenizer puts before text, since {probe!r} has no tokens, or others where "
-        "special ones are added: give bos = 'never'"
+        "special ones are added: give bos = 'never' where text is cut into sequences, or another tokenizer"
     )
 
 
