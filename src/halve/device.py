@@ -128,19 +128,18 @@ def own_settings(model: nn.Module) -> Iterator[None]:
     names.
     """
     configs = {id(found): found for module in model.modules() if (found := getattr(module, "config", None)) is not None}
-    before = [
-        (config, name, getattr(config, name))
-        for config in configs.values()
-        for name, wanted in _OWN_SETTINGS.items()
-        if getattr(config, name, wanted) != wanted
-    ]
-    for config, name, _ in before:
-        setattr(config, name, _OWN_SETTINGS[name])
+    before: list[tuple[Any, str, Any]] = []
+    for config in configs.values():
+        for name, wanted in _OWN_SETTINGS.items():
+            if getattr(config, name, wanted) != wanted:
+                fields = dict(vars(config))
+                setattr(config, name, wanted)
+                before += [(config, key, value) for key, value in fields.items() if vars(config).get(key) is not value]
     try:
         yield
     finally:
-        for config, name, value in before:
-            setattr(config, name, value)
+        for config, key, value in before:
+            vars(config)[key] = value  # not by its setter, which may refuse what the config was read with
 
 
 @contextmanager

@@ -56,3 +56,13 @@ def test_a_config_that_wants_tuples_is_measured_pruned_and_kept(checkpoint, text
     assert pruned.before
     assert pruned.after
     assert json.loads((tmp_path / "out" / "config.json").read_text())["return_dict"] is False
+
+
+def test_a_config_that_wants_attention_weights_is_run_without_them_and_kept(checkpoint, text, tmp_path):
+    """Its setter refuses the value that the config was read with."""
+    edit_json(checkpoint / "config.json", output_attentions=True)
+    options = {"calibration": text, "samples": 4, "seq_len": 16, "eval_data": [text], "eval_seq_len": 16}
+    pruned = halve.prune(checkpoint, tmp_path / "out", method="wanda", refit="none", device="cpu", **options)
+    assert pruned.after
+    assert pruned.model.config.output_attentions is True
+    assert (tmp_path / "out" / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()

@@ -11,6 +11,7 @@ import halve
 import models
 from halve.checkpoint.load import load_model, resolve
 from halve.checkpoint.precision import differing_dtypes, dtype_in_config, dtype_to_prune_in, dtypes_on_disk
+from halve.errors import UnsupportedModelError
 from halve.pruning import _run_dtype
 from halve.whole_model import load_found
 
@@ -121,8 +122,6 @@ def test_a_value_that_memory_holds_as_zero_does_not_come_back_into_a_pruned_plac
         ("float16", "bfloat16", "float32"),
         ("bfloat16", "bfloat16", "bfloat16"),
         ("float16", None, "float16"),
-        ("float32", "float8_e4m3fn", "float32"),
-        ("float32", "no_such_type", "float32"),
     ],
 )
 def test_the_dtype_to_prune_in_holds_every_value_on_disk(tmp_path, on_disk, named, pruned_in):
@@ -131,6 +130,13 @@ def test_the_dtype_to_prune_in_holds_every_value_on_disk(tmp_path, on_disk, name
     assert dtypes_on_disk(source) == (NAMES[on_disk],)
     assert dtype_to_prune_in(source) == NAMES[pruned_in]
     assert bool(differing_dtypes(source)) == (dtype_in_config(source) not in {None, NAMES[on_disk]})
+
+
+@pytest.mark.parametrize("named", ["float8_e4m3fn", "no_such_type", "int8"])
+def test_a_config_that_names_a_dtype_which_is_not_plain_is_refused(tmp_path, named):
+    path = stored(tmp_path / "in", torch.float32, {"dtype": named})
+    with pytest.raises(UnsupportedModelError, match=f"names the dtype '{named}', in which no plain model is loaded"):
+        resolve(path)
 
 
 def test_running_and_measuring_speed_go_by_the_config(tmp_path):

@@ -155,3 +155,8 @@ def test_flags_are_named_as_flags(tmp_path, pairs):
     result = run("prune", tmp_path / "llama", "--out", tmp_path / "out", *asked, "--span-corruption")
     assert result.exit_code == 2
     assert "--pair-fields is for pairs, --span-corruption for plain text" in " ".join(result.output.split())
+
+
+def test_text_is_generated(t5):
+    result = run("generate", t5, "--prompt", "the quick brown", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.output

@@ -14,7 +14,7 @@ from halve.checkpoint.load import LoadedModel
 from halve.errors import InputError
 from halve.evaluation.perplexity import evaluate, evaluation_texts, perplexity
 from halve.text.tokens import TokenSet, evaluation_tokens, hash_ids
-from models import DECODERS, VOCAB, decoder, tokens
+from models import DECODERS, VOCAB, bert, decoder, tokens
 from tiny_tokenizers import SENTENCES, surrounding, word_level
 
 
@@ -165,8 +165,8 @@ def test_logits_are_never_held_at_once(monkeypatch):
     model, rows = decoder("llama"), []
     model.lm_head.register_forward_hook(lambda _module, _args, output: rows.append(output.numel() // VOCAB))
     perplexity(model, windows())
-    probe, *slices = rows
-    assert probe == 16
+    *probes, slices = rows[:3], rows[3:]
+    assert probes == [[16, 16, 16]]  # whether the model is causal, and whether its head may be sliced
     assert max(slices) == 7
     assert sum(slices) == 5 * 23
 
@@ -367,3 +367,25 @@ def test_the_loss_of_every_window_is_kept_in_order(batch_size):
     expected = [reference(decoder("llama"), windows().ids[index : index + 1]) for index in range(5)]
     assert found.window_nll == pytest.approx(expected, rel=1e-5)
     assert found.nll == pytest.approx(sum(found.window_nll) / 5, rel=1e-12)
+
+
+def classifier():
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=VOCAB, **settings)).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (bert(), r"^BertForMaskedLM sees the tokens that it is to predict \(a last token changes"),
+        (bert().bert, r"^BertModel has no perplexity, since it predicts no tokens \(.*logits"),
+        (
+            classifier(),
+            r"^BertForSequenceClassification has no perplexity: its logits have shape \(1, 2\)",
+        ),
+    ],
+)
+def test_what_has_no_perplexity_is_refused(model, reason):
+    with pytest.raises(InputError, match=reason):
+        perplexity(model, windows())

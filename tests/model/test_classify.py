@@ -227,7 +227,7 @@ def test_what_is_stored_in_one_tensor_is_pruned_whole_or_not_at_all():
     assert [matrix.parameter for matrix in alone.matrices] == ["layers.0.z.weight", "layers.1.z.weight"]
     assert sorted(matrix.parameter for matrix in whole.matrices) == sorted(sum(together, ()))
     with pytest.raises(
-        InputError, match=r"layers\.1\.b\.weight stays dense \(skipped on request\) and is stored in one tensor with"
+        InputError, match=r"layers\.1\.b\.weight stays dense \(skipped on request\) and is stored together with"
     ):
         make_plan(model, PATTERN, seen(), skip=["layers.1.b.*"], together=together)
     assert make_plan(model, PATTERN, seen(), skip=["layers.1.*"], together=together).matrices

@@ -166,3 +166,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path, family, stop,
     for path in sorted((tmp_path / "whole").iterdir()):
         if path.name not in OF_ONE_RUN:
             assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sounds_and_images_come_in_the_dtype_of_the_weights(dtype):
+    model = encoder_decoder("whisper").to(dtype)
+    report = prune_blocks(model, [pairs("whisper")], settings(), device=CPU)  # with features in float32
+    assert_pruned(model, report)

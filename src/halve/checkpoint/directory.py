@@ -38,6 +38,7 @@ _FORBIDDEN = {
     "_attn_implementation_internal": "it sets internals of transformers; remove that entry",
     "_experts_implementation_internal": "it sets internals of transformers; remove that entry",
 }
+_DTYPES = {"float32", "bfloat16", "float16", "float64", "auto"}
 _ELSEWHERE = "--"
 """What separates a repository from a class in ``auto_map``."""
 
@@ -118,8 +119,15 @@ def check_config(directory: Path, *, code: bool = False) -> None:
     for name in (CONFIG, "tokenizer_config.json"):
         path = directory / name
         if path.exists():
-            for field, reason in forbidden_fields(read_json(contained(directory, path)), code=code).items():
+            content = read_json(contained(directory, path))
+            for field, reason in forbidden_fields(content, code=code).items():
                 raise UnsupportedModelError(f"{path} has {field!r}: {reason}")
+            named = content.get("dtype", content.get("torch_dtype")) if name == CONFIG else None
+            if named is not None and str(named).removeprefix("torch.") not in _DTYPES:
+                raise UnsupportedModelError(
+                    f"{path} names the dtype {str(named)!r}, in which no plain model is loaded: name one of "
+                    f"{', '.join(sorted(_DTYPES))}"
+                )
         elif name == CONFIG:
             if any(directory.glob("*.gguf")):
                 raise InputError(f"{directory} holds GGUF files and no {CONFIG}: give one .gguf file by its own path")

@@ -128,8 +128,8 @@ class DiskLayout:
 
     @property
     def together(self) -> list[tuple[str, ...]]:
-        """The state-dict names, group by group, of parameters that share tensors on disk."""
-        return [group.parameters for group in self._groups if len(group.parameters) > len(group.tensors)]
+        """The state-dict names, group by group, of parameters that are converted to tensors on disk in one go."""
+        return [group.parameters for group in self._groups if len(group.parameters) > 1]
 
     def _groups_of(self, parameter: str) -> list[_Group]:
         if parameter not in self._aliases:

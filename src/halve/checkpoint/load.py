@@ -24,6 +24,7 @@ from halve.checkpoint.directory import (
     check_config,
     companions,
     refuse_packed,
+    refuse_unfinished,
 )
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.hub import download, similar
@@ -285,6 +286,7 @@ def _is_clearly_a_path(name: str) -> bool:
 def _validate_directory(directory: Path, *, code: bool, weights: bool) -> dict[str, Any]:
     """Return what a `Source` says of the weight files of a directory."""
     refuse_packed(directory)
+    refuse_unfinished(directory)
     check_config(directory, code=code)
     companions(directory, code=code)
     if not weights:

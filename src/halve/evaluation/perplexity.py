@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halve.checks import check_count
 from halve.device import autocast, evaluation_mode, forward_precision, model_device, resolve_device
-from halve.errors import InputError
+from halve.errors import InputError, one_line
 from halve.evaluation.figure import SECOND_HALF, Perplexity
 from halve.evaluation.losses import LOGITS_AT_ONCE, finite_sums, token_losses
 from halve.evaluation.teacher_forced import decoder_sums, labels_of_text
@@ -220,7 +220,9 @@ def _window_sums(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[list[float], str]:
     """Sum the negative log-likelihood over each window's tokens; with that, why the model's own logits were used."""
-    parts = _split(model, tokens.ids[:1, :_PROBE].to(device))
+    probe = tokens.ids[:1, :_PROBE].to(device)
+    _check_causal(model, probe)
+    parts = _split(model, probe)
     batch = 1 if isinstance(parts, str) else batch_size or max(1, _TOKENS_PER_BATCH // tokens.seq_len)
     found: list[float] = []
     for start in range(0, tokens.samples, batch):
@@ -230,6 +232,34 @@ def _window_sums(
         if progress is not None:
             progress(start + len(ids), tokens.samples)
     return found, parts if isinstance(parts, str) else ""
+
+
+def _check_causal(model: nn.Module, probe: Tensor) -> None:
+    """Refuse a model that predicts no tokens, or that sees those that it is to predict.
+
+    Raises:
+        InputError: it is one.
+    """
+    name = type(model).__name__
+    try:
+        logits = _logits(_forward(model, probe))
+    except AttributeError as error:
+        raise InputError(
+            f"{name} has no perplexity, since it predicts no tokens ({one_line(error)}): give a causal language model"
+        ) from error
+    if logits.ndim != 3 or logits.shape[:2] != probe.shape:
+        raise InputError(
+            f"{name} has no perplexity: its logits have shape {tuple(logits.shape)} for {probe.shape[1]} tokens, where "
+            "a causal language model has some for every token"
+        )
+    other = probe.clone()
+    other[:, -1] = probe[:, 0] if probe[0, 0] != probe[0, -1] else (probe[:, 0] + 1) % logits.shape[-1]
+    before, after = logits[:, :-1].double(), _logits(_forward(model, other))[:, :-1].double()
+    if bool((before - after).norm() > 0.01 * before.norm()):
+        raise InputError(
+            f"{name} sees the tokens that it is to predict (a last token changes what it says of those before it): "
+            "perplexity is for causal language models"
+        )
 
 
 class _Parts(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.checkpoint.room import check_space
-from halve.device import own_settings
+from halve.device import own_settings, weight_dtype
 from halve.errors import CalibrationError, InputError
 from halve.memory import check_memory
 from halve.model.calls import Behaviour, Recorder, Recording, Template
@@ -39,7 +39,15 @@ def run_model(model: nn.Module, batch: Batch) -> None:
     takes_any = any(each.kind is Parameter.VAR_KEYWORD for each in accepted.values()) and hasattr(body, "config")
     extra = {"use_cache": False} if "use_cache" in accepted or takes_any else {}
     with torch.no_grad(), own_settings(model):
-        body(**batch, **extra)
+        body(**_in_dtype_of(model, batch), **extra)
+
+
+def _in_dtype_of(model: nn.Module, batch: Batch) -> Batch:
+    """Return a batch whose images or sounds have the dtype of the model's weights, which its first layer insists on."""
+    if not any(value.is_floating_point() for value in batch.values()):
+        return batch
+    dtype = weight_dtype(model)
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
 
 
 def stand_in_batch(model: nn.Module) -> Batch:

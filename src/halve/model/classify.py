@@ -53,7 +53,7 @@ def make_plan(
         why_dense: says of a matrix that could be pruned why it stays dense, an empty text if it does not; all experts
             of a fused parameter go by the first. None leaves nothing dense.
         stacks: what is pruned, in the order in which it runs; None is `halve.model.stacks.default_stacks`.
-        together: names of parameters that are stored in one tensor, which is pruned whole or not at all.
+        together: names of parameters that are stored together, and pruned all or none.
         least: in every block at least this share of the matrix weights must have inputs that can be seen, 0 to 1.
 
     Raises:
@@ -126,7 +126,7 @@ def _check_whole(together: Collection[Sequence[str]], pruned: Collection[str], e
         other = next((name for name in group if name in pruned), None)
         if dense is not None and other is not None:
             raise InputError(
-                f"{dense} stays dense ({reasons[dense]}) and is stored in one tensor with {other}, which would be "
+                f"{dense} stays dense ({reasons[dense]}) and is stored together with {other}, which would be "
                 "pruned: leave both dense (skip), or neither"
             )
 

@@ -47,7 +47,8 @@ class Settings:
         reconstruction: how to tune each block once its matrices are pruned; None leaves it at that.
         objective: shrinkage of the statistics, and targets from the dense model.
         tower: the part of a model that is pruned, where it has several: ``text``, ``vision``, ``audio`` or another, or
-            ``all`` that run on the calibration data. Text where nobody says; of an encoder-decoder always both.
+            ``all`` that run on the calibration data. Text where nobody says; of an
+            encoder-decoder, whose parts are ``encoder`` and ``decoder``, both.
         least_prunable: refuse a model where less than this share of a block's matrix weights can be pruned, 0 to 1.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
     """

@@ -123,6 +123,8 @@ def _tokenized(loaded: LoadedModel, prompt: str, max_new_tokens: int, *, raw: bo
     tokenizer = loaded.tokenizer
     if not model.can_generate():
         raise InputError(f"{type(model).__name__} generates no text: give a causal language model")
+    if model.main_input_name != "input_ids":
+        raise InputError(f"{type(model).__name__} takes {model.main_input_name}, not text: it has no use for a prompt")
     if tokenizer is None:
         raise InputError(f"this {type(model).__name__} comes without a tokenizer: put its files beside the model")
     if tokenizer.chat_template and not raw:
@@ -166,6 +168,9 @@ def _settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: floa
     if pad is None:
         pad = end[0] if isinstance(end, list) else end
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
+    for name in ("bos_token_id", "decoder_start_token_id"):  # what a text begins with, which encoder-decoders need
+        found = getattr(own, name, None)
+        asked[name] = getattr(model.config, name, None) if found is None else found
     if temperature > 0.0:
         asked |= {"do_sample": True, "temperature": temperature, "top_k": 0}
     return GenerationConfig(**asked)  # type: ignore[no-untyped-call]

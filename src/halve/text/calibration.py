@@ -211,6 +211,12 @@ class Calibration:
         """
         if self.source is not None and not isinstance(self.source, str | Path):
             raise InputError("calibration must name a text here, not hand over tokens or batches")
+        taken = getattr(loaded.model, "main_input_name", "input_ids")
+        if taken != "input_ids" and not is_encoder_decoder(loaded.model):
+            raise InputError(
+                f"{type(loaded.model).__name__} takes {taken}, not text: give batches in Python, "
+                f"calibration=[{{{taken!r}: …}}]"
+            )
         tokenizer = _tokenizer(loaded)
         seq_len = default_length(loaded) if self.seq_len is None else self.seq_len
         if is_encoder_decoder(loaded.model):
