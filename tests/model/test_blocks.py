@@ -2,6 +2,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 
 from halve.errors import CalibrationError, InputError
 from halve.model import blocks, replay
@@ -181,3 +182,31 @@ def test_masks_that_are_not_batch_by_sequence_are_refused():
         blocks.check_batches([{"input_ids": tokens(2), "attention_mask": torch.ones(2, 1, 24, 24)}])
     with pytest.raises(InputError, match="no calibration batches"):
         blocks.check_batches([])
+
+
+class Preparing(nn.Module):
+    """A model whose own forward takes something that its base model does not, as SpeechT5 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.base_model = Body()
+
+    def forward(self, codes):
+        return self.base_model(self.embedding(codes))
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, values, **_):
+        self.seen.append(values.shape)
+
+
+def test_what_only_the_whole_model_takes_is_given_to_it():
+    model = Preparing()
+    blocks.run_model(model, {"codes": torch.zeros(2, 3, dtype=torch.int64)})
+    blocks.run_model(model, {"values": torch.zeros(2, 3, 4)})
+    assert model.base_model.seen == [(2, 3, 4), (2, 3, 4)]

@@ -35,6 +35,8 @@ def run_model(model: nn.Module, batch: Batch) -> None:
     """Run one batch through the model without its head and without a cache; what comes out is not needed."""
     body = getattr(model, "base_model", model)
     accepted = signature(body.forward).parameters
+    if any(name not in accepted and name in signature(model.forward).parameters for name in batch):
+        body, accepted = model, signature(model.forward).parameters  # it prepares something for the base model
     # Where only **kwargs take it, the config says it; a model that is none of transformers' may not know the word.
     takes_any = any(each.kind is Parameter.VAR_KEYWORD for each in accepted.values()) and hasattr(body, "config")
     extra = {"use_cache": False} if "use_cache" in accepted or takes_any else {}
