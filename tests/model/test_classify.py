@@ -6,7 +6,7 @@ from halve.errors import InputError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model.classify import ROUTER, UNSEEN, make_plan
 from halve.model.plan import Observed, place_of, set_matrix
-from models import DECODERS, MIXTURES, bert, decoder, encoder_decoder, vit
+from models import DECODERS, MIXTURES, bert, decoder, encoder_decoder, llava, vit
 
 PATTERN = Pattern("2:4")
 
@@ -217,6 +217,13 @@ class InOneTensor(nn.Module):
     def __init__(self):
         super().__init__()
         self.z, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
+
+
+def test_what_another_tower_has_is_told_from_what_stands_outside_of_all():
+    reasons = {e.name: e.reason for e in make_plan(llava(), PATTERN, seen()).excluded}
+    vision = "model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"
+    assert reasons[vision] == "in blocks of the vision part that are not pruned"
+    assert reasons["model.multi_modal_projector.linear_1.weight"] == "outside the blocks"
 
 
 def test_what_is_stored_in_one_tensor_is_pruned_whole_or_not_at_all():

@@ -17,7 +17,7 @@ from halve.errors import InputError, UnsupportedModelError, first_few
 from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, Layout, is_conv1d, is_fused, is_linear
 from halve.model.plan import Excluded, Matrix, Observed, Plan
-from halve.model.stacks import Stack, default_stacks
+from halve.model.stacks import Stack, default_stacks, find_stacks
 
 ROUTER = "as many outputs as experts beside it: a router"
 BYPASSED = "the model multiplies with it without calling its layer, so its inputs cannot be seen"
@@ -72,7 +72,8 @@ def make_plan(
     matrices: list[Matrix] = []
     excluded: list[Excluded] = []
     shared = {name for group in together for name in group}
-    classify = _Classifier(owners, names, uses, seen, shared)
+    others = [stack for stack in find_stacks(model) if stack.name not in {each.name for each in chosen}]
+    classify = _Classifier(owners, names, uses, seen, shared, others)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
@@ -152,7 +153,9 @@ class _Classifier:
         uses: Mapping[int, int],
         seen: Observed | None,
         stored_with_others: Collection[str],
+        others: Sequence[Stack],
     ) -> None:
+        self._others = [(f"{stack.name}.", stack.tower) for stack in others]
         self._owners = owners
         self._blocks = blocks
         self._uses = uses
@@ -167,7 +170,7 @@ class _Classifier:
         path, _, leaf = name.rpartition(".")
         owner = self._owners[path]
         if block is None:
-            return "embedding, outside the blocks" if isinstance(owner, nn.Embedding) else "outside the blocks"
+            return self._outside(name, owner)
         if is_linear(owner) and leaf == "weight" and self._uses[id(parameter)] == 1:
             return self._linear(name, parameter, block)
         if self._uses[id(parameter)] > 1:
@@ -210,6 +213,12 @@ class _Classifier:
                 sees_memory=seen is not None and name in seen.memory,
             )
         ]
+
+    def _outside(self, name: str, owner: nn.Module) -> str:
+        if isinstance(owner, nn.Embedding):
+            return "embedding, outside the blocks"
+        tower = next((tower for prefix, tower in self._others if name.startswith(prefix)), None)
+        return "outside the blocks" if tower is None else f"in blocks of the {tower} part that are not pruned"
 
     def _fused(self, name: str, parameter: Tensor, block: int) -> list[Matrix] | str:
         if self._seen is None:
