@@ -5,9 +5,10 @@ because an attacker may have written it, and because a tensor must be readable a
 Format: https://huggingface.co/docs/safetensors.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,6 +206,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor as safetensors stores them: row-major, little-endian."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return one SHA-256, in hexadecimal, of the names, dtypes, shapes and bytes of tensors, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def build_header(

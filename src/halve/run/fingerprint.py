@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from halve.checkpoint.durable import file_chunks, sha256_of
 from halve.checkpoint.load import LoadedModel, Source, source_files
-from halve.checkpoint.shards import tensor_bytes
+from halve.checkpoint.shards import hash_tensors
 from halve.run.environment import environment
 from halve.run.request import Request
 from halve.run.serial import to_plain
@@ -136,30 +135,14 @@ def _model(loaded: LoadedModel) -> dict[str, str]:
     return {
         "class": type(loaded.model).__name__,
         "config": _hash_text(loaded.model.config.to_json_string()),
-        "tensors": _hash_tensors(loaded.model),
+        "tensors": hash_tensors(sorted(loaded.model.state_dict().items())),
     }
-
-
-def _hash_tensors(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        _add_tensor(digest, name, tensor)
-    return digest.hexdigest()
 
 
 def _calibration(data: CalibrationData) -> str:
     if isinstance(data, TokenSet | PairSet):
         return data.sha256
-    digest = hashlib.sha256()
-    for batch in data:
-        for name, tensor in sorted(batch.items()):
-            _add_tensor(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-    digest.update(tensor_bytes(tensor))
+    return hash_tensors(named for batch in data for named in sorted(batch.items()))
 
 
 def _hash_text(text: str) -> str:

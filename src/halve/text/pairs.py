@@ -1,6 +1,5 @@
 """Pairs for encoder-decoders: what is read or heard, and what is to be said of it, each of its own length."""
 
-import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
+from halve.checkpoint.shards import hash_tensors
 from halve.errors import InputError
 from halve.model.blocks import Batch
 from halve.model.layers import is_fused
@@ -179,13 +179,9 @@ def pair_set(
     seed: int,
 ) -> PairSet:
     """Put pairs together with where they come from."""
-    digest = hashlib.sha256()
-    for row in rows:
-        for name, tensor in sorted(row.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+    digest = hash_tensors(named for row in rows for named in sorted(row.items()))
     pad = tokenizer.pad_token_id
-    return PairSet(tuple(rows), str(source), fields, digest.hexdigest(), seq_len, 0 if pad is None else pad, seed)
+    return PairSet(tuple(rows), str(source), fields, digest, seq_len, 0 if pad is None else pad, seed)
 
 
 def _groups(rows: Sequence[Mapping[str, Tensor]], most: int, *, equal: bool) -> Iterator[list[Mapping[str, Tensor]]]:
