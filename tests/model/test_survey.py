@@ -104,20 +104,20 @@ class Translator(nn.Module):
         return hidden
 
 
-@pytest.mark.parametrize("fed", [20, 24])
-def test_what_a_block_makes_of_the_encoders_states_counts_the_encoders_positions(fed):
-    read_mask, fed_mask = torch.ones(2, 24, dtype=torch.long), torch.ones(2, fed, dtype=torch.long)
+@pytest.mark.parametrize(("read", "fed"), [(24, 20), (24, 24), (40, 40), (64, 64)])
+def test_what_a_block_makes_of_the_encoders_states_counts_the_encoders_positions(read, fed):
+    read_mask, fed_mask = torch.ones(2, read, dtype=torch.long), torch.ones(2, fed, dtype=torch.long)
     read_mask[0, -9:] = 0
     fed_mask[1, -2:] = 0
     batch = {
-        "input_ids": tokens(2, 24),
+        "input_ids": tokens(2, read),
         "attention_mask": read_mask,
         "decoder_input_ids": tokens(2, fed, 1),
         "decoder_attention_mask": fed_mask,
     }
     report = prune_blocks(Translator().eval(), [batch], settings(), device=CPU)
     counted = {m.name.removesuffix(".weight"): m.facts["tokens"] for m in report.matrices}
-    assert counted["decoder.layers.1.key"] == counted["encoder.layers.1.up"] == 39
+    assert counted["decoder.layers.1.key"] == counted["encoder.layers.1.up"] == 2 * read - 9
     assert counted["decoder.layers.1.up"] == 2 * fed - 2
 
 

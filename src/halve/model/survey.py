@@ -89,7 +89,7 @@ def plan_model(
         runs = [_stack_run(model, stack, running, short) for stack in chosen]
         members = [block for stack in chosen for block in stack.blocks]
         observed = observe(model, members, [partial(run_model, model, batch) for batch in short])
-        observed = replace(observed, memory=_seeing_memory(observed, chosen, short[0]))
+        observed = replace(observed, memory=_seeing_memory(observed, chosen, short))
     plan = make_plan(
         model,
         pattern,
@@ -136,14 +136,15 @@ def _refuse_closures(model: nn.Module, stack: Stack) -> None:
             )
 
 
-def _seeing_memory(observed: Observed, stacks: Sequence[Stack], short: Batch) -> frozenset[str]:
-    """Return the weights in a decoder whose inputs are never as long as what the decoder is fed: the encoder's."""
-    own, read = short.get("decoder_input_ids"), short.get("input_ids")
-    if own is None or (read is not None and read.shape[-1] == own.shape[-1]):
+def _seeing_memory(observed: Observed, stacks: Sequence[Stack], short: Sequence[Batch]) -> frozenset[str]:
+    """Return the weights in a decoder whose inputs are as long as what the encoder reads, in every sample.
+
+    None where the samples do not tell: an encoder of sounds has fewer positions than it reads.
+    """
+    read, fed = (
+        {batch[name].shape[-1] for batch in short if name in batch} for name in ("input_ids", "decoder_input_ids")
+    )
+    if not read or read == fed:
         return frozenset()
     inside = tuple(f"{name}." for stack in stacks if stack.tower == DECODER for name in stack.members)
-    return frozenset(
-        name
-        for name, lengths in observed.lengths.items()
-        if name.startswith(inside) and lengths and own.shape[-1] not in lengths
-    )
+    return frozenset(name for name, lengths in observed.lengths.items() if name.startswith(inside) and lengths == read)
