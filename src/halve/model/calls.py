@@ -99,10 +99,15 @@ def items_of(value: Any) -> Iterator[tuple[int | str, Any]]:
 
 def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     """Return a plain container with every item changed."""
+    return rebuilt_by_key(value, lambda _key, item: change(item))
+
+
+def rebuilt_by_key(value: Any, change: Callable[[int | str, Any], Any]) -> Any:
+    """Return a plain container with every item changed, which is given with its key or index."""
+    items = {key: change(key, item) for key, item in items_of(value)}
     if isinstance(value, dict):
-        return {key: change(item) for key, item in value.items()}
-    items = [change(item) for item in value]
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return items
+    return type(value)(*items.values()) if hasattr(value, "_fields") else type(value)(items.values())
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -319,12 +324,7 @@ class Recording:
                 return found
             if isinstance(value, _Fresh):
                 return self._stand_in(Handed(block, path), value) if self.hands_on else None
-            if isinstance(value, dict):
-                return {key: filled(item, (*path, key)) for key, item in value.items()}
-            if is_plain(value):
-                items = [filled(item, (*path, place)) for place, item in enumerate(value)]
-                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-            return value
+            return rebuilt_by_key(value, lambda key, item: filled(item, (*path, key))) if is_plain(value) else value
 
         return filled(template.content, ())
 

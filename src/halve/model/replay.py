@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from halve.errors import CalibrationError, HalveError, UnsupportedModelError, one_line
 from halve.model.blocks import Batch, Passing, capture, check_finite, run_model
-from halve.model.calls import Behaviour, Template, hidden_of, is_plain, leaves
+from halve.model.calls import Behaviour, Template, hidden_of, is_plain, items_of, leaves
 from halve.model.stacks import Stack
 from halve.model.stream import Stream
 
@@ -160,7 +160,7 @@ def _containers(value: Any) -> Any:
     """What dicts and lists in a nest hold, by identity: different afterwards if somebody has written into one."""
     if not is_plain(value):
         return id(value)
-    return [(key, _containers(item)) for key, item in (value.items() if isinstance(value, dict) else enumerate(value))]
+    return [(key, _containers(item)) for key, item in items_of(value)]
 
 
 def _kinds(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
