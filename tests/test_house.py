@@ -23,8 +23,8 @@ FLOORS = (
     ("packed", "planner"),
     ("run",),
     ("report", "verification"),
-    ("whole_model",),
-    ("pruning", "comparison"),
+    ("whole_model", "learning"),
+    ("pruning", "comparison", "merging"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
