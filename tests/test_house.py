@@ -24,7 +24,7 @@ FLOORS = (
     ("run",),
     ("report", "verification"),
     ("whole_model", "learning"),
-    ("pruning", "comparison", "merging"),
+    ("pruning", "comparison"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -144,6 +144,30 @@ def _pair_files(source: str | Path) -> list[Path]:
     return found
 
 
+def open_records(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a ``.jsonl`` file, the rows of a ``.parquet``, or those of a directory of them, in order.
+
+    Args:
+        source: the file or directory; text without records, such as a ``.txt``, has none.
+
+    Yields:
+        tuple[str, dict[str, Any]]: where it stands, and the object.
+
+    Raises:
+        InputError: a file cannot be read, or a line is no object.
+    """
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        suffix = file.suffix.lower()
+        if suffix not in _PAIR_SUFFIXES or not file.is_file():
+            continue
+        for where, record in _parquet_records(file) if suffix == ".parquet" else _jsonl_records(file, "text"):
+            if not isinstance(record, dict):
+                raise InputError(f"{where} is no object: expected one a line, like {{'text': ...}}")
+            yield where, record
+
+
 def pieces(document: Document) -> Iterator[str]:
     """Yield the text of a document, in pieces if it is a file; line ends stay as they are.
 
@@ -245,6 +269,16 @@ def _read_parquet(file: Path, field: str) -> Iterator[Document]:
 
 def _parquet_rows(file: Path, fields: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the texts of some columns of every row, and where that is."""
+    for where, record in _parquet_records(file, fields):
+        texts = tuple(record[field] for field in fields)
+        for field, text in zip(fields, texts, strict=True):
+            if not isinstance(text, str):
+                raise InputError(f"{where} has no text in column {field!r}: remove the row")
+        yield where, texts
+
+
+def _parquet_records(file: Path, fields: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield some columns of every row, all where none are named, and where that is."""
     try:
         import pyarrow as pa
         from pyarrow import parquet
@@ -255,15 +289,10 @@ def _parquet_rows(file: Path, fields: Sequence[str]) -> Iterator[tuple[str, tupl
             if absent := next((field for field in fields if field not in table.schema_arrow.names), None):
                 names = ", ".join(table.schema_arrow.names)
                 raise InputError(f"{file} has no column {absent!r}: name the one that holds the text, of {names}")
-            batches = table.iter_batches(batch_size=256, columns=list(fields))
-            rows = itertools.chain.from_iterable(
-                zip(*(batch.column(field).to_pylist() for field in fields), strict=True) for batch in batches
-            )
-            for number, texts in enumerate(rows, start=1):
-                for field, text in zip(fields, texts, strict=True):
-                    if not isinstance(text, str):
-                        raise InputError(f"{file}, row {number}, has no text in column {field!r}: remove the row")
-                yield f"{file}, row {number},", texts
+            batches = table.iter_batches(batch_size=256, columns=list(fields) or None)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, record in enumerate(rows, start=1):
+                yield f"{file}, row {number},", record
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{file} is not a readable Parquet file: {error}") from error
 

@@ -105,7 +105,7 @@ def packed(
     ids: list[int] = []
     used = 0
     shuffle = shuffled(corpus.documents(), seed, max_documents=LOCAL_SHUFFLE if corpus.local else _HUB_SHUFFLE)
-    for document in _encode_documents(shuffle, tokenizer, needed + len(lead)):
+    for document in encode_documents(shuffle, tokenizer, needed + len(lead)):
         if not document:
             continue
         if ids and tokenizer.eos_token_id is not None:
@@ -221,7 +221,7 @@ class _Joined:
                 yield piece
 
 
-def _encode_documents(
+def encode_documents(
     documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", needed: int
 ) -> Iterator[list[int]]:
     """Tokenise documents without special tokens, in batches; of a long one, at least ``needed`` tokens."""

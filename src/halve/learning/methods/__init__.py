@@ -1,0 +1,1 @@
+"""Ways to learn, each in its file."""

@@ -1,0 +1,63 @@
+"""Training with the mask as it is: the kept weights and norms, or norms and biases alone (Zimmer et al. 2023, PERP)."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from halve.errors import InputError
+from halve.learning.learner import Learner, Step
+from halve.model.masked import FixedMasks, PrunedParameter
+
+
+class FixedMaskLearner(Learner):
+    """Trains what a pruned model has kept; every pruned zero stays +0.0.
+
+    Args:
+        targets: the pruned parameters; their masks are taken now.
+        train: ``all``, or ``norms`` for vectors alone.
+    """
+
+    def __init__(self, targets: Sequence[PrunedParameter], train: str = "all") -> None:
+        self._masks = FixedMasks(targets)
+        self._train = train
+
+    def attach(self, model: nn.Module) -> Sequence[nn.Parameter]:
+        """Return every parameter but embeddings and the head, or the vectors among them.
+
+        Raises:
+            InputError: there is nothing to train.
+        """
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        spared = {id(each) for module in (*tables, head) if module is not None for each in module.parameters()}
+        found = []
+        for parameter in model.parameters():
+            wanted = parameter.is_floating_point() and id(parameter) not in spared
+            wanted = wanted and (self._train == "all" or parameter.ndim <= 1)
+            parameter.requires_grad_(wanted)
+            if wanted:
+                found.append(parameter)
+        if not found:
+            raise InputError("the model has no norms and no biases to train: give train = 'all'")
+        return found
+
+    def before_update(self, step: Step) -> None:  # noqa: ARG002 - of the contract
+        """Mask the gradients, so that the moments of pruned weights stay zero."""
+        self._masks.mask_gradients()
+
+    def after_update(self, step: Step, optimiser: Optimizer) -> None:  # noqa: ARG002 - of the contract
+        """Mask the weights: an optimiser that mixes entries moves zeros too."""
+        self._masks.hold()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the masks: a kept weight that passes through zero is kept on."""
+        return self._masks.state_dict()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the masks that a training began with."""
+        self._masks.load_state_dict(state)
+
+    def finish(self) -> None:
+        """Leave the weights as they are: they have the mask."""
+        self._masks.hold()

@@ -1,0 +1,372 @@
+"""transformers' Trainer, taught three things: a loss against a teacher, a learner's hooks, and when a state is whole.
+
+Everything else is the Trainer's: gradient accumulation, mixed precision, schedules, logging, one process or many.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from halve.errors import HalveError
+from halve.learning.heads import Speaker
+from halve.learning.learner import Learner, Step
+from halve.learning.losses import Scores, Target, loss_sums
+from halve.learning.training_state import TrainingFiles
+from halve.learning.training_text import TrainingRows
+from halve.text.rows import IGNORED, Rows
+
+HELD_OUT = "eval_loss"
+"""The name, in the Trainer's logs, of the loss on the held-out text."""
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is known at one step of a training.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: trained on so far.
+        loss: mean over the steps since the last point; None where the point is of the held-out text.
+        kl: held-out, to the teacher, in nats a token; None without a teacher, or where the point is of the loss.
+        perplexity: of the held-out text; None where the point is of the loss.
+        learning_rate: of the last step; None where the point is of the held-out text.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None = None
+    kl: float | None = None
+    perplexity: float | None = None
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The steps at which something happens, counted in steps done.
+
+    Attributes:
+        looks: at the held-out text; 0 is before the first.
+        saves: of a state to go on from.
+    """
+
+    looks: frozenset[int]
+    saves: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, steps: int, evaluations: int, save_every: int | None) -> "Moments":
+        """Spread them over a training of so many steps; the last one has both."""
+        looks = {math.ceil(steps * number / evaluations) for number in range(evaluations + 1)}
+        saves = looks - {0} if save_every is None else {*range(save_every, steps + 1, save_every), steps}
+        return cls(frozenset(looks), frozenset(saves))
+
+
+class RowSet(Dataset[Inputs]):
+    """The sequences of a training, in order."""
+
+    def __init__(self, rows: Rows, order: Tensor) -> None:
+        self._rows = rows
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Inputs:
+        row = int(self._order[index])
+        return {
+            "input_ids": self._rows.ids[row],
+            "position_ids": self._rows.positions[row],
+            "labels": self._rows.labels[row],
+        }
+
+
+def stacked(rows: list[Inputs]) -> Inputs:
+    """Put rows into one batch."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class MaskTrainer(Trainer):
+    """A Trainer that trains what a `Learner` says.
+
+    Args:
+        student: the model that is trained.
+        teacher: the model that it learns from; None learns from the text alone.
+        learner: attached to the student's model already.
+        rows: the text.
+        target: what the loss asks for.
+        precision: of products in forward and backward passes.
+        decay: weight decay of matrices.
+        last_rate: share of the peak that the learning rate ends at.
+        files: where states go; None keeps none.
+        args: the Trainer's own.
+        moments: the steps at which the held-out text is looked at, and those at which a state is kept.
+        patience: looks without improvement after which the training ends.
+        tell: called with every `Point`.
+    """
+
+    def __init__(
+        self,
+        student: Speaker,
+        teacher: Speaker | None,
+        learner: Learner,
+        parameters: list[nn.Parameter],
+        rows: TrainingRows,
+        target: Target,
+        precision: torch.dtype,
+        decay: float,
+        last_rate: float,
+        files: TrainingFiles | None,
+        args: TrainingArguments,
+        moments: Moments,
+        *,
+        patience: int | None = None,
+        tell: Callable[[Point], None] | None = None,
+    ) -> None:
+        self.learner = learner
+        self._student = student
+        self._teacher = teacher
+        self._parameters = parameters
+        self._held_out = rows.held_out
+        self._target = target
+        self._precision = precision
+        self._decay = decay
+        self._last_rate = last_rate
+        self._files = files
+        self._row_tokens = rows.rows.ids.shape[1]
+        self._tell = tell
+        self._rows_in_order = RowSet(rows.rows, rows.order)
+        self._names = {id(each): name for name, each in student.model.named_parameters()}
+        super().__init__(
+            model=student.model,
+            args=args,
+            data_collator=stacked,
+            train_dataset=self._rows_in_order,
+            callbacks=[_Hooks(self, moments, patience)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts the labels of a whole step
+
+    # What the Trainer asks of a subclass
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the learner's optimiser."""
+        if self.optimizer is None:
+            self.optimizer = self.learner.optimiser(self._parameters, self.args.learning_rate, self._decay)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Return a schedule that rises in a line to the peak and falls along a cosine; no step is at 0."""
+        if self.lr_scheduler is None:
+            warm, last = self.args.warmup_steps, self._last_rate
+
+            def share(step: int) -> float:
+                if step < warm:
+                    return (step + 1) / (warm + 1)
+                done = (step - warm) / max(1, num_training_steps - warm)
+                return last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+            chosen = self.optimizer if optimizer is None else optimizer
+            assert chosen is not None  # noqa: S101 - the Trainer makes it first
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """Return the sequences in the order that was chosen."""
+        return SequentialSampler(self._rows_in_order)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of one forward pass, so scaled that those of a step add up to the mean over its tokens."""
+        loss, _ = self._loss(model, inputs)
+        if not bool(loss.isfinite()):
+            raise HalveError(
+                f"the loss is not finite after {self.state.global_step} steps: give a smaller learning_rate"
+            )
+        if num_items_in_batch is None:
+            raise HalveError("the Trainer of this version of transformers does not count the labels of a step")
+        scaled = loss * self.accelerator.num_processes / num_items_in_batch
+        penalty = self.learner.penalty()
+        if penalty is not None:
+            scaled = scaled + penalty / self.current_gradient_accumulation_steps
+        return (scaled, None) if return_outputs else scaled
+
+    def _loss(self, model: nn.Module, batch: Inputs) -> tuple[Tensor, Tensor]:
+        judge = None if self._teacher is None else self._teacher.scores(batch)
+        labels = batch["labels"][:, 1:]
+        labels = labels[labels != IGNORED]
+        sums: list[Tensor] = []
+
+        def use(scores: Scores) -> Tensor:
+            loss, found = loss_sums(scores, judge, labels, self._target, self._precision)
+            sums.append(found)
+            return loss
+
+        loss = self._student.say(model, batch, use)
+        return loss, sums[0]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the held-out text, as the model would be if the training ended now."""
+        del eval_dataset, ignore_keys
+        plain = self._student.model
+        model = self.model_wrapped if self.is_in_train and self.model_wrapped is not None else plain
+        was_training = plain.training
+        plain.eval()
+        batch = self.args.per_device_train_batch_size
+        rank, world = self.args.process_index, self.args.world_size
+        total = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        rows = self._held_out
+        with torch.no_grad(), self.learner.ended(), self._evaluating():
+            for start in range(0, len(rows), batch * world):  # every process runs as often, some on nothing new
+                mine = slice(start + rank * batch, start + (rank + 1) * batch)
+                ids, positions, labels = rows.ids[mine], rows.positions[mine], rows.labels[mine]
+                if not len(ids):
+                    ids, positions = rows.ids[:1], rows.positions[:1]
+                    labels = torch.full_like(rows.labels[:1], IGNORED)
+                inputs = {"input_ids": ids, "position_ids": positions, "labels": labels}
+                inputs = {name: value.to(self.args.device) for name, value in inputs.items()}
+                loss, sums = self._loss(model, inputs)
+                count = (labels[:, 1:] != IGNORED).sum().to(total)
+                total += torch.stack((loss.to(total), sums[0].to(total), sums[1].to(total), count))
+        plain.train(was_training)
+        loss, kl, ce, count = self.accelerator.reduce(total).tolist()
+        found = {HELD_OUT: loss / count, "eval_ce": ce / count}
+        if self._teacher is not None:
+            found["eval_kl"] = kl / count
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def _evaluating(self) -> Any:
+        """Compute as in training: autocast is around the wrapped forward alone, and before training nothing wraps."""
+        if self.is_in_train or self._precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.args.device.type, self._precision)
+
+    # States that a stopped training goes on from
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write what is trained, and what the learner needs beside it; nothing else is needed to go on."""
+        if self._files is not None and output_dir is not None and self.args.should_save:
+            self._files.write_trained(Path(output_dir), self.trained(), self.learner.state())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a state, and mark it as whole when all of it is on the disk."""
+        if self._files is None:
+            return
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._files.mark(self._files.home / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Put back what `_save` wrote."""
+        if self._files is not None:
+            state = self._files.read_trained(Path(resume_from_checkpoint), self.trained())
+            self.learner.load_state(state)
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the parameters that are trained, by their names in the model."""
+        return {self._names.get(id(each), f"trained.{number}"): each for number, each in enumerate(self._parameters)}
+
+    def point(self, entry: Mapping[str, float], step: int) -> Point:
+        """Return what an entry of the Trainer's log says."""
+        tokens = step * self._row_tokens * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        tokens *= self.args.world_size
+        ce = entry.get("eval_ce")
+        return Point(
+            step=step,
+            tokens=tokens,
+            loss=entry.get("loss"),
+            kl=entry.get("eval_kl"),
+            perplexity=None if ce is None else math.exp(min(ce, 700.0)),
+            learning_rate=entry.get("learning_rate"),
+        )
+
+    @property
+    def curve(self) -> list[Point]:
+        """What was logged so far, in order."""
+        wanted = [entry for entry in self.state.log_history if "loss" in entry or HELD_OUT in entry]
+        return [self.point(entry, int(entry["step"])) for entry in wanted]
+
+    def held_out_losses(self) -> dict[int, float]:
+        """Return the loss on the held-out text at every step at which it was looked at."""
+        return {int(entry["step"]): entry[HELD_OUT] for entry in self.state.log_history if HELD_OUT in entry}
+
+    def keep_best(self) -> None:
+        """Write the trained parameters if the held-out text never liked any better."""
+        losses = self.held_out_losses()
+        if self._files is None or not self.args.should_save or not losses:
+            return
+        step = max(losses)
+        if losses[step] <= min(losses.values()):
+            self._files.write_best(step, self.trained(), self.learner.state())
+
+    def load_best(self) -> int:
+        """Put back the weights that the held-out text liked best, and return the step that they are of."""
+        losses = self.held_out_losses()
+        best = min(losses, key=lambda step: (losses[step], step))
+        if self._files is not None and best != self.state.global_step:
+            self.learner.load_state(self._files.read_best(best, self.trained()))
+        return best
+
+
+class _Hooks(TrainerCallback):
+    """Calls the learner at its places, says when to look at the held-out text and when to save."""
+
+    def __init__(self, trainer: MaskTrainer, moments: Moments, patience: int | None) -> None:
+        self._trainer = trainer
+        self._moments = moments
+        self._patience = patience
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == 0 and 0 in self._moments.looks:
+            self._trainer.evaluate()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.learner.begin_step(self._step(state))
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.learner.before_update(self._step(state))
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        optimiser = self._trainer.optimizer
+        assert optimiser is not None  # noqa: S101 - it has just stepped
+        self._trainer.learner.after_update(self._step(state), getattr(optimiser, "optimizer", optimiser))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_evaluate = state.global_step in self._moments.looks
+        control.should_save = state.global_step in self._moments.saves
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._trainer.keep_best()
+        losses = self._trainer.held_out_losses()
+        best = min(losses, key=lambda step: (losses[step], step))
+        since = sum(step > best for step in losses)
+        if self._patience is not None and since >= self._patience:
+            control.should_training_stop = True
+            control.should_save = True
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        entry = kwargs.get("logs") or {}
+        if self._trainer._tell is not None and ("loss" in entry or HELD_OUT in entry):  # noqa: SLF001 - one class in two
+            self._trainer._tell(self._trainer.point(entry, state.global_step))  # noqa: SLF001
+
+    @staticmethod
+    def _step(state: TrainerState) -> Step:
+        return Step(state.global_step, state.max_steps)

@@ -1,0 +1,297 @@
+"""A training on disk: what was asked, the states that it can go on from, and the way to a checkpoint in its place.
+
+It lives in ``.halve`` inside its output directory, as a run does that prunes. The Trainer writes its states in place
+and takes the newest, finished or not; here a state counts only when a mark with the sha256 of all its files lies in
+it, which is written last. Optimiser and generator states are pickles: they are read back from this directory alone,
+after their hash was checked, and by PyTorch's loader for plain weights, which runs no code.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+from safetensors.torch import load_file
+from torch import Tensor
+
+from halve.checkpoint.directory import CONFIG, HOME, is_unfinished
+from halve.checkpoint.durable import (
+    check_hash,
+    crash_point,
+    make_directory,
+    move_into_place,
+    sha256_of,
+    sync_directory,
+    write_file,
+    writing,
+)
+from halve.checkpoint.lock import locked
+from halve.checkpoint.room import refuse_contents
+from halve.checkpoint.shards import build_header, read_json, tensor_bytes
+from halve.checkpoint.validated import validated
+from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
+
+MANIFEST = "training.json"
+MARK = "whole.json"
+_TRAINED = "trained.safetensors"
+_BEST = "best"
+_LEARNER = "learner:"
+"""What the names of a learner's own tensors begin with, beside those of parameters."""
+_REMEDY = "put it back, or remove the unfinished training and begin again"
+
+
+class _Manifest(Struct, frozen=True, kw_only=True):
+    """What a training began with, and what it has found out since."""
+
+    fingerprint: dict[str, str]
+    call: dict[str, Any] | None = None
+    facts: dict[str, Any] = {}
+    files: dict[str, str] | None = None
+
+
+class _Mark(Struct, frozen=True, kw_only=True):
+    """The files of a whole state, with their sha256."""
+
+    files: dict[str, str]
+
+
+class TrainingFiles:
+    """One training's files, held by this process alone; made by `open_training`.
+
+    Attributes:
+        out: the directory of the checkpoint.
+        home: the directory in it that is the training's own.
+        staging: where the checkpoint is put together.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.home = out / HOME
+        self.staging = self.home / "output"
+        self._manifest: _Manifest | None = None
+        path = self.home / MANIFEST
+        if path.exists():
+            self._manifest = validated(read_json(path), _Manifest, path, _REMEDY)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a training to continue."""
+        return self._manifest is not None
+
+    @property
+    def call(self) -> dict[str, Any] | None:
+        """The call that began it; None where it cannot be written down."""
+        return None if self._manifest is None else self._manifest.call
+
+    @property
+    def verified(self) -> bool:
+        """Whether the checkpoint is put together and verified, so that only its files have to be moved."""
+        return self._manifest is not None and self._manifest.files is not None
+
+    def begin(self, fingerprint: Mapping[str, str], call: Mapping[str, Any] | None) -> None:
+        """Note what decides the bytes of the result, or compare it with what was noted.
+
+        Raises:
+            ResumeMismatchError: a field differs.
+        """
+        if self._manifest is None:
+            self._write(_Manifest(fingerprint=dict(fingerprint), call=None if call is None else dict(call)))
+            return
+        begun = self._manifest.fingerprint
+        differing = sorted(
+            name for name in begun.keys() | fingerprint.keys() if begun.get(name) != fingerprint.get(name)
+        )
+        if differing:
+            name = differing[0]
+            rest = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
+            raise ResumeMismatchError(
+                f"the training in {self.out} began otherwise: {name} was {begun.get(name, 'absent')} and is "
+                f"{fingerprint.get(name, 'absent')}{rest}: call as it began, or give another directory"
+            )
+
+    def fact(self, name: str) -> Any:
+        """Return what the training has found out under a name; None where it has not yet."""
+        return None if self._manifest is None else self._manifest.facts.get(name)
+
+    def keep_fact(self, name: str, value: Any) -> None:
+        """Keep something for a training that goes on, as plain JSON values."""
+        held = self._present()
+        self._write(_Manifest(fingerprint=held.fingerprint, call=held.call, facts=held.facts | {name: value}))
+
+    def newest(self) -> Path | None:
+        """Return the newest whole state, and remove what was left of those that were never finished.
+
+        Raises:
+            CorruptFileError: a file of it was changed since it was marked.
+        """
+        found = []
+        for path in self.home.glob("checkpoint-*"):
+            if (path / MARK).exists():
+                found.append(path)
+            else:
+                shutil.rmtree(path)
+        if not found:
+            return None
+        path = max(found, key=lambda each: int(each.name.rpartition("-")[2]))
+        for name, sha256 in validated(read_json(path / MARK), _Mark, path / MARK, _REMEDY).files.items():
+            check_hash(path / name, sha256)
+        return path
+
+    def mark(self, state: Path) -> None:
+        """Mark a state as whole, once all its files are on the disk, and remove the states before it."""
+        crash_point("state.written")
+        with writing(state):
+            files = {}
+            for path in sorted(each for each in state.rglob("*") if each.is_file()):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                files[str(path.relative_to(state))] = sha256_of(path)
+            sync_directory(state)
+            write_file(state / MARK, [json.dumps({"files": files}).encode()], "mark")
+        for older in self.home.glob("checkpoint-*"):
+            if older != state:
+                (older / MARK).unlink(missing_ok=True)
+                crash_point("state.unmarked")
+                shutil.rmtree(older)
+        crash_point("state.done")
+
+    def write_trained(self, state: Path, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        """Write the trained parameters, and a learner's own tensors, into a state."""
+        self._write_tensors(state / _TRAINED, parameters, own, "state")
+
+    def read_trained(self, state: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put the parameters of a state back in place, and return the learner's own tensors."""
+        return self._read_tensors(state / _TRAINED, parameters)
+
+    def write_best(self, step: int, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        """Keep the weights of a step that the held-out text likes best so far; those before it are removed."""
+        path = self.home / f"{_BEST}-{step}.safetensors"
+        sha256 = self._write_tensors(path, parameters, own, "best")
+        with writing(path):
+            write_file(path.with_suffix(".json"), [json.dumps({"files": {path.name: sha256}}).encode()], "best")
+        for older in self.home.glob(f"{_BEST}-*"):
+            if older.stem != path.stem:
+                older.unlink()
+
+    def read_best(self, step: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put the weights of that step back in place, and return the learner's own tensors.
+
+        Raises:
+            CorruptFileError: they are missing, or were changed.
+        """
+        path = self.home / f"{_BEST}-{step}.safetensors"
+        note = path.with_suffix(".json")
+        if not note.exists():
+            raise CorruptFileError(f"{note} is missing: {_REMEDY}")
+        check_hash(path, validated(read_json(note), _Mark, note, _REMEDY).files[path.name])
+        return self._read_tensors(path, parameters)
+
+    def prepare_staging(self) -> Path:
+        """Return the directory to put the checkpoint together in, empty."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        return self.staging
+
+    def publish(self, files: Mapping[str, str] | None) -> None:
+        """Move the verified checkpoint to its place and remove everything else; ``files`` None goes on with that."""
+        held = self._present()
+        if files is not None:
+            self._write(
+                _Manifest(fingerprint=held.fingerprint, call=held.call, facts=held.facts, files=dict(files)),
+            )
+        recorded = self._present().files
+        assert recorded is not None  # noqa: S101 - noted just now, or by the process before
+        with writing(self.out):
+            move_into_place(self.staging, self.out, recorded)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove everything of the training but its checkpoint."""
+        shutil.rmtree(self.home)
+        if self.out.is_dir() and not any(self.out.iterdir()):
+            self.out.rmdir()
+
+    def _write_tensors(self, path: Path, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor], kind: str) -> str:
+        tensors = {**parameters, **{f"{_LEARNER}{name}": value for name, value in own.items()}}
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+        def content() -> Iterator[bytes | memoryview]:
+            yield build_header([(name, value.dtype, tuple(value.shape)) for name, value in plain.items()])
+            for value in plain.values():
+                yield tensor_bytes(value)
+
+        with writing(path):
+            return write_file(path, content(), kind)
+
+    def _read_tensors(self, path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        held = load_file(path)
+        own = {name.removeprefix(_LEARNER): held.pop(name) for name in list(held) if name.startswith(_LEARNER)}
+        if held.keys() != parameters.keys():
+            raise CorruptFileError(f"{path} holds other parameters than are trained: {_REMEDY}")
+        for name, parameter in parameters.items():
+            parameter.data.copy_(held[name])
+        return own
+
+    def _present(self) -> _Manifest:
+        if self._manifest is None:
+            raise RuntimeError("the training was not begun")
+        return self._manifest
+
+    def _write(self, manifest: _Manifest) -> None:
+        content = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+        with writing(self.home):
+            write_file(self.home / MANIFEST, [json.dumps(content, indent=2).encode()], "manifest")
+        self._manifest = manifest
+
+
+@contextmanager
+def open_training(out: Path) -> Iterator[TrainingFiles]:
+    """Hold the directory of a training for this process alone.
+
+    Args:
+        out: the directory of the checkpoint, made if it does not exist.
+
+    Raises:
+        InputError: another process holds it, or it has other contents than a training's.
+        CorruptFileError: what the training in it has kept was damaged.
+        AlreadyCompleteError: its checkpoint is complete.
+    """
+    home = out / HOME
+    if not home.is_dir():
+        refuse_contents(out)
+    elif (home / "run.json").exists() or any(home.glob("block-*")):
+        raise InputError(f"{out} holds an unfinished run of halve prune: complete it with `halve resume {out}`")
+    new = [path for path in (home, *home.parents) if not path.exists()]
+    make_directory(home)
+    with locked(home / "lock", out):
+        files: TrainingFiles | None = None
+        try:
+            files = TrainingFiles(out)
+            yield files
+        except BaseException:
+            if files is None or not files.begun:
+                shutil.rmtree(home, ignore_errors=True)
+            for path in new:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+            raise
+
+
+def recorded_training(out: Path) -> dict[str, Any] | None:
+    """Return the call that began the unfinished training in a directory; None where there is no training in it.
+
+    Raises:
+        InputError: it was given objects in memory.
+        AlreadyCompleteError: its checkpoint is complete.
+    """
+    if not (out / HOME / MANIFEST).exists():
+        if not is_unfinished(out) and (out / CONFIG).exists():
+            raise AlreadyCompleteError(f"{out} holds a finished checkpoint: nothing is left to do")
+        return None
+    call = TrainingFiles(out).call
+    if call is None:
+        raise InputError(f"the training in {out} was given a model in memory: call with the same again")
+    return call

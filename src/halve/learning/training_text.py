@@ -1,0 +1,235 @@
+"""From the texts that a user names to rows: those that are trained on, in their order, and those that are held out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halve.checkpoint.load import LoadedModel
+from halve.device import evaluation_mode, model_device
+from halve.errors import InputError
+from halve.learning.options import LOSS_ON, TrainingText, WeightedText
+from halve.text.chats import chat_passage, holds_chats, read_chats
+from halve.text.documents import is_on_hub, open_corpus, shuffled
+from halve.text.generation import Listen
+from halve.text.limits import check_length, check_vocabulary
+from halve.text.packing import LOCAL_SHUFFLE, encode_documents
+from halve.text.rows import Passage, Rows, rows_of
+from halve.text.special_tokens import begin_sequences
+from halve.text.tokens import SELF, calibration_tokens, hash_ids
+
+_MOST_HELD_OUT = 10
+"""At most one token in so many of a text is held out."""
+_LONGEST_TXT = 2**31
+"""Tokens to read of a document that is a file of its own: all of it."""
+_SAME = 1e-3
+"""Relative difference of logits up to which two forward passes of the same text are called the same."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a model is trained on, and what judges it.
+
+    Attributes:
+        rows: all that there are.
+        order: (sequences,) int64, which row each sequence of the training is, in order; a text that is shorter than
+            what was asked for is in it several times.
+        held_out: other rows.
+        notes: sentences on how the text was used.
+        sources: of the texts, with the tokens that were taken of each.
+        apart: whether each row holds one passage alone, because the model would not keep several apart.
+    """
+
+    rows: Rows
+    order: Tensor
+    held_out: Rows
+    notes: tuple[str, ...]
+    sources: dict[str, int]
+    apart: bool
+
+    @property
+    def sha256(self) -> str:
+        """One hash of all that decides what the model sees."""
+        parts = [self.rows.ids, self.rows.positions, self.rows.labels, self.held_out.ids, self.held_out.labels]
+        return hash_ids(torch.cat([*(part.flatten() for part in parts), self.order])[None])
+
+
+def training_rows(
+    text: TrainingText,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    sequences: int,
+    listen: Listen | None = None,
+) -> TrainingRows:
+    """Read the texts.
+
+    Args:
+        text: what was asked for.
+        student: the model that is trained, on its device.
+        teacher: the model that writes ``self``, on its device.
+        sequences: how many the training takes.
+        listen: told how long writing takes, as by `halve.text.generation.sample_text`.
+
+    Raises:
+        InputError: a text, the tokenizer or a length is not usable, or there is too little text.
+        CalibrationError: the teacher's logits are not finite.
+    """
+    check_length(text.seq_len, student.model)
+    tokenizer = student.tokenizer
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer, so it cannot be trained on text: put its tokenizer beside it")
+    apart = not keeps_documents_apart(student.model, len(tokenizer))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    total = sum(each.weight for each in text.texts)
+    parts: list[tuple[Rows, Rows, int]] = []
+    notes: list[str] = []
+    for each in text.texts:
+        share = each.weight / total
+        wanted, spared = round(sequences * share), round(text.spared * share)
+        passages = _passages(each, text, student, teacher, wanted * text.seq_len + spared, listen)
+        held, trained = _spare(list(passages), spared)
+        found = rows_of(trained, text.seq_len, padding or 0, apart=apart)
+        judged = rows_of(held, text.seq_len, padding or 0, apart=apart)
+        if not len(found) or not len(judged):
+            raise InputError(
+                f"the training text {each.source!r} is too short: it fills {len(found)} sequences of seq_len = "
+                f"{text.seq_len} and {len(judged)} to hold out: give more text"
+            )
+        if found.cut + judged.cut:
+            notes.append(f"{found.cut + judged.cut} chats of {each.source} are longer than seq_len and were cut")
+        if len(found) < wanted:
+            notes.append(
+                f"{each.source} fills {len(found)} of the {wanted} sequences that are wanted, and is read "
+                f"{wanted / len(found):.1f} times"
+            )
+        parts.append((found, judged, wanted))
+    if apart:
+        notes.append("the model does not keep packed documents apart, so every sequence holds one document, padded")
+    rows, held_out = Rows.joined([part[0] for part in parts]), Rows.joined([part[1] for part in parts])
+    for ids in (rows.ids, held_out.ids):
+        check_vocabulary(ids, student.model, ", ".join(map(str, text.data)))
+    order = _order([(len(found), wanted) for found, _, wanted in parts], sequences, text.seed)
+    sources = {each.source: part[0].ids.numel() for each, part in zip(text.texts, parts, strict=True)}
+    return TrainingRows(rows, order, held_out, tuple(notes), sources, apart)
+
+
+def _passages(
+    each: WeightedText,
+    text: TrainingText,
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    tokens: int,
+    listen: Listen | None,
+) -> Iterator[Passage]:
+    """Yield passages until there are ``tokens``, or no more text."""
+    tokenizer: Any = student.tokenizer
+    if each.source == SELF:
+        if teacher is None:
+            raise InputError("data = 'self' is the teacher's own text, and there is no teacher: give another text")
+        written = calibration_tokens(
+            SELF,
+            tokenizer,
+            samples=-(-tokens // text.seq_len),
+            seq_len=text.seq_len,
+            seed=text.seed,
+            bos=text.bos,
+            model=teacher.model,
+            listen=listen,
+        )
+        found: Iterator[Passage] = (Passage(row.int(), lead=written.lead) for row in written.ids)
+    elif not is_on_hub(each.source) and holds_chats(each.source):
+        chats = shuffled_chats(each.source, text.seed)
+        only = text.loss_on == LOSS_ON[0]
+        found = (chat_passage(chat, tokenizer, where, assistant_only=only) for where, chat in chats)
+    else:
+        found = _documents(each.source, text, tokenizer)
+    read = 0
+    for passage in found:
+        if len(passage) > passage.lead + 1:
+            yield passage
+            read += len(passage)
+        if read >= tokens:
+            return
+
+
+def shuffled_chats(source: str, seed: int) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Yield the chats of a source in a random order that depends on their order and the seed alone."""
+    chats = list(read_chats(source))
+    order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed))
+    return (chats[index] for index in order.tolist())
+
+
+def _documents(source: str, text: TrainingText, tokenizer: Any) -> Iterator[Passage]:
+    """Yield every document with what the tokenizer puts before text, and with EOS after it."""
+    corpus = open_corpus(source, use="calibration", text_field=text.text_field)
+    lead = begin_sequences(tokenizer, text.bos).of_each
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    order = shuffled(corpus.documents(), text.seed, max_documents=LOCAL_SHUFFLE)
+    for ids in encode_documents(order, tokenizer, _LONGEST_TXT):
+        if ids:
+            own = ids[len(lead) :] if tuple(ids[: len(lead)]) == lead else ids
+            yield Passage(torch.tensor([*lead, *own, *end], dtype=torch.int32), lead=len(lead))
+
+
+def _spare(passages: list[Passage], spared: int) -> tuple[list[Passage], list[Passage]]:
+    """Hold out the first passages: ``spared`` tokens of them, or a tenth of the text if that is less, at least one.
+
+    The longest of several sequences that is a document of its own, such as a ``.txt``, is cut in two for that.
+    """
+    total = sum(map(len, passages))
+    most = min(spared, total // _MOST_HELD_OUT)
+    if passages and len(passages[0]) > 2 * most and most:
+        first = passages[0]
+        cut = Passage(first.ids[:most], None if first.learned is None else first.learned[:most], first.lead)
+        rest = Passage(first.ids[most:], None if first.learned is None else first.learned[most:])
+        if not first.whole:
+            return [cut], [rest, *passages[1:]]
+    held = 0
+    for index, passage in enumerate(passages):
+        held += len(passage)
+        if held >= most:
+            return passages[: index + 1], passages[index + 1 :]
+    return [], passages
+
+
+def _order(parts: Sequence[tuple[int, int]], sequences: int, seed: int) -> Tensor:
+    """Return which row every sequence is: each text evenly spread over the training, anew shuffled at each reading.
+
+    Args:
+        parts: for each text its rows, and the sequences that it is to give.
+        sequences: in all.
+        seed: of the shuffling.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Tensor] = []
+    places: list[Tensor] = []
+    first = 0
+    for count, wanted in parts:
+        readings = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
+        chosen = torch.cat(readings)[:wanted] if readings else torch.zeros(0, dtype=torch.int64)
+        rows.append(chosen + first)
+        places.append((torch.arange(wanted) + torch.rand(wanted, generator=generator)) / max(1, wanted))
+        first += count
+    order = torch.cat(rows)[torch.cat(places).argsort()]
+    missing = sequences - len(order)  # shares were rounded
+    return torch.cat((order, order[:missing])) if missing > 0 else order[:sequences]
+
+
+def keeps_documents_apart(model: nn.Module, vocabulary: int) -> bool:
+    """Whether a model lets packed documents attend to nothing of each other, given positions that begin anew.
+
+    Two short made-up documents are run together and the second one alone: its logits have to be the same.
+    """
+    if "position_ids" not in signature(model.forward).parameters:
+        return False
+    device = model_device(model)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(vocabulary, 1000), (1, 24), generator=generator).to(device)
+    positions = torch.cat((torch.arange(11), torch.arange(13)))[None].to(device)
+    with evaluation_mode(model):
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 11:].double()
+        alone = model(input_ids=ids[:, 11:], position_ids=positions[:, 11:], use_cache=False).logits.double()
+    return bool((together - alone).norm() <= _SAME * alone.norm())
