@@ -18,7 +18,7 @@ FLOORS = (
     ("maths",),
     ("solve",),
     ("model",),
-    ("text", "recorded"),
+    ("text", "recorded", "provenance", "serial"),
     ("evaluation", "runtime"),
     ("packed", "planner"),
     ("run",),

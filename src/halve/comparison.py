@@ -19,12 +19,12 @@ from halve.errors import HalveError, InputError
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.perplexity import perplexity
 from halve.model.reconstruct import BLOCK, parse_reconstruction
+from halve.provenance import environment
 from halve.report.measured import add_perplexity
 from halve.report.page import COMPARISON, write_comparison
 from halve.report.record import finite, settings_json
 from halve.run.contender import Contender
 from halve.run.directory import open_run
-from halve.run.environment import environment
 from halve.run.events import Progress, announce, writing_told_to
 from halve.run.phases import Phase
 from halve.run.request import Request

@@ -16,11 +16,11 @@ from halve.device import weight_dtype
 from halve.errors import HalveError, InputError
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation, overlap
+from halve.provenance import code_fields
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
 from halve.run.events import Listener, announce, writing_told_to
-from halve.run.fingerprint import code_fields
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
 from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded, report_notes

@@ -24,12 +24,13 @@ from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.figure import Perplexity
 from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
+from halve.provenance import files_sha256
 from halve.report import record
 from halve.report.measured import measured_json, write_measured
 from halve.report.page import write_report
 from halve.run.directory import RunDirectory
 from halve.run.events import Listener, Progress, RunReport
-from halve.run.fingerprint import files_sha256, fingerprint
+from halve.run.fingerprint import fingerprint
 from halve.run.log import RunLog
 from halve.run.loop import prune_blocks
 from halve.run.phases import Phase, Phases

@@ -5,9 +5,9 @@ import math
 import torch
 from safetensors.torch import load_file
 
+from halve.provenance import environment
 from halve.pruning import prune
 from halve.report.record import finite, mask_sha256, settings_json, to_json
-from halve.run.environment import environment
 from halve.run.events import RunReport
 from halve.run.settings import Settings
 from halve.solve.objective import Objective

@@ -7,7 +7,8 @@ from halve.checkpoint.load import LoadedModel, load_model
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction
 from halve.option_groups import options_of
-from halve.run.fingerprint import differences, fingerprint
+from halve.provenance import differences
+from halve.run.fingerprint import fingerprint
 from halve.run.request import Loading, Placement, Request
 from halve.run.settings import Settings
 from halve.solve.objective import Objective

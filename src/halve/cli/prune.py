@@ -22,8 +22,8 @@ from halve.pruning import prune as prune_model
 from halve.pruning import resume as resume_run
 from halve.run.contender import Contender
 from halve.run.request import Request
-from halve.run.serial import from_plain
 from halve.run.settings import Settings
+from halve.serial import from_plain
 from halve.solve.methods.auto import AutoOptions
 from halve.whole_model import Pruned
 

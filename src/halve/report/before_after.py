@@ -13,10 +13,10 @@ from halve.device import resolve_device
 from halve.errors import InputError
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
+from halve.provenance import files_sha256, source_fields
 from halve.recorded import Record
 from halve.report.facts import Origin, record_of
 from halve.report.measured import add_perplexity, read_measured
-from halve.run.fingerprint import files_sha256, source_fields
 
 NO_DENSE = "none"
 """As the dense model: measure the pruned one alone."""

@@ -13,11 +13,11 @@ from halve.checkpoint.shards import tensor_bytes
 from halve.errors import HalveError
 from halve.maths.pattern import Pattern
 from halve.model.layers import matrix_view
+from halve.provenance import environment
 from halve.recorded import FORMAT
-from halve.run.environment import environment
 from halve.run.events import BlockReport, MatrixReport, RunReport
-from halve.run.serial import to_plain
 from halve.run.settings import Settings
+from halve.serial import to_plain
 
 
 def to_json(

@@ -8,7 +8,7 @@ from typing import Any
 
 from halve.errors import InputError
 from halve.run.request import Request
-from halve.run.serial import from_plain, to_plain
+from halve.serial import from_plain, to_plain
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from halve.checkpoint.room import refuse_contents
 from halve.checkpoint.shards import build_header, read_json, tensor_bytes
 from halve.checkpoint.validated import validated
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
-from halve.run.fingerprint import Fingerprint, differences
+from halve.provenance import Fingerprint, differences
 from halve.run.manifest import MANIFEST, Manifest, read_manifest
 from halve.text.tokens import SELF, Cut, TokenSet
 
@@ -126,7 +126,7 @@ class RunDirectory:
         """Refuse Python files that are not those with which the run began, before they are run.
 
         Args:
-            fields: of the fingerprint, see `halve.run.fingerprint.code_fields`.
+            fields: of the fingerprint, see `halve.provenance.code_fields`.
 
         Raises:
             ResumeMismatchError: one was changed, added or taken away.

@@ -12,7 +12,7 @@ from msgspec import Struct
 from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.shards import read_json
 from halve.checkpoint.validated import validated, wrong
-from halve.run.fingerprint import Fingerprint
+from halve.provenance import Fingerprint
 
 MANIFEST = "run.json"
 _FORMAT = 3

@@ -10,7 +10,7 @@ from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.option_groups import option
 from halve.run.request import Request
-from halve.run.serial import from_plain, to_plain
+from halve.serial import from_plain, to_plain
 
 
 @dataclass(frozen=True)
