@@ -1,7 +1,6 @@
 """One training, from its rows to trained weights: the learning rate is found, then the Trainer does the rest."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,11 +15,13 @@ from halve.device import own_settings
 from halve.errors import HalveError, InputError
 from halve.learning.heads import Speaker
 from halve.learning.learner import Learner
-from halve.learning.options import AUTO, Training, parse_count
+from halve.learning.losses import loss_sums
+from halve.learning.needs import Needs, activation_bytes, measured_needs
+from halve.learning.options import AUTO, Shape, Training
 from halve.learning.trainer import MaskTrainer, Moments, Point
 from halve.learning.training_state import TrainingFiles
 from halve.learning.training_text import TrainingRows
-from halve.text.rows import Rows
+from halve.text.rows import IGNORED, Rows
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """The learning rates that are tried where none is given, each until the next is no better."""
@@ -32,47 +33,6 @@ _JUDGES = 16
 """Held-out sequences that judge a trial, at most."""
 _LOGGED = 100
 """How often the loss is logged, over a training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """How sequences are shared out over steps, forward passes and processes.
-
-    Attributes:
-        steps: of the optimiser.
-        rows: sequences of a forward pass in one process.
-        passes: forward passes of a step in one process.
-        processes: that train together.
-    """
-
-    steps: int
-    rows: int
-    passes: int
-    processes: int
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of the whole training."""
-        return self.steps * self.rows * self.passes * self.processes
-
-    @classmethod
-    def of(cls, training: Training, processes: int = 1) -> "Shape":
-        """Return what the options come to.
-
-        Raises:
-            InputError: a step has fewer sequences than there are processes.
-        """
-        length = training.text.seq_len
-        step = parse_count("batch_tokens", training.schedule.batch_tokens) // length
-        if step < processes or step % processes:
-            raise InputError(
-                f"a step of {step} sequences cannot be shared out over {processes} processes: give batch_tokens = "
-                f"{max(1, step // processes) * processes * length}"
-            )
-        most = max(1, parse_count("forward_tokens", training.schedule.forward_tokens) // length)
-        each = step // processes
-        rows = max(size for size in range(1, min(most, each) + 1) if each % size == 0)
-        return cls(steps=training.text.wanted // (step * length), rows=rows, passes=each // rows, processes=processes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +118,46 @@ class Course:
             steps=trainer.state.global_step, best=best, learning_rate=rate, tried=tried, curve=tuple(trainer.curve)
         )
 
+    def needs(self, make: Callable[[], Learner], output: int) -> Needs:
+        """Return what `run` will take of memory and disk, from a forward pass of one sequence.
+
+        Args:
+            make: as for `run`.
+            output: bytes of the checkpoint that is going to be written.
+        """
+        before = {name: value.detach().clone() for name, value in self._model.named_parameters()}
+        learner = make()
+        row = self._rows.rows
+        batch = {"input_ids": row.ids[:1], "position_ids": row.positions[:1], "labels": row.labels[:1]}
+        place = next(self._model.parameters()).device
+        batch = {name: value.to(place) for name, value in batch.items()}
+        target, precision = self._training.target, self._training.machine.precision
+        checkpointing = self._training.schedule.gradient_checkpointing
+        with own_settings(self._model), _checkpointed(self._model, wanted=checkpointing):
+            trained = self._attach(learner)
+            self._model.train()
+            with torch.autocast(place.type, precision, enabled=precision != torch.float32):
+                labels = batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORED]
+                kept = activation_bytes(
+                    lambda: self._student.say(
+                        self._model, batch, lambda said: loss_sums(said, None, labels, target, precision)[0]
+                    )
+                )
+            self._model.eval()
+            learner.finish()
+        _put_back(self._model, before)
+        teacher = None if self._teacher is None else self._teacher.model
+        device = self._training.machine.target
+        return measured_needs(self._model, teacher, trained, kept, self._shape, output, device)
+
+    def _attach(self, learner: Learner) -> list[nn.Parameter]:
+        """Attach a learner to the student, and let only what it trains require gradients."""
+        parameters = list(learner.attach(self._model))
+        trained = {id(each) for each in parameters}
+        for parameter in self._model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        return parameters
+
     @property
     def _moments(self) -> Moments:
         schedule = self._training.schedule
@@ -219,10 +219,7 @@ class Course:
     ) -> MaskTrainer:
         training = self._training
         schedule = training.schedule
-        parameters = list(learner.attach(self._model))
-        trained = {id(each) for each in parameters}
-        for parameter in self._model.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
+        parameters = self._attach(learner)
         with _work(files) as place:
             arguments = _arguments(training, shape, rate, place)
             return MaskTrainer(
@@ -310,11 +307,6 @@ def _put_back(model: nn.Module, before: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(before[name])
         parameter.grad = None
-
-
-def processes() -> int:
-    """Return how many processes train together, as ``torchrun`` and ``accelerate launch`` say."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def curve_json(points: tuple[Point, ...]) -> list[dict[str, Any]]:

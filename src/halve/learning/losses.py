@@ -17,7 +17,7 @@ from halve.checks import check_positive, is_number
 from halve.errors import InputError
 from halve.evaluation.losses import LOGITS_AT_ONCE
 
-_AT_ONCE_ON_GPU = 2**27
+AT_ONCE_ON_GPU = 2**27
 """Elements of the logits of a chunk on a GPU, where many small products would leave it idle: 512 MiB in float32."""
 
 
@@ -131,7 +131,7 @@ class _Loss(torch.autograd.Function):
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
         total = torch.zeros((), dtype=torch.float32, device=states.device)
         sums = torch.zeros(2, dtype=torch.float32, device=states.device)
-        most = _AT_ONCE_ON_GPU if states.device.type == "cuda" else LOGITS_AT_ONCE
+        most = AT_ONCE_ON_GPU if states.device.type == "cuda" else LOGITS_AT_ONCE
         step = max(1, most // student.vocabulary)
         with torch.autocast(states.device.type, enabled=False):
             for start in range(0, len(states), step):

@@ -1,11 +1,11 @@
 """What a training is asked for: on which text, against which teacher, how long, and what is trained."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -321,6 +321,47 @@ class Finetuning(Training):
             check_positive("alpha", self.alpha)
 
 
-def plain(value: Any) -> Any:
-    """Return the device's name for a device, and everything else as it is: for what is put on record."""
-    return str(value) if isinstance(value, torch.device) else value
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How sequences are shared out over steps, forward passes and processes.
+
+    Attributes:
+        steps: of the optimiser.
+        rows: sequences of a forward pass in one process.
+        passes: forward passes of a step in one process.
+        processes: that train together.
+    """
+
+    steps: int
+    rows: int
+    passes: int
+    processes: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the whole training."""
+        return self.steps * self.rows * self.passes * self.processes
+
+    @classmethod
+    def of(cls, training: Training, processes: int = 1) -> "Shape":
+        """Return what the options come to.
+
+        Raises:
+            InputError: a step has fewer sequences than there are processes.
+        """
+        length = training.text.seq_len
+        step = parse_count("batch_tokens", training.schedule.batch_tokens) // length
+        if step < processes or step % processes:
+            raise InputError(
+                f"a step of {step} sequences cannot be shared out over {processes} processes: give batch_tokens = "
+                f"{max(1, step // processes) * processes * length}"
+            )
+        most = max(1, parse_count("forward_tokens", training.schedule.forward_tokens) // length)
+        each = step // processes
+        rows = max(size for size in range(1, min(most, each) + 1) if each % size == 0)
+        return cls(steps=training.text.wanted // (step * length), rows=rows, passes=each // rows, processes=processes)
+
+
+def processes() -> int:
+    """Return how many processes train together, as ``torchrun`` and ``accelerate launch`` say."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,126 @@
+"""What a training will take of memory and disk, told before it starts and refused where it cannot fit."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from halve.checkpoint.room import check_space
+from halve.errors import InputError
+from halve.evaluation.losses import LOGITS_AT_ONCE
+from halve.learning.losses import AT_ONCE_ON_GPU
+from halve.learning.options import Shape
+from halve.learning.training_state import TrainingFiles
+from halve.memory import free_memory
+
+_COPIES = 4
+"""Tensors of a chunk's logits that stand at once: the student's, the teacher's, their softmaxes and the gradient."""
+_MOMENTS = 2
+"""Of Adam, for each trained weight."""
+_FLOAT = torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes by what they are for.
+
+    Attributes:
+        memory: on the device of the training.
+        disk: in the output directory, at most at one time.
+        held: of the memory, what is taken already.
+        device: of the training.
+    """
+
+    memory: dict[str, int]
+    disk: dict[str, int]
+    held: int
+    device: torch.device
+
+    def check(self, files: TrainingFiles) -> None:
+        """Refuse a training that cannot fit.
+
+        Args:
+            files: of the training; what a stopped one holds already is not needed again.
+
+        Raises:
+            InputError: memory or disk are too small; the sentence says what would help.
+        """
+        needed, free = sum(self.memory.values()), free_memory(self.device) + self.held
+        if needed > free:
+            parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in self.memory.items() if size)
+            raise InputError(
+                f"the training needs {needed / 1e9:.1f} GB on {self.device} ({parts}) and {free / 1e9:.1f} GB of memory "
+                "are available: give a smaller forward_tokens, gradient_checkpointing, train = 'norms' or 'lora', or "
+                "teacher = 'none'"
+            )
+        held = sum(path.stat().st_size for path in files.home.rglob("*") if path.is_file())
+        check_space(files.out, max(0, sum(self.disk.values()) - held), "the states of the training and its checkpoint")
+
+
+def measured_needs(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    trained: Sequence[nn.Parameter],
+    activations: int,
+    shape: Shape,
+    output: int,
+    device: torch.device,
+) -> Needs:
+    """Add up what a training takes.
+
+    Args:
+        student: in float32.
+        teacher: as it lies in memory; None without one.
+        trained: the parameters that are trained.
+        activations: bytes that one sequence keeps for the backward pass (`activation_bytes`).
+        shape: of the training.
+        output: bytes of the checkpoint that is written.
+        device: of the training.
+    """
+    count = sum(each.numel() for each in trained)
+    chunk = AT_ONCE_ON_GPU if device.type == "cuda" else LOGITS_AT_ONCE
+    models = {"the student": _size(student), "the teacher": 0 if teacher is None else _size(teacher)}
+    return Needs(
+        memory={
+            **models,
+            "gradients": count * _FLOAT,
+            "moments": _MOMENTS * count * _FLOAT,
+            "activations": activations * shape.rows,
+            "logits": _COPIES * chunk * _FLOAT,
+        },
+        disk={
+            "states": 2 * (1 + _MOMENTS) * count * _FLOAT,
+            "the best weights": 2 * count * _FLOAT,
+            "the checkpoint": output,
+        },
+        held=sum(models.values()) if next(student.parameters()).device.type == device.type else 0,
+        device=device,
+    )
+
+
+def activation_bytes(run: Callable[[], Tensor]) -> int:
+    """Return how many bytes a forward pass keeps for the backward pass, parameters left out.
+
+    Args:
+        run: the forward pass; returns the loss.
+    """
+    kept: dict[int, int] = {}
+    parameters: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_leaf and tensor.requires_grad:
+            parameters.add(storage.data_ptr())
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = run()
+    found = sum(size for place, size in kept.items() if place not in parameters)
+    del loss  # the graph held the tensors, so that no place was used twice
+    return found
+
+
+def _size(model: nn.Module) -> int:
+    return sum(each.nbytes for each in model.parameters())
