@@ -50,8 +50,8 @@ class Needs:
         if needed > free:
             parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in self.memory.items() if size)
             raise InputError(
-                f"the training needs {needed / 1e9:.1f} GB on {self.device} ({parts}) and {free / 1e9:.1f} GB of memory "
-                "are available: give a smaller forward_tokens, gradient_checkpointing, train = 'norms' or 'lora', or "
+                f"the training needs {needed / 1e9:.1f} GB on {self.device} ({parts}) and {free / 1e9:.1f} GB "
+                "of memory are available: give a smaller forward_tokens, gradient_checkpointing, train = 'norms', or "
                 "teacher = 'none'"
             )
         held = sum(path.stat().st_size for path in files.home.rglob("*") if path.is_file())
