@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from halve.evaluation.figure import Perplexity
     from halve.evaluation.perplexity import evaluate
     from halve.evaluation.request import Evaluation
+    from halve.learning.callback import KeepMasks
+    from halve.learning.keeping import KeptMasks, keep_masks
     from halve.maths.gram import GramAccumulator, Statistics
     from halve.maths.pattern import Pattern
     from halve.maths.proximal import prox
@@ -42,6 +44,8 @@ _HOMES = {
     "Evaluation": "evaluation.request",
     "HalveError": "errors",
     "GramAccumulator": "maths.gram",
+    "KeepMasks": "learning.callback",
+    "KeptMasks": "learning.keeping",
     "Loading": "run.request",
     "Objective": "solve.objective",
     "Outcome": "solve.outcome",
@@ -59,6 +63,7 @@ _HOMES = {
     "check": "verification",
     "compare": "comparison",
     "evaluate": "evaluation.perplexity",
+    "keep_masks": "learning.keeping",
     "load": "packed.load",
     "pack": "packed.write:pack_checkpoint",
     "plan": "planner.speed_plan",
@@ -79,6 +84,8 @@ __all__ = [
     "Evaluation",
     "GramAccumulator",
     "HalveError",
+    "KeepMasks",
+    "KeptMasks",
     "Loading",
     "Objective",
     "Outcome",
@@ -96,6 +103,7 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "keep_masks",
     "load",
     "pack",
     "plan",

@@ -22,14 +22,15 @@ def refuse_adapters(model: nn.Module) -> None:
     Raises:
         InputError: it has some.
     """
-    if found := sorted(set(_adapters(model))):
+    if found := sorted(set(adapter_parameters(model))):
         raise InputError(
             f"the {type(model).__name__} has adapters beside its weights, {first_few(found)}: merge them first "
             "(merge_and_unload() of peft), or give the base model without them (unload())"
         )
 
 
-def _adapters(model: nn.Module) -> Iterator[str]:
+def adapter_parameters(model: nn.Module) -> Iterator[str]:
+    """Yield the full names of the parameters of adapters that are not merged, some more than once."""
     for path, module in model.named_modules():
         base = next((name for name in _BASE if isinstance(getattr(module, name, None), nn.Module)), None)
         for name, _ in module.named_parameters(prefix=path, remove_duplicate=False):

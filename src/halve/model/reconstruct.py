@@ -19,6 +19,7 @@ from halve.checks import check_count, check_positive, is_number
 from halve.errors import CalibrationError, InputError
 from halve.lookup import build_options
 from halve.model.calls import Call, hidden_of
+from halve.model.masked import FixedMasks, pruned_parameters
 from halve.model.stream import call_block
 
 RATES = (1e-3, 2e-3, 4e-3)
@@ -150,6 +151,7 @@ def reconstruct(
     tried = RATES if spared else RATES[:1]
     rates = tried if options.learning_rate is None else (options.learning_rate,)
     trained = {name: block.get_parameter(name) for name in stored}
+    fixed = FixedMasks(pruned_parameters(block, dict.fromkeys(masks, "out_in")), masks)
 
     def error() -> float:
         return _error(block, (examples(i) for i in judged), precision)
@@ -162,7 +164,7 @@ def reconstruct(
         epoch_kept, rate_kept = 0, None
         for rate in rates:
             _put(trained, given)
-            for epoch in _epochs(block, masks, trained, examples, training, options.epochs, rate, precision):
+            for epoch in _epochs(block, fixed, trained, examples, training, options.epochs, rate, precision):
                 found = error()
                 if found < best:  # false for NaN
                     best, kept, epoch_kept, rate_kept = found, _snapshot(trained), epoch, rate
@@ -184,7 +186,7 @@ def reconstruct(
 
 def _epochs(
     block: nn.Module,
-    masks: Mapping[str, Tensor],
+    fixed: FixedMasks,
     trained: Mapping[str, nn.Parameter],
     examples: Callable[[int], Example],
     training: Sequence[int],
@@ -203,10 +205,7 @@ def _epochs(
         for place in torch.randperm(len(training), generator=generator).tolist():
             optimiser.zero_grad(set_to_none=True)
             _loss(block, examples(training[place]), precision).backward()  # type: ignore[no-untyped-call]
-            for name, mask in masks.items():
-                gradient = trained[name].grad
-                if gradient is not None:
-                    gradient.mul_(mask)
+            fixed.mask_gradients()
             optimiser.step()
             schedule.step()
         yield epoch
