@@ -45,7 +45,7 @@ class KeepMasks(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002 - the trainer gives it
+        control: TrainerControl,
         model: nn.Module | None = None,
         **_others: Any,
     ) -> None:
@@ -79,7 +79,7 @@ class KeepMasks(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002 - the trainer gives it
+        control: TrainerControl,
         model: nn.Module | None = None,
         **_others: Any,
     ) -> None:
@@ -96,9 +96,9 @@ class KeepMasks(TrainerCallback):
 
     def on_train_end(
         self,
-        args: TrainingArguments,  # noqa: ARG002 - the trainer gives it
-        state: TrainerState,  # noqa: ARG002 - the trainer gives it
-        control: TrainerControl,  # noqa: ARG002 - the trainer gives it
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         **_others: Any,
     ) -> None:
         """Check the pruned weights; they are kept on after it, until ``kept.remove()``.
