@@ -16,6 +16,10 @@ from halve.lookup import find_row
 COMMANDS = {
     "prune": ("prune:prune", "Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."),
     "resume": ("prune:resume", "Continue a run that was stopped, from its first unfinished block, to the same bytes."),
+    "finetune": (
+        "learning:finetune",
+        "Train what a pruned model has kept to say what the dense model says; pruned zeros stay zeros.",
+    ),
     "check": ("check:check", "Re-read the bytes on disk: the pattern holds, nothing is missing or touched."),
     "eval": ("eval:evaluate_command", "Measure perplexity, accuracy on tasks, or both, of one model or of several."),
     "compare": ("compare:compare", "Prune with several methods, calibrated on the same tokens, and print one table."),

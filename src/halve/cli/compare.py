@@ -8,8 +8,7 @@ import typer
 from rich.table import Table
 
 from halve.cli.errors import EXIT_FAILED, EXIT_FALLBACKS, reporting
-from halve.cli.groups import taking
-from halve.cli.options import JsonOption, ModelArgument, StrictOption
+from halve.cli.options import JsonOption, ModelArgument, StrictOption, taking
 from halve.cli.terminal import comparison_table, out, progress, say_row, warn_of_overlap
 from halve.cli.values import allowed_fallback, parse_options_by_method
 from halve.comparison import METHODS as COMPARED

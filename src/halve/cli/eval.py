@@ -16,8 +16,7 @@ from rich.text import Text
 from halve.checkpoint.load import Source, has_tokenizer, load_model, resolve
 from halve.checks import check_count
 from halve.cli.errors import reporting
-from halve.cli.groups import taking
-from halve.cli.options import DeviceOption, JsonOption, TrustOption
+from halve.cli.options import DeviceOption, JsonOption, TrustOption, taking
 from halve.cli.terminal import err, out, progress_bar, say
 from halve.device import forward_precision, resolve_device
 from halve.errors import InputError

@@ -9,8 +9,7 @@ import typer
 
 from halve.checkpoint.directory import PAGE
 from halve.cli.errors import EXIT_FALLBACKS, reporting
-from halve.cli.groups import taking
-from halve.cli.options import ModelArgument, StrictOption
+from halve.cli.options import ModelArgument, StrictOption, taking
 from halve.cli.report import say_scores
 from halve.cli.terminal import err, out, progress, say, summary_table
 from halve.cli.values import allowed_fallback, merge_options, parse_options
@@ -60,6 +59,11 @@ def resume(
     no_strict: Annotated[bool, typer.Option("--no-strict", help="As --fallback magnitude.")] = False,
 ) -> None:
     """Continue a run that was stopped, from its first unfinished block, to the same bytes."""
+    from halve.cli.learning import resumed
+
+    with reporting(directory):
+        if resumed(directory):
+            return
     with reporting(directory), progress() as listen:
         pruned = resume_run(directory, fallback=allowed_fallback(fallback, strict=not no_strict), listen=listen)
     _finish(pruned, directory)

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from halve.cli.errors import reporting
-from halve.cli.groups import taking
-from halve.cli.options import DeviceOption, TrustOption
+from halve.cli.options import DeviceOption, TrustOption, taking
 from halve.cli.terminal import err, out, say
 from halve.errors import InputError
 from halve.evaluation.figure import Perplexity, measured_as, said_difference

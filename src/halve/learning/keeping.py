@@ -223,7 +223,7 @@ def _parameter(each: PrunedParameter) -> Tensor:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    from accelerate.utils import extract_model_from_parallel  # type: ignore[import-untyped]
+    from accelerate.utils import extract_model_from_parallel
 
     found: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
     return found

@@ -14,7 +14,7 @@ from halve.checks import check_count, check_not_negative, check_positive, is_num
 from halve.device import forward_precision, resolve_device
 from halve.errors import InputError
 from halve.evaluation.request import Evaluation
-from halve.learning.losses import Target
+from halve.learning.training.losses import Target
 from halve.lookup import find_row
 from halve.option_groups import group, option
 from halve.text.documents import is_on_hub, open_corpus
@@ -137,6 +137,11 @@ class TrainingText:
     def is_self_written(self) -> bool:
         """Whether the teacher writes some of the text."""
         return any(text.source == SELF for text in self.texts)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it costs much to get the text again: the teacher writes it, or the hub is asked."""
+        return any(text.source == SELF or is_on_hub(text.source) for text in self.texts)
 
     def check(self) -> None:
         """Look for the texts, before anything is loaded.

@@ -7,19 +7,19 @@ from torch.optim import Optimizer
 
 from halve.errors import InputError
 from halve.learning.learner import Learner, Step
-from halve.model.masked import FixedMasks, PrunedParameter
+from halve.model.masked import FixedMasks
 
 
 class FixedMaskLearner(Learner):
     """Trains what a pruned model has kept; every pruned zero stays +0.0.
 
     Args:
-        targets: the pruned parameters; their masks are taken now.
+        masks: of the pruned parameters.
         train: ``all``, or ``norms`` for vectors alone.
     """
 
-    def __init__(self, targets: Sequence[PrunedParameter], train: str = "all") -> None:
-        self._masks = FixedMasks(targets)
+    def __init__(self, masks: FixedMasks, train: str = "all") -> None:
+        self._masks = masks
         self._train = train
 
     def attach(self, model: nn.Module) -> Sequence[nn.Parameter]:
@@ -42,11 +42,11 @@ class FixedMaskLearner(Learner):
             raise InputError("the model has no norms and no biases to train: give train = 'all'")
         return found
 
-    def before_update(self, step: Step) -> None:  # noqa: ARG002 - of the contract
+    def before_update(self, step: Step) -> None:
         """Mask the gradients, so that the moments of pruned weights stay zero."""
         self._masks.mask_gradients()
 
-    def after_update(self, step: Step, optimiser: Optimizer) -> None:  # noqa: ARG002 - of the contract
+    def after_update(self, step: Step, optimiser: Optimizer) -> None:
         """Mask the weights: an optimiser that mixes entries moves zeros too."""
         self._masks.hold()
 

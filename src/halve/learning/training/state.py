@@ -37,6 +37,8 @@ from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, Res
 
 MANIFEST = "training.json"
 MARK = "whole.json"
+TEXT = "text.safetensors"
+"""The rows of a training whose text cost much."""
 _TRAINED = "trained.safetensors"
 _BEST = "best"
 _LEARNER = "learner:"
@@ -62,14 +64,19 @@ class _Mark(Struct, frozen=True, kw_only=True):
 class TrainingFiles:
     """One training's files, held by this process alone; made by `open_training`.
 
+    Args:
+        out: the directory of the checkpoint.
+        writes: whether this process writes; of several that train together the first one does.
+
     Attributes:
         out: the directory of the checkpoint.
         home: the directory in it that is the training's own.
         staging: where the checkpoint is put together.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, writes: bool = True) -> None:
         self.out = out
+        self.writes = writes
         self.home = out / HOME
         self.staging = self.home / "output"
         self._manifest: _Manifest | None = None
@@ -132,7 +139,7 @@ class TrainingFiles:
         for path in self.home.glob("checkpoint-*"):
             if (path / MARK).exists():
                 found.append(path)
-            else:
+            elif self.writes:
                 shutil.rmtree(path)
         if not found:
             return None
@@ -242,9 +249,11 @@ class TrainingFiles:
 
     def _write(self, manifest: _Manifest) -> None:
         content = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
+        self._manifest = manifest
+        if not self.writes:
+            return
         with writing(self.home):
             write_file(self.home / MANIFEST, [json.dumps(content, indent=2).encode()], "manifest")
-        self._manifest = manifest
 
 
 @contextmanager
@@ -272,7 +281,7 @@ def open_training(out: Path) -> Iterator[TrainingFiles]:
             files = TrainingFiles(out)
             yield files
         except BaseException:
-            if files is None or not files.begun:
+            if files is None or not (files.begun or (home / TEXT).exists()):
                 shutil.rmtree(home, ignore_errors=True)
             for path in new:
                 if path.is_dir() and not any(path.iterdir()):

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from halve.device import own_settings
 from halve.errors import HalveError, InputError
-from halve.learning.heads import Speaker
 from halve.learning.learner import Learner
-from halve.learning.losses import loss_sums
-from halve.learning.needs import Needs, activation_bytes, measured_needs
 from halve.learning.options import AUTO, Shape, Training
-from halve.learning.trainer import MaskTrainer, Moments, Point
-from halve.learning.training_state import TrainingFiles
-from halve.learning.training_text import TrainingRows
+from halve.learning.training.heads import Speaker
+from halve.learning.training.losses import loss_sums
+from halve.learning.training.needs import Needs, activation_bytes, measured_needs
+from halve.learning.training.state import TrainingFiles
+from halve.learning.training.text import TrainingRows
+from halve.learning.training.trainer import MaskTrainer, Moments, Point
 from halve.text.rows import IGNORED, Rows
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -41,6 +41,7 @@ class Trained:
 
     Attributes:
         steps: that were taken.
+        planned: that would have been, had the training not ended early.
         best: the step whose weights stay.
         learning_rate: at the peak.
         tried: the held-out loss that each learning rate came to in its trial, infinite where it diverged.
@@ -48,6 +49,7 @@ class Trained:
     """
 
     steps: int
+    planned: int
     best: int
     learning_rate: float
     tried: dict[float, float]
@@ -115,7 +117,12 @@ class Course:
             parameter.requires_grad_(False)
             parameter.grad = None
         return Trained(
-            steps=trainer.state.global_step, best=best, learning_rate=rate, tried=tried, curve=tuple(trainer.curve)
+            steps=trainer.state.global_step,
+            planned=self._shape.steps,
+            best=best,
+            learning_rate=rate,
+            tried=tried,
+            curve=tuple(trainer.curve),
         )
 
     def needs(self, make: Callable[[], Learner], output: int) -> Needs:

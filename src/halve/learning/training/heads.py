@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.errors import InputError
-from halve.learning.losses import Scores
+from halve.learning.training.losses import Scores
 from halve.text.rows import IGNORED
 
 Batch = dict[str, Tensor]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from halve.checkpoint.room import check_space
 from halve.errors import InputError
 from halve.evaluation.losses import LOGITS_AT_ONCE
-from halve.learning.losses import AT_ONCE_ON_GPU
 from halve.learning.options import Shape
-from halve.learning.training_state import TrainingFiles
+from halve.learning.training.losses import AT_ONCE_ON_GPU
+from halve.learning.training.state import TrainingFiles
 from halve.memory import free_memory
 
 _COPIES = 4

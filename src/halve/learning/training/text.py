@@ -1,17 +1,22 @@
 """From the texts that a user names to rows: those that are trained on, in their order, and those that are held out."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.load import LoadedModel
+from halve.checkpoint.shards import build_header, parse_object, read_shard, read_tensor, tensor_bytes
 from halve.device import evaluation_mode, model_device
 from halve.errors import InputError
 from halve.learning.options import LOSS_ON, TrainingText, WeightedText
+from halve.learning.training.state import TEXT
 from halve.text.chats import chat_passage, holds_chats, read_chats
 from halve.text.documents import is_on_hub, open_corpus, shuffled
 from halve.text.generation import Listen
@@ -25,6 +30,8 @@ _MOST_HELD_OUT = 10
 """At most one token in so many of a text is held out."""
 _LONGEST_TXT = 2**31
 """Tokens to read of a document that is a file of its own: all of it."""
+_TENSORS = ("ids", "positions", "labels")
+"""Of rows."""
 _SAME = 1e-3
 """Relative difference of logits up to which two forward passes of the same text are called the same."""
 
@@ -55,6 +62,50 @@ class TrainingRows:
         """One hash of all that decides what the model sees."""
         parts = [self.rows.ids, self.rows.positions, self.rows.labels, self.held_out.ids, self.held_out.labels]
         return hash_ids(torch.cat([*(part.flatten() for part in parts), self.order])[None])
+
+
+def write_rows(directory: Path, rows: TrainingRows, asked: Mapping[str, Any]) -> None:
+    """Keep rows for a training that goes on.
+
+    Args:
+        directory: of the training.
+        rows: to be kept.
+        asked: how they were asked for, as plain JSON values.
+    """
+    parts = (("rows", rows.rows), ("held_out", rows.held_out))
+    tensors = {f"{part}.{name}": getattr(held, name) for part, held in parts for name in _TENSORS}
+    facts = {"notes": rows.notes, "sources": rows.sources, "apart": rows.apart, "asked": asked}
+    tensors |= {
+        "order": rows.order,
+        "facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8),
+    }
+
+    def content() -> Iterator[bytes | memoryview]:
+        yield build_header([(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()])
+        for value in tensors.values():
+            yield tensor_bytes(value)
+
+    with writing(directory):
+        write_file(directory / TEXT, content(), "text")
+
+
+def read_rows(directory: Path, asked: Mapping[str, Any]) -> TrainingRows | None:
+    """Return the rows that a training has kept; None where there are none that were asked for in the same way.
+
+    Raises:
+        CorruptFileError: they were damaged.
+    """
+    path = directory / TEXT
+    if not path.exists():
+        return None
+    held = {entry.name: read_tensor(entry) for entry in read_shard(path).tensors}
+    facts = parse_object(bytes(held["facts"].tolist()), path)
+    if facts["asked"] != json.loads(json.dumps(asked)):
+        return None
+    parts = [Rows(**{name: held[f"{part}.{name}"] for name in _TENSORS}) for part in ("rows", "held_out")]  # type: ignore[arg-type]
+    return TrainingRows(
+        parts[0], held["order"], parts[1], tuple(facts["notes"]), dict(facts["sources"]), bool(facts["apart"])
+    )
 
 
 def training_rows(

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halve.errors import HalveError
-from halve.learning.heads import Speaker
 from halve.learning.learner import Learner, Step
-from halve.learning.losses import Scores, Target, loss_sums
-from halve.learning.training_state import TrainingFiles
-from halve.learning.training_text import TrainingRows
+from halve.learning.training.heads import Speaker
+from halve.learning.training.losses import Scores, Target, loss_sums
+from halve.learning.training.state import TrainingFiles
+from halve.learning.training.text import TrainingRows
 from halve.text.rows import IGNORED, Rows
 
 HELD_OUT = "eval_loss"

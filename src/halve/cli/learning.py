@@ -1,0 +1,133 @@
+"""The commands that train: ``halve finetune``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from halve.checkpoint.directory import PAGE
+from halve.cli.errors import reporting
+from halve.cli.options import taking
+from halve.cli.report import say_scores
+from halve.cli.terminal import err, out, progress_bar, say
+from halve.learning.finetuning import finetune as finetune_model
+from halve.learning.finetuning import resume_finetuning
+from halve.learning.lesson import Taught
+from halve.learning.options import Finetuning
+from halve.learning.training.needs import Needs
+from halve.learning.training.state import recorded_training
+from halve.learning.training.trainer import Point
+from halve.learning.training.watching import Watch
+
+_PHASES = {
+    "load": "loading the models …",
+    "text": "reading the training text …",
+    "evaluate": "measuring perplexity …",
+    "train": "training …",
+    "write": "writing and verifying the checkpoint …",
+}
+
+
+@taking(Finetuning)
+def finetune(
+    pruned: Annotated[Path, typer.Argument(help="Directory of a checkpoint that halve prune has written.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the trained checkpoint; must be new or empty.")],
+    given: dict[str, Any],
+) -> None:
+    """Train what a pruned checkpoint has kept to say what the dense model says; pruned zeros stay zeros."""
+    with reporting(out_dir), _watching() as watch:
+        done = finetune_model(pruned, out_dir, watch=watch, **given)
+    finish(done)
+
+
+def resumed(directory: Path) -> bool:
+    """Go on with the training in a directory, and return whether there was one."""
+    call = recorded_training(directory)
+    if call is None:
+        return False
+    with _watching() as watch:
+        done = resume_finetuning(call, directory, watch)
+    finish(done)
+    return True
+
+
+def finish(done: Taught) -> None:
+    """Print what a finished training came to."""
+    trained = done.trained
+    for note in done.notes:
+        say(err, note, label="note", style="yellow")
+    points = [point for point in trained.curve if point.perplexity is not None]
+    first, best = points[0], next(point for point in points if point.step == trained.best)
+    kl = "" if best.kl is None else f", KL to the teacher {first.kl:.4f} → {best.kl:.4f} nats a token"
+    say(
+        out,
+        f"held-out text: perplexity {first.perplexity:.2f} → {best.perplexity:.2f}{kl} after {best.tokens} tokens "
+        f"(step {trained.best} of {trained.steps}, learning rate {trained.learning_rate:g})",
+    )
+    if done.before:
+        say(out, "pruned, before and after the training:")
+        say_scores(done.before, done.after)
+    if done.dense:
+        say(out, "dense, and trained:")
+        say_scores(done.dense, done.after)
+    say(out, f"verified and written: {done.out}")
+    if (done.out / PAGE).exists():
+        say(out, f"report: {done.out / PAGE}")
+
+
+class _Lines(Watch):
+    """Says what happens, a line each."""
+
+    def phase(self, name: str) -> None:
+        say(err, _PHASES[name])
+
+    def writing(self, done: int, wanted: int, seconds: float) -> None:
+        say(err, f"the teacher writes its text: {done} of {wanted} tokens, {seconds:.0f} s left")
+
+    def needs(self, needs: Needs) -> None:
+        err.print(needs_table(needs))
+
+    def point(self, point: Point) -> None:
+        if point.perplexity is not None:
+            kl = "" if point.kl is None else f", KL {point.kl:.4f}"
+            say(err, f"{point.tokens} tokens: held-out perplexity {point.perplexity:.2f}{kl}")
+
+
+class _Bar(_Lines):
+    """Shows a live bar besides."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._task = bar.add_task("training", total=None, last="")
+        self.steps = 0
+
+    def point(self, point: Point) -> None:
+        super().point(point)
+        if point.loss is not None:
+            self._bar.update(self._task, completed=point.step, last=f"loss {point.loss:.4f}")
+
+
+@contextmanager
+def _watching() -> Iterator[Watch]:
+    if not err.is_terminal:
+        yield _Lines()
+        return
+    with progress_bar(err) as bar:
+        yield _Bar(bar)
+
+
+def needs_table(needs: Needs) -> Table:
+    """Return what a training will take of memory and disk as a table."""
+    table = Table("takes", Column("GB", justify="right"), title="what the training takes, at least")
+    for what, size in needs.memory.items():
+        table.add_row(what, f"{size / 1e9:.2f}")
+    table.add_row(
+        f"memory on {needs.device}", f"{sum(needs.memory.values()) / 1e9:.2f}", style="bold", end_section=True
+    )
+    for what, size in needs.disk.items():
+        table.add_row(what, f"{size / 1e9:.2f}")
+    table.add_row("disk", f"{sum(needs.disk.values()) / 1e9:.2f}", style="bold")
+    return table

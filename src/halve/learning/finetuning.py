@@ -1,0 +1,112 @@
+"""Fine-tune a pruned checkpoint with its mask kept: from what the user names to a verified checkpoint on disk."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from halve.checkpoint.directory import RECORD
+from halve.checkpoint.load import LoadedModel, Source, resolve
+from halve.errors import InputError
+from halve.learning.learner import Learner
+from halve.learning.lesson import Lesson, Taught, carry_out, check_directory
+from halve.learning.methods.fixed_mask import FixedMaskLearner
+from halve.learning.options import NONE, Finetuning, Training
+from halve.learning.pruned_weights import find_pruned
+from halve.learning.training.text import TrainingRows
+from halve.learning.training.watching import Watch
+from halve.option_groups import fill
+from halve.report.before_after import NO_DENSE, dense_source
+from halve.report.training import masks_after, previous_record, trained_record
+from halve.serial import from_plain
+
+COMMAND = "finetune"
+
+
+def finetune(pruned: str | Path, out: str | Path, *, watch: Watch | None = None, **options: Any) -> Taught:
+    """Train what a pruned checkpoint has kept, so that it says what the dense model says; zeros stay zeros.
+
+    The loss is the Kullback-Leibler divergence from the dense model's distribution of the next token, over the whole
+    vocabulary (`halve.learning.training.losses`). A training that was stopped is continued by the same call, from its
+    newest whole state, to the same bytes on the same device. Under ``torchrun`` or ``accelerate launch`` all processes
+    train together, and the first one writes.
+
+    Everything else is an option, a keyword by its flat name: ``data=["text.jsonl"]``, ``tokens="2M"``,
+    ``learning_rate=3e-4``, ``train="lora"``, … docs/options.md lists them.
+
+    Args:
+        pruned: directory of a checkpoint that `halve.prune` has written.
+        out: directory for the trained checkpoint; it must not exist yet, be empty, or hold the same training,
+            unfinished.
+        watch: told what happens.
+        **options: fields of `halve.learning.options.Finetuning` and its groups; None leaves one at its default.
+
+    Raises:
+        InputError: an argument cannot be used as given; nothing was done.
+        UnsupportedModelError: the model cannot be trained on text.
+        ResumeMismatchError: ``out`` holds an unfinished training that began otherwise.
+        CorruptFileError: a file of a model, or of the unfinished training, was damaged.
+        HalveError: the loss is not finite, or the volume failed.
+    """
+    return finetune_as(Path(pruned), Path(out), fill(Finetuning, options), watch)
+
+
+def resume_finetuning(call: Mapping[str, Any], out: Path, watch: Watch | None = None) -> Taught:
+    """Go on with a training as it was called (`halve.learning.training.state.recorded_training`).
+
+    Raises:
+        InputError: it began in another directory, with relative paths; else as `finetune`.
+    """
+    check_directory(call)
+    return finetune_as(Path(call["model"]), out, from_plain(Finetuning, call["request"]), watch)
+
+
+def finetune_as(pruned: Path, out: Path, request: Finetuning, watch: Watch | None = None) -> Taught:
+    """Fine-tune as a request says; the arguments, and what is raised, are those of `finetune`."""
+    request.check()
+    source = resolve(pruned, trust_remote_code=request.machine.trust_remote_code)
+    if source.kind != "directory" or not (pruned / RECORD).exists():
+        raise InputError(f"{pruned} has no {RECORD}: give a checkpoint that halve prune has written")
+    previous = previous_record(pruned)
+    teacher = find_teacher(pruned, request)
+
+    def prepare(student: LoadedModel, _rows: TrainingRows) -> Callable[[], Learner]:
+        masks = find_pruned(student.model, record=pruned)
+        if request.train in {"all", "norms"}:
+            return lambda: FixedMaskLearner(masks, request.train)
+        raise InputError(f"train = {request.train!r} is not there yet")
+
+    lesson = Lesson(
+        command=COMMAND,
+        kind=COMMAND,
+        method="fixed mask",
+        what=request.train,
+        began=source,
+        teacher=teacher,
+        dense=teacher,
+        request=request,
+        prepare=prepare,
+        record=lambda student, entry: trained_record(previous, entry, masks_after(student, previous)),
+    )
+    return carry_out(lesson, out, watch)
+
+
+def find_teacher(pruned: Path, request: Training) -> Source | None:
+    """Find the files of the model to learn from; None where none is wanted.
+
+    Raises:
+        InputError: it is not there, or is not the model that was pruned and was not named.
+    """
+    if request.teacher == NONE:
+        return None
+    try:
+        found = dense_source(pruned, request.teacher, trust_remote_code=request.machine.trust_remote_code)
+    except InputError as error:
+        raise InputError(
+            str(error).replace(f"(--dense {NO_DENSE})", f"(teacher = '{NONE}')").replace("--dense", "teacher =")
+        ) from error
+    if found is None:
+        raise InputError(
+            f"{pruned} was made from a model in memory: say where the dense model is (teacher), or learn from the text "
+            f"alone (teacher = '{NONE}')"
+        )
+    return found
