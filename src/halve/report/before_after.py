@@ -14,8 +14,8 @@ from halve.errors import InputError
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
 from halve.recorded import Record
-from halve.report.facts import Origin, record_of
 from halve.report.measured import add_perplexity, read_measured
+from halve.report.schema import Origin, record_of
 from halve.run.fingerprint import files_sha256, source_fields
 
 NO_DENSE = "none"
