@@ -70,6 +70,61 @@ def write_record(directory: Path, *, measured: dict[str, Any] | None = None, **c
     return directory
 
 
+def training_entry(**changes: Any) -> dict[str, Any]:
+    """Return what a record says of one fine-tuning, some of it changed."""
+    entry = {
+        "kind": "finetune",
+        "method": "fixed mask",
+        "trained": "all",
+        "teacher": {"kind": "hub", "name": "org/small", "revision": "abc", "sha256": "12" * 32},
+        "started_from": {"name": "small-2of4", "sha256": "34" * 32},
+        "options": {"ce_share": 0.0, "schedule": {"batch_tokens": 64, "warmup": 0.05}, "text": {"data": ["a.txt"]}},
+        "text": {
+            "sources": {"texts/a.txt": 200, "self": 56},
+            "sequences": 16,
+            "seq_len": 16,
+            "sha256": "56" * 32,
+            "held_out_tokens": 32,
+            "notes": ["a.txt is short: it is read 2 times"],
+        },
+        "learning_rate": 3e-4,
+        "rates_tried": {"0.0001": 2.5, "0.0003": 2.25, "0.001": None},
+        "steps": 4,
+        "best_step": 2,
+        "tokens": 256,
+        "device": "cpu",
+        "forward_dtype": "float32",
+        "tensors": ["model.norm.weight"],
+        "curve": [
+            {"step": 0, "tokens": 0, "kl": 1.5, "perplexity": 40.0},
+            {"step": 1, "tokens": 64, "loss": 1.25, "learning_rate": 1.5e-4},
+            {"step": 2, "tokens": 128, "loss": 1.0, "learning_rate": 3e-4},
+            {"step": 2, "tokens": 128, "kl": 0.75, "perplexity": 30.0},
+            {"step": 4, "tokens": 256, "loss": 0.5, "learning_rate": 6e-6},
+            {"step": 4, "tokens": 256, "kl": 0.875, "perplexity": 31.0},
+        ],
+        "perplexity": [
+            {
+                "source": "texts/wiki.txt",
+                "tokens_sha256": "ee",
+                "seq_len": 16,
+                "windows": 2,
+                "dtype": "float32",
+                "bos": "",
+                "scored": "",
+                "before": 60.0,
+                "before_nll": 4.09,
+                "after": 45.0,
+                "after_nll": 3.81,
+                "log_difference": -0.2877,
+                "log_difference_stderr": 0.01,
+            }
+        ],
+        "environment": {"halve": "0.1.0", "torch": "2.13.0"},
+    }
+    return entry | changes
+
+
 def fallen_back(directory: Path, name: str = "model.layers.1.mlp.down_proj.weight") -> dict[str, Any]:
     """Return the matrices of a record, one of them fallen back to magnitude."""
     matrices = json.loads((directory / "halve.json").read_text())["matrices"]

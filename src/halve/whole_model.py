@@ -300,7 +300,7 @@ def _record(
         done,
         request.settings,
         {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
-        record.masks(loaded.model, done, request.settings.pattern, request.loading.written_dtype),
+        record.masks(loaded.model, done.matrices, request.settings.pattern, request.loading.written_dtype),
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
         notes=loaded.notes,

@@ -24,6 +24,7 @@ def record(facts, objective):
 
 def test_what_is_not_finite_is_null_and_no_time_is_told():
     assert (finite(0.5), finite(math.nan), finite(-math.inf)) == (0.5, None, None)
+    assert (finite(9e17), finite(1e18), finite(-1e300)) == (9e17, None, None)  # what readers take, and what they refuse
     found = record({"relative_loss": math.nan, "seconds": 3.0, "tokens": 5.0}, Objective())
     assert found["mean_relative_loss"] is None
     assert found["matrices"][0]["facts"] == {"relative_loss": None, "tokens": 5.0}

@@ -5,21 +5,23 @@ Both may come from strangers, so every value is brought to its type here; pages 
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from msgspec import UNSET, Struct, UnsetType, to_builtins
+from msgspec import to_builtins
 
-from halve.checkpoint.directory import RECORD, refuse_packed, refuse_unfinished
+from halve.checkpoint.directory import RECORD
 from halve.checkpoint.validated import wrong
-from halve.errors import InputError
 from halve.evaluation.figure import measured_as, said_difference
 from halve.evaluation.request import overlap
 from halve.model.plan import places_of
-from halve.recorded import MOST, REMEDY, Kind, Record, RecordedBlock, RecordedMatrix, read_record
+from halve.recorded import MOST, REMEDY
 from halve.report.measured import Measured, Score, read_measured
+from halve.report.schema import BlockEntry, MatrixEntry, WholeRecord, record_of
+from halve.report.training_facts import TrainingFacts, method_with, training_facts
+from halve.report.values import finite_or_none, finite_value, perplexity_value, texts
 from halve.run.events import seconds_of_pruning
 from halve.solve.outcome import Status
 from halve.versions import named_versions
@@ -117,11 +119,12 @@ class RunFacts:
         directory: where it lies.
         model: what was pruned, as the user named it.
         pattern: ``2:4``, …
-        method: with its refit, ``auto+cg``, and ``+block`` for reconstructed blocks.
+        method: with its refit, ``auto+cg``, and ``+block`` for reconstructed blocks; then what was trained.
         matches_dense: whether losses are against targets from the dense model.
         mean_loss: mean relative loss, None where nothing was measured.
         matrices: in the order of the model.
         blocks: that were reconstructed.
+        trainings: that followed, or made the masks, in order.
         excluded: how many parameters stayed dense, by reason.
         warnings: sentences.
         settings: what was asked for, name and value.
@@ -144,6 +147,7 @@ class RunFacts:
     mean_loss: float | None
     matrices: tuple[MatrixFacts, ...]
     blocks: tuple[BlockFacts, ...]
+    trainings: tuple[TrainingFacts, ...]
     excluded: Mapping[str, int]
     warnings: tuple[str, ...]
     settings: Mapping[str, str]
@@ -224,111 +228,34 @@ def read_run(directory: Path) -> RunFacts:
         InputError: there is no ``halve.json``.
         CorruptFileError: a file is malformed.
     """
-    record, measured = record_of(directory, _Record), read_measured(directory)
+    record, measured = record_of(directory, WholeRecord), read_measured(directory)
     try:
         return _facts(directory, record, measured)
     except ValueError as error:
         raise wrong(directory / RECORD, str(error), REMEDY) from error
 
 
-def record_of(directory: Path, kind: type[Kind]) -> Kind:
-    """Read the record of a checkpoint that a user says Halve has pruned.
-
-    Args:
-        directory: of the checkpoint.
-        kind: what is to be read of it, see `halve.recorded.read_record`.
-
-    Raises:
-        InputError: there is none, the run is unfinished, or the checkpoint is packed.
-        CorruptFileError, UnreadableFileError: as `halve.recorded.read_record`.
-    """
-    refuse_packed(directory)
-    if not (directory / RECORD).exists():
-        refuse_unfinished(directory)
-        raise InputError(f"{directory} has no {RECORD}: give a checkpoint that halve prune has written")
-    return read_record(directory, kind)
-
-
-class Origin(Struct, frozen=True, kw_only=True):
-    """What was pruned: its kind, the name that the user gave, a commit of the hub, and the sha256 of its files."""
-
-    kind: Literal["directory", "hub", "gguf", "memory"]
-    name: str
-    revision: str | None = None
-    sha256: str | None = None
-
-
-class _Matrix(RecordedMatrix, frozen=True, kw_only=True):
-    name: str
-    shape: tuple[int, int]
-    method: str
-    reason: str
-    facts: dict[str, float | None]
-    kept_per_group: tuple[int, ...] | None = None
-
-
-class _Block(RecordedBlock, frozen=True, kw_only=True):
-    name: str
-    error_before: float
-    error_after: float
-    epoch: int
-
-
-class _Excluded(Struct, frozen=True, kw_only=True):
-    reason: str
-
-
-class _Objective(Struct, frozen=True, kw_only=True):
-    shrinkage: float | str | UnsetType = UNSET
-    match_dense: float
-    match_ridge: float | UnsetType = UNSET
-
-
-class _Record(Record, frozen=True, kw_only=True):
-    """All that a page shows of a record; what only stands in a table of settings may be any JSON."""
-
-    format: int
-    source: Origin
-    pattern: str
-    method: str
-    refit: str
-    options: dict[str, Any]
-    skip: tuple[str, ...]
-    fallback: str | None
-    min_expert_tokens: int
-    reconstruction: dict[str, Any] | None
-    objective: _Objective
-    only_where_faster: dict[str, Any] | None = None
-    calibration: dict[str, Any]
-    device: str
-    forward_dtype: str
-    mean_relative_loss: float | None
-    matrices: tuple[_Matrix, ...]
-    blocks: tuple[_Block, ...]
-    excluded: tuple[_Excluded, ...]
-    warnings: tuple[str, ...]
-    environment: dict[str, Any]
-
-
-def _facts(directory: Path, record: _Record, measured: Measured) -> RunFacts:
+def _facts(directory: Path, record: WholeRecord, measured: Measured) -> RunFacts:
     places = places_of([entry.name for entry in record.matrices])
     matrices = tuple(_matrix(entry, places[entry.name], measured.matrix_seconds) for entry in record.matrices)
+    trainings = tuple(training_facts(entry) for entry in record.trainings)
     if len({len(matrix.kept) for matrix in matrices if matrix.kept}) > 1:
         raise ValueError("`kept_per_group` has different lengths")
     return RunFacts(
         directory=directory,
         model=record.source.name,
         pattern=record.pattern,
-        method="+".join(_contender(record)),
+        method=method_with("+".join(_contender(record)), trainings),
         matches_dense=record.objective.match_dense != 0.0,
-        mean_loss=_number(record.mean_relative_loss),
+        mean_loss=finite_or_none(record.mean_relative_loss),
         matrices=matrices,
         blocks=tuple(_block(entry) for entry in record.blocks),
+        trainings=trainings,
         excluded=Counter(entry.reason for entry in record.excluded),
         warnings=record.warnings,
-        settings=_texts(_settings(record)),
-        calibration=_texts(record.calibration),
-        environment=_texts(record.environment),
+        settings=texts(_settings(record)),
+        calibration=texts(record.calibration),
+        environment=texts(record.environment),
         files=record.files or {},
         seconds=measured.seconds,
         memory={phase: int(value) for phase, value in measured.peak_memory.items()},
@@ -339,7 +266,7 @@ def _facts(directory: Path, record: _Record, measured: Measured) -> RunFacts:
     )
 
 
-def _settings(record: _Record) -> dict[str, Any]:
+def _settings(record: WholeRecord) -> dict[str, Any]:
     """Return what was asked for, value by name; what belongs together has its group before the name."""
     names = ("pattern", "method", "refit", "skip", "fallback", "min_expert_tokens", "device", "forward_dtype")
     settings = {name: getattr(record, name) for name in names} | record.options
@@ -352,15 +279,15 @@ def _settings(record: _Record) -> dict[str, Any]:
     return settings | {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
-def _contender(record: _Record) -> list[str]:
+def _contender(record: WholeRecord) -> list[str]:
     """Return the method and what followed it, as `halve compare` names them."""
     refit = [] if record.refit == "none" else [record.refit]
     return [record.method, *refit, *([] if record.reconstruction is None else ["block"])]
 
 
-def _matrix(entry: _Matrix, place: tuple[int | None, str], seconds: Mapping[str, float]) -> MatrixFacts:
+def _matrix(entry: MatrixEntry, place: tuple[int | None, str], seconds: Mapping[str, float]) -> MatrixFacts:
     block, kind = place
-    tokens, iterations = _number(entry.facts.get("tokens")), _number(entry.facts.get("iterations"))
+    tokens, iterations = finite_or_none(entry.facts.get("tokens")), finite_or_none(entry.facts.get("iterations"))
     return MatrixFacts(
         name=entry.name,
         block=block,
@@ -369,8 +296,8 @@ def _matrix(entry: _Matrix, place: tuple[int | None, str], seconds: Mapping[str,
         method=entry.method,
         status=entry.status,
         reason=entry.reason,
-        loss=_number(entry.facts.get("relative_loss")),
-        loss_before_refit=_number(entry.facts.get("relative_loss_before_refit")),
+        loss=finite_or_none(entry.facts.get("relative_loss")),
+        loss_before_refit=finite_or_none(entry.facts.get("relative_loss_before_refit")),
         tokens=None if tokens is None else int(tokens),
         iterations=None if iterations is None else int(iterations),
         seconds=seconds.get(entry.name),
@@ -384,11 +311,11 @@ def _kept(counts: tuple[int, ...]) -> tuple[int, ...]:
     return counts
 
 
-def _block(entry: _Block) -> BlockFacts:
+def _block(entry: BlockEntry) -> BlockFacts:
     return BlockFacts(
         name=entry.name,
-        before=_finite(entry.error_before),
-        after=_finite(entry.error_after),
+        before=finite_value(entry.error_before),
+        after=finite_value(entry.error_after),
         undone=not entry.epoch,
     )
 
@@ -401,8 +328,8 @@ def _perplexity(entry: Score) -> PerplexityFacts:
         dtype=entry.dtype,
         dtype_before=entry.dtype_before or "",
         sha256=entry.tokens_sha256,
-        before=_score(entry.before, entry.before_nll),
-        after=_score(entry.after, entry.after_nll),
+        before=perplexity_value(entry.before, entry.before_nll),
+        after=perplexity_value(entry.after, entry.after_nll),
         bos=entry.bos,
         scored=entry.scored,
         difference="" if entry.log_difference is None else said_difference(*entry.log_difference),
@@ -413,28 +340,3 @@ def _perplexity(entry: Score) -> PerplexityFacts:
 def _measured_by(entry: Score) -> str:
     after, before = named_versions(entry.versions), named_versions(entry.versions_before or {})
     return after if before in ("", after) else f"{before} before, {after} after"
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None else _finite(value)
-
-
-def _finite(value: float) -> float:
-    if not abs(value) < MOST:
-        raise ValueError(f"{value} is no loss, error or count")
-    return value
-
-
-def _score(value: float | None, nll: float | None) -> float | None:
-    """Return a perplexity; it is infinite where only its logarithm is on record."""
-    return math.inf if value is None and nll is not None else value
-
-
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _text(value) for name, value in values.items()}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(_text, value)) or "—"
-    return "—" if value in (None, "") else str(value)

@@ -36,14 +36,31 @@ def measured_json(report: RunReport) -> dict[str, Any]:
     Args:
         report: the run, all but finished: what comes after is not counted.
     """
+    taken = measured_by_phase(report.seconds, report.peak_memory, report.peak_device_memory)
+    return taken | {
+        "resumed_blocks": report.resumed_blocks,
+        "matrix_seconds": {m.name: round(m.facts["seconds"], 4) for m in report.matrices if "seconds" in m.facts},
+    }
+
+
+def measured_by_phase(
+    seconds: Mapping[str, float], peak_memory: Mapping[str, int], peak_device_memory: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return what anything took that leaves a checkpoint, a training say, as plain JSON values.
+
+    Args:
+        seconds: wall-clock, by phase.
+        peak_memory: bytes of resident memory, by phase.
+        peak_device_memory: bytes on a GPU, by phase; empty without one.
+    """
     return {
         "format": FORMAT,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": {phase: round(value, 3) for phase, value in report.seconds.items()},
-        "peak_memory": dict(report.peak_memory),
-        "peak_device_memory": dict(report.peak_device_memory),
-        "resumed_blocks": report.resumed_blocks,
-        "matrix_seconds": {m.name: round(m.facts["seconds"], 4) for m in report.matrices if "seconds" in m.facts},
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "peak_memory": dict(peak_memory),
+        "peak_device_memory": dict(peak_device_memory),
+        "resumed_blocks": 0,
+        "matrix_seconds": {},
         "perplexity": [],
     }
 

@@ -1,8 +1,7 @@
 """What was done, as the JSON that lies beside the checkpoint (``halve.json``)."""
 
 import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from halve.checkpoint.shards import tensor_bytes
 from halve.errors import HalveError
 from halve.maths.pattern import Pattern
 from halve.model.layers import matrix_view
+from halve.model.plan import Matrix
 from halve.provenance import environment
-from halve.recorded import FORMAT
+from halve.recorded import FORMAT, MOST
 from halve.run.events import BlockReport, MatrixReport, RunReport
 from halve.run.settings import Settings
 from halve.serial import to_plain
@@ -83,38 +83,52 @@ def mask_sha256(weight: Tensor) -> str:
 
 
 def masks(
-    model: nn.Module, report: RunReport, pattern: Pattern, dtype: torch.dtype | None
+    model: nn.Module, matrices: Iterable[MatrixReport | Matrix], pattern: Pattern, dtype: torch.dtype | None
 ) -> dict[str, dict[str, Any]]:
-    """Return what there is to say of every pruned matrix's mask, by the matrix's name.
+    """Return what there is to say of the mask of every pruned matrix, by the matrix's name.
 
     Args:
         model: the pruned model.
-        report: what was pruned in it.
-        pattern: that it was pruned to.
+        matrices: that were pruned in it.
+        pattern: that they have.
         dtype: that the weights are written in; None for their own.
 
     Returns:
-        dict[str, dict[str, Any]]: ``mask_sha256``, and ``kept_per_group``: how many groups keep 0, 1, … N weights,
-        None for an unstructured pattern.
+        dict[str, dict[str, Any]]: as `mask_facts`.
+
+    Raises:
+        HalveError: as `mask_facts`.
     """
     found = {}
-    for matrix in report.matrices:
+    for matrix in matrices:
         weight = matrix_view(model.get_parameter(matrix.parameter).data, matrix.expert, matrix.layout)
-        weight = weight if dtype is None else weight.to(dtype)
-        kept = pattern.kept_per_group(weight)
-        found[matrix.name] = {
-            "mask_sha256": mask_sha256(weight),
-            "kept_per_group": None if kept is None else _allowed(kept.tolist(), pattern, matrix),
-        }
+        found[matrix.name] = mask_facts(matrix.name, weight if dtype is None else weight.to(dtype), pattern)
     return found
 
 
-def _allowed(kept: list[int], pattern: Pattern, matrix: MatrixReport) -> list[int]:
-    """Return how many groups keep 0, 1, … N weights, of those that keep 0, 1, … M."""
-    most = pattern.budget(matrix.shape[1])[0]
-    if any(kept[most + 1 :]):
-        raise HalveError(f"{matrix.name} is not {pattern} after pruning, do not use it: please report this")
-    return kept[: most + 1]
+def mask_facts(name: str, weight: Tensor, pattern: Pattern) -> dict[str, Any]:
+    """Return what there is to say of the mask of one pruned matrix.
+
+    Args:
+        name: of the matrix, for the message.
+        weight: (d_out, d_in), as it is written.
+        pattern: that it has.
+
+    Returns:
+        dict[str, Any]: ``mask_sha256``, and ``kept_per_group``: how many groups keep 0, 1, … N weights, None for an
+        unstructured pattern.
+
+    Raises:
+        HalveError: it does not have the pattern.
+    """
+    kept = pattern.kept_per_group(weight)
+    if kept is None:
+        return {"mask_sha256": mask_sha256(weight), "kept_per_group": None}
+    most = pattern.budget(weight.shape[1])[0]
+    counts = kept.tolist()
+    if any(counts[most + 1 :]):
+        raise HalveError(f"{name} is not {pattern} after pruning, do not use it: please report this")
+    return {"mask_sha256": mask_sha256(weight), "kept_per_group": counts[: most + 1]}
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:
@@ -154,5 +168,5 @@ def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str
 
 
 def finite(value: float) -> float | None:
-    """Return a number, None (null in JSON) for one that is not finite."""
-    return value if math.isfinite(value) else None
+    """Return a number, None (null in JSON) for one that is not finite, or larger than readers take."""
+    return value if abs(value) < MOST else None
