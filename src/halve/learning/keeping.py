@@ -50,6 +50,7 @@ def keep_masks(
         InputError: nothing is pruned; the weights are not as recorded; the model is wrapped by FSDP of the first
             version or by DeepSpeed, whose optimisers step copies.
     """
+    _refuse_flattened(model)
     kept = getattr(_unwrapped(model), _PLACE, None)
     return kept if isinstance(kept, KeptMasks) else keep_these(model, lambda inner: find_pruned(inner, pattern, record))
 
@@ -60,8 +61,8 @@ def keep_these(model: nn.Module, find: Callable[[nn.Module], FixedMasks]) -> "Ke
     Raises:
         InputError: as `keep_masks`.
     """
+    _refuse_flattened(model)
     inner = _unwrapped(model)
-    _refuse_flattened(inner)
     _refuse_empty(inner)
     masks = find(inner)
     if isinstance(before := getattr(inner, _PLACE, None), KeptMasks):

@@ -80,9 +80,8 @@ class FixedMasks:
         self._kept: dict[str, Tensor] = {}
         for each in self.parameters:
             tensor = each.tensor.detach()
-            if tensor.is_meta:
-                raise InputError(f"{each.name} is on the meta device and has no zeros yet: load the weights first")
             if masks is None:
+                _refuse_meta(tensor, each.name)
                 self._kept[each.name] = tensor != 0
                 continue
             if each.name not in masks:
@@ -234,8 +233,14 @@ def _lies_alike(mask: Tensor, tensor: Tensor) -> bool:
     return not _is_sharded(mask) and not _is_sharded(tensor)
 
 
+def _refuse_meta(tensor: Tensor, name: str) -> None:
+    if tensor.is_meta:
+        raise InputError(f"{name} is on the meta device and has no zeros yet: load the weights first")
+
+
 def _laid_out(mask: Tensor, tensor: Tensor, name: str) -> Tensor:
     """Return a mask on the device of a tensor, and sharded as it is."""
+    _refuse_meta(tensor, name)  # a mask that went there would be lost
     if mask.shape != tensor.shape:
         raise InputError(
             f"{name} has shape {tuple(tensor.shape)} now, and its mask {tuple(mask.shape)}: the parameter was replaced "
