@@ -54,6 +54,14 @@ class Learner:
         ]
         return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.95))
 
+    def doubts(self, rates: Iterable[float]) -> str | None:
+        """Say, before anything is trained, why these learning rates will not lead to a good end; None if they may.
+
+        Args:
+            rates: the learning rate of every optimiser step, in order.
+        """
+        return None
+
     def begin_step(self, step: Step) -> None:
         """Do what comes before the forward passes of an optimiser step."""
 

@@ -63,7 +63,12 @@ def feature_scales(gram: Tensor) -> Tensor:
     Raises:
         CalibrationError: no feature is live, the Gram matrix says nothing.
     """
-    diagonal = gram.diagonal().double()
+    return diagonal_scales(gram.diagonal())
+
+
+def diagonal_scales(diagonal: Tensor) -> Tensor:
+    """Return what `feature_scales` does, given the diagonal of H alone, (d_in,) of any float dtype."""
+    diagonal = diagonal.double()
     mean = diagonal.mean()
     if not float(mean) > 0.0:
         raise CalibrationError("the Gram matrix is zero: no calibration input reached this layer")
