@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from halve.maths.gram import GramAccumulator, Statistics
     from halve.maths.pattern import Pattern
     from halve.maths.proximal import prox
+    from halve.merging import Merged, merge
     from halve.model.reconstruct import Reconstruction
     from halve.packed.load import load
     from halve.packed.read import unpack_checkpoint as unpack
@@ -43,6 +44,7 @@ _HOMES = {
     "HalveError": "errors",
     "GramAccumulator": "maths.gram",
     "Loading": "run.request",
+    "Merged": "merging",
     "Objective": "solve.objective",
     "Outcome": "solve.outcome",
     "PackResult": "packed.write",
@@ -60,6 +62,7 @@ _HOMES = {
     "compare": "comparison",
     "evaluate": "evaluation.perplexity",
     "load": "packed.load",
+    "merge": "merging",
     "pack": "packed.write:pack_checkpoint",
     "plan": "planner.speed_plan",
     "prox": "maths.proximal",
@@ -80,6 +83,7 @@ __all__ = [
     "GramAccumulator",
     "HalveError",
     "Loading",
+    "Merged",
     "Objective",
     "Outcome",
     "PackResult",
@@ -97,6 +101,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load",
+    "merge",
     "pack",
     "plan",
     "prox",

@@ -46,6 +46,12 @@ class RecordedBlock(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[str, ...] = ()
 
 
+class RecordedMerge(msgspec.Struct, frozen=True, kw_only=True):
+    """One merge of an adapter; ``tensors`` are those on disk that it changed."""
+
+    tensors: tuple[str, ...] = ()
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What a record says of the files beside it; every field but these is read by whoever needs it.
 
@@ -54,6 +60,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         pattern: that the matrices have, unparsed; None where nothing was pruned.
         matrices: that were to be pruned.
         blocks: that were reconstructed.
+        merges: of adapters, in their order.
         files: sha256, in hexadecimal, of every other file that was written, by name; None if it is not on record.
     """
 
@@ -61,6 +68,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     pattern: str | None = None
     matrices: tuple[RecordedMatrix, ...] = ()
     blocks: tuple[RecordedBlock, ...] = ()
+    merges: tuple[RecordedMerge, ...] = ()
     files: dict[str, str] | None = None
 
     @property
@@ -80,8 +88,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tuned(self) -> set[str]:
-        """Names of the tensors that a reconstruction may have changed, pruned or not."""
-        return {name for block in self.blocks for name in block.tensors}
+        """Names of the tensors that a reconstruction or a merge may have changed, pruned or not."""
+        changed = [block.tensors for block in self.blocks] + [merge.tensors for merge in self.merges]
+        return {name for tensors in changed for name in tensors}
 
     @property
     def fell_back(self) -> bool:

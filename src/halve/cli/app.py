@@ -17,6 +17,7 @@ COMMANDS = {
     "prune": ("prune:prune", "Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."),
     "resume": ("prune:resume", "Continue a run that was stopped, from its first unfinished block, to the same bytes."),
     "check": ("check:check", "Re-read the bytes on disk: the pattern holds, nothing is missing or touched."),
+    "merge": ("merge:merge_command", "Merge an adapter into a pruned checkpoint, its zeros kept."),
     "eval": ("eval:evaluate_command", "Measure perplexity, accuracy on tasks, or both, of one model or of several."),
     "compare": ("compare:compare", "Prune with several methods, calibrated on the same tokens, and print one table."),
     "report": ("report:report", "Write the report of a pruned checkpoint again, or a page that compares several."),
