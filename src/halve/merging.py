@@ -247,6 +247,11 @@ def _targets(adapter: Adapter, loaded: LoadedModel, record: _Record, name: str) 
     """
     model = loaded.model
     modules = dict(model.named_modules(remove_duplicate=False))
+    if strange := sorted(adapter.copies.keys() - adapter.updates.keys()):
+        raise UnsupportedModelError(
+            f"the adapter replaces the weights of {shown(first_few(strange))}, which is no low-rank update: train one "
+            "without them"
+        )
     if missing := [module for module in adapter.updates if module not in modules]:
         raise InputError(
             f"the adapter is for another model: {name} has no module {shown(first_few(missing))}; give the checkpoint "
@@ -265,6 +270,12 @@ def _targets(adapter: Adapter, loaded: LoadedModel, record: _Record, name: str) 
             )
         parameter = f"{module}.weight"
         weight = model.get_parameter(parameter)
+        copy = adapter.copies.get(module)
+        if copy is not None and not (copy.shape == weight.shape and torch.equal(copy.to(weight.dtype), weight.data)):
+            raise InputError(
+                f"the adapter is for another model: it has a copy of {parameter}, and {name} has other values there; "
+                "give the checkpoint that it was trained on"
+            )
         if uses[id(weight)] > 1:
             raise UnsupportedModelError(
                 f"the adapter changes {parameter}, whose weights other modules share: train one without {module}"

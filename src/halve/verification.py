@@ -273,8 +273,8 @@ def _what_was_lost(found: _Findings, pattern: Pattern, *, recorded: bool) -> lis
     kinds = first_few(sorted({places[entry.name][1] for entry in lost}), few=8)
     if recorded:
         return [f"{len(lost)} of {len(lost) + len(found.kept)} pruned matrices have lost {pattern} ({kinds}): {_CAUSE}"]
-    like = f"{counted(len(lost), 'matrix', 'matrices')} in blocks ({kinds})"
-    return [f"{like} are not {pattern}, and others of their shapes are: if they were, {_CAUSE}"]
+    like = f"{counted(len(lost), 'matrix is', 'matrices are')} not {pattern} ({kinds})"
+    return [f"{like}, and others of that shape in blocks are: if it was, {_CAUSE}"]
 
 
 def _check_tensor(

@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ Kind = Literal["lora", "hira"]
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|hira_A|hira_B)(?:\.weight)?"
 )
+_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
+"""What peft saves besides of an output layer that an adapter is for: the layer's own weight."""
 _PARTS = {"lora": ("lora_A", "lora_B"), "hira": ("hira_A", "hira_B")}
 _MAGNITUDE = "lora_magnitude_vector"
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -122,11 +124,14 @@ class Adapter:
         updates: by the full name of the module in the model.
         masked: whether it was trained with the mask of its base, so that it adds nothing to zeros; HiRA always is.
         base: what its config names as its base model, empty where it names none.
+        copies: weights of its base that peft has saved with it, by the full name of the module: they are to be those
+            of the model that it is merged into.
     """
 
     updates: Mapping[str, Update]
     masked: bool
     base: str
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class _Config(Struct, frozen=True, kw_only=True):
@@ -168,10 +173,12 @@ def read_adapter(directory: str | Path) -> Adapter:
     content = read_json(contained(path, path / CONFIG))
     config = validated(content, _Config, path / CONFIG, "save the adapter again with peft", fault="is malformed")
     kind = _kind(config, content, path / CONFIG)
+    copies: dict[str, Tensor] = {}
     return Adapter(
-        updates=_updates(kind, config, path),
+        updates=_updates(kind, config, path, copies),
         masked=kind == "hira" or config.halve_mask is not None,
         base=config.base_model_name_or_path or "",
+        copies=copies,
     )
 
 
@@ -213,12 +220,16 @@ def _says_something(value: object) -> bool:
     return value not in (None, False, 0, "", [], {})
 
 
-def _updates(kind: Kind, config: _Config, directory: Path) -> dict[str, Update]:
+def _updates(kind: Kind, config: _Config, directory: Path, copies: dict[str, Tensor]) -> dict[str, Update]:
+    """Return the updates by module, and put copies of base weights into ``copies``."""
     path = directory / WEIGHTS
     found: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     allowed = {*_PARTS[kind], *([_MAGNITUDE] if config.use_dora else [])}
     strange: list[str] = []
     for entry in read_shard(contained(directory, path)).tensors:
+        if copy := _COPY.fullmatch(entry.name):
+            copies[copy["module"]] = read_tensor(entry)
+            continue
         match = _KEY.fullmatch(entry.name)
         if match is None or match["part"] not in allowed:
             strange.append(entry.name)
