@@ -24,7 +24,7 @@ FLOORS = (
     ("run",),
     ("report", "verification"),
     ("whole_model", "learning"),
-    ("pruning", "comparison"),
+    ("pruning", "comparison", "merging"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -9,11 +9,12 @@ import halve
 from halve import torch_internals, transformers_internals
 from halve.errors import HalveError
 from halve.leaning import Leaning, faults
+from halve.learning import lora
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(halve.__file__).parent
-ENTRIES = (*torch_internals.LEANINGS, *transformers_internals.LEANINGS)
-OWN_MODULES = {"torch_internals.py", "transformers_internals.py"}
+ENTRIES = (*torch_internals.LEANINGS, *transformers_internals.LEANINGS, *lora.LEANINGS)
+OWN_MODULES = {"torch_internals.py", "transformers_internals.py", "lora.py"}
 
 
 def entry(**changes):

@@ -361,3 +361,37 @@ def test_a_file_that_cannot_be_read_is_a_problem_and_not_the_end(tmp_path, monke
 def rewrite_only(path, name, change):
     tensors = load_file(path)
     save_file(tensors | {name: change(tensors[name])}, path, {"format": "pt"})
+
+
+def filled(directory, name):
+    """Fill the zeros of a tensor, as a merged adapter does."""
+    path, tensors = holder(directory, name)
+    save_file(tensors | {name: tensors[name] + 0.5}, path, {"format": "pt"})
+
+
+def test_matrices_that_lost_their_pattern_are_named_with_the_likely_cause(tmp_path):
+    _, out = pruned(tmp_path)
+    for number in (0, 2):
+        filled(out, f"model.layers.{number}.mlp.up_proj.weight")
+    result = check(out)
+    (lost,) = [note for note in result.notes if "have lost" in note]
+    assert lost.startswith("2 of 21 pruned matrices have lost 2:4 (mlp.up_proj): the likely cause is an adapter")
+    assert "halve merge ADAPTER --into PRUNED --out DIR" in lost
+    assert sum("is not 2:4" in problem for problem in result.problems) == 2
+
+
+def test_without_a_record_matrices_of_the_shapes_of_pruned_ones_are_suspected(tmp_path):
+    _, out = pruned(tmp_path)
+    (out / "halve.json").unlink()
+    assert not [note for note in check(out, pattern="2:4").notes if "likely cause" in note]
+    filled(out, "model.layers.1.self_attn.v_proj.weight")
+    result = check(out, pattern="2:4")
+    assert result.ok
+    (lost,) = [note for note in result.notes if "likely cause" in note]
+    assert lost.startswith("1 matrix is not 2:4 (self_attn.v_proj), and others of that shape in blocks are: if it was")
+
+
+def test_where_nothing_has_the_pattern_the_likely_cause_is_told(tmp_path):
+    before, _ = pruned(tmp_path)
+    (problem,) = check(before, pattern="2:4").problems
+    assert problem.startswith("no tensor has the pattern 2:4: the likely cause is an adapter that was merged")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from halve.maths.gram import GramAccumulator, Statistics
     from halve.maths.pattern import Pattern
     from halve.maths.proximal import prox
+    from halve.merging import Merged, merge
     from halve.model.reconstruct import Reconstruction
     from halve.packed.load import load
     from halve.packed.read import unpack_checkpoint as unpack
@@ -47,6 +48,7 @@ _HOMES = {
     "KeepMasks": "learning.callback",
     "KeptMasks": "learning.keeping",
     "Loading": "run.request",
+    "Merged": "merging",
     "Objective": "solve.objective",
     "Outcome": "solve.outcome",
     "PackResult": "packed.write",
@@ -65,6 +67,7 @@ _HOMES = {
     "evaluate": "evaluation.perplexity",
     "keep_masks": "learning.keeping",
     "load": "packed.load",
+    "merge": "merging",
     "pack": "packed.write:pack_checkpoint",
     "plan": "planner.speed_plan",
     "prox": "maths.proximal",
@@ -87,6 +90,7 @@ __all__ = [
     "KeepMasks",
     "KeptMasks",
     "Loading",
+    "Merged",
     "Objective",
     "Outcome",
     "PackResult",
@@ -105,6 +109,7 @@ __all__ = [
     "evaluate",
     "keep_masks",
     "load",
+    "merge",
     "pack",
     "plan",
     "prox",

@@ -52,6 +52,12 @@ class RecordedTraining(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[str, ...]
 
 
+class RecordedMerge(msgspec.Struct, frozen=True, kw_only=True):
+    """One merge of an adapter; ``tensors`` are those on disk that it changed."""
+
+    tensors: tuple[str, ...] = ()
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What a record says of the files beside it; every field but these is read by whoever needs it.
 
@@ -61,6 +67,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         matrices: that were to be pruned.
         blocks: that were reconstructed.
         trainings: that followed, in order.
+        merges: of adapters, in their order.
         files: sha256, in hexadecimal, of every other file that was written, by name; None if it is not on record.
     """
 
@@ -69,6 +76,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     matrices: tuple[RecordedMatrix, ...] = ()
     blocks: tuple[RecordedBlock, ...] = ()
     trainings: tuple[RecordedTraining, ...] = ()
+    merges: tuple[RecordedMerge, ...] = ()
     files: dict[str, str] | None = None
 
     @property
@@ -88,9 +96,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tuned(self) -> set[str]:
-        """Names of the tensors that a reconstruction or a training may have changed, pruned or not."""
-        changed = [*(block.tensors for block in self.blocks), *(training.tensors for training in self.trainings)]
-        return {name for tensors in changed for name in tensors}
+        """Names of the tensors that a reconstruction, a training or a merge may have changed, pruned or not."""
+        changes: tuple[RecordedBlock | RecordedTraining | RecordedMerge, ...]
+        changes = (*self.blocks, *self.trainings, *self.merges)
+        return {name for change in changes for name in change.tensors}
 
     @property
     def fell_back(self) -> bool:

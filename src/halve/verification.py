@@ -20,8 +20,9 @@ from halve.checkpoint.directory import (
 from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
 from halve.checkpoint.weight_files import Weights, survey_weights
-from halve.errors import HalveError, InputError, PatternError, noting
+from halve.errors import HalveError, InputError, PatternError, counted, first_few, noting
 from halve.maths.pattern import Pattern
+from halve.model.plan import place_of
 from halve.recorded import Record, change_of, pattern_of, read_record
 
 
@@ -59,6 +60,10 @@ class _Findings:
     weights: int = 0
     tensors: int = 0
     compared: int = 0
+    kept: list[TensorEntry] = field(default_factory=list)
+    """What is in the pattern and is meant to be."""
+    lost: list[TensorEntry] = field(default_factory=list)
+    """Matrices that are not in the pattern and are meant to be, or may be, where there is no record."""
 
     def note(self, error: HalveError) -> None:
         """Take an error for a problem."""
@@ -136,6 +141,8 @@ def check(
         _check_files(directory, record, weights.names | {path.name for path in weights.copies}, told, found)
     tensors = _Tensors(entries, weights)
     changed = _check_tensors(tensors, record, wanted, found) | (set() if record is None else record.tuned)
+    if wanted is not None:
+        found.notes += _what_was_lost(found, wanted, recorded=record is not None)
     if original is not None and original.kind == "gguf":
         _compare_dequantised(tensors, original, changed, found)
     elif original is not None:
@@ -240,15 +247,38 @@ def _check_tensors(tensors: _Tensors, record: Record | None, pattern: Pattern | 
         with noting(found.note):
             tensor = read_tensor(entry)
             tensors.unread.remove(name)
-            if _check_tensor(name, tensor, layouts, pattern, found, recorded=record is not None):
+            if _check_tensor(entry, tensor, layouts, pattern, found, recorded=record is not None):
                 pruned.add(name)
     if pattern is not None and record is None and not pruned:
-        found.problems.append(f"no tensor has the pattern {pattern}")
+        found.problems.append(f"no tensor has the pattern {pattern}: {_CAUSE}")
     return pruned
 
 
+_CAUSE = (
+    "the likely cause is an adapter that was merged into pruned matrices, or training without their masks, which fill "
+    "zeros; `halve merge ADAPTER --into PRUNED --out DIR` merges one and keeps them"
+)
+
+
+def _what_was_lost(found: _Findings, pattern: Pattern, *, recorded: bool) -> list[str]:
+    """Say, in one sentence or none, which kinds of matrices have lost the pattern, and of what that comes.
+
+    Without a record, those are suspected that stand in blocks and have the shape of others that are in the pattern.
+    """
+    shapes = {entry.shape for entry in found.kept}
+    places = {entry.name: place_of(entry.name) for entry in found.lost}
+    lost = [entry for entry in found.lost if recorded or (entry.shape in shapes and places[entry.name][0] is not None)]
+    if not lost:
+        return []
+    kinds = first_few(sorted({places[entry.name][1] for entry in lost}), few=8)
+    if recorded:
+        return [f"{len(lost)} of {len(lost) + len(found.kept)} pruned matrices have lost {pattern} ({kinds}): {_CAUSE}"]
+    like = f"{counted(len(lost), 'matrix is', 'matrices are')} not {pattern} ({kinds})"
+    return [f"{like}, and others of that shape in blocks are: if it was, {_CAUSE}"]
+
+
 def _check_tensor(
-    name: str,
+    entry: TensorEntry,
     tensor: Tensor,
     layouts: Mapping[str, str],
     pattern: Pattern | None,
@@ -257,6 +287,7 @@ def _check_tensor(
     recorded: bool,
 ) -> bool:
     """Judge one tensor, and return whether it is in the pattern and is meant to be."""
+    name = entry.name
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
         found.problems.append(f"tensor {name!r} holds NaN or infinity")
     if pattern is None:
@@ -264,9 +295,13 @@ def _check_tensor(
     if name in layouts:
         if problem := _violation(tensor, pattern, layouts[name]):
             found.problems.append(f"tensor {name!r} is not {pattern}: {problem}")
+            found.lost.append(entry)
             return False
     elif recorded or not _has_pattern(tensor, pattern):
+        if not recorded and tensor.ndim >= 2 and tensor.is_floating_point():
+            found.lost.append(entry)
         return False
+    found.kept.append(entry)
     found.matrices += 1
     found.zeros += int((tensor == 0).sum())
     found.weights += tensor.numel()

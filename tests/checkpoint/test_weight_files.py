@@ -14,7 +14,7 @@ from halve.checkpoint.load import load_model, resolve, source_files
 from halve.checkpoint.weight_files import survey_weights
 from halve.checkpoint.write import output_bytes
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError
-from halve.run.fingerprint import source_fields
+from halve.provenance import source_fields
 from packed_models import sums
 
 INDEX = "model.safetensors.index.json"

@@ -3,7 +3,9 @@ import torch
 
 from halve.maths.gram import Statistics
 from halve.model.plan import Matrix
-from halve.run.bundles import bundles, operations
+from halve.run.bundles import bundles, operations, prune_bundle
+from halve.run.settings import Settings
+from halve.solve.outcome import Status
 
 
 def matrix(name, d_out=4, d_in=8):
@@ -35,3 +37,14 @@ def test_not_too_many_weights_are_solved_together(most, expected):
 def test_the_cost_grows_with_rows_and_with_the_cube_of_the_width():
     assert operations(matrix("wide", 8, 16)) == 16**2 * (60 * 8 + 15 * 16)
     assert operations(matrix("a", 8)) < operations(matrix("b", 16)) < operations(matrix("c", 16, 16))
+
+
+def test_an_expert_with_a_given_mask_that_saw_too_few_tokens_stays_on_it():
+    weight = torch.arange(1.0, 33.0).view(4, 8)
+    mask = torch.tensor([True, True, False, False] * 2).expand(4, 8)
+    settings = Settings(method="magnitude", fallback="magnitude")
+    few = Statistics(torch.eye(8), 5)
+    (outcome,) = prune_bundle([matrix("e")], [weight], few, settings, {}, routed=True, masks=[mask])
+    assert torch.equal(outcome.weight, weight * mask)
+    assert (outcome.status, outcome.method) == (Status.FELL_BACK, "given")
+    assert "only 5 calibration tokens reached this expert" in outcome.reason

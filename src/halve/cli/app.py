@@ -21,6 +21,7 @@ COMMANDS = {
         "Train what a pruned model has kept to say what the dense model says; pruned zeros stay zeros.",
     ),
     "check": ("check:check", "Re-read the bytes on disk: the pattern holds, nothing is missing or touched."),
+    "merge": ("learning:merge_command", "Merge an adapter into a pruned checkpoint, its zeros kept."),
     "eval": ("eval:evaluate_command", "Measure perplexity, accuracy on tasks, or both, of one model or of several."),
     "compare": ("compare:compare", "Prune with several methods, calibrated on the same tokens, and print one table."),
     "report": ("report:report", "Write the report of a pruned checkpoint again, or a page that compares several."),

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from halve.errors import InputError, LayerFailedError
 from halve.maths.gram import Statistics
+from halve.maths.pattern import apply_mask
 from halve.model.plan import Matrix
 from halve.run.settings import Settings
-from halve.solve.matrix import prune_weight, prune_weights
+from halve.solve.matrix import GIVEN, prune_weight, prune_weights
 from halve.solve.outcome import Outcome, Status
 
 _BUNDLE_WEIGHTS = 1 << 28
@@ -59,6 +60,7 @@ def prune_bundle(
     options: Mapping[str, Any],
     *,
     routed: bool,
+    masks: Sequence[Tensor] | None = None,
 ) -> list[Outcome]:
     """Prune matrices that share their statistics.
 
@@ -69,6 +71,7 @@ def prune_bundle(
         settings: what was asked.
         options: of method and refit, for these matrices.
         routed: whether only the tokens that a router sent there are in ``statistics``, which then may be too few.
+        masks: (d_out, d_in) bool of what each keeps; None lets the method choose.
 
     Returns:
         list[Outcome]: one for each matrix.
@@ -79,6 +82,10 @@ def prune_bundle(
     """
     tokens = 0 if statistics is None else statistics.tokens
     if routed and tokens < settings.min_expert_tokens:
+        if masks is not None:
+            reason = _unseen(tokens, settings)
+            kept = [apply_mask(weight, mask) for weight, mask in zip(weights, masks, strict=True)]
+            return [Outcome(weight, Status.FELL_BACK, GIVEN, reason, {"tokens": float(tokens)}) for weight in kept]
         return [_prune_unseen(matrix, weight, tokens, settings) for matrix, weight in zip(bundle, weights, strict=True)]
     try:
         return prune_weights(
@@ -89,15 +96,20 @@ def prune_bundle(
             settings.refit,
             fallback=settings.fallback,
             objective=settings.objective,
+            masks=masks,
             **options,
         )
     except InputError as error:
         raise InputError(f"{', '.join(matrix.name for matrix in bundle)}: {error}") from error
 
 
+def _unseen(tokens: float, settings: Settings) -> str:
+    return f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
+
+
 def _prune_unseen(matrix: Matrix, weight: Tensor, tokens: int, settings: Settings) -> Outcome:
     """Prune an expert whose statistics are missing or too thin by magnitude, and say so; refuse if strict."""
-    reason = f"only {tokens} calibration tokens reached this expert (at least {settings.min_expert_tokens} are needed)"
+    reason = _unseen(tokens, settings)
     as_asked = settings.method == "magnitude" and settings.refit == "none"
     if settings.fallback is None and not as_asked:
         if settings.method == "magnitude":

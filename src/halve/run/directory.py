@@ -82,9 +82,9 @@ class RunDirectory:
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether it would cost anything to begin again: blocks are finished, or the model wrote its own text."""
+        """Whether it would cost anything to begin again: something is finished, or the model wrote its own text."""
         wrote = self._manifest is not None and (self._manifest.tokens or {}).get("facts", {}).get("source") == SELF
-        return bool(self.committed) or wrote
+        return bool(self.committed) or self.verified or wrote
 
     @property
     def kept_bytes(self) -> int:

@@ -5,7 +5,7 @@ one block at a time, as a float32 copy; the model keeps its own dtype and place.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -48,6 +48,7 @@ def prune_blocks(
     phases: Phases | None = None,
     before: Callable[[], None] | None = None,
     together: Collection[Sequence[str]] = (),
+    masks: Mapping[str, torch.Tensor] | None = None,
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
 
@@ -67,6 +68,8 @@ def prune_blocks(
         phases: what already counts towards the run's seconds and memory; None begins at nothing.
         before: called once, when the plan is accepted and nothing has been changed yet.
         together: names of parameters that are stored in one tensor.
+        masks: for each matrix by name, (d_out, d_in) bool of what it keeps: nothing is chosen, and the refit finds the
+            best weights there; None lets the method choose.
 
     Raises:
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
@@ -93,7 +96,8 @@ def prune_blocks(
             "alike: set it to 0 for mixtures of experts"
         )
     tell = listen or (lambda _progress: None)
-    loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases or Phases(device), collect=collect)
+    phases = phases or Phases(device)
+    loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases, collect=collect, masks=masks)
     with eager_experts(model):
         return loop.run(batches, runs, offload, before)
 
@@ -113,8 +117,10 @@ class _Loop:
         phases: Phases,
         *,
         collect: bool,
+        masks: Mapping[str, torch.Tensor] | None,
     ) -> None:
         self._collecting = collect
+        self._masks = masks
         self._model = model
         self._plan = plan
         self._settings = settings
@@ -329,7 +335,11 @@ class _Loop:
         """Prune matrices that share their statistics, and put the results into the model and the working copy."""
         settings, routed = self._settings, self._collecting and bundle[0].routed
         weights = [matrix.view(self._model.get_parameter(matrix.parameter).data).to(self._device) for matrix in bundle]
-        outcomes = prune_bundle(bundle, weights, statistics, settings, self._options(bundle), routed=routed)
+        masks = None
+        if self._masks is not None:
+            masks = [self._masks[matrix.name].to(self._device) for matrix in bundle]
+        options = self._options(bundle)
+        outcomes = prune_bundle(bundle, weights, statistics, settings, options, routed=routed, masks=masks)
         for matrix, outcome in zip(bundle, outcomes, strict=True):
             self._put(matrix, outcome, work)
 

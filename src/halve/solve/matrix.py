@@ -11,13 +11,16 @@ from torch import Tensor
 from halve.errors import CalibrationError, FactorisationError, InputError
 from halve.maths.gram import Statistics
 from halve.maths.linalg import full_precision
-from halve.maths.pattern import Pattern
+from halve.maths.pattern import Pattern, apply_mask
 from halve.maths.quadratic import ratio, row_losses
 from halve.solve import methods
 from halve.solve.conditioning import check_weight, checked_statistics, into_range, times_power_of_two
 from halve.solve.objective import Objective
 from halve.solve.outcome import Outcome, Status
 from halve.solve.settings import SolverSettings, solver_settings
+
+GIVEN = "given"
+"""What stands for the method where masks were given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +32,14 @@ class _Task:
         weight: (rows, d_in), of one matrix or of several one below the other.
         sizes: number of rows of each matrix.
         stats: of the inputs; None for a method and refit that need none.
+        mask: (rows, d_in) bool of what is kept; None lets the method choose.
     """
 
     settings: SolverSettings
     weight: Tensor
     sizes: tuple[int, ...]
     stats: Statistics | None
+    mask: Tensor | None = None
 
 
 def prune_weight(
@@ -94,6 +99,7 @@ def prune_weights(
     tokens: int | None = None,
     fallback: str | None = None,
     objective: Objective | None = None,
+    masks: Sequence[Tensor] | None = None,
     **options: Any,
 ) -> list[Outcome]:
     """Prune matrices that multiply the very same inputs, such as query, key and value.
@@ -104,6 +110,8 @@ def prune_weights(
     Args:
         weights: one or more, each (d_out, d_in) with the same d_in, dtype and device; all else is as `prune_weight`
             has it.
+        masks: for each matrix (d_out, d_in) bool, in the pattern: what it keeps, instead of what the method would
+            choose. The refit stays on it, and so does the fallback, which leaves the kept weights as they are.
 
     Returns:
         list[Outcome]: one for each matrix, as `prune_weight` gives it; facts other than the losses are those of all
@@ -117,15 +125,20 @@ def prune_weights(
         check_weight(weight)
     if len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) != 1:
         raise InputError("weights must be one or more matrices of the same width, dtype and device")
+    if masks is not None and settings.refit.changes_mask:
+        raise InputError(f"refit {settings.refit.name} exchanges kept and pruned weights, and masks are given: use cg")
+    kept: list[Tensor | None] = [None] * len(weights) if masks is None else list(masks)
     stats = _statistics(weights[0], gram, tokens, settings)
     together = settings.method.independent_rows(settings.pattern)
     bundles = [list(weights)] if together else [[weight] for weight in weights]
-    outcomes = []
+    outcomes: list[Outcome] = []
     for bundle in bundles:
+        own = [mask for mask in (kept if together else [kept[len(outcomes)]]) if mask is not None]
         joined = bundle[0] if len(bundle) == 1 else torch.cat(bundle)
         sizes = tuple(len(weight) for weight in bundle)
+        mask = torch.cat(own) if own else None
         share = settings if together else _share_of_time(settings, sum(sizes) / sum(len(weight) for weight in weights))
-        outcomes += _prune(_Task(settings=share, weight=joined.detach(), sizes=sizes, stats=stats))
+        outcomes += _prune(_Task(settings=share, weight=joined.detach(), sizes=sizes, stats=stats, mask=mask))
     return outcomes
 
 
@@ -197,6 +210,8 @@ def _solve(task: _Task) -> Outcome:
     try:
         if settings.method.needs_statistics or settings.refit.solve is not None:
             _require_live(task.stats)
+        if task.mask is not None:
+            return Outcome(apply_mask(task.weight, task.mask), Status.OK, GIVEN)
         return settings.method.solve(task.weight, task.stats, settings.pattern, settings.method_options)
     except (FactorisationError, CalibrationError) as error:
         return _fall_back(task, f"{needy} failed: {error}")
@@ -207,6 +222,9 @@ def _fall_back(task: _Task, reason: str) -> Outcome:
     settings = task.settings
     if settings.fallback is None:
         return Outcome(task.weight, Status.FAILED, settings.method.name, reason)
+    if task.mask is not None:
+        kept = apply_mask(task.weight, task.mask)
+        return Outcome(kept, Status.FELL_BACK, GIVEN, f"{reason}; the kept weights are as they were")
     row = methods.get(settings.fallback)
     try:
         if row.needs_statistics:
@@ -247,6 +265,7 @@ def _fit(task: _Task, aimed: _Task, outcome: Outcome) -> list[Outcome]:
     if settings.refit.solve is not None:
         # Exactly N a group: a slot that the method left at zero may be put to use.
         support = settings.pattern if settings.refit.changes_mask else settings.pattern.keep_mask(weight.abs())
+        support = support if task.mask is None else task.mask
         try:
             weight, refit_facts = settings.refit.solve(
                 weight, aimed.weight, gram, support, **asdict(settings.refit_options)
