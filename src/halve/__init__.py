@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from halve.evaluation.figure import Perplexity
     from halve.evaluation.perplexity import evaluate
     from halve.evaluation.request import Evaluation
-    from halve.maths.gram import GramAccumulator, Statistics
+    from halve.maths.gram import Gradient, GramAccumulator, Statistics
     from halve.maths.pattern import Pattern
     from halve.maths.proximal import prox
     from halve.model.reconstruct import Reconstruction
@@ -41,6 +41,7 @@ _HOMES = {
     "Comparison": "comparison",
     "Evaluation": "evaluation.request",
     "HalveError": "errors",
+    "Gradient": "maths.gram",
     "GramAccumulator": "maths.gram",
     "Loading": "run.request",
     "Objective": "solve.objective",
@@ -77,6 +78,7 @@ __all__ = [
     "CheckResult",
     "Comparison",
     "Evaluation",
+    "Gradient",
     "GramAccumulator",
     "HalveError",
     "Loading",
