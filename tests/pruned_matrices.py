@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import layer_oracles as oracle
-from halve.maths.gram import GramAccumulator, Statistics
+from halve.maths.gram import Gradient, GramAccumulator, Statistics
 from halve.solve import methods
-from halve.solve.matrix import prune_weight
+from halve.solve.matrix import prune_weights
 
 METHODS = list(methods.METHODS)
 FAST = {"prox-gradient": {"beta": 1.15}}
@@ -18,8 +18,20 @@ WEIGHT, GRAM = oracle.layer(4, 16, seed=12)
 """For what is refused: any layer will do."""
 
 
+def with_gradient(method, weights, gram, tokens=100):
+    """What a method that weighs gradients is given besides: gradients in proportion to the inputs, of two samples."""
+    row = methods.METHODS.get(method)
+    if row is None or row.gradient is None or gram is None:
+        return {}
+    diagonal = (gram.gram if isinstance(gram, Statistics) else gram).diagonal().double().sqrt()
+    given = {} if isinstance(gram, Statistics) else {"tokens": tokens}
+    roots = [(0.01 * diagonal).float().expand(weight.shape).contiguous() for weight in weights]
+    return given | {"gradients": [Gradient(root, 2) for root in roots]}
+
+
 def prune(weight, gram, method="wanda", refit="cg", pattern="2:4", **options):
-    return prune_weight(weight, gram, pattern, method, refit, **FAST.get(method, {}), **options)
+    extra = {**FAST.get(method, {}), **with_gradient(method, [weight], gram), **options}
+    return prune_weights([weight], gram, pattern, method, refit, **extra)[0]
 
 
 def check_pruned(outcome, weight, keep=2, group=4):

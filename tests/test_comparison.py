@@ -30,7 +30,21 @@ def test_a_name_alone_is_the_method_as_published():
         parsed = Contender.parse(text)
         assert parsed.reconstruct
         assert str(parsed) == text
-    for text in ("", "+cg", "wanda+", "wanda+cg+gd", "wanda+block+cg", "+block"):
+    assert Contender.parse("wanda++") == Contender("wanda++", "none")
+    assert Contender.parse("wanda+++cg+block") == Contender("wanda++", "cg", reconstruct=True)
+    for text in ("wanda+block", "wanda+cg+block", "wanda++", "wanda+++cg", "wanda+++block"):
+        assert str(Contender.parse(text)) == text
+    for text in (
+        "wanda++cg",
+        "wanda++++cg",
+        "wanda+++",
+        "",
+        "+cg",
+        "wanda+",
+        "wanda+cg+gd",
+        "wanda+block+cg",
+        "+block",
+    ):
         with pytest.raises(InputError, match="is not a method to compare"):
             Contender.parse(text)
 

@@ -25,9 +25,10 @@ from halve.pruning import prune
 from halve.report.measured import add_perplexity
 from halve.run.request import Request
 from halve.solve import methods, refit
-from halve.solve.matrix import prune_weight
+from halve.solve.matrix import prune_weight, prune_weights
 from halve.solve.objective import Objective
 from models import decoder, tokens
+from pruned_matrices import with_gradient
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [*sorted(DOCS.parent.glob("*.md")), *sorted(DOCS.glob("*.md"))]
@@ -94,7 +95,8 @@ def test_every_key_and_fact_of_a_record_is_documented(tmp_path):
     facts = set(prune_weight(weight, gram, time_limit=0.001).facts)
     for method in methods.METHODS:
         for name in refit.REFITS:
-            facts |= prune_weight(weight, gram, method=method, refit=name).facts.keys()
+            taken = with_gradient(method, [weight], gram)
+            facts |= prune_weights([weight], gram, "2:4", method, name, **taken)[0].facts.keys()
     for key in {*record, *matrix, *block, *matrix["facts"], *facts, *record["calibration"], *record["source"]}:
         assert f"`{key}`" in text, key
     measured = json.loads((tmp_path / "halve-measured.json").read_text())

@@ -230,6 +230,9 @@ def files(directory):
         {"effort": "fast", "samples": 8, "seq_len": 32, "objective": Objective(shrinkage=0.1)},
         FAST | {"pattern": "50%", "skip": ("*.q_proj.*",), "reconstruct": "block", "seed": 3},
         {"method": "magnitude", "refit": "none", "pattern": "1:4"},
+        {"method": "gblm", "refit": "cg", "samples": 8, "seq_len": 32},
+        {"method": "pruner-zero", "refit": "none", "samples": 8, "seq_len": 32, "reconstruct": "block"},
+        {"method": "wanda++", "refit": "none", "samples": 8, "seq_len": 32, "learning_rate": 1e-4},
     ],
 )
 def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(checkpoint, text, tmp_path, options):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from halve.evaluation.request import Evaluation
     from halve.learning.callback import KeepMasks
     from halve.learning.keeping import KeptMasks, keep_masks
-    from halve.maths.gram import GramAccumulator, Statistics
+    from halve.maths.gram import Gradient, GramAccumulator, Statistics
     from halve.maths.pattern import Pattern
     from halve.maths.proximal import prox
     from halve.merging import Merged, merge
@@ -44,6 +44,7 @@ _HOMES = {
     "Comparison": "comparison",
     "Evaluation": "evaluation.request",
     "HalveError": "errors",
+    "Gradient": "maths.gram",
     "GramAccumulator": "maths.gram",
     "KeepMasks": "learning.callback",
     "KeptMasks": "learning.keeping",
@@ -85,6 +86,7 @@ __all__ = [
     "CheckResult",
     "Comparison",
     "Evaluation",
+    "Gradient",
     "GramAccumulator",
     "HalveError",
     "KeepMasks",

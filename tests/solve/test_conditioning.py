@@ -6,8 +6,9 @@ from halve.errors import InputError
 from halve.maths.gram import GramAccumulator, Statistics
 from halve.solve import methods
 from halve.solve.conditioning import check_weight, checked_statistics, into_range, times_power_of_two
-from halve.solve.matrix import prune_weight
+from halve.solve.matrix import prune_weights
 from halve.solve.outcome import Status
+from pruned_matrices import with_gradient
 
 METHODS = list(methods.METHODS)
 OPTIONS = {"prox-gradient": {"beta": 1.15}}
@@ -20,7 +21,8 @@ def layer(seed=0, d_in=32):
 
 
 def prune(weight, gram, method, refit="cg"):
-    return prune_weight(weight, gram, "2:4", method, refit, **OPTIONS.get(method, {}))
+    extra = {**OPTIONS.get(method, {}), **with_gradient(method, [weight], gram)}
+    return prune_weights([weight], gram, "2:4", method, refit, **extra)[0]
 
 
 @pytest.mark.parametrize("refit", ["none", "cg", "gd", "swap"])

@@ -10,7 +10,7 @@ from halve.maths.pattern import Pattern
 from halve.solve import methods
 from halve.solve.matrix import prune_weight, prune_weights
 from halve.solve.outcome import Status
-from pruned_matrices import FAST, METHODS, check_pruned, same_up_to_rounding, several
+from pruned_matrices import FAST, METHODS, check_pruned, prune, same_up_to_rounding, several, with_gradient
 
 REFITS = ("none", "cg", "gd", "swap")
 
@@ -21,10 +21,10 @@ def test_several_matrices_get_what_each_alone_would_get(method, dtype):
     weights, stats = several(dtype=dtype)
     for pattern in ("2:4", "4:8") if method == "auto" else ("2:4",):
         options = FAST.get(method, {})
-        together = prune_weights(weights, stats, pattern, method, **options)
+        together = prune_weights(weights, stats, pattern, method, **options, **with_gradient(method, weights, stats))
         assert len(together) == 3
         for weight, outcome in zip(weights, together, strict=True):
-            alone = prune_weight(weight, stats, pattern, method, **options)
+            alone = prune(weight, stats, method, pattern=pattern)
             check_pruned(outcome, weight, *map(int, pattern.split(":")))
             assert outcome.weight.is_contiguous()
             if methods.METHODS[method].independent_rows(Pattern(pattern)):
@@ -62,8 +62,8 @@ def test_matrices_are_solved_as_one_only_where_rows_are_independent(monkeypatch,
         return real.solve(weight, stats, pattern, options)
 
     monkeypatch.setitem(methods.METHODS, method, replace(real, solve=solve))
-    prune_weights(weights, stats, "2:4", method, **FAST.get(method, {}))
-    assert heights == ([19] if method not in {"ria", "alps"} else [8, 2, 9])
+    prune_weights(weights, stats, "2:4", method, **FAST.get(method, {}), **with_gradient(method, weights, stats))
+    assert heights == ([19] if method not in {"ria", "alps", "pruner-zero"} else [8, 2, 9])
 
 
 def test_the_time_of_a_common_solution_is_shared_by_the_rows():

@@ -14,6 +14,22 @@ _ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """What backward passes over the calibration samples tell a method about one matrix.
+
+    Attributes:
+        root: (d_out, d_in) float32, ``√Σ g²``, g the gradient of one sample; never negative.
+        samples: number of samples behind it, >= 1.
+        tuned: (d_out, d_in) float32, weights to prune in place of the given ones, which a method has had tuned with the
+            rest of their block; None where that was not asked for.
+    """
+
+    root: Tensor
+    samples: int
+    tuned: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What calibration tells a method about a layer.
 
@@ -24,12 +40,15 @@ class Statistics:
             where that was not asked for, or one half is empty.
         cross: (d_in, d_in) float32, ``XᵀX̃ / tokens``, X the dense model's inputs for the same tokens and X̃ those
             behind ``gram``; None where that was not asked for.
+        gradient: of the matrix that is pruned, or of all that are pruned as one, stacked; `halve.prune_weight` puts it
+            there for the methods that need it.
     """
 
     gram: Tensor
     tokens: int
     halves: tuple[Tensor, Tensor] | None = None
     cross: Tensor | None = None
+    gradient: Gradient | None = None
 
 
 class GramAccumulator:

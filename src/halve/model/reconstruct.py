@@ -6,10 +6,11 @@ the dense model's block returned on its own: ``Σ |B(x̃) - B₀(x)|²`` over th
 BRECQ's reconstruction for quantisation (Nagel et al. 2020, arXiv 2004.10568; Li et al. 2021, arXiv 2102.05426).
 """
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -156,7 +157,7 @@ def reconstruct(
     def error() -> float:
         return _error(block, (examples(i) for i in judged), precision)
 
-    with _requiring_gradients(block, trained.values()):
+    with requiring_gradients(block, trained.values()):
         before = best = error()
         if not math.isfinite(before):
             raise CalibrationError("the output of the pruned block is not finite")
@@ -238,18 +239,68 @@ def trainable(block: nn.Module, pruned: Collection[str], frozen: Collection[str]
 
 
 @contextmanager
-def _requiring_gradients(block: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let only ``trained`` require gradients inside, and put the flags back after."""
-    before = {parameter: parameter.requires_grad for parameter in block.parameters()}
+def requiring_gradients(block: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let only ``trained`` require gradients inside, none accumulated yet; put flags and gradients back after."""
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in block.parameters()}
     wanted = set(trained)
     for parameter in before:
         parameter.requires_grad = parameter in wanted
+        parameter.grad = None
     try:
         yield
     finally:
-        for parameter, flag in before.items():
+        for parameter, (flag, gradient) in before.items():
             parameter.requires_grad = flag
-            parameter.grad = None
+            parameter.grad = gradient
+
+
+def optimise_in_rounds(
+    block: nn.Module,
+    names: Collection[str],
+    prune: Callable[[], None],
+    examples: Callable[[int], Example],
+    count: int,
+    *,
+    rounds: int,
+    drawn: int,
+    learning_rate: float,
+    precision: torch.dtype,
+) -> None:
+    """Let a block's matrices be pruned, and step towards what it returned before, in turns: Wanda++'s optimisation.
+
+    Yang et al. 2025, arXiv 2503.04992: RMSprop, one step a sample, no mask. A pruned weight may move away from zero,
+    and is as a rule pruned again in the next round. The last round ends with steps: what is pruned afterwards is final.
+
+    Args:
+        block: in float32, dense; tuned in place.
+        names: of the parameters of ``block`` to tune.
+        prune: prunes the matrices in ``block`` as they are.
+        examples: gives sample number i, with what enters the block; the target is the dense block's, computed here.
+        count: number of samples.
+        rounds: how often.
+        drawn: samples that a round draws, at most.
+        learning_rate: of RMSprop.
+        precision: dtype of the products in forward and backward passes; weights and updates are float32.
+    """
+    dense = copy.deepcopy(block)
+    tuned = [block.get_parameter(name) for name in names]
+    optimiser = torch.optim.RMSprop(tuned, lr=learning_rate)
+    generator = torch.Generator().manual_seed(0)
+    with requiring_gradients(block, tuned):
+        for _ in range(rounds):
+            with torch.no_grad():
+                prune()
+            for index in torch.randperm(count, generator=generator)[:drawn].tolist():
+                example = examples(index)
+                with torch.no_grad():
+                    target = _output(dense, example, precision).float()
+                # The arguments anew: a block may write into its objects.
+                example = replace(examples(index), target=target)
+                optimiser.zero_grad(set_to_none=True)
+                with torch.enable_grad():
+                    error, _ = _squares(_output(block, example, precision), example)
+                    error.sum().backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
 
 
 def _output(block: nn.Module, example: Example, precision: torch.dtype) -> Tensor:

@@ -1,15 +1,21 @@
-"""Which matrices of a block are solved together, what that costs, and how it is done."""
+"""Which matrices of a block are solved together, what that costs, and how it is done; and what it takes beforehand."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from halve.errors import InputError, LayerFailedError
-from halve.maths.gram import Statistics
+from halve.errors import CalibrationError, InputError, LayerFailedError
+from halve.maths.gram import Gradient, Statistics
 from halve.maths.pattern import apply_mask
+from halve.model.gradients import output_gradients
 from halve.model.plan import Matrix
+from halve.model.reconstruct import Example, optimise_in_rounds
 from halve.run.settings import Settings
+from halve.solve import methods
 from halve.solve.matrix import GIVEN, prune_weight, prune_weights
 from halve.solve.outcome import Outcome, Status
 
@@ -61,6 +67,7 @@ def prune_bundle(
     *,
     routed: bool,
     masks: Sequence[Tensor] | None = None,
+    gradients: Sequence[Gradient] | None = None,
 ) -> list[Outcome]:
     """Prune matrices that share their statistics.
 
@@ -72,6 +79,7 @@ def prune_bundle(
         options: of method and refit, for these matrices.
         routed: whether only the tokens that a router sent there are in ``statistics``, which then may be too few.
         masks: (d_out, d_in) bool of what each keeps; None lets the method choose.
+        gradients: of each matrix, for a method that weighs them.
 
     Returns:
         list[Outcome]: one for each matrix.
@@ -97,10 +105,78 @@ def prune_bundle(
             fallback=settings.fallback,
             objective=settings.objective,
             masks=masks,
+            gradients=gradients,
             **options,
         )
     except InputError as error:
         raise InputError(f"{', '.join(matrix.name for matrix in bundle)}: {error}") from error
+
+
+def gradients_of_output(
+    block: nn.Module,
+    name: str,
+    matrices: Sequence[Matrix],
+    statistics: Mapping[str, Statistics | None],
+    settings: Settings,
+    examples: Callable[[int], Example],
+    count: int,
+    precision: torch.dtype,
+) -> dict[str, Gradient]:
+    """Take the gradients of a block's output, and let its weights be tuned in rounds if the method asks for that.
+
+    Args:
+        block: in float32, dense; left as the rounds leave it.
+        name: of the block in the model.
+        matrices: of the block.
+        statistics: of their inputs, by name.
+        settings: what was asked, of a method that weighs such gradients.
+        examples: gives sample number i; its target is not used.
+        count: number of samples.
+        precision: dtype of the products in forward and backward passes.
+
+    Returns:
+        dict[str, Gradient]: by the matrix's name, with tuned weights where there were rounds.
+
+    Raises:
+        CalibrationError: a norm or a gradient is not finite.
+    """
+    parameters = {matrix.name: matrix.parameter.removeprefix(f"{name}.") for matrix in matrices}
+    names = sorted(set(parameters.values()))
+    try:
+        roots = output_gradients(block, names, examples, count, precision)
+    except CalibrationError as error:
+        raise CalibrationError(f"{name}: {error}") from error
+    found = {matrix.name: Gradient(matrix.view(roots[parameters[matrix.name]]), count) for matrix in matrices}
+    method = methods.get(settings.method)
+    of_method = {each.name for each in fields(method.options)}
+    options = method.options(**{key: value for key, value in settings.options.items() if key in of_method})
+    if not options.rounds:
+        return found
+
+    def weight_of(matrix: Matrix) -> Tensor:
+        return matrix.view(block.get_parameter(parameters[matrix.name]).data)
+
+    def prune() -> None:
+        for matrix in matrices:
+            stats = statistics[matrix.name]
+            if stats is None or (matrix.routed and stats.tokens < settings.min_expert_tokens):
+                continue  # such an expert is pruned by magnitude in the end
+            stats, weight = replace(stats, gradient=found[matrix.name]), weight_of(matrix)
+            with suppress(CalibrationError):  # what is wrong is said in the end
+                weight.copy_(method.solve(weight, stats, settings.pattern, options).weight)
+
+    optimise_in_rounds(
+        block,
+        names,
+        prune,
+        examples,
+        count,
+        rounds=options.rounds,
+        drawn=options.round_samples,
+        learning_rate=options.learning_rate,
+        precision=precision,
+    )
+    return {matrix.name: replace(found[matrix.name], tuned=weight_of(matrix).clone()) for matrix in matrices}
 
 
 def _unseen(tokens: float, settings: Settings) -> str:

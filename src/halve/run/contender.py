@@ -26,7 +26,10 @@ class Contender:
     @classmethod
     def parse(cls, text: str) -> "Contender":
         """Parse ``wanda``, ``wanda+cg``, ``wanda+block`` or ``wanda+cg+block``."""
-        method, *rest = (part.strip() for part in text.split("+"))
+        named = [name for name in methods.METHODS if f"{text.strip()}+".startswith(f"{name}+")]
+        method = max(named, key=len, default="")  # names may have a + of their own, as wanda++
+        first, *rest = (part.strip() for part in text.strip()[len(method) :].split("+"))
+        method = method or first
         reconstruct = rest[-1:] == [BLOCK]
         rest = rest[:-1] if reconstruct else rest
         if not method or len(rest) > 1 or not all(rest):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,23 @@ from torch import nn
 
 from halve.device import autocast
 from halve.errors import CalibrationError, HalveError, InputError, LayerFailedError, UnsupportedModelError
-from halve.maths.gram import Statistics
+from halve.maths.gram import Gradient, Statistics
 from halve.model.blocks import Batch, check_batches, check_finite, eager_experts, working_copy
 from halve.model.calls import Call, to_device
 from halve.model.collect import Collector, Memory
+from halve.model.gradients import LossGradients, one_by_one
 from halve.model.plan import Matrix, Plan, set_matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.model.stream import Stream
 from halve.model.survey import StackRun, plan_model
 from halve.run.block_record import from_record, to_record
-from halve.run.bundles import bundles, prune_bundle, share_of_time
+from halve.run.bundles import bundles, gradients_of_output, prune_bundle, share_of_time
 from halve.run.directory import RunDirectory
 from halve.run.events import BlockReport, Listener, MatrixReport, Progress, RunReport, caution_of_few_tokens
 from halve.run.phases import Phase, Phases
 from halve.run.settings import Settings
+from halve.solve import methods
+from halve.solve.gradient_scores import GradientOf
 from halve.solve.outcome import Outcome, Status
 
 
@@ -79,6 +83,9 @@ def prune_blocks(
         HalveError: a block could not be kept, the volume being full or broken.
     """
     check_batches(batches)
+    of = methods.get(settings.method).gradient
+    if of is not None:
+        batches = one_by_one(batches)
     plan, runs = plan_model(
         model,
         batches,
@@ -99,6 +106,8 @@ def prune_blocks(
     phases = phases or Phases(device)
     loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases, collect=collect, masks=masks)
     with eager_experts(model):
+        if of is GradientOf.LOSS and not loop.finished:
+            loop.loss = LossGradients(model, plan, batches, device, settings.method)
         return loop.run(batches, runs, offload, before)
 
 
@@ -136,6 +145,14 @@ class _Loop:
         # Experts do not receive the same tokens from the dense model as from the pruned one.
         self._matching = settings.matches_dense and not any(matrix.routed for matrix in plan.matrices)
         self._phases = phases
+        self._roots: dict[str, torch.Tensor] = {}
+        self.loss: LossGradients | None = None
+        """What gives the gradients of the dense model's loss, where the method weighs them."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every block was pruned before."""
+        return self._kept >= len(self._plan.blocks)
 
     def run(
         self,
@@ -148,7 +165,8 @@ class _Loop:
         self._tell(0, Phase.PLAN, plan=self._plan)
         if before is not None:
             before()
-        if self._kept < len(members):
+        if not self.finished:
+            self._take_loss_gradients()
             self._pass_stacks(members, runs, batches, offload)
         else:
             for index in range(len(members)):
@@ -165,6 +183,25 @@ class _Loop:
             peak_memory=dict(self._phases.peak_memory),
             peak_device_memory=dict(self._phases.peak_device_memory),
         )
+
+    def _take_loss_gradients(self) -> None:
+        """Run the dense model backwards, for a method that weighs the gradients of its loss.
+
+        A run that goes on does it again: blocks that are finished are put into the model only after.
+        """
+        if self.loss is None:
+            return
+        self._tell(0, Phase.GRADIENTS)
+        remedy = "use forward_dtype float32"
+        with self._phases.timing(Phase.GRADIENTS), self._lowered("the model cannot be run backwards", remedy):
+            try:
+                self._roots = self.loss.roots(self._precision)
+            except torch.OutOfMemoryError as error:
+                raise HalveError(
+                    f"{self._device} ran out of memory in a backward pass through the model: use wanda++, whose "
+                    "gradients are taken block by block, or shorter sequences (seq_len)"
+                ) from error
+        self.loss = None
 
     def _pass_stacks(
         self, members: Sequence[nn.Module], runs: Sequence[StackRun], batches: Sequence[Batch], offload: Path | None
@@ -238,9 +275,10 @@ class _Loop:
         if at.dense is not None and at.block <= self._last and (matching is None or not statistics):
             self._advance(at, work, at.dense)
         if matrices:
+            gradients = self._gradients(at, work, matrices, statistics)
             with self._phases.timing(Phase.SOLVE):
                 for bundle in bundles(matrices, statistics):
-                    self._solve(bundle, statistics.get(bundle[0].name), work)
+                    self._solve(bundle, statistics.get(bundle[0].name), work, gradients)
             if at.dense is not None and self._tuning is not None:
                 self._tell(at.block, Phase.RECONSTRUCT)
                 with self._phases.timing(Phase.RECONSTRUCT):
@@ -331,15 +369,49 @@ class _Loop:
                 raise
             raise UnsupportedModelError(f"{what} with products in {self._precision} ({error}): {remedy}") from error
 
-    def _solve(self, bundle: Sequence[Matrix], statistics: Statistics | None, work: nn.Module) -> None:
+    def _gradients(
+        self,
+        at: "_Passage",
+        work: nn.Module,
+        matrices: Sequence[Matrix],
+        statistics: Mapping[str, Statistics | None],
+    ) -> dict[str, Gradient]:
+        """Return the gradient of every matrix of a block by name, for a method that weighs them; else nothing."""
+        of, samples = methods.get(self._settings.method).gradient, len(at.stream.hidden)
+        if of is None:
+            return {}
+        if of is GradientOf.LOSS:
+            found = {m.name: Gradient(m.view(self._roots[m.parameter]).to(self._device), samples) for m in matrices}
+            for matrix in matrices:
+                self._roots.pop(matrix.parameter, None)
+            return found
+        self._tell(at.block, Phase.GRADIENTS)
+        block = self._plan.blocks[at.block]
+        remedy = "use forward_dtype float32"
+        with self._phases.timing(Phase.GRADIENTS), self._lowered(f"{block} cannot be run backwards", remedy):
+            example = partial(self._example, at, at.stream)
+            return gradients_of_output(
+                work, block, matrices, statistics, self._settings, example, samples, self._precision
+            )
+
+    def _solve(
+        self,
+        bundle: Sequence[Matrix],
+        statistics: Statistics | None,
+        work: nn.Module,
+        gradients: Mapping[str, Gradient],
+    ) -> None:
         """Prune matrices that share their statistics, and put the results into the model and the working copy."""
         settings, routed = self._settings, self._collecting and bundle[0].routed
         weights = [matrix.view(self._model.get_parameter(matrix.parameter).data).to(self._device) for matrix in bundle]
         masks = None
         if self._masks is not None:
             masks = [self._masks[matrix.name].to(self._device) for matrix in bundle]
+        own = [gradients[matrix.name] for matrix in bundle] if gradients else None
         options = self._options(bundle)
-        outcomes = prune_bundle(bundle, weights, statistics, settings, options, routed=routed, masks=masks)
+        outcomes = prune_bundle(
+            bundle, weights, statistics, settings, options, routed=routed, masks=masks, gradients=own
+        )
         for matrix, outcome in zip(bundle, outcomes, strict=True):
             self._put(matrix, outcome, work)
 
@@ -366,24 +438,16 @@ class _Loop:
     def _reconstruct(
         self, at: "_Passage", work: nn.Module, matrices: Sequence[Matrix], dense: Stream, options: Reconstruction
     ) -> Tuned:
-        stream = at.stream
         prefix = f"{self._plan.blocks[at.block]}."
         pruned = dict.fromkeys(matrix.parameter.removeprefix(prefix) for matrix in matrices)
         masks = {name: work.get_parameter(name) != 0 for name in pruned}
-
-        def example(batch: int) -> Example:
-            states = (stream.hidden[batch], dense.hidden[batch])
-            hidden, target = to_device(states, self._device, torch.float32)
-            valid = stream.valid[batch]
-            call = stream.call(at.place, batch, self._device)
-            return Example(hidden, call, target, None if valid is None else valid.to(self._device))
-
+        example = partial(self._example, at, dense)
         original = self._model.get_submodule(prefix[:-1])
         stored = trainable(original, pruned, self._frozen(prefix))
         remedy = "leave out the reconstruction, or use forward_dtype float32"
         try:
             with self._lowered(f"{prefix[:-1]} cannot be reconstructed", remedy):
-                tuned = reconstruct(work, masks, example, len(stream.hidden), options, self._precision, stored)
+                tuned = reconstruct(work, masks, example, len(dense.hidden), options, self._precision, stored)
         except CalibrationError as error:
             raise CalibrationError(
                 f"{prefix[:-1]}: {error}: leave out the reconstruction, or use other text"
@@ -393,6 +457,14 @@ class _Loop:
             original.get_parameter(name).data.copy_(work.get_parameter(name).data)
         self._blocks.append(BlockReport(prefix[:-1], tuple(prefix + name for name in names), tuned))
         return tuned
+
+    def _example(self, at: "_Passage", targets: Stream, batch: int) -> Example:
+        """Return a batch for the block, with what ``targets`` is at now."""
+        states = (at.stream.hidden[batch], targets.hidden[batch])
+        hidden, target = to_device(states, self._device, torch.float32)
+        valid = at.stream.valid[batch]
+        call = at.stream.call(at.place, batch, self._device)
+        return Example(hidden, call, target, None if valid is None else valid.to(self._device))
 
     def _frozen(self, prefix: str) -> set[str]:
         """Names in a block of the parameters that other modules share or that the user asked to leave alone."""

@@ -28,6 +28,8 @@ class Phase(StrEnum):
     """Perplexity, of the dense model and of the pruned one."""
     CAPTURE = "capture"
     """What enters the first block."""
+    GRADIENTS = "gradients"
+    """Backward passes for the methods that weigh gradients."""
     COLLECT = "collect"
     """Forward passes that gather statistics."""
     SOLVE = "solve"

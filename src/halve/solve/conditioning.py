@@ -8,7 +8,7 @@ from torch import Tensor
 
 from halve.checks import check_count
 from halve.errors import InputError
-from halve.maths.gram import Statistics
+from halve.maths.gram import Gradient, Statistics
 
 _ASYMMETRY = 1e-4
 """Largest |H - Hᵀ| accepted, as a share of the largest diagonal entry."""
@@ -34,7 +34,9 @@ def check_weight(weight: Tensor) -> None:
         raise InputError(f"weight has NaN or infinity, first at row {row}, column {column}: prune a finite matrix")
 
 
-def checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | None) -> Statistics:
+def checked_statistics(
+    gram: Tensor | Statistics, weight: Tensor, tokens: int | None, *, rescale: bool = True
+) -> Statistics:
     """Return a Gram matrix as float32 statistics.
 
     Args:
@@ -43,6 +45,7 @@ def checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | 
         weight: (d_out, d_in), what they belong to.
         tokens: number of inputs behind ``gram``; None takes that of the statistics, if they are given, and else it is
             unknown, 0.
+        rescale: whether the scale of a plain matrix does not matter, so that one out of float32's range is scaled.
 
     Raises:
         InputError: the matrix has another shape, dtype or device, is not finite in float32, or no Gram matrix.
@@ -58,7 +61,7 @@ def checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | 
             _check_square("cross", gram.cross, weight)
         gram = gram.gram
     _check_square("gram", gram, weight)
-    exponent = _exponent(gram.diagonal().amax(), _GRAM_EXPONENT) if given is None else 0
+    exponent = _exponent(gram.diagonal().amax(), _GRAM_EXPONENT) if given is None and rescale else 0
     gram32 = times_power_of_two(gram.detach(), exponent).float()
     if not bool(torch.isfinite(gram32).all()):
         raise InputError("gram has NaN or infinity in float32: calibrate again, or divide it by the number of tokens")
@@ -74,6 +77,39 @@ def checked_statistics(gram: Tensor | Statistics, weight: Tensor, tokens: int | 
     if not _semidefinite(gram32, max(torch.finfo(gram.dtype).eps, torch.finfo(torch.float32).eps)):
         raise InputError("gram is not positive semi-definite: it must be XᵀX / tokens, of one and the same X")
     return Statistics(gram32, tokens or 0)
+
+
+def checked_gradient(gradient: Gradient, weight: Tensor, name: str) -> Gradient:
+    """Return the gradient of a matrix in float32.
+
+    Args:
+        gradient: of what was computed.
+        weight: (d_out, d_in), what it belongs to.
+        name: of the method that needs it.
+
+    Raises:
+        InputError: it is something else, or has another shape or device, a negative or a non-finite entry.
+    """
+    if not isinstance(gradient, Gradient):
+        raise InputError(f"method {name} takes its gradient as halve.Gradient, got {type(gradient).__name__}")
+    check_count("samples of the gradient", gradient.samples)
+    for part, tensor in (("root", gradient.root), ("tuned", gradient.tuned)):
+        if tensor is None and part == "tuned":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.shape != weight.shape or not tensor.is_floating_point():
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            shape = tuple(weight.shape)
+            raise InputError(f"{part} of the gradient must be floating point of shape {shape} as weight, got {got}")
+        if tensor.device != weight.device:
+            raise InputError(
+                f"{part} of the gradient is on {tensor.device} and weight on {weight.device}: move one of them"
+            )
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise InputError(f"{part} of the gradient has NaN or infinity in float32: calibrate again")
+    if bool((gradient.root < 0.0).any()):
+        raise InputError("root of the gradient has a negative entry: it must be the root of a sum of squares")
+    tuned = None if gradient.tuned is None else gradient.tuned.detach().float()
+    return replace(gradient, root=gradient.root.detach().float(), tuned=tuned)
 
 
 def _check_square(name: str, matrix: object, weight: Tensor) -> None:
@@ -114,13 +150,20 @@ def into_range(weight: Tensor, stats: Statistics | None) -> tuple[Tensor, Statis
     """
     exponent = _exponent(weight.abs().amax(), _WEIGHT_EXPONENT)
     weight = times_power_of_two(weight, exponent)
+    gradient = None if stats is None else stats.gradient
+    if stats is not None and gradient is not None and gradient.tuned is not None:
+        stats = replace(stats, gradient=replace(gradient, tuned=times_power_of_two(gradient.tuned, exponent)))
     if stats is not None and (of_gram := _exponent(stats.gram.diagonal().amax(), _GRAM_EXPONENT)):
         halves, cross = stats.halves, stats.cross
         if halves is not None:
             halves = (times_power_of_two(halves[0], of_gram), times_power_of_two(halves[1], of_gram))
         if cross is not None:
             cross = times_power_of_two(cross, of_gram)
-        stats = replace(stats, gram=times_power_of_two(stats.gram, of_gram), halves=halves, cross=cross)
+        gradient = stats.gradient
+        if gradient is not None:  # it is weighed against the roots of H's diagonal
+            gradient = replace(gradient, root=gradient.root * 2.0 ** (of_gram / 2))
+        gram = times_power_of_two(stats.gram, of_gram)
+        stats = replace(stats, gram=gram, halves=halves, cross=cross, gradient=gradient)
     return weight, stats, exponent
 
 

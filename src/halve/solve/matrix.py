@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from halve.errors import CalibrationError, FactorisationError, InputError
-from halve.maths.gram import Statistics
+from halve.maths.gram import Gradient, Statistics
 from halve.maths.linalg import full_precision
 from halve.maths.pattern import Pattern, apply_mask
 from halve.maths.quadratic import ratio, row_losses
 from halve.solve import methods
-from halve.solve.conditioning import check_weight, checked_statistics, into_range, times_power_of_two
+from halve.solve.conditioning import (
+    check_weight,
+    checked_gradient,
+    checked_statistics,
+    into_range,
+    times_power_of_two,
+)
 from halve.solve.objective import Objective
 from halve.solve.outcome import Outcome, Status
 from halve.solve.settings import SolverSettings, solver_settings
@@ -52,6 +58,7 @@ def prune_weight(
     tokens: int | None = None,
     fallback: str | None = None,
     objective: Objective | None = None,
+    gradient: Gradient | None = None,
     **options: Any,
 ) -> Outcome:
     """Prune a matrix whose rows multiply inputs with the given statistics.
@@ -70,6 +77,8 @@ def prune_weight(
         tokens: number of inputs behind ``gram``, for the record; taken from ``gram`` if that is ``Statistics``.
         fallback: ``magnitude`` or ``wanda``, used if the method fails for numerical reasons; None reports failure.
         objective: shrinkage of H and targets from the dense model; None leaves them at their defaults.
+        gradient: for the methods that weigh it (``gblm``, ``pruner-zero``, ``wanda++``): of the matrix, sample by
+            sample, with as many samples as made up ``tokens``.
         **options: of the method, and of the refit with the prefix ``refit_``.
 
     Returns:
@@ -85,7 +94,16 @@ def prune_weight(
         PatternError: the pattern is malformed, or does not fit the matrix or the method.
     """
     return prune_weights(
-        [weight], gram, pattern, method, refit, tokens=tokens, fallback=fallback, objective=objective, **options
+        [weight],
+        gram,
+        pattern,
+        method,
+        refit,
+        tokens=tokens,
+        fallback=fallback,
+        objective=objective,
+        gradients=None if gradient is None else [gradient],
+        **options,
     )[0]
 
 
@@ -100,6 +118,7 @@ def prune_weights(
     fallback: str | None = None,
     objective: Objective | None = None,
     masks: Sequence[Tensor] | None = None,
+    gradients: Sequence[Gradient] | None = None,
     **options: Any,
 ) -> list[Outcome]:
     """Prune matrices that multiply the very same inputs, such as query, key and value.
@@ -112,6 +131,7 @@ def prune_weights(
             has it.
         masks: for each matrix (d_out, d_in) bool, in the pattern: what it keeps, instead of what the method would
             choose. The refit stays on it, and so does the fallback, which leaves the kept weights as they are.
+        gradients: one for each matrix, of the same samples.
 
     Returns:
         list[Outcome]: one for each matrix, as `prune_weight` gives it; facts other than the losses are those of all
@@ -129,11 +149,14 @@ def prune_weights(
         raise InputError(f"refit {settings.refit.name} exchanges kept and pruned weights, and masks are given: use cg")
     kept: list[Tensor | None] = [None] * len(weights) if masks is None else list(masks)
     stats = _statistics(weights[0], gram, tokens, settings)
+    checked = _gradients(weights, stats, gradients, settings)
     together = settings.method.independent_rows(settings.pattern)
     bundles = [list(weights)] if together else [[weight] for weight in weights]
     outcomes: list[Outcome] = []
     for bundle in bundles:
         own = [mask for mask in (kept if together else [kept[len(outcomes)]]) if mask is not None]
+        if stats is not None and checked:
+            stats = replace(stats, gradient=_joined(checked[len(outcomes) : len(outcomes) + len(bundle)]))
         joined = bundle[0] if len(bundle) == 1 else torch.cat(bundle)
         sizes = tuple(len(weight) for weight in bundle)
         mask = torch.cat(own) if own else None
@@ -200,7 +223,44 @@ def _statistics(
             f'refit {settings.refit.name} needs gram, the Gram matrix of the inputs: give it, or set refit="none"'
         )
     settings.objective.check_statistics(gram)
-    return None if gram is None else checked_statistics(gram, weight, tokens)
+    rescale = settings.method.gradient is None
+    return None if gram is None else checked_statistics(gram, weight, tokens, rescale=rescale)
+
+
+def _gradients(
+    weights: Sequence[Tensor],
+    stats: Statistics | None,
+    gradients: Sequence[Gradient] | None,
+    settings: SolverSettings,
+) -> list[Gradient]:
+    """Check the gradients of matrices against the settings; none where none are needed."""
+    name = settings.method.name
+    if settings.method.gradient is None:
+        if gradients is not None:
+            takers = ", ".join(row.name for row in methods.METHODS.values() if row.gradient is not None)
+            raise InputError(f"method {name} does not weigh gradients: leave them out, or choose one of {takers}")
+        return []
+    if gradients is None or len(gradients) != len(weights):
+        given = 0 if gradients is None else len(gradients)
+        raise InputError(
+            f"method {name} needs the gradient of every matrix (halve.Gradient), got {given} for {len(weights)}: "
+            "halve.prune takes them from the model and its calibration data"
+        )
+    if stats is None or not stats.tokens:
+        raise InputError(f"method {name} weighs inputs and gradients by the sample: give tokens, their number")
+    checked = [checked_gradient(each, weight, name) for each, weight in zip(gradients, weights, strict=True)]
+    if len({(each.samples, each.tuned is None) for each in checked}) != 1:
+        raise InputError(f"gradients for method {name} must be of the same samples, and all have tuned weights or none")
+    return checked
+
+
+def _joined(gradients: Sequence[Gradient]) -> Gradient:
+    """Return the gradient of matrices one below the other."""
+    if len(gradients) == 1:
+        return gradients[0]
+    tuned = [each.tuned for each in gradients if each.tuned is not None]
+    root = torch.cat([each.root for each in gradients])
+    return Gradient(root, gradients[0].samples, torch.cat(tuned) if tuned else None)
 
 
 def _solve(task: _Task) -> Outcome:

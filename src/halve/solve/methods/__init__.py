@@ -13,7 +13,21 @@ from halve.lookup import build_options, find_row
 from halve.maths.pattern import Pattern
 from halve.maths.proximal import has_fast_solver
 from halve.solve.defaults import Defaults
-from halve.solve.methods import alps, auto, magnitude, prox_admm, prox_gradient, ria, sparse_swaps, sparsegpt, wanda
+from halve.solve.gradient_scores import GradientOf
+from halve.solve.methods import (
+    alps,
+    auto,
+    gblm,
+    magnitude,
+    prox_admm,
+    prox_gradient,
+    pruner_zero,
+    ria,
+    sparse_swaps,
+    sparsegpt,
+    wanda,
+    wanda_plus_plus,
+)
 from halve.solve.outcome import Outcome
 
 
@@ -37,6 +51,7 @@ class Method:
         summary: one line for a listing.
         reference: where the method comes from.
         defaults: from the options, what goes with the method where the user says nothing.
+        gradient: of what ``stats`` must have the gradient; None where it needs none.
     """
 
     name: str
@@ -49,6 +64,7 @@ class Method:
     summary: str
     reference: str
     defaults: Callable[[Any], Defaults] = _as_published
+    gradient: GradientOf | None = None
 
 
 def _always(_pattern: Pattern) -> bool:
@@ -104,6 +120,42 @@ _ROWS = (
         independent_rows=_never,
         summary="keep the largest share of its row's and column's |w| times the fourth root of H_jj",
         reference="Zhang et al. 2024, arXiv 2402.13485",
+    ),
+    Method(
+        name="gblm",
+        solve=gblm.solve,
+        options=gblm.GBLMOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=False,
+        independent_rows=_always,
+        summary="keep the largest |w| times the norm of its input plus that of its gradient in the model's loss",
+        reference="Das et al. 2023, arXiv 2311.04902",
+        gradient=GradientOf.LOSS,
+    ),
+    Method(
+        name="pruner-zero",
+        solve=pruner_zero.solve,
+        options=pruner_zero.PrunerZeroOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=False,
+        independent_rows=_never,
+        summary="keep the largest w² times the gradient in the model's loss, scaled to 0 … 1 in each matrix",
+        reference="Dong et al. 2024, arXiv 2406.02924",
+        gradient=GradientOf.LOSS,
+    ),
+    Method(
+        name="wanda++",
+        solve=wanda_plus_plus.solve,
+        options=wanda_plus_plus.WandaPlusPlusOptions,
+        needs_statistics=True,
+        unstructured=True,
+        updates_weights=True,
+        independent_rows=_always,
+        summary="Wanda plus the gradient of the block's output, in rounds with steps towards that output",
+        reference="Yang et al. 2025, arXiv 2503.04992",
+        gradient=GradientOf.OUTPUT,
     ),
     Method(
         name="sparse-swaps",
