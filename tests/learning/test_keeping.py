@@ -370,6 +370,37 @@ def test_what_begins_at_zero_is_not_taken_for_pruned():
     assert "model.layers.1.mlp.up_proj.weight" in names
 
 
+def test_gradients_that_did_not_accumulate_are_masked_too():
+    """Set by hand, or put together by another process: what an optimiser remembers must not have them."""
+    model = pruned_decoder()
+    before = zeros(model)
+    halve.keep_masks(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(optimiser.state[parameter]["momentum_buffer"] == 0, before[name])
+
+
+def test_narrower_masks_zero_weights_and_moments():
+    model = pruned_decoder()
+    kept = halve.keep_masks(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimiser, steps=1)
+    name, weight = "model.layers.0.mlp.up_proj.weight", model.model.layers[0].mlp.up_proj.weight
+    state = kept.state_dict()
+    state[name] = state[name] & 0x0F  # of each eight entries the last four are pruned
+    kept.load_state_dict(state)
+    narrower = weight.detach().unflatten(-1, (-1, 2, 4))
+    assert not bool(narrower[..., 1, :].any())
+    assert bool(narrower[..., 0, :].any())
+    train(model, optimiser, steps=1)
+    assert not bool(optimiser.state[weight]["momentum_buffer"].unflatten(-1, (-1, 2, 4))[..., 1, :].any())
+    kept.check()
+
+
 @pytest.mark.parametrize("train_bases", [False, True])
 def test_adapters_are_not_held(train_bases):
     from peft import LoraConfig, get_peft_model
@@ -377,6 +408,9 @@ def test_adapters_are_not_held(train_bases):
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers, about what peft asks it
         model = get_peft_model(pruned_decoder(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     before = {name: mask for name, mask in zeros(model).items() if "lora_" not in name}
+    with torch.no_grad():  # an adapter that looks as if it were pruned
+        first = next(p for n, p in model.named_parameters() if "lora_A" in n)
+        first.copy_(Pattern("2:4").project(first))
     kept = halve.keep_masks(model)
     assert {each.name for each in kept.masks.parameters} == set(before)
     if train_bases:
@@ -401,6 +435,17 @@ def test_the_record_says_what_is_held(tmp_path):
         halve.keep_masks(decoder("llama", vocab_size=320), "4:8", record=directory)
     with pytest.raises(InputError, match=r"is recorded as pruned to 2:4 in .*halve\.json, and is not"):
         halve.keep_masks(decoder("llama", vocab_size=320), record=directory)
+
+
+def test_a_recorded_model_with_adapters_is_held_by_its_zeros(tmp_path):
+    """The names on record are not those of a wrapped model; its pattern is taken from there."""
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(pruned(tmp_path, dtype=torch.float32))
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    expected = {name for name in zeros(wrapped) if "lora_" not in name}
+    assert {each.name for each in halve.keep_masks(wrapped).masks.parameters} == expected
 
 
 def test_the_record_is_read_by_its_names_on_disk(tmp_path):
