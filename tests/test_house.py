@@ -25,6 +25,7 @@ FLOORS = (
     ("report", "verification"),
     ("whole_model", "learning"),
     ("pruning", "comparison", "merging"),
+    ("learned_masks",),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from halve.evaluation.figure import Perplexity
     from halve.evaluation.perplexity import evaluate
     from halve.evaluation.request import Evaluation
+    from halve.learned_masks import learn
     from halve.learning.callback import KeepMasks
+    from halve.learning.finetuning import finetune
     from halve.learning.keeping import KeptMasks, keep_masks
+    from halve.learning.lesson import Taught
     from halve.maths.gram import Gradient, GramAccumulator, Statistics
     from halve.maths.pattern import Pattern
     from halve.maths.proximal import prox
@@ -66,6 +69,9 @@ _HOMES = {
     "check": "verification",
     "compare": "comparison",
     "evaluate": "evaluation.perplexity",
+    "finetune": "learning.finetuning",
+    "Taught": "learning.lesson",
+    "learn": "learned_masks",
     "keep_masks": "learning.keeping",
     "load": "packed.load",
     "merge": "merging",
@@ -104,12 +110,15 @@ __all__ = [
     "SpeedPlan",
     "Statistics",
     "Status",
+    "Taught",
     "WhereFaster",
     "accelerate",
     "check",
     "compare",
     "evaluate",
+    "finetune",
     "keep_masks",
+    "learn",
     "load",
     "merge",
     "pack",
