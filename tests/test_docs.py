@@ -15,6 +15,7 @@ import layer_oracles as oracle
 from halve import check
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
+from halve.learning.methods import LEARNING_METHODS
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction
 from halve.option_groups import options_of
@@ -35,6 +36,7 @@ PAGES = [*sorted(DOCS.parent.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 OPTIONS = {
     **{name: (row.options, "") for name, row in methods.METHODS.items()},
     **{f"refit {name}": (row.options, "refit_") for name, row in refit.REFITS.items()},
+    **{f"learning {name}": (row.options, "") for name, row in LEARNING_METHODS.items()},
     "objective": (Objective, ""),
     "reconstruction": (Reconstruction, ""),
     "evaluation": (Evaluation, ""),

@@ -146,6 +146,18 @@ def test_weights_stay_as_they_were_and_the_kept_ones_keep_their_bits():
             assert found[group].tolist() == expected
 
 
+def test_rates_that_cannot_change_a_mask_are_doubted():
+    model = Mixed()
+    learner = MaskLLM(targets(model), Pattern("2:4"), MaskLLMOptions())
+    assert "by 0.004 in 4 steps" in learner.doubts([5e-4] * 4)
+    assert "about 0.01 apart" in learner.doubts([5e-4] * 4)
+    assert learner.doubts([5e-4] * 11) is None
+    prior = {each.name: torch.zeros_like(each.tensor) for each in targets(model)}
+    learner = MaskLLM(targets(model), Pattern("2:4"), MaskLLMOptions(), prior=prior)
+    assert "about 0.03 apart" in learner.doubts([5e-4] * 11)
+    assert learner.doubts([5e-4] * 31) is None
+
+
 def test_memory_is_one_and_a_half_floats_a_weight_and_nothing_is_kept_for_the_gradient_but_the_product():
     model = nn.Sequential(nn.Linear(256, 128, bias=False))
     names = {"0.weight": "out_in"}

@@ -85,6 +85,16 @@ def test_what_does_not_fit_is_refused(name):
         methods.make_learner(name, [], "2:4")
 
 
+def test_one_parameter_given_twice_is_refused():
+    model = Mixed()
+    with pytest.raises(InputError, match=r"first\.weight and first\.weight are one parameter"):
+        methods.make_learner("ast", [*targets(model), *targets(model)], "2:4")
+    model.other = model.first
+    layouts = {"first.weight": "out_in", "other.weight": "out_in"}
+    with pytest.raises(InputError, match=r"first\.weight and other\.weight are one parameter"):
+        methods.make_learner("ast", targets(model, layouts), "2:4")
+
+
 @pytest.mark.parametrize("name", [name for name, row in methods.LEARNING_METHODS.items() if not row.takes_prior])
 def test_a_prior_is_refused_by_a_method_that_could_not_use_it(name):
     model = Mixed()
@@ -177,7 +187,7 @@ def test_a_resumed_training_ends_with_the_same_bits(name, options):
     parameters, moments, state = saved(half, learner, optimiser)
     state = load(save(state))
 
-    fresh = Mixed()
+    fresh = Mixed(seed=5)  # other weights: what the saved parameters do not say must be in the learner's state
     learner = made(name, fresh, **options)
     optimiser = attached(learner, fresh)
     fresh.load_state_dict(parameters)

@@ -101,7 +101,7 @@ _ROWS = (
         rate=None,
         decay=0.0,
         summary="dense forward passes, in which the optimiser pulls pruned weights to zero ever harder",
-        reference="CAST, as described in docs/learned-masks.md",
+        reference="Huang et al. 2025, arXiv 2509.25996",
     ),
     LearningMethod(
         name="prox-admm",

@@ -1,4 +1,4 @@
-"""CAST: what is not kept decays towards zero inside the optimiser, while the forward pass stays dense.
+"""CAST: what is not kept decays towards zero in the optimiser; forward passes stay dense (arXiv 2509.25996).
 
 Every few steps M is the N largest magnitudes of every group. With μ the first moment of the gradients as it is summed
 up (not bias-corrected) and α the share of steps that are done, a target's weight moves by

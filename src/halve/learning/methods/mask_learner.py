@@ -41,18 +41,24 @@ class MaskLearner(Learner):
         pattern: N:M.
 
     Raises:
-        InputError: there is no target, or one is given twice.
+        InputError: there is no target, or two are one parameter.
         PatternError: the pattern is unstructured, or does not fit a target.
     """
 
     def __init__(self, targets: Iterable[PrunedParameter], pattern: Pattern) -> None:
-        self.targets = {target.name: target for target in targets}
+        given = list(targets)
+        self.targets = {target.name: target for target in given}
         self.pattern = pattern
         self._ended_with: dict[str, Tensor] = {}
         if not self.targets:
             raise InputError("there is no matrix whose mask could be learned: give at least one target")
         if not pattern.structured:
             raise PatternError(f"masks are learned for N:M patterns, not for {pattern}: choose 2:4, for example")
+        parameters: dict[int, str] = {}
+        for target in given:
+            other = parameters.setdefault(id(stored(target)), target.name)
+            if target is not self.targets[target.name] or other != target.name:
+                raise InputError(f"targets {other} and {target.name} are one parameter: give it once")
         for name, target in self.targets.items():
             if not pattern.fits(target.inputs_last(stored(target)).shape[-1]):
                 raise PatternError(

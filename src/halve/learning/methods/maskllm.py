@@ -112,6 +112,23 @@ class MaskLLM(MaskLearner):
         self._mixtures: dict[str, _Mixture] = {}
         self._reward = options.keep_large
 
+    def doubts(self, rates: Iterable[float]) -> str | None:
+        """Say that the learning rates are too small, or too few, for the masks to become others than at the start.
+
+        Adam moves a logit by about the learning rate in a step; two that move towards each other have to meet.
+        """
+        planned = list(rates)
+        reach, apart = 2.0 * sum(planned), self._options.init_std
+        if self._prior is not None:
+            apart *= max(1.0, self._options.prior_strength)
+        if reach >= apart:
+            return None
+        return (
+            f"method maskllm can move two logits towards each other by {reach:.2g} in {len(planned)} steps, and those "
+            f"of neighbouring masks begin about {apart:.2g} apart, so it would end with the masks that it begins with: "
+            "train for more tokens, or with a larger learning rate (1e-2 serves some tens of steps)"
+        )
+
     def attach(self, model: nn.Module) -> Sequence[nn.Parameter]:
         """Freeze the model, and return the logits: one (groups, C(M, N)) for each target."""
         for name, target in self.targets.items():

@@ -60,11 +60,11 @@ class ProxADMMOptions:
     form: Form = "proximal"
     metric: Metric = "inputs"
     lambda_start: float = 1e-3
-    lambda_end: float = 10.0
+    lambda_end: float = 1.0
     fixed_from: float = 0.5
     rho: float = 0.01
     every: int = 8
-    revive: float = 0.0
+    revive: float = 0.5
 
     def __post_init__(self) -> None:
         for name, choices in (("form", get_args(Form)), ("metric", get_args(Metric))):
