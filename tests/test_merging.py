@@ -115,6 +115,7 @@ def test_with_calibration_a_stock_adapter_becomes_the_best_weights_on_the_mask(b
     ids = tokens(32, seed=9)
     merged = halve.merge(path, base, tmp_path / "out", calibration=ids, device="cpu", forward_dtype="float32")
     assert {each.how for each in merged.matrices} == {"refit"}
+    assert any("shrinkage" in each.facts for each in merged.matrices)
     old, new, whole = loaded(base), loaded(tmp_path / "out"), loaded(base)
     whole = stock(whole, path).merge_and_unload()
     # What the loop has seen: blocks before are merged already, this one and those after it hold W + s·BA.

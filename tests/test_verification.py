@@ -389,6 +389,9 @@ def test_without_a_record_matrices_of_the_shapes_of_pruned_ones_are_suspected(tm
     assert result.ok
     (lost,) = [note for note in result.notes if "likely cause" in note]
     assert lost.startswith("1 matrix is not 2:4 (self_attn.v_proj), and others of that shape in blocks are: if it was")
+    for number in range(3):  # no other matrix has the shape of these: they may have been dense all along
+        filled(out, f"model.layers.{number}.mlp.down_proj.weight")
+    assert lost in check(out, pattern="2:4").notes
 
 
 def test_where_nothing_has_the_pattern_the_likely_cause_is_told(tmp_path):

@@ -47,7 +47,7 @@ def test_merge_and_check(base, adapter, tmp_path):
     assert "6 matrices merged, 2:4 kept: what falls on zeros left out\n" in result.stdout
     assert "of the update\n" in result.stdout
     assert "mlp.up_proj" in result.stdout
-    assert f"verified and written: {tmp_path / 'plain'}" in result.stdout
+    assert f"verified and written: {tmp_path / 'masked'}" in result.stdout
     text = tmp_path / "text.txt"
     text.write_text("A lot of people do not know what to say of this. " * 200)
     command = ["merge", str(adapter), "--into", str(base), "--out", str(tmp_path / "fitted")]

@@ -365,7 +365,10 @@ def recorded_call(out: Path) -> dict[str, Any]:
     if not begun:
         raise InputError(f"the run in {out} was stopped before anything was kept: prune again")
     if call is None:
-        raise InputError(f"the run in {out} was given a model or data in memory: call prune again with the same")
+        raise InputError(
+            f"the run in {out} was given a model or data in memory: call prune again with the same, or, "
+            "if it is of a merge, merge again"
+        )
     return call
 
 
