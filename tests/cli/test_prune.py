@@ -1,8 +1,10 @@
 import json
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +13,7 @@ from halve.cli.app import app
 from halve.cli.errors import EXIT_FALLBACKS, EXIT_REFUSED, EXIT_STOPPED
 from halve.runtime import speed
 from halve.runtime.speed import Speed
-from models import OF_ONE_RUN, decoder
+from models import OF_ONE_RUN, decoder, encoder_decoder
 from tiny_tokenizers import byte_bpe
 
 run = CliRunner().invoke
@@ -39,6 +41,34 @@ def test_reconstruction_is_reported_recorded_and_verified(model, text, tmp_path)
     (out / "halve.json").write_text(json.dumps(record))
     result = run(app, ["check", str(out), "--against", model])
     assert "was neither pruned nor tuned and differs" in result.output
+
+
+def last_line(result):
+    assert result.exit_code == 0, result.output
+    return result.stdout.splitlines()[-1]
+
+
+def test_the_last_line_names_the_command_that_goes_on(model, text, tmp_path):
+    out = str(tmp_path / "my out")
+    line = last_line(run(app, ["prune", model, "--out", f"{out}/", "--calibration", text, *FAST]))
+    label, command = line.split(": ", 1)
+    assert label == "train what is left"
+    assert shlex.split(command) == ["halve", "finetune", out, "--out", f"{out}-finetuned", "--data", text]
+    rows = tmp_path / "text.jsonl"
+    rows.write_text(json.dumps({"body": Path(text).read_text(encoding="utf-8")}), encoding="utf-8")
+    asked = ["--calibration", str(rows), "--text-field", "body"]
+    line = last_line(run(app, ["prune", model, "--out", str(tmp_path / "rows"), *asked, *FAST]))
+    assert line.endswith(f"--data {rows} --text-field body")
+    without = ["--method", "magnitude", "--refit", "none"]
+    line = last_line(run(app, ["prune", model, "--out", str(tmp_path / "none"), *without]))
+    assert line.endswith("-finetuned --data self")
+
+
+def test_what_cannot_be_trained_on_text_gets_no_such_command(text, tmp_path):
+    encoder_decoder("t5").save_pretrained(tmp_path / "t5")
+    arguments = ["--method", "magnitude", "--refit", "none"]
+    line = last_line(run(app, ["prune", str(tmp_path / "t5"), "--out", str(tmp_path / "out"), *arguments]))
+    assert line.startswith("report: ")
 
 
 def record_of(model, text, out, *arguments):

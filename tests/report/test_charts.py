@@ -5,7 +5,7 @@ from plotly import graph_objects
 
 from halve.report import charts
 from halve.report.facts import BlockFacts, read_run
-from reported import fallen_back, write_record
+from reported import fallen_back, training_entry, write_record
 
 
 @pytest.fixture
@@ -98,3 +98,39 @@ def test_runs_are_compared_by_their_mean(run):
     assert [series["name"] for series in figure["data"]] == ["a", "b"]
     assert figure["data"][0]["y"] == pytest.approx([0.105, 0.205, 0.305])
     assert figure["data"][1]["y"] == pytest.approx([0.0525, 0.1025, 0.1525])
+
+
+def test_trainings_follow_each_other_over_tokens(tmp_path):
+    trainings = read_run(write_record(tmp_path, trainings=[training_entry(), training_entry(best_step=4)])).trainings
+    figure = charts.training(trainings, "loss", most=20)
+    assert_sound(figure)
+    first, second = figure["data"]
+    assert (first["x"], first["y"]) == ([64, 128, 256], [1.25, 1.0, 0.5])
+    assert (second["x"], second["y"]) == ([320, 384, 512], [1.25, 1.0, 0.5])  # from where the first ended
+    assert first["marker"]["symbol"] != second["marker"]["symbol"]
+    assert first["text"] == ["step 1", "step 2", "step 4"]
+
+
+@pytest.mark.parametrize(("quantity", "values"), [("kl", [1.5, 0.75, 0.875]), ("perplexity", [40.0, 30.0, 31.0])])
+def test_the_weights_that_stayed_have_a_star(tmp_path, quantity, values):
+    trainings = read_run(write_record(tmp_path, trainings=[training_entry(), training_entry(best_step=4)])).trainings
+    figure = charts.training(trainings, quantity, most=20)
+    assert_sound(figure)
+    first, second, star = figure["data"]
+    assert (first["x"], first["y"], second["x"]) == ([0, 128, 256], values, [256, 384, 512])
+    assert (star["x"], star["y"], star["marker"]["symbol"]) == ([128, 512], [values[1], values[2]], "star")
+
+
+def test_the_last_trainings_are_drawn_where_they_belong(tmp_path):
+    trainings = read_run(write_record(tmp_path, trainings=[training_entry(tokens=1000)] * 3)).trainings
+    (last,) = charts.training(trainings, "loss", most=1)["data"]
+    assert (last["name"], last["x"]) == ("training 3", [2064, 2128, 2256])
+
+
+def test_what_was_not_measured_is_not_drawn(tmp_path):
+    curve = [{"step": 1, "tokens": 64, "loss": None}, {"step": 1, "tokens": 64, "perplexity": 9.0, "kl": None}]
+    trainings = read_run(write_record(tmp_path, trainings=[training_entry(curve=curve)])).trainings
+    assert charts.training(trainings, "loss", most=20) is None
+    assert charts.training(trainings, "kl", most=20) is None
+    assert charts.training(trainings, "perplexity", most=20)["data"][0]["y"] == [9.0]
+    assert charts.training((), "loss", most=20) is None

@@ -65,6 +65,12 @@ def test_perplexities_of_the_same_windows_are_replaced_and_others_kept(tmp_path)
     assert {"source", "seq_len", "windows", "dtype", "tokens_sha256"} <= found["perplexity"][0].keys()
 
 
+def test_a_perplexity_beyond_what_is_read_is_written_as_one_that_overflows(tmp_path):
+    add_perplexity(tmp_path, (SCORE,), (replace(SCORE, value=1e300, nll=690.8),))
+    (found,) = read_measured(tmp_path).perplexity
+    assert (found.after, found.after_nll) == (None, 690.8)
+
+
 def test_what_a_figure_needs_is_on_record(tmp_path):
     before = replace(SCORE, bos="each", window_nll=(2.0, 2.5, 3.0 + 1e-9), versions={"halve": "1", "torch": "2"})
     after = replace(before, window_nll=(2.25, 3.0, 3.25), versions={"halve": "1", "torch": "3"})

@@ -4,8 +4,8 @@ import re
 import pytest
 
 from halve.errors import CorruptFileError, HalveError, InputError
-from halve.report.page import MOST_ROWS, number, write_comparison, write_report
-from reported import fallen_back, write_record
+from halve.report.page import MOST_ROWS, MOST_TRAININGS, number, write_comparison, write_report
+from reported import fallen_back, training_entry, write_record
 
 SCORE = {"source": "wiki.txt", "seq_len": 16, "windows": 2, "dtype": "float32", "tokens_sha256": "ee"}
 
@@ -165,3 +165,111 @@ def test_a_damaged_record_leaves_the_old_page(tmp_path):
     with pytest.raises(CorruptFileError):
         write_report(write_record(tmp_path, matrices="none"))
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == before
+
+
+WIKI = SCORE | {"source": "texts/wiki.txt", "before": 30.5, "after": 45.0}
+
+
+def test_a_training_has_a_section_of_its_own(tmp_path):
+    run = write_record(tmp_path, trainings=[training_entry()], measured={"perplexity": [WIKI], "seconds": {"train": 9}})
+    page = own(page_of(run))
+    assert "<title>small.gguf at 2:4 by wanda+cg, fine-tuned</title>" in page
+    assert page.count('<h2 id="training">Training</h2>') == 1
+    assert "<h3>" not in page
+    section = page[page.index('aria-labelledby="training"') : page.index('aria-labelledby="layers"')]
+    for words in (
+        "all <small>fixed mask</small>",
+        "<dd>small</dd>",
+        "small-2of4",
+        "a.txt is short: it is read 2 times",
+    ):
+        assert words in section
+    assert '<data value="256">256</data>' in section
+    assert "texts/a.txt (200 tokens), self (56 tokens); 16 sequences of 16 tokens. 32 tokens were held out" in section
+    assert re.search(r"weights are of step</dt><dd><data value=\"2\">2</data> <small>of 4</small>", section)
+    rates = section[section.index('class="rates"') :]
+    assert re.findall(r'<th scope="row">([\d.]+)</th><td>(.*?)</td>', rates[: rates.index("</table>")]) == [
+        ("0.0001", '<data value="2.5">2.5000</data>'),
+        ("0.0003", '<data value="2.25">2.2500</data>'),
+        ("0.001", "diverged"),
+    ]
+    assert "training took" in page
+    assert "These losses are of the pruning, before the training." in page
+
+
+def test_the_trained_table_has_dense_before_and_after(tmp_path):
+    page = own(page_of(write_record(tmp_path, trainings=[training_entry()], measured={"perplexity": [WIKI]})))
+    table = page[page.index('id="trained-table"') :]
+    table = table[: table.index("</table>")]
+    assert re.findall(r'<data value="([\d.]+)">', table) == ["30.5", "60.0", "45.0"]
+    assert "-0.2877 ± 0.0100" in table
+    page = own(page_of(write_record(tmp_path / "b", trainings=[training_entry()])))
+    table = page[page.index('id="trained-table"') :]
+    assert "not measured" in table[: table.index("45.0")]  # the dense model was not
+
+
+def test_every_point_of_a_training_is_in_a_table(tmp_path):
+    page = own(page_of(write_record(tmp_path, trainings=[training_entry()])))
+    charts = re.findall(r'data-chart="(\w+)" role="img" aria-label="([^"]+)"', page)
+    assert [name for name, _ in charts] == ["training_loss", "training_kl", "training_perplexity", "loss"]
+    for name, numbers in (
+        ("held-out", ["1.5", "40.0", "0.75", "30.0", "0.875", "31.0"]),
+        ("losses", ["1.25", "0.00015", "1.0", "0.0003", "0.5", "6e-06"]),
+    ):
+        table = page[page.index(f'<table class="{name}">') :]
+        assert re.findall(r'<data value="([^"]+)">', table[: table.index("</table>")]) == numbers
+
+
+def test_without_trainings_there_is_no_word_of_them(tmp_path):
+    page = own(page_of(write_record(tmp_path / "a")))
+    assert "raining" not in page
+    assert "pruning took" in page
+
+
+def test_learned_masks_have_no_losses(tmp_path):
+    matrices = json.loads((write_record(tmp_path) / "halve.json").read_text())["matrices"]
+    none = {"matrices": [matrix | {"facts": {}} for matrix in matrices], "mean_relative_loss": None}
+    trained = training_entry(kind="learn", method="maskllm", teacher=None, perplexity=[], curve=[], rates_tried={})
+    page = own(page_of(write_record(tmp_path, trainings=[trained], method="maskllm", refit="none", **none)))
+    assert "small.gguf at 2:4 by maskllm</title>" in page
+    assert "the masks were learned end to end" in page
+    assert "<dt>teacher</dt><dd>none</dd>" in page
+    assert "before the training" not in page
+    assert 'data-chart="' not in page
+
+
+def test_of_very_many_trainings_the_last_are_told(tmp_path):
+    page = own(page_of(write_record(tmp_path, trainings=[training_entry()] * (MOST_TRAININGS + 5))))
+    assert f"The last {MOST_TRAININGS} of {MOST_TRAININGS + 5} trainings" in page
+    assert re.findall(r"<h3>Training (\d+)</h3>", page) == [str(number) for number in range(6, MOST_TRAININGS + 6)]
+
+
+def test_a_huge_curve_leaves_a_page_of_bearable_size(tmp_path):
+    curve = [{"step": step, "tokens": step, "loss": 1.0, "kl": 0.5, "perplexity": 2.0} for step in range(50_000)]
+    assert len(own(page_of(write_record(tmp_path, trainings=[training_entry(curve=curve)])))) < 1_000_000
+
+
+def test_what_strangers_wrote_about_a_training_stays_text(tmp_path):
+    nasty = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    text = training_entry()["text"] | {"sources": {nasty: 1}, "notes": [nasty], "sha256": nasty}
+    score = training_entry()["perplexity"][0] | {"source": nasty, "dtype": nasty, "scored": nasty, "bos": nasty}
+    changes = {"method": nasty, "trained": nasty, "options": {nasty: {nasty: nasty}}, "environment": {nasty: nasty}}
+    changes |= {"teacher": {"kind": "hub", "name": nasty}, "started_from": {"name": nasty}, "device": nasty}
+    changes |= {"rates_tried": {nasty: 1.0}, "text": text, "perplexity": [score], "forward_dtype": nasty}
+    for kind in ("finetune", "learn"):
+        page = own(page_of(write_record(tmp_path, trainings=[training_entry(**changes, kind=kind)])))
+        assert "<img" not in page
+        assert "alert(1)</script>" not in page
+        assert page.count("<script") == 2
+
+
+def test_trained_runs_are_compared_with_untrained_ones(tmp_path):
+    one, two = write_record(tmp_path / "a"), write_record(tmp_path / "b", trainings=[training_entry()])
+    page = own(write_comparison([one, two], tmp_path / "c.html").read_text(encoding="utf-8"))
+    assert "<td>wanda+cg</td>" in page
+    assert "<td>wanda+cg, fine-tuned</td>" in page
+    assert '<td><data value="0">0</data></td>' in page
+    assert '<td><data value="256">256</data></td>' in page
+    assert "The losses of b are of before the training." in page
+    page = own(write_comparison([one, write_record(tmp_path / "d")], tmp_path / "c.html").read_text(encoding="utf-8"))
+    assert "trained" not in page

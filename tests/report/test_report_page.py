@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from halve.report.page import write_comparison, write_report
-from reported import fallen_back, prune_and_measure, prune_mixture, write_record
+from reported import fallen_back, prune_and_measure, prune_mixture, training_entry, write_record
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 REQUIRED = "HALVE_TEST_BROWSER" in os.environ
@@ -131,7 +131,8 @@ def test_charts_are_drawn_and_answer_to_the_pointer(browser, pruned):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_both_themes(browser, tmp_path, scheme):
-    record = write_record(tmp_path, warnings=["Read me."], **fallen_back(write_record(tmp_path)))
+    changes = {"warnings": ["Read me."], "trainings": [training_entry()]}
+    record = write_record(tmp_path, **changes, **fallen_back(write_record(tmp_path)))
     with opened(browser, write_report(record), color_scheme=scheme) as page:
         found = page.evaluate(CONTRASTS)
         assert len(found) > 50
@@ -162,6 +163,7 @@ CONTRASTS = """() => {
 def test_a_phone_needs_no_sideways_scrolling(browser, pruned, tmp_path):
     mixture = prune_mixture(tmp_path / "mixture")  # with cells that say that nothing was measured
     pages = [pruned / "report.html", mixture / "report.html"]
+    pages.append(write_report(write_record(tmp_path / "trained", trainings=[training_entry()] * 2)))
     pages.append(write_comparison([pruned, mixture], tmp_path / "comparison.html"))
     for path in pages:
         with opened(browser, path, viewport={"width": 360, "height": 740}) as page:
@@ -189,6 +191,21 @@ def test_fallbacks_and_experts(browser, tmp_path):
         assert page.locator("details tr.fallback").count() == 14
         drawn = {name: len(ys) for name, _, ys in series(page, "loss")}
         assert drawn["mlp.experts.down_proj"] == 3  # a point a block
+
+
+def test_the_curves_of_two_trainings_are_drawn(browser, tmp_path):
+    trainings = [training_entry(), training_entry(best_step=4)]
+    with opened(browser, write_report(write_record(tmp_path, trainings=trainings))) as page:
+        for chart, values in (("kl", [1.5, 0.75, 0.875]), ("perplexity", [40.0, 30.0, 31.0])):
+            first, second, star = series(page, f"training_{chart}")
+            assert first == ["training 1", [0, 128, 256], values]
+            assert second == ["training 2", [256, 384, 512], values]
+            assert star == ["weights that stayed", [128, 512], values[1:]]
+            assert page.locator(f"#chart-training_{chart} .scatterlayer .trace").count() == 3
+        assert [ys for _, _, ys in series(page, "training_loss")] == [[1.25, 1.0, 0.5]] * 2
+        button = page.locator("[data-scale-of=training_loss]")
+        button.press("Enter")
+        assert page.evaluate("document.getElementById('chart-training_loss').layout.yaxis.type") == "log"
 
 
 def test_tags_in_names_do_nothing(browser, tmp_path):

@@ -2,11 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from halve.checkpoint.disk_layout import DiskTensor, Location
 from halve.checkpoint.load import load_model
 from halve.checkpoint.write import write_checkpoint
 from halve.errors import CorruptFileError, HalveError, InputError
@@ -39,6 +42,17 @@ def pruned(tmp_path, family, **options):
     decoder(family).save_pretrained(dense)
     prune(dense, out, calibration=tokens(8), method="magnitude", refit="none", **options)
     return dense, out
+
+
+def test_what_could_not_be_written_again_is_refused_before_a_training(tmp_path):
+    deep = "x"
+    for _ in range(600):
+        deep = [deep]
+    assert previous_record(write_record(tmp_path, options={"o": [["x"]]}))["options"] == {"o": [["x"]]}
+    with pytest.raises(CorruptFileError, match="nested more than 100 deep; restore it, or prune again"):
+        previous_record(write_record(tmp_path, options={"o": deep}))
+    with pytest.raises(CorruptFileError, match="pattern 'none' is not understood"):
+        previous_record(write_record(tmp_path, pattern="none"))
 
 
 def trained(tmp_path, directory, name="trained"):
@@ -102,6 +116,37 @@ def test_masks_are_those_of_the_bytes_that_are_written(tmp_path, family):
             assert matrix["kept_per_group"] == [int((kept == count).sum()) for count in range(3)]
             compared += 1
     assert compared >= 8
+
+
+def test_what_is_too_small_for_the_disk_is_no_longer_kept(tmp_path):
+    decoder("llama").half().save_pretrained(tmp_path / "dense")
+    out = tmp_path / "pruned"
+    prune(tmp_path / "dense", out, calibration=tokens(8), method="magnitude", refit="none")
+    loaded = load_model(out, dtype=torch.float32)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        loaded.model.get_parameter(name).mul_(1e-12)
+    rows, width = loaded.model.get_parameter(name).shape
+    assert loaded.model.get_parameter(name).dtype == torch.float32
+    assert masks_after(loaded, previous_record(out))[name]["kept_per_group"] == [rows * width // 4, 0, 0]
+
+
+def test_a_matrix_that_lies_on_disk_the_other_way_is_found():
+    def locate(name):
+        assert name == "experts.down_proj"
+        return Location(("on.disk",), transposed=True)
+
+    tensors = {"on.disk": DiskTensor("on.disk", torch.float32, (4, 8, 4))}
+    owner = nn.Module()
+    owner.experts = nn.Module()
+    weight = PATTERN.project(torch.randn(4, 4, 8))
+    owner.experts.down_proj = nn.Parameter(weight)
+    previous = {"pattern": "2:4", "matrices": [{"name": "experts.down_proj[2]", "layout": "in_out"}]}
+    loaded = SimpleNamespace(model=owner, layout=SimpleNamespace(locate=locate, tensors=tensors))
+    assert masks_after(loaded, previous)["experts.down_proj[2]"]["mask_sha256"] == mask_sha256(weight[2])
+    previous["matrices"][0]["name"] = "experts.down_proj[4]"
+    with pytest.raises(InputError, match=r"records a matrix 'experts.down_proj\[4\]', and the model has none there"):
+        masks_after(loaded, previous)
 
 
 def test_a_mask_that_was_left_is_told(tmp_path):

@@ -1,6 +1,7 @@
 """The commands that prune: ``halve prune`` and ``halve resume``."""
 
 import math
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,8 @@ from halve.run.request import Request
 from halve.run.settings import Settings
 from halve.serial import from_plain
 from halve.solve.methods.auto import AutoOptions
+from halve.text.limits import is_encoder_decoder
+from halve.text.tokens import SELF
 from halve.whole_model import Pruned
 
 
@@ -47,7 +50,7 @@ def prune(
         given["fallback"] = allowed_fallback(given.get("fallback"), strict=strict)
         with progress() as listen:
             pruned = prune_model(model, out_dir, listen=listen, **given, **options)
-    _finish(pruned, out_dir)
+    _finish(pruned, out_dir, given.get("text_field"))
 
 
 def resume(
@@ -80,7 +83,28 @@ def left_dense(record: dict[str, Any]) -> list[str]:
     return [f"{count} x {kind}: {reason}" for (kind, reason), count in counts.items()]
 
 
-def _finish(pruned: Pruned, out_dir: Path) -> None:
+def command_to_go_on(pruned: Pruned, out: Path, text_field: str | None = None) -> str:
+    """Return the command that trains what was pruned, on the text of its calibration.
+
+    Args:
+        pruned: what a run left.
+        out: its directory.
+        text_field: that the calibration text was said to be in.
+
+    Returns:
+        str: ``halve finetune …``; empty for a model that is no causal language model.
+    """
+    model: Any = pruned.model
+    if is_encoder_decoder(model) or not model.can_generate():
+        return ""
+    calibration = pruned.record["calibration"]
+    source = calibration["source"] if "sha256" in calibration else SELF  # a method that needs none had no text
+    field = [] if text_field is None or source == SELF else ["--text-field", text_field]
+    place = str(out).rstrip("/")
+    return shlex.join(["halve", "finetune", place, "--out", f"{place}-finetuned", "--data", source, *field])
+
+
+def _finish(pruned: Pruned, out_dir: Path, text_field: str | None = None) -> None:
     """Print what a finished run did, and leave with the code that says whether all of it was as asked."""
     report = pruned.report
     for warning in report.warnings:
@@ -108,5 +132,7 @@ def _finish(pruned: Pruned, out_dir: Path) -> None:
     say(out, f"verified and written: {out_dir}")
     if pruned.out is not None and (pruned.out / PAGE).exists():
         say(out, f"report: {pruned.out / PAGE}")
+    if command := command_to_go_on(pruned, out_dir, text_field):
+        say(out, command, label="train what is left")
     if report.fallbacks:
         raise typer.Exit(EXIT_FALLBACKS)

@@ -6,12 +6,17 @@ Series differ by marker as well as by colour. Colours of text and grid are the p
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from halve.errors import counted
 from halve.report.facts import MatrixFacts, RunFacts
+from halve.report.training_facts import TrainingFacts
 
 Figure = dict[str, Any]
+Quantity = Literal["loss", "kl", "perplexity"]
+"""What is known of a step of a training."""
+
+_QUANTITIES = {"loss": "loss", "kl": "held-out KL, nats a token", "perplexity": "held-out perplexity"}
 
 _COLOURS = ("#3b82c4", "#d9730d", "#2a9d6f", "#b05cc6", "#9a8700", "#1797a6", "#8a6d5a", "#7d7d7d")
 """At least 3:1 against white and against the dark page."""
@@ -132,6 +137,46 @@ def bars(values: Mapping[str, float], unit: str) -> Figure | None:
         "hovertemplate": "%{y}: %{x:.4g} " + unit + "<extra></extra>",
     }
     return {"data": [bar], "layout": figure}
+
+
+def training(trainings: Sequence[TrainingFacts], quantity: Quantity, *, most: int) -> Figure | None:
+    """Return a curve over tokens, a series a training, each where the one before it ended; None without points.
+
+    Args:
+        trainings: in order.
+        quantity: what of each point is drawn.
+        most: of the trainings, the last ones, that are drawn.
+    """
+    series, kept, start = [], [], 0
+    for index, each in enumerate(trainings):
+        points = each.losses if quantity == "loss" else each.held_out
+        drawn = [(start + point.tokens, getattr(point, quantity), point.step) for point in points]
+        drawn = [point for point in drawn if point[1] is not None]
+        start += each.tokens
+        if drawn and index >= len(trainings) - most:
+            series.append(_curve(f"training {index + 1}", drawn) | _style(index))
+            kept += [point for point in drawn if point[2] == each.best_step and quantity != "loss"]
+    if not series:
+        return None
+    if kept:
+        star = {"symbol": "star", "size": 14, "color": _RED}
+        series.append(_curve("weights that stayed", kept) | {"mode": "markers", "marker": star})
+    layout = _layout("tokens trained on", _QUANTITIES[quantity])
+    layout["yaxis"]["rangemode"] = "normal"
+    return {"data": series, "layout": layout}
+
+
+def _curve(name: str, points: Sequence[tuple[int, float, int]]) -> dict[str, Any]:
+    tokens, values, steps = zip(*points, strict=True)
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": list(tokens),
+        "y": list(values),
+        "text": [f"step {step}" for step in steps],
+        "hovertemplate": "%{text}: %{y:.5f}<extra>" + name + "</extra>",
+    }
 
 
 def losses_of_runs(runs: Mapping[str, RunFacts]) -> Figure | None:

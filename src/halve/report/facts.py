@@ -20,7 +20,7 @@ from halve.model.plan import places_of
 from halve.recorded import MOST, REMEDY
 from halve.report.measured import Measured, Score, read_measured
 from halve.report.schema import BlockEntry, MatrixEntry, WholeRecord, record_of
-from halve.report.training_facts import TrainingFacts, method_with, training_facts
+from halve.report.training_facts import TrainedScore, TrainingFacts, method_with, training_facts
 from halve.report.values import finite_or_none, finite_value, perplexity_value, texts
 from halve.run.events import seconds_of_pruning
 from halve.solve.outcome import Status
@@ -204,8 +204,28 @@ class RunFacts:
     @property
     def cautions(self) -> tuple[str, ...]:
         """What must be known to read the numbers rightly, a sentence each."""
-        found = overlap(self.calibration.get("source"), [score.source for score in self.perplexity])
-        return (f"{found}.",) if found else ()
+        measured = {score.source for score in self.perplexity}
+        measured |= {score.source for training in self.trainings for score in training.scores}
+        found = [overlap(self.calibration.get("source"), measured)]
+        trained_on = dict.fromkeys(source for each in self.trainings for source in each.sources)
+        found += [overlap(source, measured, used="trained") for source in trained_on]
+        return tuple(f"{sentence}." for sentence in found if sentence)
+
+    @property
+    def tokens_trained_on(self) -> int:
+        """Tokens of all trainings together."""
+        return sum(training.tokens for training in self.trainings)
+
+    @property
+    def masks_were_learned(self) -> bool:
+        """Whether a training made the masks."""
+        return any(training.kind == "learn" for training in self.trainings)
+
+    def dense_perplexity(self, score: TrainedScore) -> float | None:
+        """Return the dense model's perplexity of a text that a training was measured on; None where none is known."""
+        wanted = (score.source, score.sha256, score.seq_len, score.windows)
+        same = [each for each in self.perplexity if (each.source, each.sha256, each.seq_len, each.windows) == wanted]
+        return same[-1].before if same else None
 
     def mean_losses(self, kind: str | None = None) -> dict[int, float]:
         """Return the mean relative loss by block, of one kind of matrix or of all; -1 stands for no block."""

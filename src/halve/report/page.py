@@ -25,6 +25,8 @@ from halve.report.facts import PerplexityFacts, RunFacts, read_run
 COMPARISON = "comparison.html"
 MOST_ROWS = 2000
 """Matrices listed in a page; of more than that, those that lost most."""
+MOST_TRAININGS = 20
+"""Trainings told of in a page; of more than that, the last ones."""
 
 
 def write_report(directory: str | Path, out: str | Path | None = None, *, place: Path | None = None) -> Path:
@@ -104,6 +106,9 @@ def run_page(run: RunFacts) -> str:
     gigabytes = {phase: value / 1e9 for phase, value in run.memory.items()}
     figures = {
         "loss": charts.loss_by_layer(run),
+        "training_loss": charts.training(run.trainings, "loss", most=MOST_TRAININGS),
+        "training_kl": charts.training(run.trainings, "kl", most=MOST_TRAININGS),
+        "training_perplexity": charts.training(run.trainings, "perplexity", most=MOST_TRAININGS),
         "reconstruction": charts.reconstruction(run),
         "seconds": charts.bars(run.seconds, "seconds"),
         "memory": charts.bars(gigabytes, "GB"),
@@ -111,7 +116,7 @@ def run_page(run: RunFacts) -> str:
     listed = run.matrices
     if len(listed) > MOST_ROWS:
         listed = tuple(sorted(listed, key=lambda matrix: -(matrix.loss or 0.0))[:MOST_ROWS])
-    return _render("run.html.j2", figures, run=run, listed=listed)
+    return _render("run.html.j2", figures, run=run, listed=listed, trainings=run.trainings[-MOST_TRAININGS:])
 
 
 def comparison_page(runs: Sequence[RunFacts]) -> str:
@@ -120,7 +125,8 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     texts = list(dict.fromkeys(_same_text(score) for run in runs for score in run.perplexity))
     scores = {name: {_same_text(score): score for score in run.perplexity} for name, run in named.items()}
     figures = {"losses": charts.losses_of_runs(named)}
-    return _render("comparison.html.j2", figures, runs=named, texts=texts, scores=scores, cautions=_cautions(named))
+    values = {"runs": named, "texts": texts, "scores": scores, "trained": any(run.trainings for run in runs)}
+    return _render("comparison.html.j2", figures, cautions=_cautions(named), **values)
 
 
 def _same_text(score: PerplexityFacts) -> tuple[str, str, str]:
@@ -162,6 +168,8 @@ def _cautions(runs: Mapping[str, RunFacts]) -> list[str]:
             f"The losses of {', '.join(matching)} are against targets from the dense model (match_dense): they cannot "
             "be compared with losses of other runs."
         )
+    if trained := [name for name, run in runs.items() if run.trainings and run.mean_loss is not None]:
+        found.append(f"The losses of {', '.join(trained)} are of before the training.")
     return found
 
 

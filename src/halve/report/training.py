@@ -11,14 +11,17 @@ import msgspec
 from halve.checkpoint.directory import RECORD, contained
 from halve.checkpoint.load import LoadedModel
 from halve.checkpoint.shards import read_json
+from halve.checkpoint.validated import wrong
 from halve.errors import HalveError, InputError
 from halve.evaluation.figure import Perplexity
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, matrix_view
-from halve.recorded import FORMAT, pattern_of
+from halve.recorded import FORMAT, REMEDY, pattern_of
 from halve.report.record import finite, mask_facts
 from halve.report.schema import WholeRecord, record_of
+from halve.report.values import check_nesting
 from halve.solve.outcome import Status
+from halve.text.calibration import calibration_record
 
 _EXPERT = re.compile(r"(?P<parameter>.*?)(?:\[(?P<expert>\d{1,6})\])?", re.DOTALL)
 _OF_ONE = {"value", "nll", "seconds", "window_nll", "note", "versions"}
@@ -38,7 +41,13 @@ def previous_record(directory: Path) -> dict[str, Any]:
         CorruptFileError, UnreadableFileError: it is not as Halve writes it, or cannot be read.
     """
     pattern_of(record_of(directory, WholeRecord), directory)
-    return read_json(contained(directory, directory / RECORD))
+    path = contained(directory, directory / RECORD)
+    content = read_json(path)
+    try:
+        check_nesting(content)
+    except ValueError as error:
+        raise wrong(path, str(error), REMEDY) from error
+    return content
 
 
 def trained_record(
@@ -110,7 +119,7 @@ def learned_record(
             "reconstruction": None,
             "objective": {"shrinkage": 0.0, "match_dense": 0.0},
             "only_where_faster": None,
-            "calibration": {},
+            "calibration": calibration_record([]),
             "device": training["device"],
             "forward_dtype": training["forward_dtype"],
             "mean_relative_loss": None,

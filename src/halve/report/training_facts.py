@@ -9,6 +9,9 @@ from halve.evaluation.figure import measured_as, said_difference
 from halve.report.schema import PointEntry, TrainedScoreEntry, TrainingEntry
 from halve.report.values import finite_or_none, finite_value, perplexity_value, texts
 
+MOST_POINTS = 1000
+"""Points of a curve that a page shows; of more than that, so many, evenly spread."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedScore:
@@ -19,6 +22,8 @@ class TrainedScore:
     """
 
     source: str
+    seq_len: int
+    windows: int
     measured_as: str
     sha256: str
     before: float | None
@@ -85,18 +90,34 @@ class TrainingFacts:
 
     @property
     def losses(self) -> tuple[PointEntry, ...]:
-        """The points that have a loss."""
-        return tuple(point for point in self.curve if point.loss is not None)
+        """The points that have a loss, of very many some."""
+        return _some(tuple(point for point in self.curve if point.loss is not None))
 
     @property
     def held_out(self) -> tuple[PointEntry, ...]:
-        """The points that are of the held-out text."""
-        return tuple(point for point in self.curve if point.kl is not None or point.perplexity is not None)
+        """The points that are of the held-out text, of very many some."""
+        return _some(tuple(point for point in self.curve if point.kl is not None or point.perplexity is not None))
+
+    @property
+    def teacher_name(self) -> str:
+        """The teacher's name without its directory."""
+        return Path(self.teacher).name or self.teacher
+
+    @property
+    def started_from_name(self) -> str:
+        """The name of the checkpoint that it began with, without its directory."""
+        return Path(self.started_from).name or self.started_from
 
     @property
     def done(self) -> str:
         """What it did, as a participle that stands behind the name of a method."""
         return "fine-tuned" if self.kind == "finetune" else f"masks by {self.method}"
+
+
+def _some(points: tuple[PointEntry, ...]) -> tuple[PointEntry, ...]:
+    """Return `MOST_POINTS` at most, evenly spread, the last among them."""
+    stride = -(-len(points) // MOST_POINTS)
+    return points if stride <= 1 else points[::-1][::stride][::-1]
 
 
 def method_with(method: str, trainings: tuple[TrainingFacts, ...]) -> str:
@@ -170,6 +191,8 @@ def _score(entry: TrainedScoreEntry) -> TrainedScore:
     stderr = finite_or_none(entry.log_difference_stderr)
     return TrainedScore(
         source=entry.source,
+        seq_len=entry.seq_len,
+        windows=entry.windows,
         measured_as=measured_as(entry.windows, entry.seq_len, entry.bos, entry.dtype, entry.scored),
         sha256=entry.tokens_sha256,
         before=perplexity_value(finite_or_none(entry.before), finite_or_none(entry.before_nll)),

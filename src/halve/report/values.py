@@ -1,10 +1,12 @@
 """Values of a record as a page takes them: numbers in range, and everything else as text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from halve.recorded import MOST
+
+_DEEPEST = 100
 
 
 def finite_value(value: float) -> float:
@@ -32,8 +34,33 @@ def perplexity_value(value: float | None, nll: float | None) -> float | None:
     return math.inf if value is None and nll is not None else value
 
 
+def check_nesting(value: Any) -> None:
+    """Refuse JSON that is nested so deeply that to show it, or to write it again, could end in a crash.
+
+    Raises:
+        ValueError: it is.
+    """
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for each in level for inner in _inside(each)]
+        if not level:
+            return
+    raise ValueError(f"a value is nested more than {_DEEPEST} deep")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
+
+
 def texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return any JSON as texts, by name."""
+    """Return any JSON as texts, by name.
+
+    Raises:
+        ValueError: as `check_nesting`.
+    """
+    check_nesting(values)
     return {name: _text(value) for name, value in values.items()}
 
 
