@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from halve.evaluation.perplexity import evaluate
     from halve.evaluation.request import Evaluation
     from halve.learning.callback import KeepMasks
+    from halve.learning.finetuning import finetune
     from halve.learning.keeping import KeptMasks, keep_masks
+    from halve.learning.lesson import Taught
     from halve.maths.gram import GramAccumulator, Statistics
     from halve.maths.pattern import Pattern
     from halve.maths.proximal import prox
@@ -58,11 +60,13 @@ _HOMES = {
     "SpeedPlan": "planner.speed_plan",
     "Statistics": "maths.gram",
     "Status": "solve.outcome",
+    "Taught": "learning.lesson",
     "WhereFaster": "planner.where_faster",
     "accelerate": "runtime.accelerate",
     "check": "verification",
     "compare": "comparison",
     "evaluate": "evaluation.perplexity",
+    "finetune": "learning.finetuning",
     "keep_masks": "learning.keeping",
     "load": "packed.load",
     "pack": "packed.write:pack_checkpoint",
@@ -98,11 +102,13 @@ __all__ = [
     "SpeedPlan",
     "Statistics",
     "Status",
+    "Taught",
     "WhereFaster",
     "accelerate",
     "check",
     "compare",
     "evaluate",
+    "finetune",
     "keep_masks",
     "load",
     "pack",
