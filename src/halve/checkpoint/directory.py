@@ -23,6 +23,8 @@ PACKED_WEIGHTS = "packed*.safetensors"
 """The weight files of a packed checkpoint."""
 HOME = ".halve"
 """Name of the directory in an output directory that holds a run until it is complete."""
+TRAINING = "training.json"
+"""Name of the manifest in that directory, where what is not complete is a training."""
 LAST = (INDEX, CONFIG)
 """The files that are written, or moved to their place, after all others: without them nothing can be loaded."""
 COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -73,6 +75,11 @@ def companion_paths(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
 def is_unfinished(directory: Path) -> bool:
     """Whether a directory holds a run that was not completed."""
     return (directory / HOME).is_dir()
+
+
+def is_training(directory: Path) -> bool:
+    """Whether a directory holds a training that was not completed."""
+    return (directory / HOME / TRAINING).exists()
 
 
 def refuse_unfinished(directory: Path) -> None:

@@ -85,7 +85,7 @@ def reporting(out: Path | None = None) -> Iterator[None]:
             say(err, "interrupted")
             _say_how_to_resume(out)
             raise typer.Exit(EXIT_STOPPED) from None
-        say(err, "interrupted" if out is None else "interrupted: no block was finished, and nothing is kept")
+        say(err, "interrupted" if out is None else "interrupted: nothing was finished, and nothing is kept")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -107,4 +107,7 @@ def _has_fallbacks(out: Path) -> bool:
 
 
 def _say_how_to_resume(out: Path) -> None:
-    say(err, f"finished blocks are kept in {out}: continue with `halve resume {out}`")
+    from halve.checkpoint.directory import is_training
+
+    what = "what is done of the training is" if is_training(out) else "finished blocks are"
+    say(err, f"{what} kept in {out}: continue with `halve resume {out}`")

@@ -1,6 +1,7 @@
 """The commands that train, and that merge what was trained: ``halve finetune`` and ``halve merge``."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from halve.learning.finetuning import finetune as finetune_model
 from halve.learning.finetuning import resume_finetuning
 from halve.learning.lesson import Taught
 from halve.learning.options import Finetuning
-from halve.learning.training.needs import Needs
+from halve.learning.training.needs import Needs, in_bytes
 from halve.learning.training.state import recorded_training
 from halve.learning.training.trainer import Point
 from halve.learning.training.watching import Watch
@@ -61,7 +62,9 @@ def resumed(directory: Path) -> bool:
 
 
 def finish(done: Taught) -> None:
-    """Print what a finished training came to."""
+    """Print what a finished training came to, in the first of several processes."""
+    if not _speaks():
+        return
     trained = done.trained
     for note in done.notes:
         say(err, note, label="note", style="yellow")
@@ -116,8 +119,16 @@ class _Bar(_Lines):
             self._bar.update(self._task, completed=point.step, last=f"loss {point.loss:.4f}")
 
 
+def _speaks() -> bool:
+    """Whether this is the process that speaks, of several that train together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def _watching() -> Iterator[Watch]:
+    if not _speaks():
+        yield Watch()
+        return
     if not err.is_terminal:
         yield _Lines()
         return
@@ -127,15 +138,14 @@ def _watching() -> Iterator[Watch]:
 
 def needs_table(needs: Needs) -> Table:
     """Return what a training will take of memory and disk as a table."""
-    table = Table("takes", Column("GB", justify="right"), title="what the training takes, at least")
+    table = Table("what the training takes", Column("at least", justify="right"))
     for what, size in needs.memory.items():
-        table.add_row(what, f"{size / 1e9:.2f}")
-    table.add_row(
-        f"memory on {needs.device}", f"{sum(needs.memory.values()) / 1e9:.2f}", style="bold", end_section=True
-    )
+        if size:
+            table.add_row(what, in_bytes(size))
+    table.add_row(f"memory on {needs.device}", in_bytes(sum(needs.memory.values())), style="bold", end_section=True)
     for what, size in needs.disk.items():
-        table.add_row(what, f"{size / 1e9:.2f}")
-    table.add_row("disk", f"{sum(needs.disk.values()) / 1e9:.2f}", style="bold")
+        table.add_row(what, in_bytes(size))
+    table.add_row("disk", in_bytes(sum(needs.disk.values())), style="bold")
     return table
 
 

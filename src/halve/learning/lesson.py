@@ -4,11 +4,14 @@ A `Lesson` says what is to be learned; `carry_out` loads the models, reads the t
 measures, writes, verifies and publishes. It goes on where a stopped training left off.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from torch import nn
 
 from halve.checkpoint.load import LoadedModel, Source, load_model
 from halve.checkpoint.room import check_destination
+from halve.checkpoint.shards import tensor_bytes
 from halve.checkpoint.write import output_bytes
-from halve.errors import InputError
+from halve.errors import CorruptFileError, HalveError, InputError
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation, overlap
 from halve.learning.learner import Learner
@@ -27,6 +31,7 @@ from halve.learning.training.course import Course, Trained
 from halve.learning.training.publishing import Clock, publish, round_as_written, training_entry
 from halve.learning.training.state import TrainingFiles, open_training
 from halve.learning.training.text import TrainingRows, read_rows, training_rows, write_rows
+from halve.learning.training.trainer import NotFiniteError
 from halve.learning.training.watching import Watch
 from halve.provenance import deciding_environment, files_sha256, flat, source_fields
 from halve.report.training import scores_json
@@ -91,6 +96,14 @@ class Lesson:
     record: Callable[[LoadedModel, Mapping[str, Any]], dict[str, Any]]
     notes: Callable[[], tuple[str, ...]] = tuple
 
+    @cached_property
+    def models(self) -> dict[str, str]:
+        """What decides about the models that are read: the sha256 of their files."""
+        return {
+            "started_from": files_sha256(source_fields(self.began)),
+            "teacher": NONE if self.teacher is None else files_sha256(source_fields(self.teacher)),
+        }
+
 
 def carry_out(lesson: Lesson, out: Path, watch: Watch | None = None) -> Taught:
     """Train, and publish what comes out; what is raised is as for `halve.learning.finetuning.finetune`."""
@@ -100,15 +113,17 @@ def carry_out(lesson: Lesson, out: Path, watch: Watch | None = None) -> Taught:
     shape = Shape.of(request, processes())
     check_destination(out, source, source.size)
     clock = Clock()
-    with holding(out) as files:
+    check_launcher()
+    with holding(out, request.machine.target) as files, _telling_what_is_kept(files):
         watch.phase("load")
         with clock.timing("load"):
             student = load_student(source, request)
             teacher = None if lesson.teacher is None else load_teacher(lesson.teacher, request, student)
         watch.phase("text")
         with clock.timing("text"):
-            rows = _kept_rows(files, request, student, teacher, shape, watch)
-        files.begin(_fingerprint(lesson, rows), call_of(lesson))
+            rows = _kept_rows(files, lesson, student, teacher, shape, watch)
+        mark = _fingerprint(lesson, rows)
+        files.compare(mark)
         with clock.timing("prepare"):
             make = lesson.prepare(student, rows)
             course = Course(
@@ -117,16 +132,14 @@ def carry_out(lesson: Lesson, out: Path, watch: Watch | None = None) -> Taught:
             needs = course.needs(make, output_bytes(student))
         watch.needs(needs)
         needs.check(files)
+        files.begin(mark, call_of(lesson))
         judge = _Judge(request.evaluation, student, teacher, request, files, clock)
         judge.measure_before(watch)
-        given = {name: value.detach().cpu().clone() for name, value in student.model.named_parameters()}
+        given = _hashes(student.model)
         watch.phase("train")
         with clock.timing("train"):
             trained = course.run(make, lesson.default_rate)
-        changed = [
-            name for name, value in student.model.named_parameters() if not torch.equal(value.cpu(), given[name])
-        ]
-        del given
+        changed = [name for name, found in _hashes(student.model).items() if found != given[name]]
         round_as_written(student, changed)
         after = judge.measure_after(watch)
         student.model.cpu()
@@ -174,27 +187,87 @@ def load_teacher(source: Source, request: Training, student: LoadedModel) -> Loa
     return found
 
 
+def _hashes(model: nn.Module) -> dict[str, bytes]:
+    """Return a hash of every parameter, which takes no memory, unlike a copy."""
+    return {
+        name: hashlib.blake2b(tensor_bytes(value.detach().cpu().contiguous())).digest()
+        for name, value in model.named_parameters()
+    }
+
+
 def _kept_rows(
     files: TrainingFiles,
-    request: Training,
+    lesson: Lesson,
     student: LoadedModel,
     teacher: LoadedModel | None,
     shape: Shape,
     watch: Watch,
 ) -> TrainingRows:
     """Return the rows of a training; those that cost much to make are kept for one that goes on."""
-    asked = {**to_plain(request.text), "sequences": shape.sequences}
-    kept = read_rows(files.home, asked)
-    if kept is not None:
-        return kept
-    rows = training_rows(request.text, student, teacher, shape.sequences, watch.writing)
-    if request.text.is_far and files.writes:
-        write_rows(files.home, rows, asked)
-    return rows
+    text = lesson.request.text
+    if not text.is_far:
+        return training_rows(text, student, teacher, shape.sequences, watch.writing)
+    asked = {**to_plain(text), "sequences": shape.sequences, **lesson.models}
+    kept: TrainingRows | None = None
+    with _first_process_first(files):
+        kept = read_rows(files.home, asked)
+        if kept is None and files.writes:
+            kept = training_rows(text, student, teacher, shape.sequences, watch.writing)
+            write_rows(files.home, kept, asked)
+    if kept is None:
+        raise HalveError(f"the first process has not kept the training text in {files.home}: see what it says")
+    return kept
 
 
 @contextmanager
-def holding(out: Path) -> Iterator[TrainingFiles]:
+def _first_process_first(files: TrainingFiles) -> Iterator[None]:
+    """Let the other processes wait until the first one is through, if there are several."""
+    if processes() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState()
+    if not files.writes:
+        state.wait_for_everyone()
+    yield
+    if files.writes:
+        state.wait_for_everyone()
+
+
+def check_launcher() -> None:
+    """Refuse to train sharded: states are written by the first process alone, which would then have only a part.
+
+    Raises:
+        InputError: accelerate was told to shard the model.
+    """
+    sharding = {
+        "ACCELERATE_USE_FSDP": "FSDP",
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+    }
+    for name, what in sharding.items():
+        if os.environ.get(name, "").lower() in {"1", "true", "yes"}:
+            raise InputError(
+                f"this training does not shard a model, and accelerate is told to use {what} ({name}): launch it "
+                "without (torchrun, or accelerate launch --multi_gpu), or train in a loop of your own with "
+                "halve.keep_masks"
+            )
+
+
+@contextmanager
+def _telling_what_is_kept(files: TrainingFiles) -> Iterator[None]:
+    """Let an error say that the training can go on, where to call again would help."""
+    try:
+        yield
+    except HalveError as error:
+        helps = not isinstance(error, InputError | CorruptFileError | NotFiniteError)
+        error.unfinished = files.out if helps and files.begun and files.home.is_dir() else None
+        raise
+
+
+@contextmanager
+def holding(out: Path, device: torch.device) -> Iterator[TrainingFiles]:
     """Hold the directory of a training in the first process; the others wait for it, and only read."""
     if processes() == 1:
         with open_training(out) as files:
@@ -202,8 +275,9 @@ def holding(out: Path) -> Iterator[TrainingFiles]:
         return
     from accelerate import PartialState
 
-    state = PartialState()
-    if torch.cuda.is_available():
+    # A teacher may write its text for hours while the others wait; who launched them ends them when one fails.
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
+    if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if state.is_main_process:
         with open_training(out) as files:
@@ -229,8 +303,7 @@ def _fingerprint(lesson: Lesson, rows: TrainingRows) -> dict[str, str]:
         **flat("", asked),
         "method": lesson.method,
         "text": rows.sha256,
-        "started_from": files_sha256(source_fields(lesson.began)),
-        "teacher": NONE if lesson.teacher is None else files_sha256(source_fields(lesson.teacher)),
+        **lesson.models,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device,
         "forward_dtype": machine.precision,
         "attention": machine.attention,

@@ -20,7 +20,7 @@ from halve.learning.training.losses import loss_sums
 from halve.learning.training.needs import Needs, activation_bytes, measured_needs
 from halve.learning.training.state import TrainingFiles
 from halve.learning.training.text import TrainingRows
-from halve.learning.training.trainer import MaskTrainer, Moments, Point
+from halve.learning.training.trainer import MaskTrainer, Moments, NotFiniteError, Point
 from halve.text.rows import IGNORED, Rows
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -88,7 +88,10 @@ class Course:
         probe = rows.rows.ids[:1, :16].to(training.machine.target)
         with own_settings(student):
             self._student = Speaker(student, probe, apart=rows.apart)
-        self._teacher = None if teacher is None else Speaker(teacher, probe, apart=rows.apart)
+        self._teacher = None
+        if teacher is not None:
+            with own_settings(teacher.eval()):
+                self._teacher = Speaker(teacher, probe, apart=rows.apart)
         self.notes = tuple(each.note for each in (self._student, self._teacher) if each is not None and each.note)
 
     def run(self, make: Callable[[], Learner], default_rate: float | None = None) -> Trained:
@@ -101,15 +104,17 @@ class Course:
         Raises:
             HalveError: the loss is not finite, with every learning rate.
         """
+        teacher = self._model if self._teacher is None else self._teacher.model
         with (
             own_settings(self._model),
+            own_settings(teacher),
             _checkpointed(self._model, wanted=self._training.schedule.gradient_checkpointing),
         ):
             rate, tried = self._rate(make, default_rate)
             learner = make()
             trainer = self._trainer(learner, rate, self._rows, self._shape, self._files, self._moments, self._tell)
             state = None if self._files is None else self._files.newest()
-            trainer.train(resume_from_checkpoint=None if state is None else str(state))
+            trainer.go_on(state)
             best = trainer.load_best()
             learner.finish()
         self._model.eval()
@@ -208,7 +213,7 @@ class Course:
             trainer = self._trainer(learner, rate, rows, shape, None, Moments(frozenset({steps})), None)
             trainer.train()
             return min(_number(loss) for loss in trainer.held_out_losses().values())
-        except HalveError:  # it diverged
+        except NotFiniteError:  # it diverged
             return math.inf
         finally:
             learner.finish()
@@ -242,7 +247,7 @@ class Course:
                 files,
                 arguments,
                 moments,
-                patience=schedule.patience if files is not None else None,
+                patience=schedule.patience,
                 tell=tell,
             )
 

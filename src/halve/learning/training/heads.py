@@ -1,7 +1,7 @@
 """The last layer of a language model, so that its logits need never stand whole.
 
-In training, the head is where the loss is computed: while a `LossHead` is in its place, the model's forward returns
-the loss instead of logits. So the head's weights are used where they belong, inside the forward, and whatever wraps
+In training, the head is where the loss is computed: while it is `receiving`, the model's forward returns the loss
+instead of logits. So the head's weights are used where they belong, inside the forward, and whatever wraps
 the model (DistributedDataParallel, FSDP2) has them there.
 """
 

@@ -18,6 +18,8 @@ _COPIES = 4
 """Tensors of a chunk's logits that stand at once: the student's, the teacher's, their softmaxes and the gradient."""
 _MOMENTS = 2
 """Of Adam, for each trained weight."""
+_BEST = 3
+"""Copies of the best weights: of the newest state, of the best look since, and the one that replaces it."""
 _FLOAT = torch.float32.itemsize
 
 
@@ -48,14 +50,19 @@ class Needs:
         """
         needed, free = sum(self.memory.values()), free_memory(self.device) + self.held
         if needed > free:
-            parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in self.memory.items() if size)
+            parts = ", ".join(f"{what} {in_bytes(size)}" for what, size in self.memory.items() if size)
             raise InputError(
-                f"the training needs {needed / 1e9:.1f} GB on {self.device} ({parts}) and {free / 1e9:.1f} GB "
-                "of memory are available: give a smaller forward_tokens, gradient_checkpointing, train = 'norms', or "
+                f"the training needs {in_bytes(needed)} of memory on {self.device} ({parts}) and {in_bytes(free)} "
+                "are available: give a smaller forward_tokens, gradient_checkpointing, train = 'norms', or "
                 "teacher = 'none'"
             )
         held = sum(path.stat().st_size for path in files.home.rglob("*") if path.is_file())
         check_space(files.out, max(0, sum(self.disk.values()) - held), "the states of the training and its checkpoint")
+
+
+def in_bytes(size: int) -> str:
+    """Return a size with a unit: ``3.1 MB``, ``14.20 GB``."""
+    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
 
 
 def measured_needs(
@@ -91,7 +98,7 @@ def measured_needs(
         },
         disk={
             "states": 2 * (1 + _MOMENTS) * count * _FLOAT,
-            "the best weights": 2 * count * _FLOAT,
+            "the best weights": _BEST * count * _FLOAT,
             "the checkpoint": output,
         },
         held=sum(models.values()) if next(student.parameters()).device.type == device.type else 0,

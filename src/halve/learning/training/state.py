@@ -18,7 +18,7 @@ from msgspec import Struct
 from safetensors.torch import load_file
 from torch import Tensor
 
-from halve.checkpoint.directory import CONFIG, HOME, is_unfinished
+from halve.checkpoint.directory import CONFIG, HOME, TRAINING, is_training, is_unfinished
 from halve.checkpoint.durable import (
     check_hash,
     crash_point,
@@ -35,14 +35,16 @@ from halve.checkpoint.shards import build_header, read_json, tensor_bytes
 from halve.checkpoint.validated import validated
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
 
-MANIFEST = "training.json"
 MARK = "whole.json"
 TEXT = "text.safetensors"
 """The rows of a training whose text cost much."""
+_RUN = ("run.json", "work.json")
+"""What a run that prunes has in that place instead."""
 _TRAINED = "trained.safetensors"
 _BEST = "best"
 _LEARNER = "learner:"
 """What the names of a learner's own tensors begin with, beside those of parameters."""
+_COMPLETE = "{} holds a finished checkpoint: nothing is left to do"
 _REMEDY = "put it back, or remove the unfinished training and begin again"
 
 
@@ -52,7 +54,6 @@ class _Manifest(Struct, frozen=True, kw_only=True):
     fingerprint: dict[str, str]
     call: dict[str, Any] | None = None
     facts: dict[str, Any] = {}
-    files: dict[str, str] | None = None
 
 
 class _Mark(Struct, frozen=True, kw_only=True):
@@ -80,7 +81,7 @@ class TrainingFiles:
         self.home = out / HOME
         self.staging = self.home / "output"
         self._manifest: _Manifest | None = None
-        path = self.home / MANIFEST
+        path = self.home / TRAINING
         if path.exists():
             self._manifest = validated(read_json(path), _Manifest, path, _REMEDY)
 
@@ -94,19 +95,24 @@ class TrainingFiles:
         """The call that began it; None where it cannot be written down."""
         return None if self._manifest is None else self._manifest.call
 
-    @property
-    def verified(self) -> bool:
-        """Whether the checkpoint is put together and verified, so that only its files have to be moved."""
-        return self._manifest is not None and self._manifest.files is not None
-
     def begin(self, fingerprint: Mapping[str, str], call: Mapping[str, Any] | None) -> None:
-        """Note what decides the bytes of the result, or compare it with what was noted.
+        """Note what decides the bytes of the result, unless that was done before."""
+        if self._manifest is not None:
+            return
+        if self.writes:  # what lies here without a manifest belongs to nothing
+            for path in (*self.home.glob("checkpoint-*"), self.staging):
+                shutil.rmtree(path, ignore_errors=True)
+            for path in self.home.glob(f"{_BEST}-*"):
+                path.unlink()
+        self._write(_Manifest(fingerprint=dict(fingerprint), call=None if call is None else dict(call)))
+
+    def compare(self, fingerprint: Mapping[str, str]) -> None:
+        """Compare what decides the bytes of the result with what was noted, if the training was begun.
 
         Raises:
             ResumeMismatchError: a field differs.
         """
         if self._manifest is None:
-            self._write(_Manifest(fingerprint=dict(fingerprint), call=None if call is None else dict(call)))
             return
         begun = self._manifest.fingerprint
         differing = sorted(
@@ -126,7 +132,9 @@ class TrainingFiles:
 
     def keep_fact(self, name: str, value: Any) -> None:
         """Keep something for a training that goes on, as plain JSON values."""
-        held = self._present()
+        held = self._manifest
+        if held is None:
+            raise RuntimeError("the training was not begun")
         self._write(_Manifest(fingerprint=held.fingerprint, call=held.call, facts=held.facts | {name: value}))
 
     def newest(self) -> Path | None:
@@ -174,14 +182,24 @@ class TrainingFiles:
         """Put the parameters of a state back in place, and return the learner's own tensors."""
         return self._read_tensors(state / _TRAINED, parameters)
 
-    def write_best(self, step: int, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-        """Keep the weights of a step that the held-out text likes best so far; those before it are removed."""
+    def write_best(
+        self, step: int, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor], needed: int | None = None
+    ) -> None:
+        """Keep the weights of a step that the held-out text likes best so far; those before it are removed.
+
+        Args:
+            step: optimiser steps done.
+            parameters: that are trained, by name.
+            own: a learner's own tensors.
+            needed: a step before it whose weights stay: the best one of the newest state, from which a stopped
+                training goes on.
+        """
         path = self.home / f"{_BEST}-{step}.safetensors"
         sha256 = self._write_tensors(path, parameters, own, "best")
         with writing(path):
             write_file(path.with_suffix(".json"), [json.dumps({"files": {path.name: sha256}}).encode()], "best")
         for older in self.home.glob(f"{_BEST}-*"):
-            if older.stem != path.stem:
+            if older.stem not in {path.stem, f"{_BEST}-{needed}"}:
                 older.unlink()
 
     def read_best(self, step: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,24 +220,29 @@ class TrainingFiles:
         shutil.rmtree(self.staging, ignore_errors=True)
         return self.staging
 
-    def publish(self, files: Mapping[str, str] | None) -> None:
-        """Move the verified checkpoint to its place and remove everything else; ``files`` None goes on with that."""
-        held = self._present()
-        if files is not None:
-            self._write(
-                _Manifest(fingerprint=held.fingerprint, call=held.call, facts=held.facts, files=dict(files)),
-            )
-        recorded = self._present().files
-        assert recorded is not None  # noqa: S101 - noted just now, or by the process before
+    def publish(self, files: Mapping[str, str]) -> None:
+        """Move the verified checkpoint to its place, and remove everything else.
+
+        A training that is stopped meanwhile is called again, finds its last state, and does this again.
+
+        Args:
+            files: sha256 of every file in `staging`, by name.
+
+        Raises:
+            CorruptFileError: a file was damaged since it was verified; nothing more was moved.
+            HalveError: the volume failed.
+        """
         with writing(self.out):
-            move_into_place(self.staging, self.out, recorded)
-        self.remove()
+            move_into_place(self.staging, self.out, files)
+            self.remove()
 
     def remove(self) -> None:
-        """Remove everything of the training but its checkpoint."""
+        """Remove everything of the training but its checkpoint; without its manifest nobody goes on with the rest."""
+        crash_point("remove.start")
+        (self.home / TRAINING).unlink(missing_ok=True)
+        crash_point("remove.file")
         shutil.rmtree(self.home)
-        if self.out.is_dir() and not any(self.out.iterdir()):
-            self.out.rmdir()
+        crash_point("remove.done")
 
     def _write_tensors(self, path: Path, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor], kind: str) -> str:
         tensors = {**parameters, **{f"{_LEARNER}{name}": value for name, value in own.items()}}
@@ -242,18 +265,13 @@ class TrainingFiles:
             parameter.data.copy_(held[name])
         return own
 
-    def _present(self) -> _Manifest:
-        if self._manifest is None:
-            raise RuntimeError("the training was not begun")
-        return self._manifest
-
     def _write(self, manifest: _Manifest) -> None:
         content = {name: getattr(manifest, name) for name in manifest.__struct_fields__}
         self._manifest = manifest
         if not self.writes:
             return
         with writing(self.home):
-            write_file(self.home / MANIFEST, [json.dumps(content, indent=2).encode()], "manifest")
+            write_file(self.home / TRAINING, [json.dumps(content, indent=2).encode()], "manifest")
 
 
 @contextmanager
@@ -271,7 +289,7 @@ def open_training(out: Path) -> Iterator[TrainingFiles]:
     home = out / HOME
     if not home.is_dir():
         refuse_contents(out)
-    elif (home / "run.json").exists() or any(home.glob("block-*")):
+    elif any((home / name).exists() for name in _RUN) or any(home.glob("block-*")):
         raise InputError(f"{out} holds an unfinished run of halve prune: complete it with `halve resume {out}`")
     new = [path for path in (home, *home.parents) if not path.exists()]
     make_directory(home)
@@ -279,6 +297,7 @@ def open_training(out: Path) -> Iterator[TrainingFiles]:
         files: TrainingFiles | None = None
         try:
             files = TrainingFiles(out)
+            _refuse_complete(files)
             yield files
         except BaseException:
             if files is None or not (files.begun or (home / TEXT).exists()):
@@ -289,6 +308,13 @@ def open_training(out: Path) -> Iterator[TrainingFiles]:
             raise
 
 
+def _refuse_complete(files: TrainingFiles) -> None:
+    """Complete what a process began that was stopped while it cleared the training away."""
+    if not files.begun and (files.out / CONFIG).exists():
+        files.remove()
+        raise AlreadyCompleteError(_COMPLETE.format(files.out))
+
+
 def recorded_training(out: Path) -> dict[str, Any] | None:
     """Return the call that began the unfinished training in a directory; None where there is no training in it.
 
@@ -296,9 +322,15 @@ def recorded_training(out: Path) -> dict[str, Any] | None:
         InputError: it was given objects in memory.
         AlreadyCompleteError: its checkpoint is complete.
     """
-    if not (out / HOME / MANIFEST).exists():
+    home = out / HOME
+    if not is_training(out):
         if not is_unfinished(out) and (out / CONFIG).exists():
-            raise AlreadyCompleteError(f"{out} holds a finished checkpoint: nothing is left to do")
+            raise AlreadyCompleteError(_COMPLETE.format(out))
+        if (home / TEXT).exists():
+            raise InputError(f"the training in {out} was stopped before it began; its text is kept: call it again")
+        if (out / CONFIG).exists() and not any((home / name).exists() for name in _RUN):
+            with open_training(out):
+                pass
         return None
     call = TrainingFiles(out).call
     if call is None:

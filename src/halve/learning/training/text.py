@@ -14,7 +14,7 @@ from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.load import LoadedModel
 from halve.checkpoint.shards import build_header, parse_object, read_shard, read_tensor, tensor_bytes
 from halve.device import evaluation_mode, model_device
-from halve.errors import InputError
+from halve.errors import CorruptFileError, InputError
 from halve.learning.options import LOSS_ON, TrainingText, WeightedText
 from halve.learning.training.state import TEXT
 from halve.text.chats import chat_passage, holds_chats, read_chats
@@ -60,7 +60,7 @@ class TrainingRows:
     @property
     def sha256(self) -> str:
         """One hash of all that decides what the model sees."""
-        parts = [self.rows.ids, self.rows.positions, self.rows.labels, self.held_out.ids, self.held_out.labels]
+        parts = [getattr(part, name) for part in (self.rows, self.held_out) for name in _TENSORS]
         return hash_ids(torch.cat([*(part.flatten() for part in parts), self.order])[None])
 
 
@@ -74,7 +74,13 @@ def write_rows(directory: Path, rows: TrainingRows, asked: Mapping[str, Any]) ->
     """
     parts = (("rows", rows.rows), ("held_out", rows.held_out))
     tensors = {f"{part}.{name}": getattr(held, name) for part, held in parts for name in _TENSORS}
-    facts = {"notes": rows.notes, "sources": rows.sources, "apart": rows.apart, "asked": asked}
+    facts = {
+        "notes": rows.notes,
+        "sources": rows.sources,
+        "apart": rows.apart,
+        "asked": asked,
+        "sha256": rows.sha256,
+    }
     tensors |= {
         "order": rows.order,
         "facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8),
@@ -103,9 +109,12 @@ def read_rows(directory: Path, asked: Mapping[str, Any]) -> TrainingRows | None:
     if facts["asked"] != json.loads(json.dumps(asked)):
         return None
     parts = [Rows(**{name: held[f"{part}.{name}"] for name in _TENSORS}) for part in ("rows", "held_out")]  # type: ignore[arg-type]
-    return TrainingRows(
+    rows = TrainingRows(
         parts[0], held["order"], parts[1], tuple(facts["notes"]), dict(facts["sources"]), bool(facts["apart"])
     )
+    if rows.sha256 != facts["sha256"]:
+        raise CorruptFileError(f"{path} was changed since it was written: remove it, and the text is read anew")
+    return rows
 
 
 def training_rows(

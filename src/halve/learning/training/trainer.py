@@ -4,8 +4,8 @@ Everything else is the Trainer's: gradient accumulation, mixed precision, schedu
 """
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from halve.errors import HalveError
+from halve.checkpoint.durable import writing
+from halve.errors import HalveError, one_line
 from halve.learning.learner import Learner, Step
 from halve.learning.training.heads import Speaker
 from halve.learning.training.losses import Scores, Target, loss_sums
@@ -26,6 +27,10 @@ from halve.text.rows import IGNORED, Rows
 HELD_OUT = "eval_loss"
 """The name, in the Trainer's logs, of the loss on the held-out text."""
 Inputs = dict[str, Tensor]
+
+
+class NotFiniteError(HalveError):
+    """The loss is NaN or infinite: the learning rate is too high, or the model is broken."""
 
 
 @dataclass(frozen=True)
@@ -144,12 +149,16 @@ class MaskTrainer(Trainer):
         self._tell = tell
         self._rows_in_order = RowSet(rows.rows, rows.order)
         self._names = {id(each): name for name, each in student.model.named_parameters()}
+        self._best: tuple[int, dict[str, Tensor], dict[str, Tensor]] | None = None  # where no files are kept
+        self._anchor: int | None = None
+        self._patience = patience
+        self._looks = len(moments.looks)
         super().__init__(
             model=student.model,
             args=args,
             data_collator=stacked,
             train_dataset=self._rows_in_order,
-            callbacks=[_Hooks(self, moments, patience)],
+            callbacks=[_Hooks(self, moments)],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the labels of a whole step
@@ -192,9 +201,10 @@ class MaskTrainer(Trainer):
     ) -> Any:
         """Return the loss of one forward pass, so scaled that those of a step add up to the mean over its tokens."""
         loss, _ = self._loss(model, inputs)
-        if not bool(loss.isfinite()):
-            raise HalveError(
-                f"the loss is not finite after {self.state.global_step} steps: give a smaller learning_rate"
+        if not self._finite_everywhere(loss):
+            raise NotFiniteError(
+                f"the loss is not finite after {self.state.global_step} steps: give a smaller learning_rate, and "
+                "another directory"
             )
         if num_items_in_batch is None:
             raise HalveError("the Trainer of this version of transformers does not count the labels of a step")
@@ -203,6 +213,13 @@ class MaskTrainer(Trainer):
         if penalty is not None:
             scaled = scaled + penalty / self.current_gradient_accumulation_steps
         return (scaled, None) if return_outputs else scaled
+
+    def _finite_everywhere(self, loss: Tensor) -> bool:
+        """Whether the loss is finite in every process, so that all stop together and none waits for another."""
+        finite = loss.detach().isfinite()
+        if self.accelerator.num_processes > 1:
+            finite = self.accelerator.reduce(finite.float(), "sum") == self.accelerator.num_processes
+        return bool(finite)
 
     def _loss(self, model: nn.Module, batch: Inputs) -> tuple[Tensor, Tensor]:
         judge = None if self._teacher is None else self._teacher.scores(batch)
@@ -245,6 +262,11 @@ class MaskTrainer(Trainer):
                 total += torch.stack((loss.to(total), sums[0].to(total), sums[1].to(total), count))
         plain.train(was_training)
         loss, kl, ce, count = self.accelerator.reduce(total).tolist()
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"the loss on the held-out text is not finite after {self.state.global_step} steps: give a smaller "
+                "learning_rate, and another directory"
+            )
         found = {HELD_OUT: loss / count, "eval_ce": ce / count}
         if self._teacher is not None:
             found["eval_kl"] = kl / count
@@ -269,16 +291,33 @@ class MaskTrainer(Trainer):
         """Write a state, and mark it as whole when all of it is on the disk."""
         if self._files is None:
             return
-        super()._save_checkpoint(model, trial)
+        state = self._files.home / f"checkpoint-{self.state.global_step}"
+        with _writing_state(state):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._files.mark(self._files.home / f"checkpoint-{self.state.global_step}")
+            self._files.mark(state)
+        self._anchor = self._best_step()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Put back what `_save` wrote."""
         if self._files is not None:
             state = self._files.read_trained(Path(resume_from_checkpoint), self.trained())
             self.learner.load_state(state)
+
+    def go_on(self, state: Path | None) -> None:
+        """Train, from a state if there is one; a training that had ended with it is only put back."""
+        if state is None:
+            self.train()
+            return
+        kept = TrainerState.load_from_json(str(state / "trainer_state.json"))
+        before, self.state = self.state, kept
+        self._anchor = self._best_step()
+        if kept.global_step >= kept.max_steps or self.has_waited():
+            self._load_from_checkpoint(str(state))
+            return
+        self.state = before
+        self.train(resume_from_checkpoint=str(state))
 
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters that are trained, by their names in the model."""
@@ -308,31 +347,48 @@ class MaskTrainer(Trainer):
         """Return the loss on the held-out text at every step at which it was looked at."""
         return {int(entry["step"]): entry[HELD_OUT] for entry in self.state.log_history if HELD_OUT in entry}
 
-    def keep_best(self) -> None:
-        """Write the trained parameters if the held-out text never liked any better."""
+    def _best_step(self) -> int:
+        """Return the first of the steps that the held-out text likes best so far."""
         losses = self.held_out_losses()
-        if self._files is None or not self.args.should_save or not losses:
+        return min(losses, key=lambda step: (losses[step], step))
+
+    def has_waited(self) -> bool:
+        """Whether so many looks at the held-out text in a row brought nothing better that the training ends."""
+        best = self._best_step()
+        return self._patience is not None and sum(step > best for step in self.held_out_losses()) >= self._patience
+
+    def keep_best(self) -> None:
+        """Keep the trained parameters if the held-out text never liked any better."""
+        step = self._best_step()
+        if step != max(self.held_out_losses()):
             return
-        step = max(losses)
-        if losses[step] <= min(losses.values()):
-            self._files.write_best(step, self.trained(), self.learner.state())
+        if self._files is None and self._looks > 1:
+            own = {name: value.detach().clone() for name, value in self.learner.state().items()}
+            self._best = (step, {name: value.detach().clone() for name, value in self.trained().items()}, own)
+        elif self._files is not None and self.args.should_save:
+            self._files.write_best(step, self.trained(), self.learner.state(), self._anchor)
 
     def load_best(self) -> int:
         """Put back the weights that the held-out text liked best, and return the step that they are of."""
-        losses = self.held_out_losses()
-        best = min(losses, key=lambda step: (losses[step], step))
-        if self._files is not None and best != self.state.global_step:
-            self.learner.load_state(self._files.read_best(best, self.trained()))
+        best = self._best_step()
+        self.accelerator.wait_for_everyone()  # the first process has written them
+        if best != self.state.global_step:
+            if self._files is not None:
+                self.learner.load_state(self._files.read_best(best, self.trained()))
+            elif self._best is not None:
+                for name, parameter in self.trained().items():
+                    parameter.data.copy_(self._best[1][name])
+                self.learner.load_state(self._best[2])
+        self.accelerator.wait_for_everyone()  # all have read them, before they are removed
         return best
 
 
 class _Hooks(TrainerCallback):
     """Calls the learner at its places, says when to look at the held-out text and when to save."""
 
-    def __init__(self, trainer: MaskTrainer, moments: Moments, patience: int | None) -> None:
+    def __init__(self, trainer: MaskTrainer, moments: Moments) -> None:
         self._trainer = trainer
         self._moments = moments
-        self._patience = patience
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 0 and 0 in self._moments.looks:
@@ -352,13 +408,12 @@ class _Hooks(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_evaluate = state.global_step in self._moments.looks
         control.should_save = state.global_step in self._moments.saves
+        # The mean since the last log is no part of a state: one that goes on has to begin a new one as well.
+        control.should_log = control.should_log or control.should_save
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._trainer.keep_best()
-        losses = self._trainer.held_out_losses()
-        best = min(losses, key=lambda step: (losses[step], step))
-        since = sum(step > best for step in losses)
-        if self._patience is not None and since >= self._patience:
+        if self._trainer.has_waited():
             control.should_training_stop = True
             control.should_save = True
 
@@ -370,3 +425,19 @@ class _Hooks(TrainerCallback):
     @staticmethod
     def _step(state: TrainerState) -> Step:
         return Step(state.global_step, state.max_steps)
+
+
+@contextmanager
+def _writing_state(state: Path) -> Iterator[None]:
+    """Say in one sentence that a state could not be written, whoever writes it.
+
+    Raises:
+        HalveError: instead of an OSError, or of what `torch.save` makes of one.
+    """
+    with writing(state):
+        try:
+            yield
+        except RuntimeError as error:  # torch.save keeps no errno
+            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+                raise
+            raise HalveError(f"writing {state} failed ({one_line(error)}): free some space and call again") from error
