@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from halve.evaluation.figure import Perplexity
     from halve.evaluation.perplexity import evaluate
     from halve.evaluation.request import Evaluation
-    from halve.learned_masks import learn
+    from halve.learned_masks import apply_masks, learn
     from halve.learning.callback import KeepMasks
     from halve.learning.finetuning import finetune
     from halve.learning.keeping import KeptMasks, keep_masks
@@ -71,6 +71,7 @@ _HOMES = {
     "compare": "comparison",
     "evaluate": "evaluation.perplexity",
     "finetune": "learning.finetuning",
+    "apply_masks": "learned_masks",
     "learn": "learned_masks",
     "keep_masks": "learning.keeping",
     "load": "packed.load",
@@ -113,6 +114,7 @@ __all__ = [
     "Taught",
     "WhereFaster",
     "accelerate",
+    "apply_masks",
     "check",
     "compare",
     "evaluate",

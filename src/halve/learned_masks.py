@@ -1,4 +1,4 @@
-"""Masks that are learned end to end, with a prior that a local method makes."""
+"""Masks that are learned end to end, with a prior that a local method makes; and masks alone, applied to a model."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,14 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from halve.checkpoint.directory import CONFIG
+from halve.checkpoint.durable import sha256_of
+from halve.checkpoint.load import load_model, resolve
+from halve.checkpoint.precision import dtype_to_prune_in
+from halve.checkpoint.room import check_destination
+from halve.checkpoint.write import write_checkpoint
+from halve.errors import HalveError, InputError
 from halve.learning.lesson import Taught, check_directory
-from halve.learning.mask_learning import Learning, learn_as
+from halve.learning.mask_files import masked_names, put_masks, read_masks
+from halve.learning.mask_learning import Learning, learn_as, recorded_matrices, view_of
+from halve.learning.training.publishing import source_json
 from halve.learning.training.watching import Watch
+from halve.model.blocks import stand_in_batch
+from halve.model.masked import pruned_parameters
+from halve.model.survey import plan_model
 from halve.option_groups import fill, known_names
+from halve.provenance import source_fields
 from halve.pruning import prune
+from halve.report.record import mask_facts
+from halve.report.training import learned_record
+from halve.run.directory import open_run
 from halve.serial import from_plain
 from halve.solve import methods
 from halve.text.tokens import SELF
+from halve.verification import check
 
 _SAMPLES = 64
 """Calibration sequences of a prior."""
@@ -89,3 +105,63 @@ def _made_prior(model: str | Path, out: Path, request: Learning) -> Path:
         trust_remote_code=request.machine.trust_remote_code,
     )
     return place
+
+
+def apply_masks(
+    model: str | Path, masks: str | Path, out: str | Path, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Put masks that were learned, and kept alone in a file, onto the dense model that they were learned for.
+
+    Args:
+        model: the dense model: a directory, a ``.gguf`` file, or a hub id.
+        masks: the file (``save_masks`` of `learn`).
+        out: directory for the pruned checkpoint; it must not exist yet, or be empty.
+        trust_remote_code: run Python code that comes with the model.
+
+    Returns:
+        dict[str, Any]: the content of ``halve.json`` but for the files' sha256.
+
+    Raises:
+        InputError: the masks are of another model, or an argument cannot be used.
+        CorruptFileError: the file of masks, or one of the model, was damaged.
+    """
+    place, path = Path(out), Path(masks)
+    if not path.is_file():
+        raise InputError(f"{masks} is no file: give the file of masks that save_masks named")
+    pattern, names = masked_names(path)
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    check_destination(place, source, source.size)
+    with open_run(place) as run:
+        loaded = load_model(source, dtype=dtype_to_prune_in(source))
+        plan, _ = plan_model(
+            loaded.model, [stand_in_batch(loaded.model)], pattern, together=loaded.layout.together, least=0.0
+        )
+        layouts = {each.parameter: each.layout for each in plan.matrices if each.parameter in names}
+        targets = list(pruned_parameters(loaded.model, layouts))
+        found = read_masks(path, targets)
+        put_masks(targets, found.masks)
+        matrices = tuple(each for each in plan.matrices if each.parameter in names)
+        others = [each for each in plan.matrices if each.parameter not in names]
+        excluded = [{"name": each.name, "shape": list(each.shape), "reason": each.reason} for each in plan.excluded]
+        excluded += [
+            {"name": each.name, "shape": [each.d_out, each.d_in], "reason": "the file of masks has none for it"}
+            for each in others
+        ]
+        record = learned_record(
+            source_json(source),
+            pattern,
+            "masks",
+            recorded_matrices(loaded, matrices),
+            {each.name: mask_facts(each.name, view_of(loaded.model, each), pattern) for each in matrices},
+            excluded,
+            None,
+        )
+        run.begin({**source_fields(source), "masks": sha256_of(path)}, None, None, {})
+        files = write_checkpoint(run.prepare_staging(), loaded, [each.name for each in targets], record)
+        verdict = check(run.staging, against=source if source.shards else None, trust_remote_code=trust_remote_code)
+        if not verdict.ok:
+            raise HalveError(
+                f"the checkpoint just written to {run.staging} is wrong, do not use it: {verdict.problems[0]}"
+            )
+        run.publish(files)
+    return record

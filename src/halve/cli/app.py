@@ -16,6 +16,8 @@ from halve.lookup import find_row
 COMMANDS = {
     "prune": ("prune:prune", "Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."),
     "resume": ("prune:resume", "Continue a run that was stopped, from its first unfinished block, to the same bytes."),
+    "learn": ("learning:learn", "Learn N:M masks end to end, weights too where the method trains them."),
+    "apply-masks": ("learning:apply_masks", "Put learned masks onto the dense model that they were learned for."),
     "finetune": (
         "learning:finetune",
         "Train what a pruned model has kept to say what the dense model says; pruned zeros stay zeros.",

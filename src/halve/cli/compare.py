@@ -14,6 +14,7 @@ from halve.cli.values import allowed_fallback, parse_options_by_method
 from halve.comparison import METHODS as COMPARED
 from halve.comparison import OF_ONE_METHOD, Comparison
 from halve.comparison import compare as compare_methods
+from halve.learning.methods import LEARNING_METHODS
 from halve.run.request import Request
 from halve.solve.methods import METHODS
 
@@ -76,9 +77,13 @@ def _show(found: Comparison, *, as_json: bool) -> None:
 
 
 def methods() -> None:
-    """List the methods."""
+    """List the methods: local ones, and those that learn masks end to end."""
     table = Table("method", "patterns", "statistics", "summary", "reference")
     for entry in METHODS.values():
         patterns = "N:M, S%" if entry.unstructured else "N:M"
         table.add_row(entry.name, patterns, "yes" if entry.needs_statistics else "no", entry.summary, entry.reference)
     out.print(table)
+    learned = Table("learned (halve learn)", "patterns", "trains", "summary", "reference")
+    for row in LEARNING_METHODS.values():
+        learned.add_row(row.name, row.patterns, row.trains, row.summary, row.reference)
+    out.print(learned)

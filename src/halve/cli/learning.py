@@ -1,4 +1,4 @@
-"""The commands that train, and that merge what was trained: ``halve finetune`` and ``halve merge``."""
+"""The commands that train, and those that put what was trained onto a model: masks and adapters."""
 
 import math
 import os
@@ -13,13 +13,19 @@ from rich.text import Text
 
 from halve.checkpoint.directory import PAGE
 from halve.cli.errors import reporting
-from halve.cli.options import taking
+from halve.cli.options import ModelArgument, TrustOption, taking
 from halve.cli.report import say_scores
 from halve.cli.terminal import err, out, progress, progress_bar, say
+from halve.cli.values import parse_options
 from halve.errors import counted
+from halve.learned_masks import apply_masks as put_masks
+from halve.learned_masks import learn as learn_masks
+from halve.learned_masks import resume_learning
 from halve.learning.finetuning import finetune as finetune_model
 from halve.learning.finetuning import resume_finetuning
 from halve.learning.lesson import Taught
+from halve.learning.mask_learning import COMMAND as LEARN
+from halve.learning.mask_learning import Learning
 from halve.learning.options import Finetuning
 from halve.learning.training.needs import Needs, in_bytes
 from halve.learning.training.state import recorded_training
@@ -50,13 +56,42 @@ def finetune(
     finish(done)
 
 
+@taking(Learning)
+def learn(
+    model: ModelArgument,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")],
+    given: dict[str, Any],
+    option: Annotated[
+        list[str] | None, typer.Option("-o", "--option", help="keep=trained of the method. Repeatable.")
+    ] = None,
+) -> None:
+    """Learn N:M masks end to end, weights too where the method trains them, and write an ordinary checkpoint."""
+    with reporting(out_dir), _watching() as watch:
+        done = learn_masks(model, out_dir, watch=watch, **given, **parse_options(option or []))
+    finish(done)
+
+
+def apply_masks(
+    model: ModelArgument,
+    masks: Annotated[Path, typer.Option(help="The file that halve learn --save-masks has written.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")],
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Put learned masks onto the dense model that they were learned for, and write an ordinary checkpoint."""
+    with reporting():
+        record = put_masks(model, masks, out_dir, trust_remote_code=trust_remote_code)
+    say(out, f"{counted(len(record['matrices']), 'matrix', 'matrices')} at {record['pattern']} by the masks of {masks}")
+    say(out, f"verified and written: {out_dir}")
+
+
 def resumed(directory: Path) -> bool:
     """Go on with the training in a directory, and return whether there was one."""
     call = recorded_training(directory)
     if call is None:
         return False
     with _watching() as watch:
-        done = resume_finetuning(call, directory, watch)
+        resume = resume_learning if call["command"] == LEARN else resume_finetuning
+        done = resume(call, directory, watch)
     finish(done)
     return True
 

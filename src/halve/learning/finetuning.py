@@ -14,6 +14,7 @@ from halve.learning.options import NONE, Finetuning, Training
 from halve.learning.pruned_weights import find_pruned
 from halve.learning.training.text import TrainingRows
 from halve.learning.training.watching import Watch
+from halve.model.masked import FixedMasks
 from halve.option_groups import fill
 from halve.report.before_after import NO_DENSE, dense_source
 from halve.report.training import masks_after, previous_record, trained_record
@@ -69,11 +70,21 @@ def finetune_as(pruned: Path, out: Path, request: Finetuning, watch: Watch | Non
     previous = previous_record(pruned)
     teacher = find_teacher(pruned, request)
 
+    made: list[Learner] = []
+
     def prepare(student: LoadedModel, _rows: TrainingRows) -> Callable[[], Learner]:
         masks = find_pruned(student.model, record=pruned)
-        if request.train in {"all", "norms"}:
-            return lambda: FixedMaskLearner(masks, request.train)
-        raise InputError(f"train = {request.train!r} is not there yet")
+
+        def make() -> Learner:
+            made[:] = [_learner(request, masks, pruned)]
+            return made[0]
+
+        return make
+
+    def record(student: LoadedModel, entry: Mapping[str, Any]) -> dict[str, Any]:
+        if request.save_adapter is not None:
+            _save_adapter(made[0], request.save_adapter)
+        return trained_record(previous, entry, masks_after(student, previous))
 
     lesson = Lesson(
         command=COMMAND,
@@ -85,9 +96,27 @@ def finetune_as(pruned: Path, out: Path, request: Finetuning, watch: Watch | Non
         dense=teacher,
         request=request,
         prepare=prepare,
-        record=lambda student, entry: trained_record(previous, entry, masks_after(student, previous)),
+        record=record,
+        notes=lambda: made[0].notes,
     )
     return carry_out(lesson, out, watch)
+
+
+def _learner(request: Finetuning, masks: FixedMasks, pruned: Path) -> Learner:
+    if request.train in {"all", "norms"}:
+        return FixedMaskLearner(masks, request.train)
+    from halve.learning.lora import adapter_learner
+
+    return adapter_learner(
+        request.train, masks.parameters, request.rank, request.alpha, seed=request.text.seed, base=str(pruned)
+    )
+
+
+def _save_adapter(learner: Learner, directory: Path) -> None:
+    from halve.learning.lora import AdapterLearner
+
+    if isinstance(learner, AdapterLearner):
+        learner.save_adapter(directory, learner.effect)
 
 
 def find_teacher(pruned: Path, request: Training) -> Source | None:

@@ -1,6 +1,6 @@
 """What a trainer asks of a way to learn: which parameters, what happens around every step, and how it ends N:M."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,8 +32,11 @@ class Learner:
 
     ``attach`` once, after the model is on its device; then in every optimiser step ``begin_step``, ``penalty`` in each
     forward pass of it, ``before_update`` when all gradients are there and clipped, and ``after_update`` when the
-    optimiser has stepped; ``finish`` once.
+    optimiser has stepped; ``look_back`` and ``finish`` once.
     """
+
+    notes: tuple[str, ...] = ()
+    """Sentences on what one might not expect of the training."""
 
     def attach(self, model: nn.Module) -> Sequence[nn.Parameter]:
         """Prepare a model, float32 and on its device, and return the parameters to train; no other needs a gradient."""
@@ -86,6 +89,13 @@ class Learner:
     def ended(self) -> Iterator[None]:
         """Make the model what `finish` would leave, as far as it computes, and put it back after."""
         yield
+
+    def look_back(self, measure: Callable[[], float]) -> None:
+        """Measure what `finish` makes impossible to measure.
+
+        Args:
+            measure: returns the held-out loss, in nats a token, of the model as it computes now.
+        """
 
     def finish(self) -> None:
         """Leave the model N:M in its own parameters, with nothing attached to it."""

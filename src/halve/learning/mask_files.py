@@ -73,6 +73,16 @@ def write_masks(path: Path, masks: Mapping[str, Tensor], pattern: Pattern, model
         write_file(path, [header, *(tensor_bytes(each) for each in packed.values())], "masks")
 
 
+def masked_names(path: Path) -> tuple[Pattern, frozenset[str]]:
+    """Return the pattern of a file of masks, and the names of the parameters that it has masks of.
+
+    Raises:
+        CorruptFileError, UnreadableFileError, InputError: as `read_masks`.
+    """
+    described = _description(path)
+    return _pattern(described.pattern, path), frozenset(described.shapes)
+
+
 def read_masks(path: Path, targets: Iterable[PrunedParameter]) -> MaskFile:
     """Read the masks of a model's parameters, on the CPU.
 

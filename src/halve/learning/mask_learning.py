@@ -1,6 +1,6 @@
 """Learn masks end to end: from a dense model, or a pruned one, to a verified N:M checkpoint on disk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,12 +91,14 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
         if request.save_masks is not None:
             facts = {name: str(value) for name, value in source_json(source).items() if value is not None}
             write_masks(Path(request.save_masks), school.masks(), request.pattern, facts)
+        views = {each.name: view_of(student.model, each) for each in school.planned}
+        facts_of = {name: mask_facts(name, view, request.pattern) for name, view in views.items()}
         return learned_record(
             source_json(source) if previous is None else previous["source"],
             request.pattern,
             row.name,
-            school.matrices(student),
-            {each.name: mask_facts(each.name, _view(student.model, each), request.pattern) for each in school.planned},
+            recorded_matrices(student, school.planned),
+            facts_of,
             [{"name": each.name, "shape": list(each.shape), "reason": each.reason} for each in school.plan.excluded],
             entry,
             skip=request.skip,
@@ -126,10 +128,6 @@ def _with_decay(request: Learning, row: methods.LearningMethod) -> Learning:
     if schedule.weight_decay or not row.decay:
         return request
     return replace(request, schedule=replace(schedule, weight_decay=row.decay))
-
-
-def _view(model: nn.Module, matrix: Matrix) -> Tensor:
-    return matrix.view(model.get_parameter(matrix.parameter).data)
 
 
 class _School:
@@ -211,18 +209,24 @@ class _School:
                 )
         return {target.name: parameters[target.name].detach() for target in targets}
 
-    def matrices(self, student: LoadedModel) -> list[dict[str, Any]]:
-        """Return what is on record of every matrix that is pruned."""
-        found = []
-        for each in self.planned:
-            location = student.layout.locate(each.parameter, each.expert)
-            flipped = {"out_in": "in_out", "in_out": "out_in"}
-            found.append(
-                {
-                    "name": each.name,
-                    "tensors": list(location.tensors),
-                    "shape": [each.d_out, each.d_in],
-                    "layout": flipped[each.layout] if location.transposed else each.layout,
-                }
-            )
-        return found
+
+def view_of(model: nn.Module, matrix: Matrix) -> Tensor:
+    """Return a matrix of a model as (d_out, d_in)."""
+    return matrix.view(model.get_parameter(matrix.parameter).data)
+
+
+def recorded_matrices(loaded: LoadedModel, matrices: Sequence[Matrix]) -> list[dict[str, Any]]:
+    """Return what is on record of matrices that are pruned: name, tensors on disk, shape, layout there."""
+    found = []
+    for each in matrices:
+        location = loaded.layout.locate(each.parameter, each.expert)
+        flipped = {"out_in": "in_out", "in_out": "out_in"}
+        found.append(
+            {
+                "name": each.name,
+                "tensors": list(location.tensors),
+                "shape": [each.d_out, each.d_in],
+                "layout": flipped[each.layout] if location.transposed else each.layout,
+            }
+        )
+    return found

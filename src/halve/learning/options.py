@@ -16,7 +16,7 @@ from halve.errors import InputError
 from halve.evaluation.request import Evaluation
 from halve.learning.training.losses import Target
 from halve.lookup import find_row
-from halve.option_groups import group, option
+from halve.option_groups import OptionError, group, option
 from halve.text.documents import is_on_hub, open_corpus
 from halve.text.special_tokens import check_bos
 from halve.text.tokens import SELF
@@ -311,12 +311,15 @@ class Finetuning(Training):
         train: what is trained: ``all`` (all but embeddings and the head), ``norms`` (norms and biases), ``lora`` or
             ``hira`` (adapters that keep the mask, merged at the end).
         rank: of the adapters, with ``lora`` and ``hira``.
-        alpha: scale of the adapters is alpha / rank; twice the rank where nobody says.
+        alpha: updates of ``lora`` are multiplied by alpha / rank; that is 1 where nobody says.
+        save_adapter: a new directory for the adapter itself, beside the merged checkpoint; stock peft, which has no
+            mask, loads it as another function, and its card says so.
     """
 
     train: str = "all"
     rank: int = 16
     alpha: float | None = None
+    save_adapter: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,6 +327,10 @@ class Finetuning(Training):
         check_count("rank", self.rank)
         if self.alpha is not None:
             check_positive("alpha", self.alpha)
+        if self.save_adapter is not None and self.train not in {"lora", "hira"}:
+            raise OptionError("{} goes with {} lora or hira: leave it out", "save_adapter", "train")
+        if self.save_adapter is not None and Path(self.save_adapter).exists():
+            raise InputError(f"{self.save_adapter} is there already: give save_adapter a new directory")
 
 
 @dataclass(frozen=True, kw_only=True)

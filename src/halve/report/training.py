@@ -16,6 +16,7 @@ from halve.errors import HalveError, InputError
 from halve.evaluation.figure import Perplexity
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, matrix_view
+from halve.provenance import environment
 from halve.recorded import FORMAT, REMEDY, pattern_of
 from halve.report.record import finite, mask_facts
 from halve.report.schema import WholeRecord, record_of
@@ -80,7 +81,7 @@ def learned_record(
     matrices: Sequence[Mapping[str, Any]],
     masks: Mapping[str, Mapping[str, Any]],
     excluded: Sequence[Mapping[str, Any]],
-    entry: Mapping[str, Any],
+    entry: Mapping[str, Any] | None,
     *,
     skip: Sequence[str] = (),
     warnings: Sequence[str] = (),
@@ -95,7 +96,8 @@ def learned_record(
             disk.
         masks: of every matrix by name, see `halve.report.record.mask_facts`.
         excluded: of each parameter of two or more dimensions that stayed dense ``name``, ``shape`` and ``reason``.
-        entry: the training, as docs/record.md has it; what is not finite becomes None.
+        entry: the training, as docs/record.md has it; what is not finite becomes None. None where masks were only
+            applied, which were learned before.
         skip: what was not to be pruned, as it was asked for.
         warnings: sentences.
 
@@ -103,7 +105,8 @@ def learned_record(
         HalveError: no reader would take the record; a mask is missing, or one is of no matrix.
     """
     _check_masks({matrix["name"] for matrix in matrices}, masks)
-    training = plain_json(entry)
+    applied = {"device": "cpu", "forward_dtype": "float32", "environment": environment()}
+    training = applied if entry is None else plain_json(entry)
     done = {"asked": method, "method": method, "refit": "none", "status": str(Status.OK), "reason": "", "facts": {}}
     return _readable(
         {
@@ -125,7 +128,7 @@ def learned_record(
             "mean_relative_loss": None,
             "matrices": [plain_json({**matrix, **done, **masks[matrix["name"]]}) for matrix in matrices],
             "blocks": [],
-            "trainings": [training],
+            "trainings": [] if entry is None else [training],
             "excluded": [plain_json(each) for each in excluded],
             "warnings": list(warnings),
             "environment": training["environment"],

@@ -20,7 +20,7 @@ from halve.learning.training.losses import loss_sums
 from halve.learning.training.needs import Needs, activation_bytes, measured_needs
 from halve.learning.training.state import TrainingFiles
 from halve.learning.training.text import TrainingRows
-from halve.learning.training.trainer import MaskTrainer, Moments, NotFiniteError, Point
+from halve.learning.training.trainer import HELD_OUT, MaskTrainer, Moments, NotFiniteError, Point
 from halve.text.rows import IGNORED, Rows
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -92,7 +92,9 @@ class Course:
         if teacher is not None:
             with own_settings(teacher.eval()):
                 self._teacher = Speaker(teacher, probe, apart=rows.apart)
-        self.notes = tuple(each.note for each in (self._student, self._teacher) if each is not None and each.note)
+        self.notes: tuple[str, ...] = tuple(
+            each.note for each in (self._student, self._teacher) if each is not None and each.note
+        )
 
     def run(self, make: Callable[[], Learner], default_rate: float | None = None) -> Trained:
         """Train, or go on where a stopped training left off, and leave the best weights in the student.
@@ -113,9 +115,12 @@ class Course:
             rate, tried = self._rate(make, default_rate)
             learner = make()
             trainer = self._trainer(learner, rate, self._rows, self._shape, self._files, self._moments, self._tell)
+            doubt = learner.doubts(trainer.planned_rates())
+            self.notes += (doubt,) if doubt else ()
             state = None if self._files is None else self._files.newest()
             trainer.go_on(state)
             best = trainer.load_best()
+            learner.look_back(lambda: trainer.measure()[HELD_OUT])
             learner.finish()
         self._model.eval()
         for parameter in self._model.parameters():

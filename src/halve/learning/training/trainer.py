@@ -174,19 +174,22 @@ class MaskTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Return a schedule that rises in a line to the peak and falls along a cosine; no step is at 0."""
         if self.lr_scheduler is None:
-            warm, last = self.args.warmup_steps, self._last_rate
-
-            def share(step: int) -> float:
-                if step < warm:
-                    return (step + 1) / (warm + 1)
-                done = (step - warm) / max(1, num_training_steps - warm)
-                return last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
             chosen = self.optimizer if optimizer is None else optimizer
             assert chosen is not None  # noqa: S101 - the Trainer makes it first
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, share)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, self._share_of_rate)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _share_of_rate(self, step: int) -> float:
+        warm, last = self.args.warmup_steps, self._last_rate
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        done = (step - warm) / max(1, self.args.max_steps - warm)
+        return last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+    def planned_rates(self) -> list[float]:
+        """Return the learning rate of every step."""
+        return [self.args.learning_rate * self._share_of_rate(step) for step in range(self.args.max_steps)]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Return the sequences in the order that was chosen."""
@@ -238,8 +241,20 @@ class MaskTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the held-out text, as the model would be if the training ended now."""
+        """Measure the held-out text, as the model would be if the training ended now, and log it."""
         del eval_dataset, ignore_keys
+        with self.learner.ended():
+            found = self.measure()
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def measure(self) -> dict[str, float]:
+        """Measure the held-out text with the model as it computes now.
+
+        Returns:
+            dict[str, float]: in nats a token, the loss, the cross-entropy, and with a teacher the KL.
+        """
         plain = self._student.model
         model = self.model_wrapped if self.is_in_train and self.model_wrapped is not None else plain
         was_training = plain.training
@@ -248,7 +263,7 @@ class MaskTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         total = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         rows = self._held_out
-        with torch.no_grad(), self.learner.ended(), self._evaluating():
+        with torch.no_grad(), self._evaluating():
             for start in range(0, len(rows), batch * world):  # every process runs as often, some on nothing new
                 mine = slice(start + rank * batch, start + (rank + 1) * batch)
                 ids, positions, labels = rows.ids[mine], rows.positions[mine], rows.labels[mine]
@@ -270,8 +285,6 @@ class MaskTrainer(Trainer):
         found = {HELD_OUT: loss / count, "eval_ce": ce / count}
         if self._teacher is not None:
             found["eval_kl"] = kl / count
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     def _evaluating(self) -> Any:
