@@ -55,7 +55,9 @@ class Learner:
             {"params": [each for each in given if each.ndim > 1], "weight_decay": decay},
             {"params": [each for each in given if each.ndim <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=(0.9, 0.95))
+        groups = [group for group in groups if group["params"]]
+        # Fused: on the CPU the plain one spends most of its time on square roots of the zeros of pruned weights.
+        return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
     def doubts(self, rates: Iterable[float]) -> str | None:
         """Say, before anything is trained, why these learning rates will not lead to a good end; None if they may.
