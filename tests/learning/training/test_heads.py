@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from halve.errors import InputError
-from halve.learning.training.heads import Speaker, plain_head
+from halve.learning.training.heads import Speaker, check_causal, plain_head
 from halve.learning.training.losses import Scores, Target, loss_sums
 from halve.text.rows import IGNORED
-from models import VOCAB, decoder, tokens
+from models import VOCAB, bert, decoder, encoder_decoder, tokens
 
 
 def batch(rows=3, length=12):
@@ -116,3 +116,12 @@ def test_a_model_that_predicts_no_tokens_is_refused():
 
     with pytest.raises(InputError, match=r"Encoder says nothing of every token .* give a causal language model"):
         Speaker(Encoder(), tokens(1, 5), apart=False)
+
+
+def test_only_causal_models_are_trained():
+    for family in ("llama", "gpt2", "bloom", "mixtral"):
+        check_causal(decoder(family))
+    with pytest.raises(InputError, match="BertForMaskedLM reads a text in both directions"):
+        check_causal(bert())
+    with pytest.raises(InputError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        check_causal(encoder_decoder("t5"))
