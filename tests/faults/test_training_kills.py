@@ -74,7 +74,14 @@ def golden(tmp_path_factory):
 
 def test_the_points_cover_every_kind_of_write(golden):
     _, points, expected = golden
-    for point in ("manifest.renamed@1", "state.written@4", "mark.renamed@4", "state.unmarked@3", "best.renamed@2"):
+    for point in (
+        "manifest.renamed@1",
+        "state.written@4",
+        "mark.renamed@4",
+        "state.unmarked@3",
+        "trained.done@4",
+        "best.renamed@2",
+    ):
         assert point in points
     for point in ("halve.json.start@1", "config.json.renamed@2", "file.renamed@1", "remove.file@1", "remove.done@1"):
         assert point in points
