@@ -16,6 +16,7 @@ from halve import check
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
 from halve.learning.methods import LEARNING_METHODS
+from halve.learning.options import Finetuning
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction
 from halve.option_groups import options_of
@@ -46,6 +47,17 @@ OPTIONS = {
 @pytest.mark.parametrize("each", options_of(Request), ids=lambda each: each.name)
 def test_every_option_of_prune_is_documented_with_its_flag_and_default(each):
     table = [[cell.strip() for cell in line.split("|")] for line in (DOCS / "options.md").read_text().splitlines()]
+    flag = f"`--{each.name.replace('_', '-')}`"
+    default = "required" if each.default is MISSING else each.default
+    assert any(flag in row and f"`{default}`" in row for row in table), flag
+
+
+@pytest.mark.parametrize("each", options_of(Finetuning), ids=lambda each: each.name)
+def test_every_option_of_finetune_is_documented_with_its_flag_and_default(each):
+    page = (DOCS / "options.md").read_text()
+    begin = page.index("**Fine-tuning**")
+    own = page[begin : page.index("**Measuring**", begin)] + page[page.index("| `Evaluation` |") : begin]
+    table = [[cell.strip() for cell in line.split("|")] for line in own.splitlines()]
     flag = f"`--{each.name.replace('_', '-')}`"
     default = "required" if each.default is MISSING else each.default
     assert any(flag in row and f"`{default}`" in row for row in table), flag

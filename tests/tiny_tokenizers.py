@@ -10,6 +10,18 @@ SENTENCES = (
     "a sparse matrix keeps two of every four numbers",
     "perplexity is the exponential of the mean negative log-likelihood",
 )
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "the quick brown fox"},
+    {"role": "assistant", "content": "jumps over"},
+    {"role": "user", "content": "what"},
+    {"role": "assistant", "content": "the lazy dog"},
+]
 
 
 def byte_bpe(vocabulary=320, *, bos="<s>", eos="</s>", adds_bos=False, **settings):
@@ -83,4 +95,11 @@ def sentinels(count, **settings):
     """Return a tokenizer as `word_level`'s with T5's sentinels, ``<extra_id_0>`` having the last id."""
     tokenizer = word_level(bos=None, **settings)
     tokenizer.add_tokens([f"<extra_id_{index}>" for index in reversed(range(count))], special_tokens=True)
+    return tokenizer
+
+
+def chatting():
+    """Return `byte_bpe` with a chat template like SmolLM2's, in a vocabulary of 320 tokens."""
+    tokenizer = byte_bpe(318, chat_template=CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return tokenizer

@@ -228,6 +228,68 @@ LEANINGS = (
         parameters=("self", "experts_implementation"),
         optional=True,
     ),
+    Leaning(
+        path="transformers.Trainer._get_train_sampler",
+        use="letting the sequences come in the order that was chosen",
+        breaks="sequences would be shuffled anew, and texts would not share the training as their weights say",
+        test="tests/learning/training/test_trainer.py",
+        parameters=("self", "train_dataset"),
+    ),
+    Leaning(
+        path="transformers.Trainer._save",
+        use="writing what is trained alone into a state",
+        breaks="every state would hold the whole model and the pickled arguments of the training",
+        test="tests/learning/training/test_trainer.py",
+        parameters=("self", "output_dir", "state_dict"),
+    ),
+    Leaning(
+        path="transformers.Trainer._save_checkpoint",
+        use="marking a state as whole when all of it is on the disk",
+        breaks="a training would go on from states that were never finished",
+        test="tests/learning/training/test_trainer.py",
+        parameters=("self", "model", "trial"),
+    ),
+    Leaning(
+        path="transformers.Trainer._load_from_checkpoint",
+        use="putting back what is trained from a state",
+        breaks="a training that was stopped could not go on",
+        test="tests/learning/training/test_trainer.py",
+        parameters=("self", "resume_from_checkpoint", "model"),
+    ),
+    Leaning(
+        path="transformers.Trainer.model_accepts_loss_kwargs",
+        use="letting the Trainer count the labels of a whole step",
+        breaks="tokens of unevenly filled passes would weigh unequally",
+        test="tests/learning/training/test_trainer.py",
+        on_instances=True,
+    ),
+    Leaning(
+        path="transformers.Trainer.current_gradient_accumulation_steps",
+        use="sharing a learner's penalty out over the passes of a step",
+        breaks="penalties would count once a pass",
+        test="tests/learning/training/test_trainer.py",
+        on_instances=True,
+    ),
+    Leaning(
+        path="transformers.Trainer._created_lr_scheduler",
+        use="saying that the schedule is made anew when a training goes on",
+        breaks="a second training with the same Trainer would keep the first one's schedule",
+        test="tests/learning/training/test_trainer.py",
+        on_instances=True,
+    ),
+    Leaning(
+        path="transformers.TrainingArguments._n_gpu",
+        use="training on one GPU a process",
+        breaks="several visible GPUs in one process would be used by nn.DataParallel, which keeps no masks",
+        test="tests/learning/training/test_trainer.py",
+        on_instances=True,
+    ),
+    Leaning(
+        path="transformers.integrations.get_available_reporting_integrations",
+        use="which trackers are installed",
+        breaks="a tracker that is not there would be found out after the models are loaded",
+        test="tests/learning/test_options.py",
+    ),
 )
 
 _IMPORTED = {
@@ -327,3 +389,9 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
             if hub_silent:
                 disable_progress_bars()
+
+
+def trackers() -> list[str]:
+    """Return the trackers of trainings that transformers knows and that are installed."""
+    leaning = next(each for each in LEANINGS if each.name == "get_available_reporting_integrations")
+    return list(leaning.find()())

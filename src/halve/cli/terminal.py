@@ -13,7 +13,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from halve.errors import counted
-from halve.evaluation.request import overlap
 from halve.run.phases import Phase
 
 if TYPE_CHECKING:
@@ -180,6 +179,8 @@ def warn_if_crowded(threads: int, processors: int | None) -> None:
 
 def warn_of_overlap(calibration: "TokenSet | PairSet", evaluation: "Sequence[TokenSet]") -> None:
     """Warn where a model is measured on the very text that it was calibrated on."""
+    from halve.evaluation.request import overlap
+
     if caution := overlap(calibration.source, [text.source for text in evaluation]):
         say(err, caution, label="warning", style="yellow")
 

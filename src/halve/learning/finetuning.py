@@ -16,7 +16,7 @@ from halve.learning.training.text import TrainingRows
 from halve.learning.training.watching import Watch
 from halve.model.masked import FixedMasks
 from halve.option_groups import fill
-from halve.report.before_after import NO_DENSE, dense_source
+from halve.report.before_after import NO_DENSE, find_dense, was_pruned
 from halve.report.training import masks_after, previous_record, trained_record
 from halve.serial import from_plain
 
@@ -93,7 +93,7 @@ def finetune_as(pruned: Path, out: Path, request: Finetuning, watch: Watch | Non
         what=request.train,
         began=source,
         teacher=teacher,
-        dense=teacher,
+        dense=teacher if teacher is not None and was_pruned(pruned, teacher) else None,
         request=request,
         prepare=prepare,
         record=record,
@@ -128,7 +128,7 @@ def find_teacher(pruned: Path, request: Training) -> Source | None:
     if request.teacher == NONE:
         return None
     try:
-        found = dense_source(pruned, request.teacher, trust_remote_code=request.machine.trust_remote_code)
+        found = find_dense(pruned, request.teacher, trust_remote_code=request.machine.trust_remote_code)
     except InputError as error:
         raise InputError(
             str(error).replace(f"(--dense {NO_DENSE})", f"(teacher = '{NONE}')").replace("--dense", "teacher =")
@@ -137,5 +137,10 @@ def find_teacher(pruned: Path, request: Training) -> Source | None:
         raise InputError(
             f"{pruned} was made from a model in memory: say where the dense model is (teacher), or learn from the text "
             f"alone (teacher = '{NONE}')"
+        )
+    if request.teacher is None and not was_pruned(pruned, found):
+        raise InputError(
+            f"{found.name} is not the model that was pruned, or was changed since: put that one back, or name the "
+            "model to learn from (teacher)"
         )
     return found

@@ -28,6 +28,7 @@ from halve.evaluation.request import Evaluation, overlap
 from halve.learning.learner import Learner
 from halve.learning.options import NONE, Shape, Training, processes
 from halve.learning.training.course import Course, Trained
+from halve.learning.training.heads import check_causal
 from halve.learning.training.publishing import Clock, publish, round_as_written, training_entry
 from halve.learning.training.state import TrainingFiles, open_training
 from halve.learning.training.text import TrainingRows, read_rows, training_rows, write_rows
@@ -165,9 +166,14 @@ def carry_out(lesson: Lesson, out: Path, watch: Watch | None = None) -> Taught:
 
 
 def load_student(source: Source, request: Training) -> LoadedModel:
-    """Load a model in float32, on the device of the training."""
+    """Load a model in float32, on the device of the training.
+
+    Raises:
+        InputError: it is no causal language model.
+    """
     found = load_model(source, dtype=torch.float32, attention=request.machine.attention)
     nn.Module.to(found.model, request.machine.target)
+    check_causal(found.model)
     return found
 
 

@@ -20,6 +20,7 @@ from halve.option_groups import OptionError, group, option
 from halve.text.documents import is_on_hub, open_corpus
 from halve.text.special_tokens import check_bos
 from halve.text.tokens import SELF
+from halve.transformers_internals import trackers
 
 AUTO = "auto"
 NONE = "none"
@@ -293,6 +294,8 @@ class Training:
         self.text.check()
         if self.evaluation is not None:
             self.evaluation.check(self.machine.target)
+        if self.schedule.log_to:
+            check_trackers(self.schedule.log_to)
         step = parse_count("batch_tokens", self.schedule.batch_tokens)
         if step < self.text.seq_len:
             raise InputError(
@@ -301,6 +304,21 @@ class Training:
             )
         if self.text.wanted < step:
             raise InputError(f"tokens = {self.text.wanted} is less than one step of batch_tokens = {step}: give more")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not installed, or that transformers does not know.
+
+    Raises:
+        InputError: the sentence names it, and those that are there.
+    """
+    known = trackers()
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"log_to = {name!r} is no tracker that is installed here: install it, or choose of "
+                f"{', '.join(known) or 'none, since none is'}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

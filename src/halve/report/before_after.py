@@ -76,12 +76,22 @@ def dense_source(place: Path, dense: str | Path | None, *, trust_remote_code: bo
     Raises:
         InputError: as `measure`; also where what would be written to is damaged, or cannot be written.
     """
-    source = record_of(place, _Record).source
+    record_of(place, _Record)
     read_measured(place)  # a damaged one is to be told now
     if not os.access(place, os.W_OK):
         raise InputError(f"{place} cannot be written to: perplexities are put on record there")
+    return find_dense(place, dense, trust_remote_code=trust_remote_code)
+
+
+def find_dense(place: Path, dense: str | Path | None, *, trust_remote_code: bool = False) -> Source | None:
+    """Find the files of the dense model of a pruned checkpoint that is only read; arguments as for `dense_source`.
+
+    Raises:
+        InputError: it is not there.
+    """
     if dense is not None:
         return None if str(dense) == NO_DENSE else resolve(dense, trust_remote_code=trust_remote_code)
+    source = record_of(place, _Record).source
     if source.kind == "memory":
         return None
     if source.kind == "hub" and source.revision is None:
@@ -105,6 +115,11 @@ class _Record(Record, frozen=True, kw_only=True):
 
     source: Origin
     calibration: _Calibration
+
+
+def was_pruned(place: Path, source: Source) -> bool:
+    """Whether a model is, by the sha256 of its files, the one that a checkpoint was pruned from."""
+    return record_of(place, _Record).source.sha256 == files_sha256(source_fields(source))
 
 
 def _check_same(original: Source, record: _Record) -> None:

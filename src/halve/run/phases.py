@@ -5,10 +5,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _INTERVAL = 0.05
 """Seconds between two looks at the memory."""
@@ -62,7 +64,7 @@ class Phases:
         peak_device_memory: bytes allocated on the CUDA device, by phase; empty without one.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: "torch.device") -> None:
         self._device = device
         self._taken: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
@@ -72,6 +74,8 @@ class Phases:
     @contextmanager
     def timing(self, phase: str) -> Iterator[None]:
         """Count what is done inside towards a phase; not to be nested."""
+        import torch  # the command line imports this module for its names, and has to come up at once
+
         self.seconds.setdefault(phase, 0.0)
         on_gpu = self._device.type == "cuda"
         if on_gpu:

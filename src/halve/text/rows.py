@@ -105,7 +105,7 @@ class RowBuilder:
         if passage.whole and len(ids) > self._seq_len:
             self.cut += 1
             ids, labels = ids[: self._seq_len], labels[: self._seq_len]
-        if self._filled and (self._apart or (passage.whole and len(ids) > self._seq_len - self._filled)):
+        if self._filled and passage.whole and len(ids) > self._seq_len - self._filled:
             self._close()
         while len(ids):
             room = self._seq_len - self._filled

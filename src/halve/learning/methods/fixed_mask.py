@@ -1,9 +1,11 @@
 """Training with the mask as it is: the kept weights and norms, or norms and biases alone (Zimmer et al. 2023, PERP)."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from halve.errors import InputError
 from halve.learning.learner import Learner, Step
@@ -21,6 +23,7 @@ class FixedMaskLearner(Learner):
     def __init__(self, masks: FixedMasks, train: str = "all") -> None:
         self._masks = masks
         self._train = train
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> Sequence[nn.Parameter]:
         """Return every parameter but embeddings and the head, or the vectors among them.
@@ -38,13 +41,15 @@ class FixedMaskLearner(Learner):
             parameter.requires_grad_(wanted)
             if wanted:
                 found.append(parameter)
+        trained = {id(each) for each in found}
+        for each in self._masks.parameters:
+            parameter = each.tensor
+            if id(parameter) in trained:
+                mask = partial(self._masks.mask_gradient, each.name)  # at once, so that clipping sees what is used
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(mask))
         if not found:
             raise InputError("the model has no norms and no biases to train: give train = 'all'")
         return found
-
-    def before_update(self, step: Step) -> None:
-        """Mask the gradients, so that the moments of pruned weights stay zero."""
-        self._masks.mask_gradients()
 
     def after_update(self, step: Step, optimiser: Optimizer) -> None:
         """Mask the weights: an optimiser that mixes entries moves zeros too."""
@@ -61,3 +66,6 @@ class FixedMaskLearner(Learner):
     def finish(self) -> None:
         """Leave the weights as they are: they have the mask."""
         self._masks.hold()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()

@@ -12,12 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from halve.device import evaluation_mode, model_device
 from halve.errors import InputError
 from halve.learning.training.losses import Scores
 from halve.text.rows import IGNORED
 
 Batch = dict[str, Tensor]
 """Ids, positions and labels, (rows, seq_len) each, by the names in `Speaker.say`."""
+_PROBE = 8
+"""Tokens of a made-up text."""
+_SAME = 1e-3
+"""Relative difference of logits up to which they are called the same."""
 Receive = Callable[[Tensor, nn.Linear], Tensor]
 """What is done with hidden states (batch, tokens, width) and the head, instead of multiplying them."""
 
@@ -51,6 +56,28 @@ def plain_head(model: Any, probe: Tensor) -> nn.Linear | None:
         )
     same = len(seen) == 1 and torch.equal(seen[0].to(logits.dtype), logits)
     return head if type(head) is nn.Linear and same else None
+
+
+def check_causal(model: Any) -> None:
+    """Refuse a model that does not say the next token from those before it alone.
+
+    Args:
+        model: in memory, on its device.
+
+    Raises:
+        InputError: it reads ahead, or reads one text and says another.
+    """
+    name, advice = type(model).__name__, "give a causal language model"
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder-decoder, and a training is on plain text: {advice}")
+    ids = torch.arange(_PROBE, device=model_device(model))[None]
+    other = ids.clone()
+    other[0, -1] = 0
+    with evaluation_mode(model):
+        plain_head(model, ids)
+        before, after = (model(input_ids=each, use_cache=False).logits[:, :-1].double() for each in (ids, other))
+    if not bool((before - after).norm() <= _SAME * before.norm()):
+        raise InputError(f"{name} reads a text in both directions, so it does not say what comes next: {advice}")
 
 
 @contextmanager

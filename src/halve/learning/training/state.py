@@ -176,7 +176,7 @@ class TrainingFiles:
 
     def write_trained(self, state: Path, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
         """Write the trained parameters, and a learner's own tensors, into a state."""
-        self._write_tensors(state / _TRAINED, parameters, own, "state")
+        self._write_tensors(state / _TRAINED, parameters, own, "trained")
 
     def read_trained(self, state: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put the parameters of a state back in place, and return the learner's own tensors."""

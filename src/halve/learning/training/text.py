@@ -141,7 +141,9 @@ def training_rows(
     tokenizer = student.tokenizer
     if tokenizer is None:
         raise InputError("the model has no tokenizer, so it cannot be trained on text: put its tokenizer beside it")
-    apart = not keeps_documents_apart(student.model, len(tokenizer))
+    known = student.model.get_input_embeddings()
+    vocabulary = known.num_embeddings if isinstance(known, nn.Embedding) else len(tokenizer)
+    apart = not keeps_documents_apart(student.model, min(len(tokenizer), vocabulary))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     total = sum(each.weight for each in text.texts)
     parts: list[tuple[Rows, Rows, int]] = []
