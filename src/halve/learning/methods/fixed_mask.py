@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from halve.errors import InputError
 from halve.learning.learner import Learner, Step
 from halve.model.masked import FixedMasks
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 class FixedMaskLearner(Learner):
@@ -43,10 +46,10 @@ class FixedMaskLearner(Learner):
                 found.append(parameter)
         trained = {id(each) for each in found}
         for each in self._masks.parameters:
-            parameter = each.tensor
-            if id(parameter) in trained:
+            held = each.tensor
+            if id(held) in trained:
                 mask = partial(self._masks.mask_gradient, each.name)  # at once, so that clipping sees what is used
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(mask))
+                self._hooks.append(held.register_post_accumulate_grad_hook(mask))  # type: ignore[no-untyped-call]
         if not found:
             raise InputError("the model has no norms and no biases to train: give train = 'all'")
         return found
