@@ -1,30 +1,34 @@
 """Masks that are learned end to end, with a prior that a local method makes; and masks alone, applied to a model."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.directory import CONFIG
+from halve.checkpoint.directory import CONFIG, is_unfinished
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import load_model, resolve
 from halve.checkpoint.precision import dtype_to_prune_in
 from halve.checkpoint.room import check_destination
 from halve.checkpoint.write import write_checkpoint
 from halve.errors import HalveError, InputError
+from halve.learning import methods as learning_methods
 from halve.learning.lesson import Taught, check_directory
 from halve.learning.mask_files import masked_names, put_masks, read_masks
-from halve.learning.mask_learning import Learning, learn_as, recorded_matrices, view_of
+from halve.learning.mask_learning import Learning, check_asked, learn_as, recorded_matrices, view_of
+from halve.learning.options import processes
 from halve.learning.training.publishing import source_json
 from halve.learning.training.watching import Watch
+from halve.lookup import find_row
 from halve.model.blocks import stand_in_batch
 from halve.model.masked import pruned_parameters
 from halve.model.survey import plan_model
 from halve.option_groups import fill, known_names
-from halve.provenance import source_fields
+from halve.provenance import files_sha256, source_fields
 from halve.pruning import prune
 from halve.report.record import mask_facts
-from halve.report.training import learned_record
+from halve.report.training import learned_record, previous_record
 from halve.run.directory import open_run
 from halve.serial import from_plain
 from halve.solve import methods
@@ -58,10 +62,23 @@ def learn(model: str | Path, out: str | Path, *, watch: Watch | None = None, **o
         CorruptFileError: a file of a model, or of the unfinished training, was damaged.
         HalveError: the loss is not finite, or the volume failed.
     """
-    known = known_names(Learning)
-    own = {name: options.pop(name) for name in list(options) if name not in known}
-    request = replace(fill(Learning, options), options=own)
-    return _learn(model, Path(out), request, watch)
+    return _learn(model, Path(out), _request(options), watch)
+
+
+def _request(given: Mapping[str, Any]) -> Learning:
+    """Return what was asked for, fields and the method's options in one; a ``seed`` is both, if it has one."""
+    given = {name: value for name, value in given.items() if value is not None}
+    row = learning_methods.get(given.get("method", Learning.method))
+    known, own = known_names(Learning), [each.name for each in fields(row.options)]
+    if strange := next((name for name in given if name not in known and name not in own), None):
+        close = get_close_matches(strange, [*own, *known], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise InputError(
+            f"there is no option {strange!r}: {hint}method {row.name} has {', '.join(own)}, and docs/options.md lists "
+            "the others"
+        )
+    request = fill(Learning, {name: value for name, value in given.items() if name in known})
+    return replace(request, options={name: value for name, value in given.items() if name in own})
 
 
 def resume_learning(call: Mapping[str, Any], out: Path, watch: Watch | None = None) -> Taught:
@@ -75,36 +92,81 @@ def resume_learning(call: Mapping[str, Any], out: Path, watch: Watch | None = No
 
 
 def _learn(model: str | Path, out: Path, request: Learning, watch: Watch | None) -> Taught:
-    if request.prior in methods.METHODS:
+    prior = request.prior
+    if prior is not None and "/" not in prior and not Path(prior).exists():
+        find_row(methods.METHODS, prior, "prior, neither a directory nor a local method,")
+    if prior in methods.METHODS and not Path(prior).exists():
+        check_asked(out, request)
         request = replace(request, prior=str(_made_prior(model, out, request)))
     return learn_as(model, out, request, watch)
 
 
 def _made_prior(model: str | Path, out: Path, request: Learning) -> Path:
-    """Return a checkpoint that a local method has pruned, made now or before."""
-    place = out.with_name(f"{out.name}-prior")
-    if (place / CONFIG).exists():
-        return place
-    text = next((each.source for each in request.text.texts), SELF)
+    """Return a checkpoint that a local method has pruned, made now or before.
+
+    Raises:
+        InputError: what lies there is of another model, method, pattern or text; or several processes would make it.
+    """
+    place = out.absolute().with_name(f"{out.name}-prior")
     length = request.text.seq_len
+    asked: dict[str, Any] = {
+        "pattern": request.pattern,
+        "method": request.prior,
+        "refit": "none",
+        "calibration": next((each.source for each in request.text.texts), SELF),
+        "samples": max(1, min(_SAMPLES, request.text.wanted // length)),
+        "seq_len": length,
+        "skip": request.skip,
+        "text_field": request.text.text_field,
+        "bos": request.text.bos,
+    }
+    if (place / CONFIG).exists() and not is_unfinished(place):
+        source = resolve(model, trust_remote_code=request.machine.trust_remote_code)
+        _check_prior(place, asked, files_sha256(source_fields(source)))
+        return place
+    if processes() > 1:
+        raise InputError(
+            f"several processes cannot make one prior: make it first with `halve prune`, and give its directory as "
+            f"prior instead of {request.prior}"
+        )
     prune(
         model,
         place,
-        pattern=request.pattern,
-        method=request.prior,
-        refit="none",
-        calibration=text,
-        samples=max(1, min(_SAMPLES, request.text.wanted // length)),
-        seq_len=length,
-        skip=request.skip,
-        text_field=request.text.text_field,
-        bos=request.text.bos,
+        **asked,
         device=request.machine.device,
         forward_dtype=request.machine.forward_dtype,
         attention=request.machine.attention,
         trust_remote_code=request.machine.trust_remote_code,
     )
     return place
+
+
+def _check_prior(place: Path, asked: Mapping[str, Any], model: str) -> None:
+    """Refuse a prior that was made otherwise than this training would make it.
+
+    Args:
+        place: the prior's directory.
+        asked: how it would be pruned, as `halve.prune` takes it.
+        model: sha256 of the model's files.
+    """
+    record = previous_record(place)
+    calibration = record["calibration"]
+    is_same = {
+        "model": record["source"].get("sha256") == model,
+        "method": record["method"] == asked["method"],
+        "refit": record["refit"] == asked["refit"],
+        "pattern": record["pattern"] == str(asked["pattern"]),
+        "skip": record["skip"] == list(asked["skip"]),
+        "training": not record.get("trainings"),
+    }
+    if "sha256" in calibration:  # a method that needs no text was given none
+        is_same["text"] = calibration["source"] == asked["calibration"]
+        is_same["seq_len"] = calibration["seq_len"] == asked["seq_len"]
+    if odd := [name for name, same in is_same.items() if not same]:
+        raise InputError(
+            f"{place} holds another prior than this training would make (another {' and '.join(odd)}): remove it, "
+            "give another out, or give its directory as prior if it is the one that is meant"
+        )
 
 
 def apply_masks(
@@ -130,6 +192,7 @@ def apply_masks(
         raise InputError(f"{masks} is no file: give the file of masks that save_masks named")
     pattern, names = masked_names(path)
     source = resolve(model, trust_remote_code=trust_remote_code)
+    described = source_json(source)
     check_destination(place, source, source.size)
     with open_run(place) as run:
         loaded = load_model(source, dtype=dtype_to_prune_in(source))
@@ -140,6 +203,7 @@ def apply_masks(
         targets = list(pruned_parameters(loaded.model, layouts))
         found = read_masks(path, targets)
         put_masks(targets, found.masks)
+        warnings = _of_other_weights(found.model, described, masks)
         matrices = tuple(each for each in plan.matrices if each.parameter in names)
         others = [each for each in plan.matrices if each.parameter not in names]
         excluded = [{"name": each.name, "shape": list(each.shape), "reason": each.reason} for each in plan.excluded]
@@ -148,13 +212,14 @@ def apply_masks(
             for each in others
         ]
         record = learned_record(
-            source_json(source),
+            described,
             pattern,
             "masks",
             recorded_matrices(loaded, matrices),
             {each.name: mask_facts(each.name, view_of(loaded.model, each), pattern) for each in matrices},
             excluded,
             None,
+            warnings=warnings,
         )
         run.begin({**source_fields(source), "masks": sha256_of(path)}, None, None, {})
         files = write_checkpoint(run.prepare_staging(), loaded, [each.name for each in targets], record)
@@ -165,3 +230,15 @@ def apply_masks(
             )
         run.publish(files)
     return record
+
+
+def _of_other_weights(learned: Mapping[str, str], given: Mapping[str, Any], masks: str | Path) -> tuple[str, ...]:
+    """Say that masks fit a model's shapes but were learned for other weights, if so."""
+    wanted = learned.get("sha256")
+    if wanted == given["sha256"]:
+        return ()
+    warning = (
+        f"{masks} was learned for {learned.get('name', 'another model')} (sha256 {str(wanted)[:12]}…), and "
+        f"{given['name']} has other weights (sha256 {given['sha256'][:12]}…): the masks may not suit them"
+    )
+    return (warning,)

@@ -1,7 +1,6 @@
 """The commands that train, and those that put what was trained onto a model: masks and adapters."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from halve.cli.errors import reporting
 from halve.cli.options import ModelArgument, TrustOption, taking
 from halve.cli.report import say_scores
 from halve.cli.terminal import err, out, progress, progress_bar, say
-from halve.cli.values import parse_options
+from halve.cli.values import merge_options, parse_options
 from halve.errors import counted
 from halve.learned_masks import apply_masks as put_masks
 from halve.learned_masks import learn as learn_masks
@@ -26,7 +25,7 @@ from halve.learning.finetuning import resume_finetuning
 from halve.learning.lesson import Taught
 from halve.learning.mask_learning import COMMAND as LEARN
 from halve.learning.mask_learning import Learning
-from halve.learning.options import Finetuning
+from halve.learning.options import Finetuning, is_first_process
 from halve.learning.training.needs import Needs, in_bytes
 from halve.learning.training.state import recorded_training
 from halve.learning.training.trainer import Point
@@ -67,7 +66,7 @@ def learn(
 ) -> None:
     """Learn N:M masks end to end, weights too where the method trains them, and write an ordinary checkpoint."""
     with reporting(out_dir), _watching() as watch:
-        done = learn_masks(model, out_dir, watch=watch, **given, **parse_options(option or []))
+        done = learn_masks(model, out_dir, watch=watch, **merge_options(parse_options(option or []), **given))
     finish(done)
 
 
@@ -80,6 +79,8 @@ def apply_masks(
     """Put learned masks onto the dense model that they were learned for, and write an ordinary checkpoint."""
     with reporting():
         record = put_masks(model, masks, out_dir, trust_remote_code=trust_remote_code)
+    for warning in record["warnings"]:
+        say(err, warning, label="warning", style="yellow")
     say(out, f"{counted(len(record['matrices']), 'matrix', 'matrices')} at {record['pattern']} by the masks of {masks}")
     say(out, f"verified and written: {out_dir}")
 
@@ -98,7 +99,7 @@ def resumed(directory: Path) -> bool:
 
 def finish(done: Taught) -> None:
     """Print what a finished training came to, in the first of several processes."""
-    if not _speaks():
+    if not is_first_process():
         return
     trained = done.trained
     for note in done.notes:
@@ -112,7 +113,8 @@ def finish(done: Taught) -> None:
         f"(step {trained.best} of {trained.steps}, learning rate {trained.learning_rate:g})",
     )
     if done.before:
-        say(out, "pruned, before and after the training:")
+        learned = done.record["trainings"][-1]["kind"] == LEARN  # perhaps from the dense model
+        say(out, f"{'' if learned else 'pruned, '}before and after the training:")
         say_scores(done.before, done.after)
     if done.dense:
         say(out, "dense, and trained:")
@@ -154,14 +156,9 @@ class _Bar(_Lines):
             self._bar.update(self._task, completed=point.step, last=f"loss {point.loss:.4f}")
 
 
-def _speaks() -> bool:
-    """Whether this is the process that speaks, of several that train together."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def _watching() -> Iterator[Watch]:
-    if not _speaks():
+    if not is_first_process():
         yield Watch()
         return
     if not err.is_terminal:

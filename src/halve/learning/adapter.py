@@ -299,7 +299,9 @@ def _alpha(config: _Config, module: str, path: Path) -> float:
     return config.lora_alpha
 
 
-def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
+def write_adapter(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str, *, again: bool = False
+) -> None:
     """Write an adapter's files, whole or none of them.
 
     Args:
@@ -307,12 +309,16 @@ def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
         config: the content of ``adapter_config.json``.
         tensors: by their names in peft's file.
         card: the content of its README.md.
+        again: whether files of those names may be there, to be replaced.
 
     Raises:
         InputError: the directory holds something.
         HalveError: the volume is full or failed.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    own = (WEIGHTS, CARD, CONFIG) if again else ()
+    if directory.exists() and (
+        not directory.is_dir() or any(not path.name.lstrip(".").startswith(own) for path in directory.iterdir())
+    ):
         raise InputError(f"{directory} is not an empty directory: give a new one for the adapter")
     held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"

@@ -10,7 +10,7 @@ from halve.errors import InputError
 from halve.learning.learner import Learner
 from halve.learning.lesson import Lesson, Taught, carry_out, check_directory
 from halve.learning.methods.fixed_mask import FixedMaskLearner
-from halve.learning.options import NONE, Finetuning, Training
+from halve.learning.options import ADAPTERS, NONE, Finetuning, Training, is_first_process, refuse_present
 from halve.learning.pruned_weights import find_pruned
 from halve.learning.training.text import TrainingRows
 from halve.learning.training.watching import Watch
@@ -64,6 +64,11 @@ def resume_finetuning(call: Mapping[str, Any], out: Path, watch: Watch | None = 
 def finetune_as(pruned: Path, out: Path, request: Finetuning, watch: Watch | None = None) -> Taught:
     """Fine-tune as a request says; the arguments, and what is raised, are those of `finetune`."""
     request.check()
+    refuse_present("save_adapter", request.save_adapter, out)
+    if request.train in ADAPTERS:
+        from halve.learning.lora import check_peft
+
+        check_peft()
     source = resolve(pruned, trust_remote_code=request.machine.trust_remote_code)
     if source.kind != "directory" or not (pruned / RECORD).exists():
         raise InputError(f"{pruned} has no {RECORD}: give a checkpoint that halve prune has written")
@@ -82,7 +87,7 @@ def finetune_as(pruned: Path, out: Path, request: Finetuning, watch: Watch | Non
         return make
 
     def record(student: LoadedModel, entry: Mapping[str, Any]) -> dict[str, Any]:
-        if request.save_adapter is not None:
+        if request.save_adapter is not None and is_first_process():
             _save_adapter(made[0], request.save_adapter)
         return trained_record(previous, entry, masks_after(student, previous))
 
@@ -103,7 +108,7 @@ def finetune_as(pruned: Path, out: Path, request: Finetuning, watch: Watch | Non
 
 
 def _learner(request: Finetuning, masks: FixedMasks, pruned: Path) -> Learner:
-    if request.train in {"all", "norms"}:
+    if request.train not in ADAPTERS:
         return FixedMaskLearner(masks, request.train)
     from halve.learning.lora import adapter_learner
 
@@ -116,7 +121,8 @@ def _save_adapter(learner: Learner, directory: Path) -> None:
     from halve.learning.lora import AdapterLearner
 
     if isinstance(learner, AdapterLearner):
-        learner.save_adapter(directory, learner.effect)
+        # Files of the same training, stopped before its checkpoint was complete, are written again.
+        learner.save_adapter(directory, learner.effect, again=True)
 
 
 def find_teacher(pruned: Path, request: Training) -> Source | None:

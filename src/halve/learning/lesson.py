@@ -80,7 +80,7 @@ class Lesson:
         prepare: given the student on its device and the rows, what makes a learner that is attached to nothing yet.
         default_rate: the learning rate where none is given; None tries several.
         record: given the trained student and the entry of this training, the content of ``halve.json``.
-        beside: given the student and the staging directory, writes more files into it; returns their sha256 by name.
+        also: sha256 of what else is read and decides about the bytes, by what it is.
         notes: given nothing, sentences on what was prepared.
     """
 
@@ -95,6 +95,7 @@ class Lesson:
     prepare: Callable[[LoadedModel, TrainingRows], Callable[[], Learner]]
     default_rate: float | None = None
     record: Callable[[LoadedModel, Mapping[str, Any]], dict[str, Any]]
+    also: Mapping[str, str] = field(default_factory=dict)
     notes: Callable[[], tuple[str, ...]] = tuple
 
     @cached_property
@@ -303,13 +304,14 @@ def _fingerprint(lesson: Lesson, rows: TrainingRows) -> dict[str, str]:
     for group, names in (("text", ("data", "text_field")), ("schedule", ("log_to",))):
         for name in names:
             asked[group].pop(name)
-    for name in ("evaluation", "machine", "teacher"):
-        asked.pop(name)
+    for name in ("evaluation", "machine", "teacher", "prior"):
+        asked.pop(name, None)
     fields: dict[str, Any] = {
         **flat("", asked),
         "method": lesson.method,
         "text": rows.sha256,
         **lesson.models,
+        **lesson.also,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device,
         "forward_dtype": machine.precision,
         "attention": machine.attention,
@@ -323,8 +325,11 @@ def call_of(lesson: Lesson) -> dict[str, Any]:
     """Return a call as JSON values, for `halve resume`."""
     request = lesson.request
     places = [lesson.began.name, *(text.source for text in request.text.texts), request.teacher or ""]
+    places.append(getattr(request, "prior", None) or "")
     places += [] if request.evaluation is None else [str(each) for each in request.evaluation.data]
     relative = any(not Path(place).expanduser().is_absolute() and Path(place).exists() for place in places if place)
+    beside = [getattr(request, name, None) for name in ("save_masks", "save_adapter")]  # they need not exist yet
+    relative |= any(not Path(place).expanduser().is_absolute() for place in beside if place is not None)
     call = {
         "command": lesson.command,
         "model": lesson.began.name,

@@ -279,12 +279,13 @@ class AdapterLearner(Learner):
             "the same adapter loaded by stock peft."
         )
 
-    def save_adapter(self, directory: str | Path, effect: str = "") -> None:
+    def save_adapter(self, directory: str | Path, effect: str = "", *, again: bool = False) -> None:
         """Save the adapter as peft does, with a card that says what stock peft makes of it.
 
         Args:
             directory: absent or empty.
             effect: sentences on what was measured of the adapter with the mask and without it (`unmasked`).
+            again: whether an adapter may lie there, to be replaced.
 
         Raises:
             InputError: the directory holds something, or no adapter was attached.
@@ -300,7 +301,7 @@ class AdapterLearner(Learner):
             tensors[f"{PREFIX}{module}.{second}"] = update.second
         config = {**self._config, "inference_mode": True}
         config = {name: sorted(each) if isinstance(each, set) else each for name, each in config.items()}
-        write_adapter(Path(directory).expanduser(), config, tensors, self._card(effect))
+        write_adapter(Path(directory).expanduser(), config, tensors, self._card(effect), again=again)
 
     def _keep_updates(self) -> None:
         """Copy the adapters as they are now; after `finish` there is only the copy."""

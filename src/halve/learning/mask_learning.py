@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.checkpoint.directory import RECORD
-from halve.checkpoint.load import LoadedModel, load_model, resolve
+from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
 from halve.device import model_device
 from halve.errors import InputError
 from halve.learning import methods
@@ -18,7 +18,7 @@ from halve.learning.learner import Learner
 from halve.learning.lesson import Lesson, Taught, carry_out
 from halve.learning.mask_files import write_masks
 from halve.learning.moments import Moments, input_moments
-from halve.learning.options import NONE, Training
+from halve.learning.options import NONE, Training, is_first_process, refuse_present
 from halve.learning.training.publishing import source_json
 from halve.learning.training.text import TrainingRows
 from halve.learning.training.watching import Watch
@@ -27,6 +27,7 @@ from halve.model.masked import PrunedParameter, pruned_parameters
 from halve.model.plan import Matrix, Plan
 from halve.model.survey import plan_model
 from halve.option_groups import internal
+from halve.provenance import files_sha256, source_fields
 from halve.report.record import mask_facts
 from halve.report.training import learned_record, previous_record
 
@@ -66,16 +67,31 @@ class Learning(Training):
         object.__setattr__(self, "skip", skip)
         row = methods.get(self.method)
         methods.make_options(row, **self.options)
-        if self.prior is not None and not row.takes_prior:
-            raise InputError(f"method {row.name} takes no prior: leave it out, or begin from the pruned model itself")
-        if self.save_masks is not None and Path(self.save_masks).exists():
-            raise InputError(f"{self.save_masks} is there already: give save_masks a new name")
+        if self.prior is not None:
+            object.__setattr__(self, "prior", str(self.prior))
+            if not row.takes_prior:
+                raise InputError(
+                    f"method {row.name} takes no prior: leave it out, or begin from the pruned model itself"
+                )
+        if self.save_masks is not None:
+            object.__setattr__(self, "save_masks", Path(self.save_masks))
+
+
+def check_asked(out: Path, request: Learning) -> None:
+    """Refuse what can be known to be unusable before anything is loaded.
+
+    Raises:
+        InputError: as `Training.check`; or the file of masks is there, and not from this training.
+    """
+    request.check()
+    refuse_present("save_masks", request.save_masks, out)
 
 
 def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | None = None) -> Taught:
     """Learn masks as a request says; ``prior`` is a checkpoint here. What is raised is as for `halve.learn`."""
-    request.check()
+    check_asked(out, request)
     row = methods.get(request.method)
+    prior = None if request.prior is None else _prior_of(request)
     source = resolve(model, trust_remote_code=request.machine.trust_remote_code)
     pruned = source.path.is_dir() and (source.path / RECORD).exists()
     previous = previous_record(source.path) if pruned else None
@@ -85,10 +101,14 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
         teacher = source if request.teacher is None else None
     else:
         teacher = resolve(str(request.teacher), trust_remote_code=request.machine.trust_remote_code)
-    school = _School(request, row, None if request.prior is None else Path(request.prior))
+    school = _School(request, row, prior)
+    dense: Source | None = source
+    if previous is not None:  # another teacher may have been named than what was pruned
+        same = teacher is not None and previous["source"].get("sha256") == files_sha256(source_fields(teacher))
+        dense = teacher if same else None
 
     def record(student: LoadedModel, entry: Mapping[str, Any]) -> dict[str, Any]:
-        if request.save_masks is not None:
+        if request.save_masks is not None and is_first_process():
             facts = {name: str(value) for name, value in source_json(source).items() if value is not None}
             write_masks(Path(request.save_masks), school.masks(), request.pattern, facts)
         views = {each.name: view_of(student.model, each) for each in school.planned}
@@ -103,6 +123,7 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
             entry,
             skip=request.skip,
             warnings=entry["text"]["notes"],
+            before=None if previous is None else source.path,
         )
 
     lesson = Lesson(
@@ -112,7 +133,8 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
         what=row.trains,
         began=source,
         teacher=teacher,
-        dense=source if previous is None else teacher,
+        dense=dense,
+        also={} if prior is None else {"prior": files_sha256(source_fields(prior))},
         request=_with_decay(request, row),
         prepare=school.prepare,
         default_rate=row.rate,
@@ -122,10 +144,27 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
     return carry_out(lesson, out, watch)
 
 
+def _prior_of(request: Learning) -> Source:
+    """Find the checkpoint that is the prior.
+
+    Raises:
+        InputError: it is neither a directory nor on the hub, or no pruned checkpoint.
+    """
+    try:
+        found = resolve(str(request.prior), trust_remote_code=request.machine.trust_remote_code)
+    except InputError as error:
+        raise InputError(
+            f"prior = {str(request.prior)!r} is neither a local method (`halve methods`) nor a checkpoint: {error}"
+        ) from error
+    if found.path.is_dir() and (found.path / RECORD).exists():
+        previous_record(found.path)
+    return found
+
+
 def _with_decay(request: Learning, row: methods.LearningMethod) -> Learning:
     """Return the request with the method's own weight decay where the default stands."""
     schedule = request.schedule
-    if schedule.weight_decay or not row.decay:
+    if schedule.weight_decay is not None:
         return request
     return replace(request, schedule=replace(schedule, weight_decay=row.decay))
 
@@ -133,7 +172,7 @@ def _with_decay(request: Learning, row: methods.LearningMethod) -> Learning:
 class _School:
     """Plans what is pruned, makes learners for it, and remembers the last."""
 
-    def __init__(self, request: Learning, row: methods.LearningMethod, prior: Path | None) -> None:
+    def __init__(self, request: Learning, row: methods.LearningMethod, prior: Source | None) -> None:
         self._request = request
         self._row = row
         self._prior = prior
@@ -197,15 +236,15 @@ class _School:
             self.notes.append(f"{len(found.without)} matrices are weighed by |w| alone; of {name}, {reason}")
         return found
 
-    def _weights_of(self, prior: Path, targets: list[PrunedParameter]) -> dict[str, Tensor]:
-        held = load_model(prior, dtype=torch.float32, trust_remote_code=self._request.machine.trust_remote_code)
+    def _weights_of(self, prior: Source, targets: list[PrunedParameter]) -> dict[str, Tensor]:
+        held = load_model(prior, dtype=torch.float32)
         parameters = dict(held.model.named_parameters())
         for target in targets:
             found = parameters.get(target.name)
             if found is None or found.shape != target.tensor.shape:
                 raise InputError(
-                    f"the prior {prior} has no parameter {target.name} of shape {tuple(target.tensor.shape)}: give a "
-                    "checkpoint of the same model"
+                    f"the prior {prior.name} has no parameter {target.name} of shape {tuple(target.tensor.shape)}: "
+                    "give a checkpoint of the same model"
                 )
         return {target.name: parameters[target.name].detach() for target in targets}
 

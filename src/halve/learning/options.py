@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from halve.checkpoint.attention import check_attention
+from halve.checkpoint.directory import is_training
 from halve.checks import check_count, check_not_negative, check_positive, is_number
 from halve.device import forward_precision, resolve_device
 from halve.errors import InputError
@@ -31,6 +32,8 @@ TRAINED: Mapping[str, str] = {
     "hira": "low-rank adapters that multiply the weights, merged at the end",
 }
 """What of a pruned model can be trained, by the word that asks for it."""
+ADAPTERS = ("lora", "hira")
+"""Those of them that train adapters, for which peft is needed."""
 LOSS_ON = ("assistant", "all")
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmgb]?)", re.ASCII)
@@ -168,7 +171,7 @@ class Schedule:
             likes best.
         last_rate: share of the peak that a cosine ends at.
         warmup: share of the steps in which the learning rate rises to its peak.
-        weight_decay: of matrices.
+        weight_decay: of matrices; where nobody says, none, or what a learning method was published with.
         clip: largest norm of the gradient; 0 does not clip.
         evaluations: how often the held-out text is looked at, over the whole training.
         patience: end when so many looks at the held-out text in a row brought nothing better.
@@ -183,7 +186,7 @@ class Schedule:
     learning_rate: float | str = AUTO
     last_rate: float = 0.02
     warmup: float = 0.05
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     clip: float = 1.0
     evaluations: int = 10
     patience: int | None = None
@@ -203,7 +206,8 @@ class Schedule:
             share = getattr(self, name)
             if not is_number(share) or not 0.0 <= share <= 1.0:
                 raise InputError(f"{name} must be a share between 0 and 1, got {share!r}")
-        check_not_negative("weight_decay", self.weight_decay)
+        if self.weight_decay is not None:
+            check_not_negative("weight_decay", self.weight_decay)
         check_not_negative("clip", self.clip)
         check_count("evaluations", self.evaluations)
         for name in ("patience", "save_every"):
@@ -345,10 +349,12 @@ class Finetuning(Training):
         check_count("rank", self.rank)
         if self.alpha is not None:
             check_positive("alpha", self.alpha)
-        if self.save_adapter is not None and self.train not in {"lora", "hira"}:
+            if self.train != "lora":
+                raise OptionError("{} goes with {} lora: leave it out", "alpha", "train")
+        if self.save_adapter is not None and self.train not in ADAPTERS:
             raise OptionError("{} goes with {} lora or hira: leave it out", "save_adapter", "train")
-        if self.save_adapter is not None and Path(self.save_adapter).exists():
-            raise InputError(f"{self.save_adapter} is there already: give save_adapter a new directory")
+        if self.save_adapter is not None:
+            object.__setattr__(self, "save_adapter", Path(self.save_adapter))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,6 +396,21 @@ class Shape:
         each = step // processes
         rows = max(size for size in range(1, min(most, each) + 1) if each % size == 0)
         return cls(steps=training.text.wanted // (step * length), rows=rows, passes=each // rows, processes=processes)
+
+
+def refuse_present(option: str, place: Path | None, out: Path) -> None:
+    """Refuse to write beside a checkpoint where something is, unless an unfinished training may have written it.
+
+    Raises:
+        InputError: something is there.
+    """
+    if place is not None and place.exists() and not is_training(out):
+        raise InputError(f"{place} is there already: give {option} a new name")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, of several that train together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def processes() -> int:

@@ -17,7 +17,7 @@ from halve.evaluation.figure import Perplexity
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, matrix_view
 from halve.provenance import environment
-from halve.recorded import FORMAT, REMEDY, pattern_of
+from halve.recorded import FORMAT, REMEDY, Record, pattern_of, read_record
 from halve.report.record import finite, mask_facts
 from halve.report.schema import WholeRecord, record_of
 from halve.report.values import check_nesting
@@ -85,6 +85,7 @@ def learned_record(
     *,
     skip: Sequence[str] = (),
     warnings: Sequence[str] = (),
+    before: Path | None = None,
 ) -> dict[str, Any]:
     """Return ``halve.json`` of a model whose masks a training has learned from dense, but for the files' sha256.
 
@@ -100,6 +101,8 @@ def learned_record(
             applied, which were learned before.
         skip: what was not to be pruned, as it was asked for.
         warnings: sentences.
+        before: the pruned checkpoint that the training began with; None where it began with the dense model. Trainings
+            of it stay on record, and so does what else differs from the dense model since.
 
     Raises:
         HalveError: no reader would take the record; a mask is missing, or one is of no matrix.
@@ -107,6 +110,10 @@ def learned_record(
     _check_masks({matrix["name"] for matrix in matrices}, masks)
     applied = {"device": "cpu", "forward_dtype": "float32", "environment": environment()}
     training = applied if entry is None else plain_json(entry)
+    earlier = () if before is None else previous_record(before).get("trainings", ())
+    if before is not None and entry is not None:
+        was = read_record(before, Record)
+        training = training | {"tensors": sorted({*training["tensors"], *was.tuned, *was.layouts})}
     done = {"asked": method, "method": method, "refit": "none", "status": str(Status.OK), "reason": "", "facts": {}}
     return _readable(
         {
@@ -128,7 +135,7 @@ def learned_record(
             "mean_relative_loss": None,
             "matrices": [plain_json({**matrix, **done, **masks[matrix["name"]]}) for matrix in matrices],
             "blocks": [],
-            "trainings": [] if entry is None else [training],
+            "trainings": [*earlier, *([] if entry is None else [training])],
             "excluded": [plain_json(each) for each in excluded],
             "warnings": list(warnings),
             "environment": training["environment"],

@@ -247,7 +247,7 @@ class Course:
                 rows,
                 training.target,
                 training.machine.precision,
-                schedule.weight_decay,
+                schedule.weight_decay or 0.0,
                 schedule.last_rate,
                 files,
                 arguments,
