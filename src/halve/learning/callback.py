@@ -57,14 +57,14 @@ class KeepMasks(TrainerCallback):
         """
         if model is None:
             raise InputError("KeepMasks was called without a model: use it as a callback of transformers.Trainer")
-        if args.deepspeed:
+        if args.deepspeed or getattr(args, "deepspeed_plugin", None):
             raise InputError(
                 "KeepMasks does not work with DeepSpeed, whose optimisers step flattened copies of the weights, which "
                 "no mask reaches: use FSDP2 or plain data parallelism"
             )
         if state.is_hyper_param_search:
             raise InputError("KeepMasks does not work with hyperparameter_search: train each setting by itself")
-        saved = self._saved(args, state) if state.global_step and self._record is None else None
+        saved = self._saved(args, state) if state.global_step else None
         if saved is None:
             self._kept = keep_masks(model, self._pattern, record=self._record)
         else:
@@ -112,13 +112,15 @@ class KeepMasks(TrainerCallback):
         if self._kept is not None:
             self._kept.check()
 
-    def _saved(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """Return the file of masks of a training that goes on."""
+    def _saved(self, args: TrainingArguments, state: TrainerState) -> Path | None:
+        """Return the file of masks of a training that goes on; None where there is none, and a record was given."""
         out = Path(str(args.output_dir))
         given = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
         for directory in (*given, out / f"checkpoint-{state.global_step}", out):
             if (directory / MASKS).is_file():
                 return directory / MASKS
+        if self._record is not None:
+            return None
         raise InputError(
             f"training goes on after step {state.global_step}, and there is no {MASKS} in {out}, so which weights were "
             "pruned is not known: give KeepMasks(record=…) the directory of the checkpoint that has it, or, if it was "

@@ -99,6 +99,10 @@ class Learner:
             measure: returns the held-out loss, in nats a token, of the model as it computes now.
         """
 
+    def detach(self) -> None:
+        """Take everything off the model, whatever its weights are then: a trial's are put back by who made it."""
+        self.finish()
+
     def finish(self) -> None:
         """Leave the model N:M in its own parameters, with nothing attached to it."""
         raise NotImplementedError

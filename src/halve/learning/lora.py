@@ -199,7 +199,7 @@ class AdapterLearner(Learner):
         self._places = tuple(_place(model, name, wanted[name]) for name in found if name in wanted)
         strange = sorted(found.keys() ^ wanted.keys())
         if strange:
-            self._detach()
+            self.detach()
             raise UnsupportedModelError(
                 f"peft and Halve do not mean the same layers of {type(model).__name__} by the name {strange[0]}: train "
                 "all weights instead"
@@ -236,15 +236,16 @@ class AdapterLearner(Learner):
         self._keep_updates()
         for module, update in self._updates.items():
             if not all(bool(torch.isfinite(each).all()) for each in (update.first, update.second)):
-                self._detach()
+                self.detach()
                 raise UnsupportedModelError(f"the adapter of {module} is not finite: train with a lower learning rate")
         for place in self._places:
             target = place.target
             weight = target.inputs_last(target.tensor.data)
             weight.copy_(self._updates[target.name.rpartition(".")[0]].merged(weight, masked=True))
-        self._detach()
+        self.detach()
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Take the adapters off and merge nothing."""
         for place in self._places:
             setattr(place.parent, place.leaf, place.layer.get_base_layer())
         if self._model is not None and hasattr(self._model, "peft_config"):

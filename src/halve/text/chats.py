@@ -35,6 +35,10 @@ def read_chats(source: str | Path) -> Iterator[tuple[str, list[Message]]]:
     Raises:
         InputError: a record is no chat.
     """
+    path = Path(source)
+    plain = next((file for file in sorted(path.rglob("*.txt")) if file.is_file()), None) if path.is_dir() else None
+    if plain is not None:
+        raise InputError(f"{path} holds chats and also {plain.name}, which is none: name chats and plain text apart")
     for where, record in open_records(source):
         if MESSAGES in record:
             yield where, _checked(record[MESSAGES], where)
@@ -56,7 +60,8 @@ def chat_passage(
         chat: its messages.
         tokenizer: of the model.
         where: the chat stands, for messages.
-        assistant_only: learn what the assistant says, up to the end of its turn, and nothing else.
+        assistant_only: learn what the assistant says, up to the end of its turn, and nothing else; not what it says
+            before anybody else has spoken.
 
     Raises:
         InputError: the tokenizer has no chat template, or it refuses the chat; or it writes the beginning of a chat
@@ -69,9 +74,9 @@ def chat_passage(
     if not assistant_only:
         learned[:] = True
     for index, message in enumerate(chat if assistant_only else ()):
-        if message["role"] != _ASSISTANT:
+        if message["role"] != _ASSISTANT or not index:  # where it begins, what the template puts before is not its own
             continue
-        before = _rendered(chat[:index], tokenizer, where, prompt=True) if index else []
+        before = _rendered(chat[:index], tokenizer, where, prompt=True)
         through = _rendered(chat[: index + 1], tokenizer, where)
         if ids[: len(through)] != through or through[: len(before)] != before:
             raise InputError(

@@ -11,7 +11,7 @@ from courses import LENGTH, Plain, course, learner, made_rows
 from halve.errors import HalveError, InputError
 from halve.learning.learner import Learner
 from halve.learning.training.course import RATES
-from halve.learning.training.trainer import Moments
+from halve.learning.training.trainer import Milestones
 from halve.text.rows import IGNORED
 from kept_models import pruned_decoder, zeros
 from models import decoder
@@ -214,9 +214,9 @@ def test_gradient_checkpointing_gives_the_same_weights():
 
 
 def test_moments_are_spread_and_the_last_step_has_both():
-    assert Moments.of(10, 4, None) == Moments(frozenset({0, 3, 5, 8, 10}), frozenset({3, 5, 8, 10}))
-    assert Moments.of(10, 2, 4).saves == {4, 8, 10}
-    assert Moments.of(2, 10, None).looks == {0, 1, 2}
+    assert Milestones.of(10, 4, None) == Milestones(frozenset({0, 3, 5, 8, 10}), frozenset({3, 5, 8, 10}))
+    assert Milestones.of(10, 2, 4).saves == {4, 8, 10}
+    assert Milestones.of(2, 10, None).looks == {0, 1, 2}
 
 
 def test_the_second_gpu_is_refused_with_a_way_out(monkeypatch):
@@ -224,4 +224,4 @@ def test_the_second_gpu_is_refused_with_a_way_out(monkeypatch):
     machine = run._training.machine
     monkeypatch.setitem(vars(machine), "target", torch.device("cuda:1"))
     with pytest.raises(InputError, match="set CUDA_VISIBLE_DEVICES=1"):
-        run._trainer(learner(run._model, Plain), 1.0, run._rows, run._shape, None, run._moments, None)
+        run._trainer(learner(run._model, Plain), 1.0, run._rows, run._shape, None, run._milestones, None)

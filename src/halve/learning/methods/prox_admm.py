@@ -189,11 +189,12 @@ class ProxADMM(MaskLearner):
         self._lam, self._done = state["numbers"].tolist()
         self._sizes = dict(zip(self.targets, state["sizes"].tolist(), strict=True))
         self._masks = load_masks(state, self.targets)
-        if self._masks:
-            self._copies, self._duals = {}, {}
-        for name in self._copies:
-            self._copies[name].copy_(state[f"copy.{name}"])
-            self._duals[name].copy_(state[f"dual.{name}"])
+        self._copies, self._duals = {}, {}
+        for name, target in self.targets.items():  # of a state before the masks were fixed, in a learner that has them
+            if f"copy.{name}" in state:
+                device = stored(target).device
+                self._copies[name] = state[f"copy.{name}"].to(device, copy=True)
+                self._duals[name] = state[f"dual.{name}"].to(device, copy=True)
 
     def _shrink(self, step: Step, optimiser: Optimizer) -> None:
         done, groups = 0, 0

@@ -1,6 +1,7 @@
 """One training, from its rows to trained weights: the learning rate is found, then the Trainer does the rest."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from halve.learning.training.losses import loss_sums
 from halve.learning.training.needs import Needs, activation_bytes, measured_needs
 from halve.learning.training.state import TrainingFiles
 from halve.learning.training.text import TrainingRows
-from halve.learning.training.trainer import HELD_OUT, MaskTrainer, Moments, NotFiniteError, Point
+from halve.learning.training.trainer import HELD_OUT, MaskTrainer, Milestones, NotFiniteError, Point
 from halve.text.rows import IGNORED, Rows
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -114,7 +115,7 @@ class Course:
         ):
             rate, tried = self._rate(make, default_rate)
             learner = make()
-            trainer = self._trainer(learner, rate, self._rows, self._shape, self._files, self._moments, self._tell)
+            trainer = self._trainer(learner, rate, self._rows, self._shape, self._files, self._milestones, self._tell)
             doubt = learner.doubts(trainer.planned_rates())
             self.notes += (doubt,) if doubt else ()
             state = None if self._files is None else self._files.newest()
@@ -122,6 +123,7 @@ class Course:
             best = trainer.load_best()
             learner.look_back(lambda: trainer.measure()[HELD_OUT])
             learner.finish()
+            trainer.unwrap()
         self._model.eval()
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
@@ -142,7 +144,7 @@ class Course:
             make: as for `run`.
             output: bytes of the checkpoint that is going to be written.
         """
-        before = {name: value.detach().clone() for name, value in self._model.named_parameters()}
+        before = _copied(self._model)
         learner = make()
         row = self._rows.rows
         batch = {"input_ids": row.ids[:1], "position_ids": row.positions[:1], "labels": row.labels[:1]}
@@ -161,11 +163,12 @@ class Course:
                     )
                 )
             self._model.eval()
-            learner.finish()
+            own = sum(each.nbytes for each in learner.state().values())
+            learner.detach()
         _put_back(self._model, before)
         teacher = None if self._teacher is None else self._teacher.model
         device = self._training.machine.target
-        return measured_needs(self._model, teacher, trained, kept, self._shape, output, device)
+        return measured_needs(self._model, teacher, trained, own, kept, self._shape, output, device)
 
     def _attach(self, learner: Learner) -> list[nn.Parameter]:
         """Attach a learner to the student, and let only what it trains require gradients."""
@@ -176,9 +179,9 @@ class Course:
         return parameters
 
     @property
-    def _moments(self) -> Moments:
+    def _milestones(self) -> Milestones:
         schedule = self._training.schedule
-        return Moments.of(self._shape.steps, schedule.evaluations, schedule.save_every)
+        return Milestones.of(self._shape.steps, schedule.evaluations, schedule.save_every)
 
     def _rate(self, make: Callable[[], Learner], default: float | None) -> tuple[float, dict[float, float]]:
         """Return the learning rate that was given, that is kept, or that does best in short trials."""
@@ -189,14 +192,15 @@ class Course:
             return default, {}
         kept = None if self._files is None else self._files.fact("rates")
         tried = {} if kept is None else {float(rate): _number(loss) for rate, loss in kept}
-        for rate in RATES:
-            if rate in tried:
-                continue
-            tried[rate] = self._try(make, rate)
-            if self._files is not None:
-                self._files.keep_fact("rates", [[rate, _plain(loss)] for rate, loss in tried.items()])
-            if len(tried) > 1 and not tried[rate] < min(loss for other, loss in tried.items() if other != rate):
+        best_before = math.inf
+        for number, rate in enumerate(RATES):
+            if rate not in tried:
+                tried[rate] = self._try(make, rate)
+                if self._files is not None:
+                    self._files.keep_fact("rates", [[rate, _plain(loss)] for rate, loss in tried.items()])
+            if number and not tried[rate] < best_before:
                 break
+            best_before = min(best_before, tried[rate])
         best = min(tried, key=lambda rate: tried[rate])
         if not math.isfinite(tried[best]):
             raise HalveError(
@@ -212,16 +216,17 @@ class Course:
         held = self._rows.held_out
         judges = Rows(held.ids[:_JUDGES], held.positions[:_JUDGES], held.labels[:_JUDGES])
         rows = TrainingRows(self._rows.rows, self._rows.order[: shape.sequences], judges, (), {}, self._rows.apart)
-        before = {name: value.detach().cpu().clone() for name, value in self._model.named_parameters()}
+        before = _copied(self._model)
         learner = make()
         try:
-            trainer = self._trainer(learner, rate, rows, shape, None, Moments(frozenset({steps})), None)
+            trainer = self._trainer(learner, rate, rows, shape, None, Milestones(frozenset({steps})), None)
             trainer.train()
+            trainer.unwrap()
             return min(_number(loss) for loss in trainer.held_out_losses().values())
         except NotFiniteError:  # it diverged
             return math.inf
         finally:
-            learner.finish()
+            learner.detach()
             _put_back(self._model, before)
 
     def _trainer(
@@ -231,14 +236,16 @@ class Course:
         rows: TrainingRows,
         shape: Shape,
         files: TrainingFiles | None,
-        moments: Moments,
+        moments: Milestones,
         tell: Callable[[Point], None] | None,
     ) -> MaskTrainer:
         training = self._training
         schedule = training.schedule
         parameters = self._attach(learner)
+        if files is not None and "tensorboard" in schedule.log_to:  # what it writes is to outlast the states
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(files.out.with_name(f"{files.out.name}-logs")))
         with _work(files) as place:
-            arguments = _arguments(training, shape, rate, place)
+            arguments = _arguments(training, shape, rate, place, tracked=files is not None)
             return MaskTrainer(
                 self._student,
                 self._teacher,
@@ -284,7 +291,8 @@ def _work(files: TrainingFiles | None) -> Iterator[Path]:
         yield Path(name)
 
 
-def _arguments(training: Training, shape: Shape, rate: float, place: Path) -> Any:
+def _arguments(training: Training, shape: Shape, rate: float, place: Path, *, tracked: bool) -> Any:
+    """Return what the Trainer is told; a trial of a learning rate is told to no tracker."""
     from transformers import TrainingArguments
 
     schedule, machine = training.schedule, training.machine
@@ -311,14 +319,21 @@ def _arguments(training: Training, shape: Shape, rate: float, place: Path) -> An
         logging_steps=max(1, shape.steps // _LOGGED),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to=list(schedule.log_to) or "none",
+        report_to=(list(schedule.log_to) if tracked else []) or "none",
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=True,
     )
+    # Without this, what `accelerate launch --mixed_precision` says would be done, and something else be on record.
+    found.mixed_precision = "bf16" if found.bf16 else "no"
     if found.n_gpu > 1:  # several GPUs in one process would be nn.DataParallel
         found._n_gpu = 1  # noqa: SLF001 - there is no public way
     return found
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all parameters, on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
 
 
 @torch.no_grad()

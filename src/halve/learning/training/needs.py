@@ -69,6 +69,7 @@ def measured_needs(
     student: nn.Module,
     teacher: nn.Module | None,
     trained: Sequence[nn.Parameter],
+    own: int,
     activations: int,
     shape: Shape,
     output: int,
@@ -80,6 +81,7 @@ def measured_needs(
         student: in float32.
         teacher: as it lies in memory; None without one.
         trained: the parameters that are trained.
+        own: bytes that the way to learn holds besides.
         activations: bytes that one sequence keeps for the backward pass (`activation_bytes`).
         shape: of the training.
         output: bytes of the checkpoint that is written.
@@ -93,12 +95,13 @@ def measured_needs(
             **models,
             "gradients": count * _FLOAT,
             "moments": _MOMENTS * count * _FLOAT,
+            "the method": own,
             "activations": activations * shape.rows,
             "logits": _COPIES * chunk * _FLOAT,
         },
         disk={
-            "states": 2 * (1 + _MOMENTS) * count * _FLOAT,
-            "the best weights": _BEST * count * _FLOAT,
+            "states": 2 * ((1 + _MOMENTS) * count * _FLOAT + own),
+            "the best weights": _BEST * (count * _FLOAT + own),
             "the checkpoint": output,
         },
         held=sum(models.values()) if next(student.parameters()).device.type == device.type else 0,

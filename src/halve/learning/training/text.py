@@ -143,10 +143,12 @@ def training_rows(
         raise InputError("the model has no tokenizer, so it cannot be trained on text: put its tokenizer beside it")
     known = student.model.get_input_embeddings()
     vocabulary = known.num_embeddings if isinstance(known, nn.Embedding) else len(tokenizer)
-    apart = not keeps_documents_apart(student.model, min(len(tokenizer), vocabulary))
+    models = [student.model, *([] if teacher is None else [teacher.model])]
+    apart = not all(keeps_documents_apart(model, min(len(tokenizer), vocabulary)) for model in models)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     total = sum(each.weight for each in text.texts)
     parts: list[tuple[Rows, Rows, int]] = []
+    sources: dict[str, int] = {}
     notes: list[str] = []
     for each in text.texts:
         share = each.weight / total
@@ -168,13 +170,13 @@ def training_rows(
                 f"{wanted / len(found):.1f} times"
             )
         parts.append((found, judged, wanted))
+        sources[each.source] = sum(map(len, trained))
     if apart:
         notes.append("the model does not keep packed documents apart, so every sequence holds one document, padded")
     rows, held_out = Rows.joined([part[0] for part in parts]), Rows.joined([part[1] for part in parts])
     for ids in (rows.ids, held_out.ids):
         check_vocabulary(ids, student.model, ", ".join(map(str, text.data)))
     order = _order([(len(found), wanted) for found, _, wanted in parts], sequences, text.seed)
-    sources = {each.source: part[0].ids.numel() for each, part in zip(text.texts, parts, strict=True)}
     return TrainingRows(rows, order, held_out, tuple(notes), sources, apart)
 
 

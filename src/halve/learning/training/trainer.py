@@ -55,7 +55,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Milestones:
     """The steps at which something happens, counted in steps done.
 
     Attributes:
@@ -67,7 +67,7 @@ class Moments:
     saves: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, steps: int, evaluations: int, save_every: int | None) -> "Moments":
+    def of(cls, steps: int, evaluations: int, save_every: int | None) -> "Milestones":
         """Spread them over a training of so many steps; the last one has both."""
         looks = {math.ceil(steps * number / evaluations) for number in range(evaluations + 1)}
         saves = looks - {0} if save_every is None else {*range(save_every, steps + 1, save_every), steps}
@@ -112,7 +112,7 @@ class MaskTrainer(Trainer):
         last_rate: share of the peak that the learning rate ends at.
         files: where states go; None keeps none.
         args: the Trainer's own.
-        moments: the steps at which the held-out text is looked at, and those at which a state is kept.
+        milestones: the steps at which the held-out text is looked at, and those at which a state is kept.
         patience: looks without improvement after which the training ends.
         tell: called with every `Point`.
     """
@@ -130,7 +130,7 @@ class MaskTrainer(Trainer):
         last_rate: float,
         files: TrainingFiles | None,
         args: TrainingArguments,
-        moments: Moments,
+        milestones: Milestones,
         *,
         patience: int | None = None,
         tell: Callable[[Point], None] | None = None,
@@ -152,13 +152,13 @@ class MaskTrainer(Trainer):
         self._best: tuple[int, dict[str, Tensor], dict[str, Tensor]] | None = None  # where no files are kept
         self._anchor: int | None = None
         self._patience = patience
-        self._looks = len(moments.looks)
+        self._looks = len(milestones.looks)
         super().__init__(
             model=student.model,
             args=args,
             data_collator=stacked,
             train_dataset=self._rows_in_order,
-            callbacks=[_Hooks(self, moments)],
+            callbacks=[_Hooks(self, milestones)],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts the labels of a whole step
@@ -332,6 +332,10 @@ class MaskTrainer(Trainer):
         self.state = before
         self.train(resume_from_checkpoint=str(state))
 
+    def unwrap(self) -> None:
+        """Take off the autocast that accelerate has put around the model's forward."""
+        self.accelerator.unwrap_model(self._student.model, keep_fp32_wrapper=False)
+
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters that are trained, by their names in the model."""
         return {self._names.get(id(each), f"trained.{number}"): each for number, each in enumerate(self._parameters)}
@@ -399,12 +403,12 @@ class MaskTrainer(Trainer):
 class _Hooks(TrainerCallback):
     """Calls the learner at its places, says when to look at the held-out text and when to save."""
 
-    def __init__(self, trainer: MaskTrainer, moments: Moments) -> None:
+    def __init__(self, trainer: MaskTrainer, milestones: Milestones) -> None:
         self._trainer = trainer
-        self._moments = moments
+        self._milestones = milestones
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == 0 and 0 in self._moments.looks:
+        if state.global_step == 0 and 0 in self._milestones.looks:
             self._trainer.evaluate()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -419,8 +423,8 @@ class _Hooks(TrainerCallback):
         self._trainer.learner.after_update(self._step(state), getattr(optimiser, "optimizer", optimiser))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        control.should_evaluate = state.global_step in self._moments.looks
-        control.should_save = state.global_step in self._moments.saves
+        control.should_evaluate = state.global_step in self._milestones.looks
+        control.should_save = state.global_step in self._milestones.saves
         # The mean since the last log is no part of a state: one that goes on has to begin a new one as well.
         control.should_log = control.should_log or control.should_save
 
