@@ -14,11 +14,12 @@ from halve.device import model_device
 from halve.errors import InputError
 from halve.learning import methods
 from halve.learning.finetuning import find_teacher
+from halve.learning.launch import is_first_process
 from halve.learning.learner import Learner
 from halve.learning.lesson import Lesson, Taught, carry_out
 from halve.learning.mask_files import write_masks
 from halve.learning.moments import Moments, input_moments
-from halve.learning.options import NONE, Training, is_first_process, refuse_present
+from halve.learning.options import NONE, Training, refuse_present
 from halve.learning.training.publishing import source_json
 from halve.learning.training.text import TrainingRows
 from halve.learning.training.watching import Watch
