@@ -15,8 +15,8 @@ import layer_oracles as oracle
 from halve import check
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
-from halve.learning.methods import LEARNING_METHODS
 from halve.learning.mask_learning import Learning
+from halve.learning.methods import LEARNING_METHODS
 from halve.learning.options import Finetuning, Training
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction
