@@ -15,8 +15,9 @@ import layer_oracles as oracle
 from halve import check
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
+from halve.learning.mask_learning import Learning
 from halve.learning.methods import LEARNING_METHODS
-from halve.learning.options import Finetuning
+from halve.learning.options import Finetuning, Training
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction
 from halve.option_groups import options_of
@@ -61,6 +62,18 @@ def test_every_option_of_finetune_is_documented_with_its_flag_and_default(each):
     flag = f"`--{each.name.replace('_', '-')}`"
     default = "required" if each.default is MISSING else each.default
     assert any(flag in row and f"`{default}`" in row for row in table), flag
+
+
+OF_LEARNING = {each.name for each in options_of(Learning)} - {each.name for each in options_of(Training)}
+
+
+@pytest.mark.parametrize("each", [each for each in options_of(Learning) if each.name in OF_LEARNING])
+def test_every_option_of_learn_alone_is_documented_with_its_flag_and_default(each):
+    page = (DOCS / "options.md").read_text()
+    own = page[page.index("| `Learning` |") :].partition("\n\n")[0]
+    table = [[cell.strip() for cell in line.split("|")] for line in own.splitlines()]
+    flag = f"`--{each.name.replace('_', '-')}`"
+    assert any(f"`{each.name}`" in row and flag in row and f"`{each.default}`" in row for row in table), flag
 
 
 @pytest.mark.parametrize("owner", OPTIONS)

@@ -14,10 +14,10 @@ from halve.checkpoint.room import check_destination
 from halve.checkpoint.write import write_checkpoint
 from halve.errors import HalveError, InputError
 from halve.learning import methods as learning_methods
+from halve.learning.launch import processes
 from halve.learning.lesson import Taught, check_directory
 from halve.learning.mask_files import masked_names, put_masks, read_masks
 from halve.learning.mask_learning import Learning, check_asked, learn_as, recorded_matrices, view_of
-from halve.learning.options import processes
 from halve.learning.training.publishing import source_json
 from halve.learning.training.watching import Watch
 from halve.lookup import find_row

@@ -129,6 +129,40 @@ def test_what_is_saved_merges_to_the_very_bits_of_the_trained_model(kind, family
         learner.save_adapter(tmp_path / "late")
 
 
+def test_an_adapter_replaces_only_an_adapter(tmp_path):
+    _, _, learner, trained, _ = attached()
+    learner.save_adapter(tmp_path / "adapter")
+    scrambled(trained)
+    learner.save_adapter(tmp_path / "adapter", again=True)
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(bool(value.any()) for name, value in held.items() if "lora_B" in name)
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not an empty directory"):
+        learner.save_adapter(tmp_path / "adapter", again=True)
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["lora", "hira"])
+def test_the_effect_is_what_stock_peft_makes_of_the_saved_adapter(kind, family, tmp_path):
+    model, _, learner, trained, before = attached(kind, family)
+    scrambled(trained)
+    assert learner.effect == ""
+    learner.save_adapter(tmp_path / "adapter")
+    ids = tokens(2, 12, seed=9)
+    with torch.no_grad():
+        masked = float(loss_of(model, ids))
+        other = float(loss_of(stock(deepcopy(before), tmp_path / "adapter"), ids))
+        learner.look_back(lambda: float(loss_of(model, ids)))
+        assert float(loss_of(model, ids)) == masked
+    if kind == "hira":  # there is nothing to tell
+        assert learner.effect == ""
+        return
+    assert f"with the mask is {masked:.4f} nats a token" in learner.effect
+    stated = float(learner.effect.split("token, and ")[1].split(" ")[0])
+    assert stated == pytest.approx(other, abs=1e-3)
+    assert abs(masked - other) > 1e-2
+
+
 def test_stock_peft_makes_another_function_of_a_masked_adapter(family, tmp_path):
     model, _, learner, trained, before = attached(family=family)
     train(model, trained)

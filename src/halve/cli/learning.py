@@ -22,10 +22,11 @@ from halve.learned_masks import learn as learn_masks
 from halve.learned_masks import resume_learning
 from halve.learning.finetuning import finetune as finetune_model
 from halve.learning.finetuning import resume_finetuning
+from halve.learning.launch import is_first_process
 from halve.learning.lesson import Taught
 from halve.learning.mask_learning import COMMAND as LEARN
 from halve.learning.mask_learning import Learning
-from halve.learning.options import Finetuning, is_first_process
+from halve.learning.options import Finetuning
 from halve.learning.training.needs import Needs, in_bytes
 from halve.learning.training.state import recorded_training
 from halve.learning.training.trainer import Point

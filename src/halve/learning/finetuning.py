@@ -7,10 +7,11 @@ from typing import Any
 from halve.checkpoint.directory import RECORD
 from halve.checkpoint.load import LoadedModel, Source, resolve
 from halve.errors import InputError
+from halve.learning.launch import is_first_process
 from halve.learning.learner import Learner
 from halve.learning.lesson import Lesson, Taught, carry_out, check_directory
 from halve.learning.methods.fixed_mask import FixedMaskLearner
-from halve.learning.options import ADAPTERS, NONE, Finetuning, Training, is_first_process, refuse_present
+from halve.learning.options import ADAPTERS, NONE, Finetuning, Training, refuse_present
 from halve.learning.pruned_weights import find_pruned
 from halve.learning.training.text import TrainingRows
 from halve.learning.training.watching import Watch

@@ -25,8 +25,9 @@ from halve.checkpoint.write import output_bytes
 from halve.errors import CorruptFileError, HalveError, InputError
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation, overlap
+from halve.learning.launch import check_launcher, processes
 from halve.learning.learner import Learner
-from halve.learning.options import NONE, Shape, Training, processes
+from halve.learning.options import NONE, Shape, Training
 from halve.learning.training.course import Course, Trained
 from halve.learning.training.heads import check_causal
 from halve.learning.training.publishing import Clock, publish, round_as_written, training_entry
@@ -240,26 +241,6 @@ def _first_process_first(files: TrainingFiles) -> Iterator[None]:
     yield
     if files.writes:
         state.wait_for_everyone()
-
-
-def check_launcher() -> None:
-    """Refuse to train sharded: states are written by the first process alone, which would then have only a part.
-
-    Raises:
-        InputError: accelerate was told to shard the model.
-    """
-    sharding = {
-        "ACCELERATE_USE_FSDP": "FSDP",
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron",
-    }
-    for name, what in sharding.items():
-        if os.environ.get(name, "").lower() in {"1", "true", "yes"}:
-            raise InputError(
-                f"this training does not shard a model, and accelerate is told to use {what} ({name}): launch it "
-                "without (torchrun, or accelerate launch --multi_gpu), or train in a loop of your own with "
-                "halve.keep_masks"
-            )
 
 
 @contextmanager

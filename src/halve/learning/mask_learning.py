@@ -14,11 +14,12 @@ from halve.device import model_device
 from halve.errors import InputError
 from halve.learning import methods
 from halve.learning.finetuning import find_teacher
+from halve.learning.launch import is_first_process
 from halve.learning.learner import Learner
 from halve.learning.lesson import Lesson, Taught, carry_out
 from halve.learning.mask_files import write_masks
 from halve.learning.moments import Moments, input_moments
-from halve.learning.options import NONE, Training, is_first_process, refuse_present
+from halve.learning.options import NONE, Training, refuse_present
 from halve.learning.training.publishing import source_json
 from halve.learning.training.text import TrainingRows
 from halve.learning.training.watching import Watch
@@ -228,9 +229,12 @@ class _School:
         return make
 
     def _moments(self, model: nn.Module, targets: list[PrunedParameter], rows: TrainingRows) -> Moments:
-        device = model_device(model)
-        ids = rows.rows.ids[rows.order[:_MOMENT_ROWS]].to(device)
-        found = input_moments(model, targets, [{"input_ids": row[None]} for row in ids])
+        device, first = model_device(model), rows.order[:_MOMENT_ROWS]
+        batches = [
+            _fed(ids[None].to(device), positions[None].to(device), apart=rows.apart)
+            for ids, positions in zip(rows.rows.ids[first], rows.rows.positions[first], strict=True)
+        ]
+        found = input_moments(model, targets, batches)
         if found.without:
             name, reason = next(iter(found.without.items()))
             self.notes.append(f"{len(found.without)} matrices are weighed by |w| alone; of {name}, {reason}")
@@ -247,6 +251,14 @@ class _School:
                     "give a checkpoint of the same model"
                 )
         return {target.name: parameters[target.name].detach() for target in targets}
+
+
+def _fed(ids: Tensor, positions: Tensor, *, apart: bool) -> dict[str, Tensor]:
+    """Return what a model is fed of a row: packed documents with their positions, a document alone without padding."""
+    if not apart:
+        return {"input_ids": ids, "position_ids": positions}
+    own = positions[0] == torch.arange(positions.shape[1], device=positions.device)  # padding begins anew
+    return {"input_ids": ids[:, own]}
 
 
 def view_of(model: nn.Module, matrix: Matrix) -> Tensor:

@@ -1,6 +1,5 @@
 """What a training is asked for: on which text, against which teacher, how long, and what is trained."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -406,13 +405,3 @@ def refuse_present(option: str, place: Path | None, out: Path) -> None:
     """
     if place is not None and place.exists() and not is_training(out):
         raise InputError(f"{place} is there already: give {option} a new name")
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes, of several that train together."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def processes() -> int:
-    """Return how many processes train together, as ``torchrun`` and ``accelerate launch`` say."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
