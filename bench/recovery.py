@@ -15,8 +15,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,6 @@ import halve
 from halve.learning.lesson import Taught
 from halve.learning.training.trainer import Point
 from halve.learning.training.watching import Watch
-
-SEQ_LEN = 512
-WINDOWS = 32
 
 
 class Reporter(Watch):
@@ -71,12 +69,12 @@ class Recovery:
             self.options.model,
             out,
             calibration=self.options.train,
-            seq_len=SEQ_LEN,
+            seq_len=self.options.seq_len,
             device=self.options.device,
             dtype=self.options.dtype if self.options.model.endswith(".gguf") else None,
             eval_data=self.options.evaluate,
-            eval_seq_len=SEQ_LEN,
-            eval_max_windows=WINDOWS,
+            eval_seq_len=self.options.seq_len,
+            eval_max_windows=self.options.windows,
             **options,
         )
         seconds = sum(pruned.report.seconds.values())
@@ -84,7 +82,8 @@ class Recovery:
 
     def train(self, name: str, start: str, tokens: int, *, keep: bool = False, **options: Any) -> None:
         """Fine-tune a start."""
-        tokens = max(2 * self.options.batch_tokens, round(tokens * self.options.share))
+        batch = options.pop("batch_tokens", self.options.batch_tokens)
+        tokens = max(2 * batch, round(tokens * self.options.share))
         out = self.work / name
         data = options.pop("data", [self.options.train])
         began = time.monotonic()
@@ -94,13 +93,14 @@ class Recovery:
             watch=Reporter(self.begun),
             data=data,
             tokens=tokens,
-            seq_len=SEQ_LEN,
-            batch_tokens=options.pop("batch_tokens", self.options.batch_tokens),
+            seq_len=self.options.seq_len,
+            batch_tokens=batch,
             forward_tokens=self.options.forward_tokens,
+            learning_rate=self.options.learning_rate,
             device=self.options.device,
             eval_data=self.options.evaluate,
-            eval_seq_len=SEQ_LEN,
-            eval_max_windows=WINDOWS,
+            eval_seq_len=self.options.seq_len,
+            eval_max_windows=self.options.windows,
             **options,
         )
         self.note(name, self.told(taught, start, time.monotonic() - began))
@@ -109,7 +109,8 @@ class Recovery:
 
     def learn(self, name: str, method: str, tokens: int, **options: Any) -> None:
         """Learn masks from the dense model."""
-        tokens = max(2 * self.options.batch_tokens, round(tokens * self.options.share))
+        batch = options.pop("batch_tokens", self.options.batch_tokens)
+        tokens = max(2 * batch, round(tokens * self.options.share))
         began = time.monotonic()
         taught = halve.learn(
             self.options.model,
@@ -118,13 +119,14 @@ class Recovery:
             watch=Reporter(self.begun),
             data=[self.options.train],
             tokens=tokens,
-            seq_len=SEQ_LEN,
-            batch_tokens=self.options.batch_tokens,
+            seq_len=self.options.seq_len,
+            batch_tokens=batch,
             forward_tokens=self.options.forward_tokens,
+            learning_rate=self.options.learning_rate,
             device=self.options.device,
             eval_data=self.options.evaluate,
-            eval_seq_len=SEQ_LEN,
-            eval_max_windows=WINDOWS,
+            eval_seq_len=self.options.seq_len,
+            eval_max_windows=self.options.windows,
             **options,
         )
         self.note(name, self.told(taught, "dense", time.monotonic() - began))
@@ -179,15 +181,16 @@ class Recovery:
 
     def stages(self) -> Iterator[tuple[str, str, Callable[[], None]]]:
         """Yield stage, name and deed of everything there is, in the order of importance."""
-        fast = {"method": "auto", "effort": "fast", "samples": 32}
-        best = {"method": "auto", "effort": "best", "samples": self.options.samples}
-        best["time_limit"] = self.options.time_limit
-        yield "starts", "auto+block", lambda: self.start("auto+block", **best)
-        yield "starts", "wanda", lambda: self.start("wanda", method="wanda", refit="none", samples=32)
-        for tokens in self.options.headline:
+        asked = self.options
+        best = {"method": "auto", "effort": "best", "samples": asked.samples, "time_limit": asked.time_limit}
+        fast = {"method": "auto", "effort": "fast", "samples": min(32, asked.samples)}
+        wanda = {"method": "wanda", "refit": "none", "samples": min(32, asked.samples)}
+        yield "starts", "auto+block", partial(self.start, "auto+block", **best)
+        yield "starts", "wanda", partial(self.start, "wanda", **wanda)
+        for tokens in asked.headline:
             name = f"headline {tokens}"
-            yield "headline", name, lambda n=name, t=tokens: self.train(n, "auto+block", t, keep=True)  # type: ignore[misc]
-        yield "starts", "auto", lambda: self.start("auto", **fast)
+            yield "headline", name, partial(self.train, name, "auto+block", tokens, keep=True)
+        yield "starts", "auto", partial(self.start, "auto", **fast)
         short: tuple[tuple[str, str, dict[str, Any]], ...] = (
             ("short: from auto", "auto", {}),
             ("short: from wanda", "wanda", {}),
@@ -195,16 +198,16 @@ class Recovery:
             ("short: from auto, norms and biases", "auto", {"train": "norms"}),
         )
         for name, start, options in short:
-            yield "short", name, lambda n=name, s=start, o=options: self.train(n, s, 32_768, batch_tokens=2048, **o)  # type: ignore[misc]
-        for method in self.options.methods:
+            deed = partial(self.train, name, start, asked.short, batch_tokens=asked.short_batch, **options)
+            yield "short", name, deed
+        for method in asked.methods:
             name = f"short: {method}"
-            yield "short", name, lambda n=name, m=method: self.learn(n, m, 32_768, batch_tokens=2048)  # type: ignore[misc]
-        if self.options.own_text:
-            data = [self.options.train, f"self={self.options.own_share}"]
-            tokens = self.options.own_text
-            name = f"own text {tokens}"
-            yield "own", name, lambda: self.train(name, "auto+block", tokens, data=data)
-        yield "wanda", "wanda 1000000", lambda: self.train("wanda 1000000", "wanda", 1_000_000)
+            yield "short", name, partial(self.learn, name, method, asked.short, batch_tokens=asked.short_batch)
+        if asked.own_text:
+            data = [asked.train, f"self={asked.own_share}"]
+            name = f"own text {asked.own_text}"
+            yield "own", name, partial(self.train, name, "auto+block", asked.own_text, data=data)
+        yield "wanda", "wanda 1000000", partial(self.train, "wanda 1000000", "wanda", 1_000_000)
 
     def run(self) -> None:
         """Run the stages that were asked for while there is time."""
@@ -221,7 +224,7 @@ class Recovery:
                 print(f"== {name} failed: {error}", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the dense model: a directory, a .gguf file, or a hub id")
@@ -236,13 +239,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=["prox-admm"], help="free-mask methods of the short runs")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences of auto+block")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds of solving for auto+block")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=32, help="of each text that perplexity is measured on")
+    parser.add_argument("--short", type=int, default=32_768, help="tokens of the short runs")
+    parser.add_argument("--short-batch", type=int, default=2048, help="tokens of their steps")
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--forward-tokens", type=int, default=4096)
     parser.add_argument("--share", type=float, default=1.0, help="of the tokens, for a quick look")
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds after which no stage begins")
+    parser.add_argument("--learning-rate", type=float, help="of all runs; several are tried where none is given")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="bfloat16", help="of the written weights, for a .gguf file")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
