@@ -300,7 +300,7 @@ def test_teachers(tmp_path):
     write_text(tmp_path / "text.jsonl")
     other = save(decoder("llama", seed=7, vocab_size=320, num_hidden_layers=2), tmp_path / "other")
     byte_bpe().save_pretrained(other)
-    done = learn(checkpoint, tmp_path / "named", method="ast", teacher=str(other))
+    done = learn(checkpoint, tmp_path / "named", method="ast", teacher=str(other), skip="*.q_proj.*")
     assert done.record["trainings"][0]["teacher"]["name"] == str(other)
     assert halve.check(tmp_path / "named", against=tmp_path / "dense").ok
     for model in (checkpoint, tmp_path / "dense"):
@@ -364,7 +364,7 @@ def without_names(found, directory):
     return {**found, "halve.json": record}
 
 
-@pytest.mark.parametrize("point", ["state.written@2", "mark.renamed@3", "masks.renamed@1", "file.renamed@1"])
+@pytest.mark.parametrize("point", ["mark.renamed@3", "masks.renamed@1", "file.renamed@1"])
 def test_a_training_that_was_killed_comes_to_the_same_bytes(point, stopped):
     folder, call, golden, masks = stopped
     out = folder / point
