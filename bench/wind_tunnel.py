@@ -1,7 +1,7 @@
 """Every way to train an N:M model, on a model so small that all of them can be compared with several seeds.
 
     python bench/wind_tunnel.py prepare stories260k tunnel
-    python bench/wind_tunnel.py run tunnel --results wind_tunnel.jsonl --device cuda --jobs 12 --until 240 --rates
+    python bench/wind_tunnel.py run tunnel --results wind_tunnel.jsonl --device cuda --jobs 12 --until 240 --rates 1.5
     python bench/wind_tunnel.py draw --results wind_tunnel.jsonl --picture docs/wind_tunnel.svg
 
 ``prepare`` writes all that ``run`` needs into one folder: the dense model, text that it wrote itself, and its local
@@ -19,11 +19,9 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -45,6 +43,8 @@ FIRST_GUESS = {"cuda": 0.08, "cpu": 1.0}
 """Seconds that a step takes, where no cell has ended yet."""
 BESIDES = 5.0
 """Seconds of a cell besides its steps, at most."""
+HOPELESS = 3
+"""So many failures for each process, and nothing else, end a run: the others would fail too."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Asked:
         lines: to be trained.
         budgets: tokens a parameter.
         seeds: of each.
-        rates: whether learning rates are tried.
+        rates: the budget that learning rates are tried on; None tries none.
         batch_tokens: of an optimiser step.
     """
 
@@ -72,7 +72,7 @@ class Asked:
     lines: Sequence[Line] = LINES
     budgets: Sequence[float] = BUDGETS
     seeds: Sequence[int] = (0, 1, 2)
-    rates: bool = False
+    rates: float | None = None
     batch_tokens: int = BATCH_TOKENS
 
 
@@ -83,10 +83,12 @@ class Plan:
         self._asked = asked
         self._known = cells.read_results(asked.results)
         self._begun: set[Cell] = set()
-        self._speeds: dict[str, list[float]] = defaultdict(list)
-        first, seed = min(asked.budgets), asked.seeds[0]
+        self._speeds: dict[str, tuple[int, float]] = {}
         self._trials = [
-            Cell(line.name, first, seed, rate) for line in asked.lines for rate in line.rates if asked.rates
+            Cell(line.name, asked.rates, asked.seeds[0], rate)
+            for line in asked.lines
+            for rate in line.rates
+            if asked.rates is not None
         ]
         self._cells = cells.planned(asked.lines, asked.budgets, asked.seeds)
 
@@ -112,9 +114,9 @@ class Plan:
 
     def seconds(self, cell: Cell, steps: dict[float, int]) -> float:
         """Return how long a cell may take."""
-        every = [speed for found in self._speeds.values() for speed in found]
-        speeds = self._speeds[cell.line] or every or [FIRST_GUESS[self._asked.device]]
-        return BESIDES + steps[cell.budget] * statistics.fmean(speeds)
+        guess = (0, FIRST_GUESS[self._asked.device])
+        _, speed = self._speeds.get(cell.line) or max(self._speeds.values(), default=guess)
+        return BESIDES + steps[cell.budget] * speed
 
     def ended(self, cell: Cell, entry: dict[str, Any]) -> None:
         """Take note of what came of a cell."""
@@ -122,7 +124,8 @@ class Plan:
             self._trials = [trial for trial in self._trials if trial != cell]
             return
         self._known[cell] = entry
-        self._speeds[cell.line].append(entry["seconds_a_step"])
+        # the longest training tells best: a short one spends much of its time on what is done once
+        self._speeds[cell.line] = max(self._speeds.get(cell.line, (0, 0.0)), (entry["steps"], entry["seconds_a_step"]))
 
     @property
     def missing(self) -> int:
@@ -222,7 +225,8 @@ def run(asked: Asked) -> int:
                 done += 1
                 failed += "error" in entry
                 print(f"{entry['at']:7.1f} s  {said(cell, entry)}", flush=True)
-            workers.give(choose)
+            if failed < done or failed < HOPELESS * asked.jobs:
+                workers.give(choose)
     workers.close()
     print(f"{done} cells in {time.monotonic() - began:.0f} s, {failed} failed, {plan.missing} were not begun")
     return failed
@@ -233,7 +237,8 @@ def count_steps(asked: Asked) -> dict[float, int]:
     with safe_open(asked.folder / cells.MODEL / "model.safetensors", "pt") as file:
         sizes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - it is no dict
     parameters = sum(math.prod(size) for size in sizes)
-    return {budget: cells.steps_of(budget, parameters, asked.batch_tokens) for budget in asked.budgets}
+    budgets = {*asked.budgets, *([] if asked.rates is None else [asked.rates])}
+    return {budget: cells.steps_of(budget, parameters, asked.batch_tokens) for budget in budgets}
 
 
 def said(cell: Cell, entry: dict[str, Any]) -> str:
@@ -267,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     two.add_argument("--budgets", default=",".join(f"{each:g}" for each in BUDGETS), help="tokens a parameter")
     two.add_argument("--seeds", default="0,1,2")
     two.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="of an optimiser step")
-    two.add_argument("--rates", action="store_true", help="try two learning rates of every line first")
+    two.add_argument("--rates", type=float, metavar="BUDGET", help="try two learning rates of every line on it first")
     three = commands.add_parser("draw", help="draw the picture and print the table")
     three.add_argument("--results", type=Path, required=True)
     three.add_argument("--picture", type=Path)

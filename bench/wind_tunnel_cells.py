@@ -68,16 +68,16 @@ LINES = (
     Line(FIXED, "auto"),
     Line(FIXED, "wanda"),
     Line("ast", DENSE),
-    Line("cast", DENSE, rates=(1e-2, 3e-3)),
+    Line("cast", DENSE),
     Line("cast", "auto+block"),
     Line("prox-admm", "auto"),
-    Line("prox-admm", DENSE, options={"metric": "adam"}),
     Line("proxsparse", DENSE, options={"keep": "trained"}),
     Line("proxsparse", DENSE),
-    Line("maskllm", "auto", rates=(1e-2, 3e-2)),
-    Line("maskllm", DENSE, rates=(1e-2, 3e-2)),
+    Line("maskllm", "auto", rates=(1e-2, 3e-3)),
+    Line("maskllm", DENSE, rates=(1e-2, 3e-3)),
     Line(FIXED, "magnitude"),
     Line("prox-admm", DENSE, options={"form": "admm"}),
+    Line("prox-admm", DENSE, options={"metric": "adam"}),
     Line(NORMS, "auto+block", rates=(1e-2, 3e-2)),
 )
 """All lines, the most important ones first."""
@@ -302,17 +302,17 @@ def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
 def best_rate(line: Line, results: Iterable[tuple[Cell, Mapping[str, Any]]]) -> float:
     """Return the learning rate of a line: the one that held-out text likes best, where several were tried on it.
 
-    They are compared on the smallest budget and the first seed that have been tried with all of them.
+    They are compared on the largest budget and the first seed that have been tried with all of them.
     """
     tried: dict[tuple[float, int], dict[float, float]] = {}
     for cell, entry in results:
         if cell.line == line.name and cell.rate in line.rates:
             tried.setdefault((cell.budget, cell.seed), {})[cell.rate] = entry["held_out_kl"]
-    whole = sorted(key for key, found in tried.items() if len(found) == len(line.rates))
+    whole = [key for key, found in tried.items() if len(found) == len(line.rates)]
     if not whole:
         return line.rates[0]
-    found = tried[whole[0]]
-    return min(line.rates, key=lambda rate: found[rate])
+    losses = tried[max(whole, key=lambda key: (key[0], -key[1]))]
+    return min(line.rates, key=lambda rate: losses[rate])
 
 
 def planned(lines: Sequence[Line], budgets: Sequence[float], seeds: Sequence[int]) -> list[tuple[Line, float, int]]:

@@ -142,7 +142,14 @@ def results_of(cell, **facts):
     entry = {"line": cell.line, "start": line.start, "budget": cell.budget, "seed": cell.seed, "rate": cell.rate}
     return (
         entry
-        | {"ratio": 3.0, "ratio_before": 9.0, "held_out_kl": 1.0, "two_of_four": True, "seconds_a_step": 0.1}
+        | {
+            "ratio": 3.0,
+            "ratio_before": 9.0,
+            "held_out_kl": 1.0,
+            "two_of_four": True,
+            "seconds_a_step": 0.1,
+            "steps": 9,
+        }
         | facts
     )
 
@@ -172,15 +179,17 @@ def test_cells_that_are_there_are_not_trained_again(tmp_path):
 def test_no_cell_is_begun_that_would_end_too_late(tmp_path):
     plan = Plan(Asked(folder=tmp_path, results=tmp_path / "none", lines=LINES[:1], seeds=(0,)))
     first = plan.next(1e9, STEPS)
-    plan.ended(first, results_of(first, seconds_a_step=0.5))  # 381 steps of 6 tokens a parameter
+    plan.ended(first, results_of(first, seconds_a_step=0.5, steps=381))
     assert [cell.budget for cell in all_of(plan, left=wind_tunnel.BESIDES + 95 * 0.5)] == [1.5, 0.4]
     assert plan.missing == 1
     assert all_of(plan, left=wind_tunnel.BESIDES + 1587 * 0.5 - 1) == []
+    # what is done once makes the steps of a short training look slow
+    plan.ended(Cell(NAMES[0], 0.4, 0, 3e-3), results_of(first, seconds_a_step=2.0, steps=25))
     assert [cell.budget for cell in all_of(plan, left=wind_tunnel.BESIDES + 1587 * 0.5)] == [25.0]
 
 
 def test_a_line_waits_for_its_learning_rate_and_takes_the_better_one(tmp_path):
-    asked = Asked(folder=tmp_path, results=tmp_path / "none", lines=LINES[:2], seeds=(0,), rates=True)
+    asked = Asked(folder=tmp_path, results=tmp_path / "none", lines=LINES[:2], seeds=(0,), rates=0.4)
     plan = Plan(asked)
     trials = all_of(plan)
     assert [(cell.line, cell.budget, cell.rate) for cell in trials] == [
@@ -196,12 +205,25 @@ def test_a_line_waits_for_its_learning_rate_and_takes_the_better_one(tmp_path):
     assert {(cell.line, cell.rate) for cell in all_of(plan)} == {(NAMES[1], LINES[1].rates[0])}
 
 
+def test_learning_rates_are_compared_where_they_were_tried_longest():
+    line = LINES[0]
+    losses = {(1.5, 1): (1.0, 2.0), (1.5, 0): (2.0, 1.0), (0.4, 0): (1.0, 2.0)}
+    found = [
+        (cell, results_of(cell, held_out_kl=loss))
+        for (budget, seed), pair in losses.items()
+        for cell, loss in zip([Cell(line.name, budget, seed, rate) for rate in line.rates], pair, strict=True)
+    ]
+    alone = Cell(line.name, 25.0, 0, line.rates[0])
+    assert cells.best_rate(line, [*found, (alone, results_of(alone, held_out_kl=0.1))]) == line.rates[1]
+    assert cells.best_rate(line, found[:1]) == line.rates[0]
+
+
 def test_the_script_trains_goes_on_and_draws(folder, tmp_path, capsys):
     """With processes of their own, as it is called."""
     results, drawing = tmp_path / "results.jsonl", tmp_path / "picture.svg"
     lines = "fixed from wanda,prox-admm from dense"
     call = ["run", str(folder), "--results", str(results), "--batch-tokens", "128", "--lines", lines, "--seeds", "0,1"]
-    first = [sys.executable, str(SCRIPT), *call, "--budgets", "0.02", "--rates", "--jobs", "2"]
+    first = [sys.executable, str(SCRIPT), *call, "--budgets", "0.02", "--rates", "0.02", "--jobs", "2"]
     subprocess.run(first, check=True, env=os.environ)
     before = results.read_text()
     with pytest.raises(SystemExit) as end:
@@ -221,9 +243,10 @@ def test_the_script_trains_goes_on_and_draws(folder, tmp_path, capsys):
     assert svg.count("<svg") == 1
     for name in lines.split(","):
         rate = cells.best_rate(BY_NAME[name], found.items())
-        own = [found[Cell(name, 0.05, seed, rate)]["ratio"] for seed in (0, 1)]
         row = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
-        assert f"{sum(own) / 2:.3f} ± {abs(own[0] - own[1]) / 2:.3f}" in row
+        for budget in (0.02, 0.05):
+            own = [found[Cell(name, budget, seed, rate)]["ratio"] for seed in (0, 1)]
+            assert f"{sum(own) / 2:.3f} ± {abs(own[0] - own[1]) / 2:.3f}" in row
         assert f"<!-- {name} -->" in svg
 
 
@@ -244,6 +267,16 @@ def test_a_cell_that_fails_is_on_record_and_the_others_go_on(folder, tmp_path, m
     entries = [json.loads(line) for line in results.read_text().splitlines()]
     assert [entry.get("error") for entry in entries] == ["HalveError: it diverged", "its process ended with 3", None]
     assert list(cells.read_results(results)) == [Cell("fixed from auto", 0.1, 0, lines[2].rates[0])]
+
+
+def test_a_run_of_failures_alone_ends(folder, tmp_path, monkeypatch):
+    def train(_cell, _line, _air):
+        raise HalveError("there is no device")
+
+    monkeypatch.setattr(cells, "train", train)
+    monkeypatch.setattr(wind_tunnel, "WORKERS", "fork")
+    asked = Asked(folder=folder, results=tmp_path / "results.jsonl", seeds=(0,))
+    assert wind_tunnel.run(asked) == wind_tunnel.HOPELESS < len(LINES)
 
 
 def test_a_table_of_what_is_not_two_of_four_is_refused():
