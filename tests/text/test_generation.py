@@ -129,12 +129,28 @@ def test_a_roomy_cache_changes_nothing_but_the_time(family, monkeypatch):
 @pytest.mark.parametrize(("samples", "expected"), [(5, [2, 2, 1]), (6, [2, 2, 2]), (4, [2, 2]), (1, [1])])
 def test_batches_are_as_equal_as_they_can_be(monkeypatch, samples, expected):
     monkeypatch.setattr(generation, "_CACHE_BYTES", 25)
-    batch = generation._batch_size(samples, 10, torch.device("cpu"))
+    batch = generation._batch_size(samples, 10, torch.device("cpu"), 128)
     assert [min(batch, samples - start) for start in range(0, samples, batch)] == expected
     monkeypatch.setattr(generation, "_CACHE_BYTES", 1 << 40)
-    assert generation._batch_size(300, 10, torch.device("cpu")) == 100
+    assert generation._batch_size(300, 10, torch.device("cpu"), 128) == 100
     monkeypatch.setattr(generation, "virtual_memory", lambda: SimpleNamespace(total=120))
-    assert generation._batch_size(300, 10, torch.device("cpu")) == 3
+    assert generation._batch_size(300, 10, torch.device("cpu"), 128) == 3
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_more_texts_are_written_at_once_where_that_is_asked_for():
+    sizes = []
+    model = decoder("llama")
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    first = torch.zeros(130, 1, dtype=torch.int64)
+    found = [
+        generation.sample_text(model, first, 3, 10, torch.Generator().manual_seed(0), batch=batch)
+        for batch in (None, 130)
+    ]
+    assert sizes == [65, 65, 65, 65, 130, 130]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 8, 256, 257, 1000, 49152])

@@ -31,6 +31,7 @@ def sample_text(
     vocabulary: int,
     generator: torch.Generator,
     listen: Listen | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """Continue texts at temperature 1, in batches as large as the key-value cache allows.
 
@@ -41,6 +42,7 @@ def sample_text(
         vocabulary: only ids below are drawn: rows that pad the model's output have no text.
         generator: on the CPU; the texts do not depend on the size of the batches or on the device but for rounding.
         listen: told of the progress after the first seconds, a few times a minute, and at the end.
+        batch: texts that are written at once, at most; 128 where nobody says.
 
     Returns:
         Tensor: (samples, seq_len) int64 on the CPU.
@@ -55,21 +57,21 @@ def sample_text(
     with evaluation_mode(model), autocast(model, compute_dtype(device)) as dtype, ExitStack() as stack:
         if device.type == "cpu" and dtype == torch.float32:  # in bfloat16 it takes as long, and rounds otherwise
             stack.enter_context(queries_packed())
-        batch = _batch_size(len(first), _cache_bytes_per_token(model, dtype) * seq_len, device)
+        size = _batch_size(len(first), _cache_bytes_per_token(model, dtype) * seq_len, device, batch or _BATCH)
         parts = [
-            _sample(model, first[start : start + batch], uniform[start : start + batch], vocabulary, progress)
-            for start in range(0, len(first), batch)
+            _sample(model, first[start : start + size], uniform[start : start + size], vocabulary, progress)
+            for start in range(0, len(first), size)
         ]
     return torch.cat(parts)
 
 
-def _batch_size(samples: int, cache_bytes: int, device: torch.device) -> int:
+def _batch_size(samples: int, cache_bytes: int, device: torch.device, batch: int) -> int:
     """Return how many texts are written at once: as many as may be, in batches of the same size but for the last.
 
     It follows the memory there is, not what is free of it, so that the same machine always writes the same text.
     """
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
-    most = max(1, min(_BATCH, min(_CACHE_BYTES, total // 4) // max(1, cache_bytes)))
+    most = max(1, min(batch, min(_CACHE_BYTES, total // 4) // max(1, cache_bytes)))
     batches = -(-samples // most)
     return -(-samples // batches)
 
