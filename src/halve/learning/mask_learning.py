@@ -68,6 +68,7 @@ class Learning(Training):
         object.__setattr__(self, "skip", skip)
         row = methods.get(self.method)
         methods.make_options(row, **self.options)
+        methods.check_pattern(row, self.pattern)
         if self.prior is not None:
             object.__setattr__(self, "prior", str(self.prior))
             if not row.takes_prior:

@@ -5,13 +5,14 @@
 by the targets' names. Weights are float32 masters of the trainer's; nothing but `finish` makes them N:M, and it does.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from halve.errors import InputError
+from halve.errors import InputError, PatternError
 from halve.learning.methods import adaptive_ste, cast, maskllm, prox_admm, proxsparse
 from halve.learning.methods.mask_learner import MaskLearner
 from halve.lookup import build_options, find_row
@@ -35,6 +36,7 @@ class LearningMethod:
         decay: the weight decay where none is given.
         summary: one line for a listing.
         reference: where the method comes from.
+        most_masks: that a group may have, C(M, N); None: any number.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LearningMethod:
     decay: float
     summary: str
     reference: str
+    most_masks: int | None = None
 
 
 _ROWS = (
@@ -63,6 +66,7 @@ _ROWS = (
         decay=0.1,
         summary="a distribution over the masks of each group, sampled with Gumbel noise, weights frozen",
         reference="Fang et al. 2024, arXiv 2409.17481",
+        most_masks=maskllm.MOST_MASKS,
     ),
     LearningMethod(
         name="proxsparse",
@@ -138,6 +142,21 @@ def make_options(method: str | LearningMethod, **options: Any) -> Any:
     """
     method = get(method) if isinstance(method, str) else method
     return build_options(method.options, f"learning method {method.name}", options)
+
+
+def check_pattern(method: LearningMethod, pattern: Pattern) -> None:
+    """Refuse a pattern that a method does not take, before anything is loaded.
+
+    Raises:
+        PatternError: it is unstructured, or has too many masks a group.
+    """
+    if pattern.keep is None or pattern.group is None:
+        raise PatternError(f"masks are learned for N:M patterns, not for {pattern}: choose 2:4, for example")
+    if method.most_masks is not None and math.comb(pattern.group, pattern.keep) > method.most_masks:
+        raise PatternError(
+            f"{pattern} has {math.comb(pattern.group, pattern.keep)} masks a group, and {method.name} takes at most "
+            f"{method.most_masks}: choose 2:4 or 4:8, for example, or another method"
+        )
 
 
 def make_learner(
