@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from halve.errors import InputError
+from halve.learning.launch import processes
 from halve.learning.options import (
     Finetuning,
     Machine,
@@ -15,7 +16,6 @@ from halve.learning.options import (
     WeightedText,
     check_trackers,
     parse_count,
-    processes,
 )
 from halve.learning.training.losses import Target
 from halve.option_groups import fill
