@@ -9,9 +9,10 @@ solutions. ``run`` trains one cell after the other: a method, what it begins fro
 seed. A cell is a training by `halve.learning.training.course.Course`, with the divergence from the dense model as its
 loss, AdamW and a cosine; what counts at the end is its perplexity, over the dense model's, on text of the dense model
 that nothing was trained or chosen on. Every cell is appended to the results as one line of JSON when it ends, and cells
-that are there are not trained again. The most important cells come first; after ``--until`` seconds none is begun, nor
-is one begun that would end later, as far as those that have ended tell. ``--rates`` tries two learning rates of every
-line on the smallest budget first, and trains the others with the one that the held-out text likes better.
+that are there are not trained again. Seed by seed, long trainings come before short ones, and important lines before
+others; no cell is begun that would end after ``--until`` seconds, as far as those that have ended tell. ``--rates 1.5``
+tries two learning rates of every line on 1.5 tokens a parameter first, and trains the others with the one that the
+held-out text likes better.
 """
 
 import argparse
@@ -34,8 +35,8 @@ import wind_tunnel_cells as cells
 from wind_tunnel_cells import LINES, Cell, Line
 
 BATCH_TOKENS = 4096
-BUDGETS = (0.4, 1.5, 6.0, 25.0)
-"""Tokens a parameter."""
+BUDGETS = (25.0, 6.0, 1.5, 0.4)
+"""Tokens a parameter, in the order in which they are trained."""
 BY_NAME = {line.name: line for line in LINES}
 WORKERS = "spawn"
 """How processes are started: CUDA does not survive a fork."""
@@ -58,7 +59,7 @@ class Asked:
         jobs: processes at once.
         until: seconds after which no cell is begun.
         lines: to be trained.
-        budgets: tokens a parameter.
+        budgets: tokens a parameter, in order.
         seeds: of each.
         rates: the budget that learning rates are tried on; None tries none.
         batch_tokens: of an optimiser step.
@@ -269,7 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--until", type=float, default=float("inf"), metavar="SECONDS", help="begin no cell that ends later"
     )
     two.add_argument("--lines", help="names of lines, separated by commas; all are listed by `lines`")
-    two.add_argument("--budgets", default=",".join(f"{each:g}" for each in BUDGETS), help="tokens a parameter")
+    two.add_argument(
+        "--budgets",
+        default=",".join(f"{each:g}" for each in BUDGETS),
+        help="tokens a parameter, those first that matter most",
+    )
     two.add_argument("--seeds", default="0,1,2")
     two.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="of an optimiser step")
     two.add_argument("--rates", type=float, metavar="BUDGET", help="try two learning rates of every line on it first")

@@ -50,7 +50,7 @@ class Line:
 
     method: str
     start: str
-    rates: tuple[float, ...] = (3e-3, 1e-2)
+    rates: tuple[float, ...] = (6e-3, 3e-3)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -71,8 +71,8 @@ LINES = (
     Line("cast", DENSE),
     Line("cast", "auto+block"),
     Line("prox-admm", "auto"),
-    Line("proxsparse", DENSE, options={"keep": "trained"}),
-    Line("proxsparse", DENSE),
+    Line("proxsparse", DENSE, rates=(1e-2, 3e-3), options={"keep": "trained"}),
+    Line("proxsparse", DENSE, rates=(1e-2, 3e-3)),
     Line("maskllm", "auto", rates=(1e-2, 3e-3)),
     Line("maskllm", DENSE, rates=(1e-2, 3e-3)),
     Line(FIXED, "magnitude"),
@@ -316,12 +316,8 @@ def best_rate(line: Line, results: Iterable[tuple[Cell, Mapping[str, Any]]]) -> 
 
 
 def planned(lines: Sequence[Line], budgets: Sequence[float], seeds: Sequence[int]) -> list[tuple[Line, float, int]]:
-    """Return line, budget and seed of all cells, the most important ones first.
+    """Return line, budget and seed of all cells in their order: seeds, then budgets, then lines, each as given.
 
-    The first seed of all lines comes before the second of any; of a seed the small budgets, which take little time
-    together, then the others one by one; and of those the long ones first, so that the last to end are short.
+    Long trainings that come first leave the short ones to fill what time is left.
     """
-    ordered = sorted(budgets)
-    cheap = [budget for budget in ordered if budget * 4 <= ordered[-1]] or ordered
-    stages = [cheap, *([budget] for budget in ordered if budget not in cheap)]
-    return [(line, budget, seed) for seed in seeds for stage in stages for budget in reversed(stage) for line in lines]
+    return [(line, budget, seed) for seed in seeds for budget in budgets for line in lines]

@@ -10,6 +10,8 @@ from wind_tunnel_cells import LINES, Cell, best_rate
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 """Okabe and Ito's, which the colour-blind can tell apart: one a method."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+"""One a method, for there are more of them than colours."""
 STROKES = {"dense": "--", "magnitude": ":", "wanda": "-.", "auto": (0, (5, 1, 1, 1, 1, 1)), "auto+block": "-"}
 """One a start."""
 
@@ -99,8 +101,8 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
             label=name,
             color=COLOURS[methods.index(method) % len(COLOURS)],
             linestyle=STROKES[by_name[name].start],
-            marker="o",
-            markersize=4,
+            marker=MARKERS[methods.index(method) % len(MARKERS)],
+            markersize=5,
             capsize=2,
         )
     every = sorted({budget for each in found.values() for budget in each})

@@ -23,9 +23,9 @@ JUDGES = {"held_out": 64, "evaluation": 256}
 BEGIN = 1
 """What every sequence begins with: BOS."""
 LOCAL: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude"},
-    "wanda": {"method": "wanda"},
-    "auto": {"method": "auto", "effort": "fast"},
+    "magnitude": {"method": "magnitude", "refit": "none"},
+    "wanda": {"method": "wanda", "refit": "none"},
+    "auto": {"method": "auto"},
     "auto+block": {"method": "auto", "effort": "best", "reconstruct": "block", "time_limit": 120.0},
 }
 """The local solutions, as `halve.prune` is asked for them."""

@@ -162,7 +162,7 @@ def test_the_first_seed_of_all_lines_comes_before_the_second_of_any(tmp_path):
     asked = Asked(folder=tmp_path, results=tmp_path / "none", lines=LINES[:2], seeds=(0, 1))
     found = all_of(Plan(asked))
     assert [(cell.line, cell.budget, cell.seed) for cell in found] == [
-        (name, budget, seed) for seed in (0, 1) for budget in (6.0, 1.5, 0.4, 25.0) for name in NAMES[:2]
+        (name, budget, seed) for seed in (0, 1) for budget in (25.0, 6.0, 1.5, 0.4) for name in NAMES[:2]
     ]
     assert {cell.rate for cell in found} == {LINES[0].rates[0]}
 
@@ -173,11 +173,14 @@ def test_cells_that_are_there_are_not_trained_again(tmp_path):
     failed = {"line": NAMES[0], "budget": 6.0, "seed": 0, "rate": LINES[0].rates[0], "error": "no"}
     results.write_text(json.dumps(results_of(known)) + "\n" + json.dumps(failed) + "\n")
     found = all_of(Plan(Asked(folder=tmp_path, results=results, lines=LINES[:1], seeds=(0,))))
-    assert [cell.budget for cell in found] == [6.0, 0.4, 25.0]
+    assert [cell.budget for cell in found] == [25.0, 6.0, 0.4]
 
 
 def test_no_cell_is_begun_that_would_end_too_late(tmp_path):
-    plan = Plan(Asked(folder=tmp_path, results=tmp_path / "none", lines=LINES[:1], seeds=(0,)))
+    asked = Asked(
+        folder=tmp_path, results=tmp_path / "none", lines=LINES[:1], seeds=(0,), budgets=(6.0, 25.0, 1.5, 0.4)
+    )
+    plan = Plan(asked)
     first = plan.next(1e9, STEPS)
     plan.ended(first, results_of(first, seconds_a_step=0.5, steps=381))
     assert [cell.budget for cell in all_of(plan, left=wind_tunnel.BESIDES + 95 * 0.5)] == [1.5, 0.4]
