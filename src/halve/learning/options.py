@@ -26,6 +26,7 @@ AUTO = "auto"
 NONE = "none"
 TRAINED: Mapping[str, str] = {
     "all": "kept weights, norms, biases, and everything else but embeddings and the head",
+    "everything": "all of that, and embeddings and the head, which are not pruned",
     "norms": "norms and biases alone",
     "lora": "low-rank adapters that keep the mask, merged at the end",
     "hira": "low-rank adapters that multiply the weights, merged at the end",
@@ -329,8 +330,8 @@ class Finetuning(Training):
     """What `halve.finetune` is asked for.
 
     Attributes:
-        train: what is trained: ``all`` (all but embeddings and the head), ``norms`` (norms and biases), ``lora`` or
-            ``hira`` (adapters that keep the mask, merged at the end).
+        train: what is trained: ``all`` (all but embeddings and the head), ``everything`` (those too), ``norms`` (norms
+            and biases), ``lora`` or ``hira`` (adapters that keep the mask, merged at the end).
         rank: of the adapters, with ``lora`` and ``hira``.
         alpha: updates of ``lora`` are multiplied by alpha / rank; that is 1 where nobody says.
         save_adapter: a new directory for the adapter itself, beside the merged checkpoint; stock peft, which has no

@@ -20,7 +20,7 @@ class FixedMaskLearner(Learner):
 
     Args:
         masks: of the pruned parameters.
-        train: ``all``, or ``norms`` for vectors alone.
+        train: ``all``, ``everything`` for embeddings and the head besides, or ``norms`` for vectors alone.
     """
 
     def __init__(self, masks: FixedMasks, train: str = "all") -> None:
@@ -29,18 +29,20 @@ class FixedMaskLearner(Learner):
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, model: nn.Module) -> Sequence[nn.Parameter]:
-        """Return every parameter but embeddings and the head, or the vectors among them.
+        """Return every parameter, all but embeddings and the head, or the vectors among those.
 
         Raises:
             InputError: there is nothing to train.
         """
         head = getattr(model, "get_output_embeddings", lambda: None)()
         tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        if self._train == "everything":
+            head, tables = None, []
         spared = {id(each) for module in (*tables, head) if module is not None for each in module.parameters()}
         found = []
         for parameter in model.parameters():
             wanted = parameter.is_floating_point() and id(parameter) not in spared
-            wanted = wanted and (self._train == "all" or parameter.ndim <= 1)
+            wanted = wanted and (self._train != "norms" or parameter.ndim <= 1)
             parameter.requires_grad_(wanted)
             if wanted:
                 found.append(parameter)
