@@ -121,3 +121,20 @@ class Clash:
 def test_two_options_of_one_name_are_a_mistake_in_the_classes():
     with pytest.raises(TypeError, match="two groups of Clash have an option length"):
         options_of(Clash)
+
+
+@dataclass(frozen=True)
+class Racing(Seats):
+    """Fewer seats.
+
+    Attributes:
+        belts: how many points hold each driver.
+    """
+
+    belts: int = 4
+
+
+def test_inherited_options_have_their_help():
+    helps = {each.name: each.help for each in options_of(Racing)}
+    assert helps["rows"] == "Of seats."
+    assert helps["belts"] == "How many points hold each driver."

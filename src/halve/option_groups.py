@@ -127,8 +127,15 @@ def members_of(kind: Any) -> tuple[Any, ...]:
 
 
 def docstring_of_fields(cls: type[Any]) -> dict[str, str]:
-    """Return what the ``Attributes:`` of a class's docstring say of each field, as plain text."""
-    _, _, attributes = (cls.__doc__ or "").partition("Attributes:\n")
+    """Return what the ``Attributes:`` of a class's docstring say of each field, as plain text, inherited ones too."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        found |= _described(each.__doc__ or "")
+    return found
+
+
+def _described(docstring: str) -> dict[str, str]:
+    _, _, attributes = docstring.partition("Attributes:\n")
     found: dict[str, list[str]] = {}
     current = ""
     for line in attributes.splitlines():

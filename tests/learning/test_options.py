@@ -65,7 +65,7 @@ def test_sources_have_weights(tmp_path):
         (Schedule, {"save_every": 0}, "save_every"),
         (Machine, {"forward_dtype": "float16"}, "float16"),
         (Machine, {"attention": "magic"}, "attention"),
-        (Finetuning, {"train": "everything"}, "everything"),
+        (Finetuning, {"train": "embeddings"}, "everything"),
         (Finetuning, {"rank": 0}, "rank"),
         (Finetuning, {"alpha": 0.0}, "alpha"),
         (Finetuning, {"ce_share": 1.1}, "ce_share"),

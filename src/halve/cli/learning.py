@@ -35,6 +35,8 @@ from halve.merging import EXACT, WITHOUT, Merged, MergeOptions
 from halve.merging import merge as merge_adapter
 from halve.model.plan import place_of
 
+_SHOWN = 50_000
+"""Bytes from which a row of the table of needs says something."""
 _PHASES = {
     "load": "loading the models …",
     "text": "reading the training text …",
@@ -173,7 +175,7 @@ def needs_table(needs: Needs) -> Table:
     """Return what a training will take of memory and disk as a table."""
     table = Table("what the training takes", Column("at least", justify="right"))
     for what, size in needs.memory.items():
-        if size:
+        if size >= _SHOWN:
             table.add_row(what, in_bytes(size))
     table.add_row(f"memory on {needs.device}", in_bytes(sum(needs.memory.values())), style="bold", end_section=True)
     for what, size in needs.disk.items():

@@ -105,6 +105,10 @@ class KeptMasks:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _nothing, ()
 
+    def __repr__(self) -> str:
+        """Say what is held."""
+        return f"KeptMasks({len(self.masks.parameters)} parameters held; .check(), .remove())"
+
     def remove(self) -> None:
         """Stop keeping the masks; the weights stay as they are. Twice is no error."""
         self._forget_steps()

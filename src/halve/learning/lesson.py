@@ -191,8 +191,20 @@ def load_teacher(source: Source, request: Training, student: LoadedModel) -> Loa
         raise InputError(
             f"the teacher {source.name} has another vocabulary than the student: give a teacher with the same tokenizer"
         )
+    sizes = [_vocabulary(each.model) for each in (found, student)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise InputError(
+            f"the teacher {source.name} has {sizes[0]} logits a token and the student {sizes[1]}: give a teacher with "
+            "the same vocabulary"
+        )
     nn.Module.to(found.model, request.machine.target)
     return found
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Return how many logits a model has for each token; None where its head does not tell."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return getattr(head, "out_features", None)
 
 
 def _hashes(model: nn.Module) -> dict[str, bytes]:

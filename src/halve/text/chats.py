@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halve.errors import InputError, one_line
+from halve.option_groups import OptionError
 from halve.text.documents import open_records
 from halve.text.rows import Passage
 
@@ -79,9 +80,11 @@ def chat_passage(
         before = _rendered(chat[:index], tokenizer, where, prompt=True)
         through = _rendered(chat[: index + 1], tokenizer, where)
         if ids[: len(through)] != through or through[: len(before)] != before:
-            raise InputError(
-                f"the chat template writes the beginning of the chat in {where} otherwise once the chat goes on, so "
-                "it cannot be told what the assistant says: give loss_on = 'all'"
+            place = where.replace("{", "{{").replace("}", "}}")
+            raise OptionError(
+                f"the chat template writes the beginning of the chat in {place} otherwise once the chat goes on, so "
+                "it cannot be told what the assistant says: give {} all",
+                "loss_on",
             )
         learned[len(before) : len(through)] = True
     return Passage(torch.tensor(ids, dtype=torch.int32), learned, whole=True)

@@ -87,10 +87,11 @@ def test_patience_ends_a_training():
     assert (done.best, done.steps, done.planned) == (0, 2, 4)
 
 
-def test_the_learning_rate_that_does_best_is_taken_and_trials_leave_no_trace():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_learning_rate_that_does_best_is_taken_and_trials_leave_no_trace(dtype):
     student, teacher = pruned_decoder(), decoder("llama")
     start = [parameter.detach().clone() for parameter in student.parameters()]
-    run = course(student, teacher, learning_rate="auto", evaluations=1)
+    run = course(student, teacher, learning_rate="auto", evaluations=1, forward_dtype=dtype)
     rate, tried = run._rate(lambda: learner(student), None)
     for one, other in zip(student.parameters(), start, strict=True):
         assert torch.equal(one, other)
@@ -101,7 +102,7 @@ def test_the_learning_rate_that_does_best_is_taken_and_trials_leave_no_trace():
     done = run.run(lambda: learner(student))
     assert (done.learning_rate, done.tried) == (rate, tried)
     given = pruned_decoder()
-    course(given, teacher, learning_rate=rate, evaluations=1).run(lambda: learner(given))
+    course(given, teacher, learning_rate=rate, evaluations=1, forward_dtype=dtype).run(lambda: learner(given))
     for one, other in zip(student.parameters(), given.parameters(), strict=True):
         assert torch.equal(one, other)
 

@@ -47,13 +47,14 @@ def test_the_sum_of_a_models_parts():
     model = decoder("llama")
     trained = [model.model.layers[0].mlp.up_proj.weight]
     shape = Shape(steps=1, rows=3, passes=1, processes=1)
-    found = measured_needs(model, None, trained, 50, 100, shape, 7, torch.device("cpu"))
+    found = measured_needs(model, None, trained, 50, 1000, 100, shape, 7, torch.device("cpu"))
     count = trained[0].numel()
     assert found.memory["activations"] == 300
     assert (found.memory["gradients"], found.memory["moments"]) == (4 * count, 8 * count)
     assert found.memory["the teacher"] == 0
     assert found.held == found.memory["the student"]
     assert found.memory["the method"] == 50
+    assert found.memory["logits"] == 4 * 4 * 3000
     assert (found.disk["states"], found.disk["the checkpoint"]) == (24 * count + 100, 7)
 
 

@@ -1,5 +1,6 @@
 """From texts to rows: which documents, in which order, what is held out, and what is never mixed."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -119,6 +120,7 @@ def test_bos_is_where_the_tokenizer_puts_it_and_is_not_learned(tmp_path):
 
 def test_packed_documents_do_not_attend_to_each_other(student, tmp_path):
     assert keeps_documents_apart(student.model, 320)
+    assert keeps_documents_apart(copy.deepcopy(student.model).bfloat16(), 320)
     rows = read(student, write_text(tmp_path / "t.jsonl", 60, 2)).rows
     packed = student.model(input_ids=rows.ids, position_ids=rows.positions, use_cache=False).logits
     assert int((rows.positions == 0).sum()) > len(rows)

@@ -17,7 +17,7 @@ from halve.errors import HalveError, InputError
 from halve.learning.learner import Learner
 from halve.learning.options import AUTO, Shape, Training
 from halve.learning.training.heads import Speaker
-from halve.learning.training.losses import loss_sums
+from halve.learning.training.losses import Scores, loss_sums
 from halve.learning.training.needs import Needs, activation_bytes, measured_needs
 from halve.learning.training.state import TrainingFiles
 from halve.learning.training.text import TrainingRows
@@ -123,7 +123,6 @@ class Course:
             best = trainer.load_best()
             learner.look_back(lambda: trainer.measure()[HELD_OUT])
             learner.finish()
-            trainer.unwrap()
         self._model.eval()
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
@@ -157,18 +156,20 @@ class Course:
             self._model.train()
             with torch.autocast(place.type, precision, enabled=precision != torch.float32):
                 labels = batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORED]
-                kept = activation_bytes(
-                    lambda: self._student.say(
-                        self._model, batch, lambda said: loss_sums(said, None, labels, target, precision)[0]
-                    )
-                )
+                logits: list[int] = []
+
+                def use(said: Scores) -> Tensor:
+                    logits.append(said.vocabulary * len(labels))
+                    return loss_sums(said, None, labels, target, precision)[0]
+
+                kept = activation_bytes(lambda: self._student.say(self._model, batch, use))
             self._model.eval()
             own = sum(each.nbytes for each in learner.state().values())
             learner.detach()
         _put_back(self._model, before)
         teacher = None if self._teacher is None else self._teacher.model
         device = self._training.machine.target
-        return measured_needs(self._model, teacher, trained, own, kept, self._shape, output, device)
+        return measured_needs(self._model, teacher, trained, own, logits[0], kept, self._shape, output, device)
 
     def _attach(self, learner: Learner) -> list[nn.Parameter]:
         """Attach a learner to the student, and let only what it trains require gradients."""
@@ -221,7 +222,6 @@ class Course:
         try:
             trainer = self._trainer(learner, rate, rows, shape, None, Milestones(frozenset({steps})), None)
             trainer.train()
-            trainer.unwrap()
             return min(_number(loss) for loss in trainer.held_out_losses().values())
         except NotFiniteError:  # it diverged
             return math.inf
@@ -310,7 +310,6 @@ def _arguments(training: Training, shape: Shape, rate: float, place: Path, *, tr
         learning_rate=rate,
         warmup_steps=round(schedule.warmup * shape.steps),
         max_grad_norm=schedule.clip,
-        bf16=machine.precision == torch.bfloat16,
         use_cpu=device.type == "cpu",
         seed=training.text.seed,
         data_seed=training.text.seed,
@@ -324,8 +323,8 @@ def _arguments(training: Training, shape: Shape, rate: float, place: Path, *, tr
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=True,
     )
-    # Without this, what `accelerate launch --mixed_precision` says would be done, and something else be on record.
-    found.mixed_precision = "bf16" if found.bf16 else "no"
+    # The trainer lowers products by itself; without this, `accelerate launch --mixed_precision` would do so once more.
+    found.mixed_precision = "no"
     if found.n_gpu > 1:  # several GPUs in one process would be nn.DataParallel
         found._n_gpu = 1  # noqa: SLF001 - there is no public way
     return found

@@ -70,6 +70,7 @@ def measured_needs(
     teacher: nn.Module | None,
     trained: Sequence[nn.Parameter],
     own: int,
+    logits: int,
     activations: int,
     shape: Shape,
     output: int,
@@ -82,6 +83,7 @@ def measured_needs(
         teacher: as it lies in memory; None without one.
         trained: the parameters that are trained.
         own: bytes that the way to learn holds besides.
+        logits: of one sequence, numbers.
         activations: bytes that one sequence keeps for the backward pass (`activation_bytes`).
         shape: of the training.
         output: bytes of the checkpoint that is written.
@@ -97,7 +99,7 @@ def measured_needs(
             "moments": _MOMENTS * count * _FLOAT,
             "the method": own,
             "activations": activations * shape.rows,
-            "logits": _COPIES * chunk * _FLOAT,
+            "logits": _COPIES * min(chunk, logits * shape.rows) * _FLOAT,
         },
         disk={
             "states": 2 * ((1 + _MOMENTS) * count * _FLOAT + own),

@@ -5,7 +5,7 @@ Everything else is the Trainer's: gradient accumulation, mixed precision, schedu
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,8 @@ class MaskTrainer(Trainer):
             sums.append(found)
             return loss
 
-        loss = self._student.say(model, batch, use)
+        with self._lowered():
+            loss = self._student.say(model, batch, use)
         return loss, sums[0]
 
     def evaluate(
@@ -263,7 +264,7 @@ class MaskTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         total = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         rows = self._held_out
-        with torch.no_grad(), self._evaluating():
+        with torch.no_grad():
             for start in range(0, len(rows), batch * world):  # every process runs as often, some on nothing new
                 mine = slice(start + rank * batch, start + (rank + 1) * batch)
                 ids, positions, labels = rows.ids[mine], rows.positions[mine], rows.labels[mine]
@@ -287,9 +288,12 @@ class MaskTrainer(Trainer):
             found["eval_kl"] = kl / count
         return found
 
-    def _evaluating(self) -> Any:
-        """Compute as in training: autocast is around the wrapped forward alone, and before training nothing wraps."""
-        if self.is_in_train or self._precision == torch.float32:
+    def _lowered(self) -> AbstractContextManager[Any]:
+        """Multiply in the precision that was asked for.
+
+        Not left to accelerate, which does it for the first training of a process, and not for those after a trial.
+        """
+        if self._precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.args.device.type, self._precision)
 
@@ -331,10 +335,6 @@ class MaskTrainer(Trainer):
             return
         self.state = before
         self.train(resume_from_checkpoint=str(state))
-
-    def unwrap(self) -> None:
-        """Take off the autocast that accelerate has put around the model's forward."""
-        self.accelerator.unwrap_model(self._student.model, keep_fp32_wrapper=False)
 
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters that are trained, by their names in the model."""
