@@ -338,7 +338,7 @@ def test_what_is_not_known_is_refused_with_what_may_have_been_meant(dense, tmp_p
     refused("no option 'keep': .*method maskllm has init_std", method="maskllm", keep="original")
     refused("unknown learning method 'masklm': did you mean 'maskllm'", method="masklm")
     refused("keep", method="proxsparse", keep="nothing")
-    refused("has 12870 masks, and maskllm", method="maskllm", pattern="8:16")
+    refused("has 12870 masks a group, and maskllm", method="maskllm", pattern="8:16")
     refused("masks are learned for N:M patterns", method="ast", pattern="50%")
 
 
