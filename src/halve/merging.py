@@ -127,12 +127,12 @@ class Merged:
     @property
     def mean_relative_loss(self) -> float:
         """Mean of the relative losses of what was written, NaN where none was measured."""
-        return _mean([each.facts["relative_loss"] for each in self.matrices if "relative_loss" in each.facts])
+        return mean_of([each.facts["relative_loss"] for each in self.matrices if "relative_loss" in each.facts])
 
     @property
     def mean_off_mask(self) -> float:
         """Mean share of the update that falls on zeros, of the pruned matrices; NaN where there are none."""
-        return _mean([each.off_mask for each in self.matrices if each.pruned])
+        return mean_of([each.off_mask for each in self.matrices if each.pruned])
 
 
 class _Record(Record, frozen=True, kw_only=True):
@@ -463,5 +463,6 @@ def _result(place: Path, notes: Sequence[str]) -> Merged:
     )
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
+    """Return the mean, NaN of nothing."""
     return sum(values) / len(values) if values else math.nan

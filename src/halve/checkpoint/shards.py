@@ -242,6 +242,21 @@ def build_header(
     return len(text).to_bytes(_LENGTH, "little") + text
 
 
+def file_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
+    """Yield the content of a safetensors file of tensors in memory, in their order, one tensor at a time.
+
+    Args:
+        tensors: by name, on any device.
+        metadata: texts to keep with them, besides the format.
+
+    Raises:
+        UnsupportedModelError: a dtype that the format does not have.
+    """
+    yield build_header([(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()], metadata)
+    for tensor in tensors.values():
+        yield tensor_bytes(tensor)
+
+
 class _Entry(Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor in a header."""
 

@@ -31,7 +31,7 @@ from halve.learning.training.needs import Needs, in_bytes
 from halve.learning.training.state import recorded_training
 from halve.learning.training.trainer import Point
 from halve.learning.training.watching import Watch
-from halve.merging import EXACT, WITHOUT, Merged, MergeOptions
+from halve.merging import EXACT, WITHOUT, Merged, MergeOptions, mean_of
 from halve.merging import merge as merge_adapter
 from halve.model.plan import place_of
 
@@ -225,8 +225,8 @@ def _by_kind(merged: Merged) -> Table:
     kinds = dict.fromkeys(place_of(each.name)[1] for each in merged.matrices)
     for kind in kinds:
         found = [each for each in merged.matrices if place_of(each.name)[1] == kind]
-        losses = [_mean([each.facts[fact] for each in found if fact in each.facts]) for fact in _LOSSES]
-        off = _mean([each.off_mask for each in found])
+        losses = [mean_of([each.facts[fact] for each in found if fact in each.facts]) for fact in _LOSSES]
+        off = mean_of([each.off_mask for each in found])
         table.add_row(
             Text(kind), str(len(found)), f"{off:.1%}", *["" if math.isnan(loss) else f"{loss:.2e}" for loss in losses]
         )
@@ -234,7 +234,3 @@ def _by_kind(merged: Merged) -> Table:
 
 
 _LOSSES = ("relative_loss_before_refit", "relative_loss")
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

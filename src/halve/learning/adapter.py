@@ -19,7 +19,7 @@ from torch import Tensor
 
 from halve.checkpoint.directory import contained
 from halve.checkpoint.durable import filling
-from halve.checkpoint.shards import build_header, read_json, read_shard, read_tensor, tensor_bytes
+from halve.checkpoint.shards import file_of, read_json, read_shard, read_tensor
 from halve.checkpoint.validated import shown, validated
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError, first_few
 from halve.maths.pattern import apply_mask
@@ -320,10 +320,8 @@ def write_adapter(
         not directory.is_dir() or any(not path.name.lstrip(".").startswith(own) for path in directory.iterdir())
     ):
         raise InputError(f"{directory} is not an empty directory: give a new one for the adapter")
-    held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in sorted(tensors.items())}
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     with filling(directory) as write:
-        header = build_header([(name, tensor.dtype, tensor.shape) for name, tensor in held.items()])
-        write(WEIGHTS, [header, *map(tensor_bytes, held.values())], "adapter")
+        write(WEIGHTS, file_of(dict(sorted(tensors.items()))), "adapter")
         write(CARD, [card.encode()], "card")
         write(CONFIG, [text.encode()], "adapter")

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from halve.checkpoint.durable import write_file, writing
-from halve.checkpoint.shards import tensor_bytes
+from halve.checkpoint.shards import file_of
 from halve.errors import InputError
 from halve.learning.keeping import KeptMasks, keep_masks, keep_these
-from halve.learning.pruned_weights import MASKS, check_written, masks_header, read_masks
+from halve.learning.pruned_weights import MASKS, check_written, read_masks
 from halve.maths.pattern import Pattern
 
 
@@ -128,6 +128,5 @@ class KeepMasks(TrainerCallback):
         )
 
     def _write(self, directory: Path) -> None:
-        chunks = (tensor_bytes(mask) for mask in self._packed.values())
         with writing(directory):
-            write_file(directory / MASKS, (masks_header(self._packed), *chunks), "masks")
+            write_file(directory / MASKS, file_of(self._packed), "masks")

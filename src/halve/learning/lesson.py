@@ -367,8 +367,8 @@ class _Judge:
         self.before: tuple[Perplexity, ...] = ()
         trained_on = [text.source for text in request.text.texts]
         names = [text.source for text in self._texts]
-        said = [overlap(each, names) for each in trained_on]
-        self.cautions = tuple(each.replace("calibrated on", "trained on") for each in said if each)
+        said = [overlap(each, names, used="trained") for each in trained_on]
+        self.cautions = tuple(each for each in said if each)
 
     def measure_before(self, watch: Watch) -> None:
         """Measure the dense model and the pruned one, or take what was measured before the training was stopped."""

@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from torch import Tensor
 
 from halve.checkpoint.durable import write_file, writing
-from halve.checkpoint.shards import LARGEST, build_header, parse_object, read_shard, read_tensor, tensor_bytes
+from halve.checkpoint.shards import LARGEST, file_of, parse_object, read_shard, read_tensor
 from halve.checkpoint.validated import shown, validated, wrong
 from halve.errors import InputError, PatternError, first_few
 from halve.maths.pattern import Pattern, apply_mask
@@ -68,9 +68,8 @@ def write_masks(path: Path, masks: Mapping[str, Tensor], pattern: Pattern, model
     packed = {name: _pack(mask) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     described = json.dumps({"version": VERSION, "pattern": str(pattern), "shapes": shapes, "model": dict(model)})
-    header = build_header([(name, each.dtype, each.shape) for name, each in packed.items()], {_KEY: described})
     with writing(path.parent):
-        write_file(path, [header, *(tensor_bytes(each) for each in packed.values())], "masks")
+        write_file(path, file_of(packed, {_KEY: described}), "masks")
 
 
 def masked_names(path: Path) -> tuple[Pattern, frozenset[str]]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from halve.checkpoint.directory import RECORD
 from halve.checkpoint.disk_layout import targets_on_loading
-from halve.checkpoint.shards import TensorEntry, build_header, read_shard, read_tensor
+from halve.checkpoint.shards import TensorEntry, read_shard, read_tensor
 from halve.errors import HalveError, InputError, UnsupportedModelError, counted, first_few
 from halve.maths.pattern import Pattern
 from halve.model.adapters import adapter_parameters
@@ -191,15 +190,6 @@ def _fitting(model: nn.Module, name: str, weight: Tensor, pattern: Pattern) -> L
         if pattern.fits(rows.shape[-1]) and pattern.satisfied_by(rows):
             return layout
     return None
-
-
-def masks_header(packed: Mapping[str, Tensor]) -> bytes:
-    """Return the header of the file that `read_masks` reads; the masks themselves follow it in their order.
-
-    Args:
-        packed: uint8, by the names of the parameters, as `FixedMasks.state_dict` gives them.
-    """
-    return build_header([(name, torch.uint8, mask.shape) for name, mask in packed.items()])
 
 
 def check_written(model: nn.Module, packed: Mapping[str, Tensor], directory: Path) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from halve.checkpoint.directory import CONFIG, HOME, is_unfinished
 from halve.checkpoint.durable import (
-    Content,
     check_hash,
     crash_point,
     make_directory,
@@ -31,7 +30,7 @@ from halve.checkpoint.durable import (
 )
 from halve.checkpoint.lock import locked
 from halve.checkpoint.room import refuse_contents
-from halve.checkpoint.shards import build_header, read_json, tensor_bytes
+from halve.checkpoint.shards import file_of, read_json
 from halve.checkpoint.validated import validated
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
 from halve.provenance import Fingerprint, differences
@@ -211,7 +210,7 @@ class RunDirectory:
         kept = None
         if tokens is not None:
             ids = tokens.ids.contiguous()
-            content: Content = [build_header([("ids", ids.dtype, ids.shape)]), tensor_bytes(ids)]
+            content = file_of({"ids": ids})
             facts = {
                 "source": tokens.source,
                 "sha256": tokens.sha256,
@@ -240,16 +239,10 @@ class RunDirectory:
             HalveError: the volume is full or failed; blocks committed before are still there.
         """
         manifest = self._present()
-        entries = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-
-        def content() -> Iterator[bytes | memoryview]:
-            yield build_header(entries, {_RECORD: json.dumps(record)})
-            for tensor in tensors.values():
-                yield tensor_bytes(tensor)
-
+        content = file_of(tensors, {_RECORD: json.dumps(record)})
         name = f"block-{len(manifest.blocks):05d}.safetensors"
         with writing(self.state):
-            manifest.blocks.append((name, write_file(self.state / name, content(), "block")))
+            manifest.blocks.append((name, write_file(self.state / name, content, "block")))
         try:
             manifest.write(self.state)
         except BaseException:

@@ -31,7 +31,7 @@ from halve.checkpoint.durable import (
 )
 from halve.checkpoint.lock import locked
 from halve.checkpoint.room import refuse_contents
-from halve.checkpoint.shards import build_header, read_json, tensor_bytes
+from halve.checkpoint.shards import file_of, read_json
 from halve.checkpoint.validated import validated
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
 
@@ -246,15 +246,8 @@ class TrainingFiles:
 
     def _write_tensors(self, path: Path, parameters: Mapping[str, Tensor], own: Mapping[str, Tensor], kind: str) -> str:
         tensors = {**parameters, **{f"{_LEARNER}{name}": value for name, value in own.items()}}
-        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-        def content() -> Iterator[bytes | memoryview]:
-            yield build_header([(name, value.dtype, tuple(value.shape)) for name, value in plain.items()])
-            for value in plain.values():
-                yield tensor_bytes(value)
-
         with writing(path):
-            return write_file(path, content(), kind)
+            return write_file(path, file_of(tensors), kind)
 
     def _read_tensors(self, path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         held = load_file(path)

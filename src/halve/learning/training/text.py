@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.load import LoadedModel
-from halve.checkpoint.shards import build_header, parse_object, read_shard, read_tensor, tensor_bytes
+from halve.checkpoint.shards import file_of, parse_object, read_shard, read_tensor
 from halve.device import evaluation_mode, model_device
 from halve.errors import CorruptFileError, InputError
 from halve.learning.options import LOSS_ON, TrainingText, WeightedText
@@ -86,13 +86,8 @@ def write_rows(directory: Path, rows: TrainingRows, asked: Mapping[str, Any]) ->
         "facts": torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8),
     }
 
-    def content() -> Iterator[bytes | memoryview]:
-        yield build_header([(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()])
-        for value in tensors.values():
-            yield tensor_bytes(value)
-
     with writing(directory):
-        write_file(directory / TEXT, content(), "text")
+        write_file(directory / TEXT, file_of(tensors), "text")
 
 
 def read_rows(directory: Path, asked: Mapping[str, Any]) -> TrainingRows | None:
