@@ -1,9 +1,11 @@
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from halve import device
 from halve.device import (
     autocast,
     compute_dtype,
@@ -12,6 +14,7 @@ from halve.device import (
     model_device,
     on_device,
     parse_dtype,
+    processor_maker,
     resolve_device,
     weight_dtype,
 )
@@ -49,10 +52,44 @@ def test_unknown_device(name):
         resolve_device(name)
 
 
-@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (True, True)])
-def test_a_cpu_with_bfloat16_units_uses_them(monkeypatch, amx, avx512):
+@pytest.mark.parametrize(
+    ("amx", "avx512", "maker", "expected"),
+    [
+        (True, False, "GenuineIntel", torch.bfloat16),
+        (True, True, "GenuineIntel", torch.bfloat16),
+        (True, True, "", torch.bfloat16),
+        (False, True, "AuthenticAMD", torch.bfloat16),
+        (False, True, "GenuineIntel", torch.float32),  # AMX hidden by a virtual machine: float32 is twice as fast
+        (False, True, "", torch.float32),
+        (False, False, "AuthenticAMD", torch.float32),
+    ],
+)
+def test_a_cpu_with_fast_bfloat16_units_uses_them(monkeypatch, amx, avx512, maker, expected):
     fake_cpu(monkeypatch, amx=amx, avx512=avx512)
-    assert compute_dtype(CPU) == torch.bfloat16
+    monkeypatch.setattr(device, "processor_maker", lambda: maker)
+    assert compute_dtype(CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "maker"),
+    [
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\n", "GenuineIntel"),
+        ("vendor_id\t: AuthenticAMD\n", "AuthenticAMD"),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),
+    ],
+)
+def test_the_maker_of_the_processor(monkeypatch, told, maker):
+    monkeypatch.setattr(Path, "exists", lambda _path: True)
+    monkeypatch.setattr(Path, "read_text", lambda _path: told)
+    assert processor_maker.__wrapped__() == maker
+
+
+def test_the_maker_where_there_is_no_proc(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda _path: False)
+    monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD")
+    assert processor_maker.__wrapped__() == "AuthenticAMD"
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    assert processor_maker.__wrapped__() == ""
 
 
 def test_a_cpu_without_bfloat16_units(monkeypatch):
@@ -67,6 +104,7 @@ def test_a_cpu_without_bfloat16_units(monkeypatch):
 @pytest.mark.parametrize("query", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
 def test_an_old_torch_is_asked_in_its_own_way(monkeypatch, query):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(device, "processor_maker", lambda: "AuthenticAMD")
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == query, raising=False)
     assert compute_dtype(CPU) == torch.bfloat16

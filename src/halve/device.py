@@ -1,9 +1,12 @@
 """Where a model runs, in which precision, and the mode for running one without training it."""
 
+import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,16 +61,29 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return the fastest dtype for matrix products that keeps float32's exponent range on ``device``.
 
-    bfloat16 where the hardware multiplies it natively (CUDA from Ampere on, x86 with AMX or AVX512-BF16), else
-    float32. float16 is never chosen: its range overflows in the residual streams of trained language models.
+    bfloat16 where the hardware multiplies it natively and faster (CUDA from Ampere on, x86 with AMX, AMD's with
+    AVX512-BF16), else float32. Intel's processors have AVX512-BF16 as well, but half as many units for it as for
+    float32: without AMX, which virtual machines often hide, its products take twice the time of float32's (measured in
+    ``docs/benchmarks.md``). The choice goes by what the processor is, not by a measurement, so that a run that goes on
+    computes as it began. float16 is never chosen: its range overflows in the residual streams of trained language
+    models.
     """
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        native = processor_has("amx_bf16") or processor_has("avx512_bf16")
+        faster = processor_has("amx_bf16") or (processor_has("avx512_bf16") and processor_maker() == "AuthenticAMD")
     else:
-        native = False
-    return torch.bfloat16 if native else torch.float32
+        faster = False
+    return torch.bfloat16 if faster else torch.float32
+
+
+@cache
+def processor_maker() -> str:
+    """Return the maker of this x86 processor as it calls itself, such as GenuineIntel; empty where it is not told."""
+    cpuinfo = Path("/proc/cpuinfo")
+    told = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()  # Windows: "… GenuineIntel"
+    found = re.search(r"\b(GenuineIntel|AuthenticAMD)\b", told)
+    return found[0] if found else ""
 
 
 def forward_precision(name: str, device: torch.device) -> torch.dtype:

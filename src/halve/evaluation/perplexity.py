@@ -56,7 +56,7 @@ def perplexity(
         tokens: what to measure on; ids (windows, seq_len).
         batch_size: windows in one forward; None is as many as make 4096 tokens.
         device: where to run; the model is moved there meanwhile. None leaves it where it is.
-        forward_dtype: ``"auto"`` multiplies float32 weights in bfloat16 where the hardware does so natively, and takes
+        forward_dtype: ``"auto"`` multiplies float32 weights in bfloat16 where the hardware does so faster, and takes
             other weights as they are; ``"float32"`` computes in float32 whatever the weights are (they get a float32
             copy meanwhile); ``"bfloat16"`` multiplies float32 weights in bfloat16.
         progress: called with the windows done and the windows in all, after each batch.
