@@ -8,6 +8,7 @@ from halve.learning.options import Finetuning, Machine, Schedule, Shape, Trainin
 from halve.learning.pruned_weights import find_pruned
 from halve.learning.training.course import Course
 from halve.learning.training.text import TrainingRows
+from halve.learning.training.watching import Watch
 from halve.text.rows import IGNORED, Rows
 from models import tokens
 
@@ -40,9 +41,9 @@ def asked(**options):
     )
 
 
-def course(student, teacher=None, rows=None, tell=None, **options):
+def course(student, teacher=None, rows=None, watch=None, **options):
     request = asked(**options)
-    return Course(student, teacher, rows or made_rows(), request, Shape.of(request), None, tell)
+    return Course(student, teacher, rows or made_rows(), request, Shape.of(request), None, watch)
 
 
 def learner(model, kind=FixedMaskLearner):
@@ -60,3 +61,16 @@ class Plain(Learner):
 
     def finish(self):
         pass
+
+
+class Heard(Watch):
+    """Keeps what it hears of a training."""
+
+    def __init__(self):
+        self.trials, self.points = {}, []
+
+    def trial(self, rate, loss):
+        self.trials[rate] = loss
+
+    def point(self, point):
+        self.points.append(point)

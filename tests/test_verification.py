@@ -133,8 +133,9 @@ def test_without_a_record_the_pattern_is_looked_for(tmp_path):
     assert result.ok, result.problems
     assert (result.matrices, result.sparsity) == (12, 0.5)
     assert "no halve.json" in result.notes[0]
-    nothing = check(out)
-    assert (nothing.ok, nothing.pattern, nothing.matrices) == (True, None, 0)
+    for original in (None, before):
+        with pytest.raises(InputError, match=r"has no halve\.json: give the pattern of its matrices"):
+            check(out, against=original)
     one_problem(check(before, pattern="2:4"), "no tensor has the pattern 2:4")
 
 

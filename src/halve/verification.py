@@ -106,20 +106,22 @@ def check(
         against: the original: anything ``halve.checkpoint.load.resolve`` takes.
         pattern: what to check for instead of the pattern recorded; needed where there is no ``halve.json``, and then
             the tensors that have it are counted, along either of their last two dimensions.
-
         trust_remote_code: whether a model that comes with Python code of its own is accepted; none of it is run.
 
     Returns:
         CheckResult: a damaged checkpoint is a result, not an exception.
 
     Raises:
-        InputError: ``path`` is not a directory; ``against`` or ``pattern`` is not usable, as with a packed checkpoint.
+        InputError: ``path`` is not a directory; there is neither a record nor ``pattern``; ``against`` or ``pattern``
+            is not usable, as with a packed checkpoint.
         HalveError: as ``halve.checkpoint.load.resolve``, about ``against``.
     """
     directory = _finished_directory(path)
     if is_packed(directory):
         return _check_packed(directory, alone=against is None and pattern is None, code=trust_remote_code)
     wanted = None if pattern is None else Pattern.parse(pattern)
+    if wanted is None and not (directory / RECORD).exists():
+        raise InputError(f"{directory} has no {RECORD}: give the pattern of its matrices (--pattern 2:4)")
     original = (
         against
         if isinstance(against, Source) or against is None

@@ -152,7 +152,7 @@ def test_generation_is_announced(model, text, tmp_path):
 def test_a_checkpoint_without_record_needs_a_pattern(model):
     result = run(app, ["check", model])
     assert result.exit_code == EXIT_REFUSED
-    assert "no halve.json: give --pattern" in result.stderr
+    assert "no halve.json: give the pattern of its matrices (--pattern 2:4)" in result.stderr
     assert run(app, ["check", model, "--pattern", "2:4"]).exit_code != EXIT_REFUSED
 
 

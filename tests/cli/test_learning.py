@@ -155,6 +155,7 @@ def test_learning_rates_that_were_tried_are_kept(checkpoint, tmp_path, monkeypat
     assert result.exit_code == EXIT_STOPPED, result.output
     result = run(app, ["resume", str(out)])
     assert result.exit_code == 0, result.output
+    assert f"learning rate {tried[1]:g} tried: loss " in " ".join(result.output.split())
     assert tried.count(tried[0]) == 1
     assert tried[1] == tried[2]
 

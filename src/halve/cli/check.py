@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from halve.checkpoint.directory import RECORD, is_packed, is_unfinished
 from halve.cli.errors import EXIT_FAILED, reporting
 from halve.cli.options import JsonOption
 from halve.cli.terminal import out, say
-from halve.errors import InputError, counted
+from halve.errors import counted
 from halve.verification import check as check_checkpoint
 
 
@@ -26,10 +25,6 @@ def check(
 ) -> None:
     """Re-read the bytes on disk: the pattern holds, all values are finite, nothing is missing or touched."""
     with reporting():
-        finished = directory.is_dir() and not is_unfinished(directory)
-        recorded = (directory / RECORD).exists() or is_packed(directory)
-        if pattern is None and finished and not recorded:
-            raise InputError(f"{directory} has no {RECORD}: give --pattern")
         result = check_checkpoint(directory, against=against, pattern=pattern, trust_remote_code=trust_remote_code)
     if as_json:
         out.print_json(json.dumps(asdict(result)))

@@ -139,6 +139,10 @@ class _Lines(Watch):
     def needs(self, needs: Needs) -> None:
         err.print(needs_table(needs))
 
+    def trial(self, rate: float, loss: float) -> None:
+        came_to = f"loss {loss:.4f} on held-out text" if math.isfinite(loss) else "diverges"
+        say(err, f"learning rate {rate:g} tried: {came_to}")
+
     def point(self, point: Point) -> None:
         if point.perplexity is not None:
             kl = "" if point.kl is None else f", KL {point.kl:.4f}"

@@ -130,7 +130,7 @@ def carry_out(lesson: Lesson, out: Path, watch: Watch | None = None) -> Taught:
         with clock.timing("prepare"):
             make = lesson.prepare(student, rows)
             course = Course(
-                student.model, None if teacher is None else teacher.model, rows, request, shape, files, watch.point
+                student.model, None if teacher is None else teacher.model, rows, request, shape, files, watch
             )
             needs = course.needs(make, output_bytes(student))
         watch.needs(needs)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from courses import LENGTH, Plain, course, learner, made_rows
+from courses import LENGTH, Heard, Plain, course, learner, made_rows
 from halve.errors import HalveError, InputError
 from halve.learning.learner import Learner
 from halve.learning.training.course import RATES
@@ -55,15 +55,15 @@ def test_accumulated_passes_are_one():
 
 
 def test_the_mask_is_kept_and_the_student_comes_nearer():
-    student, points = pruned_decoder(), []
+    student, heard = pruned_decoder(), Heard()
     before = zeros(student)
-    done = course(student, decoder("llama"), tell=points.append, evaluations=4).run(lambda: learner(student))
+    done = course(student, decoder("llama"), watch=heard, evaluations=4).run(lambda: learner(student))
     looks = [point for point in done.curve if point.kl is not None]
     assert [point.step for point in looks] == [0, 1, 2, 3, 4]
     assert looks[-1].kl < looks[0].kl
     assert (done.steps, done.planned, done.tried) == (4, 4, {})
-    assert points == list(done.curve)
-    assert points[-1].tokens == 256
+    assert heard.points == list(done.curve)
+    assert heard.points[-1].tokens == 256
     assert not any(parameter.requires_grad for parameter in student.parameters())
     for name, parameter in student.named_parameters():
         if name in before:
@@ -123,7 +123,10 @@ class Explosive(Plain):
 
 def test_a_rate_that_diverges_is_dropped():
     student = decoder("llama")
-    done = course(student, decoder("llama", seed=1), learning_rate="auto").run(lambda: learner(student, Explosive))
+    heard = Heard()
+    run = course(student, decoder("llama", seed=1), watch=heard, learning_rate="auto")
+    done = run.run(lambda: learner(student, Explosive))
+    assert heard.trials == done.tried
     assert done.tried[1e-3] == math.inf
     assert list(done.tried) == [1e-4, 3e-4, 1e-3]
     assert done.learning_rate in {1e-4, 3e-4}

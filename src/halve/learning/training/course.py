@@ -22,6 +22,7 @@ from halve.learning.training.needs import Needs, activation_bytes, measured_need
 from halve.learning.training.state import TrainingFiles
 from halve.learning.training.text import TrainingRows
 from halve.learning.training.trainer import HELD_OUT, MaskTrainer, Milestones, NotFiniteError, Point
+from halve.learning.training.watching import Watch
 from halve.text.rows import IGNORED, Rows
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -67,7 +68,7 @@ class Course:
         training: what was asked for.
         shape: of the training.
         files: of a training that can go on; None keeps nothing.
-        tell: called with every `Point`.
+        watch: hears of every `Point`, and of every learning rate that is tried.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class Course:
         training: Training,
         shape: Shape,
         files: TrainingFiles | None = None,
-        tell: Callable[[Point], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._model = student
         self._rows = rows
         self._training = training
         self._shape = shape
         self._files = files
-        self._tell = tell
+        self._watch = watch or Watch()
         probe = rows.rows.ids[:1, :16].to(training.machine.target)
         with own_settings(student):
             self._student = Speaker(student, probe, apart=rows.apart)
@@ -115,7 +116,8 @@ class Course:
         ):
             rate, tried = self._rate(make, default_rate)
             learner = make()
-            trainer = self._trainer(learner, rate, self._rows, self._shape, self._files, self._milestones, self._tell)
+            tell = self._watch.point
+            trainer = self._trainer(learner, rate, self._rows, self._shape, self._files, self._milestones, tell)
             doubt = learner.doubts(trainer.planned_rates())
             self.notes += (doubt,) if doubt else ()
             state = None if self._files is None else self._files.newest()
@@ -199,6 +201,7 @@ class Course:
                 tried[rate] = self._try(make, rate)
                 if self._files is not None:
                     self._files.keep_fact("rates", [[rate, _plain(loss)] for rate, loss in tried.items()])
+            self._watch.trial(rate, tried[rate])
             if number and not tried[rate] < best_before:
                 break
             best_before = min(best_before, tried[rate])

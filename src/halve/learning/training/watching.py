@@ -16,5 +16,8 @@ class Watch:
     def needs(self, needs: Needs) -> None:
         """Hear what the training will take, before it is refused or begins."""
 
+    def trial(self, rate: float, loss: float) -> None:
+        """Hear what the held-out text says of a learning rate after a short trial: nats a token, perhaps infinite."""
+
     def point(self, point: Point) -> None:
         """Hear what is known at a step."""
