@@ -104,8 +104,7 @@ def packed(
     needed = samples * room
     ids: list[int] = []
     used = 0
-    shuffle = shuffled(corpus.documents(), seed, max_documents=LOCAL_SHUFFLE if corpus.local else _HUB_SHUFFLE)
-    for document in encode_documents(shuffle, tokenizer, needed + len(lead)):
+    for document in encode_documents(shuffled_corpus(corpus, seed), tokenizer, needed + len(lead)):
         if not document:
             continue
         if ids and tokenizer.eos_token_id is not None:
@@ -123,6 +122,11 @@ def packed(
         f"source {corpus.name!r} has {len(ids)} tokens, but samples = {samples} of seq_len = {seq_len} need {needed}"
         f"{f' beside {around.name}' if around.name else ''}: give more text, or fewer samples ({remedy})"
     )
+
+
+def shuffled_corpus(corpus: Corpus, seed: int) -> Iterator[Document]:
+    """Yield the documents of a corpus in the random order in which they are packed."""
+    return shuffled(corpus.documents(), seed, max_documents=LOCAL_SHUFFLE if corpus.local else _HUB_SHUFFLE)
 
 
 def windows(

@@ -23,12 +23,14 @@ class Passage:
         learned: (tokens,) bool, which of them are to be learned; None for all but what stands before the text.
         lead: how many tokens stand before the text (BOS).
         whole: whether it means nothing if it is cut and continued in another row: a chat.
+        seen: whether the model was calibrated on it.
     """
 
     ids: Tensor
     learned: Tensor | None = None
     lead: int = 0
     whole: bool = False
+    seen: bool = False
 
     @property
     def labels(self) -> Tensor:

@@ -2,15 +2,18 @@
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from halve.checkpoint.load import LoadedModel
+from halve.checkpoint.load import LoadedModel, Source
 from halve.errors import CorruptFileError, InputError
 from halve.learning.options import TrainingText
 from halve.learning.training.text import _order, keeps_documents_apart, read_rows, training_rows, write_rows
+from halve.text.documents import open_corpus
+from halve.text.packing import shuffled_corpus
 from halve.text.rows import IGNORED
 from models import decoder
 from taught import words, write_text
@@ -59,10 +62,66 @@ def test_a_long_txt_is_cut_in_two_for_that(student, tmp_path):
     path.write_text(words(600, seed=1), encoding="utf-8")
     rows = read(student, path)
     ids = student.tokenizer(path.read_text())["input_ids"]
-    cut = 64
-    assert rows.held_out.ids.flatten().tolist() == ids[:cut]
-    assert rows.rows.ids.flatten().tolist()[: len(ids) - cut] == ids[cut:]
+    cut = len(ids) + 1 - 64  # EOS follows
+    assert rows.held_out.ids.flatten().tolist()[:-1] == ids[cut:]
+    assert rows.rows.ids.flatten().tolist()[:cut] == ids[:cut]
     assert rows.rows.labels[0, 0] == rows.held_out.labels[0, 0] == IGNORED
+
+
+def calibrated(student, folder, source, documents, tokens=10_000, seed=0):
+    """Return the student as one that was calibrated on the first documents of a text."""
+    folder.mkdir()
+    about = {"source": str(source), "seed": seed, "documents": documents, "samples": 3, "tokens": tokens, "bos": "none"}
+    (folder / "halve.json").write_text(json.dumps({"calibration": about}))
+    return replace(student, source=Source("directory", folder, "pruned"))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_what_the_model_was_calibrated_on_is_trained_on_and_not_held_out(student, tmp_path, seed):
+    path = write_text(tmp_path / "t.jsonl", documents=40, length=12)
+    corpus = open_corpus(path, use="calibration")
+    known = list(shuffled_corpus(corpus, seed))[:25]
+    pruned = calibrated(student, tmp_path / "pruned", path, 25, seed=seed)
+    rows = read(pruned, path, sequences=200)
+    held, trained = ("".join(passages(part, student.tokenizer)) for part in (rows.held_out, rows.rows))
+    assert not any(document[:30] in held for document in known)
+    assert all(document[:30] in trained for document in known)
+    assert not any("flatters" in note for note in rows.notes)
+    few = read(pruned, path, sequences=4)  # fewer than it was calibrated on: more is read for what is held out
+    assert torch.equal(few.held_out.ids[0], rows.held_out.ids[0])
+
+
+def test_another_text_than_it_was_calibrated_on_is_held_out_as_ever(student, tmp_path):
+    path, other = (write_text(tmp_path / name, documents=40, length=12) for name in ("t.jsonl", "other.jsonl"))
+    plain = read(student, path, sequences=200)
+    for number, source in enumerate((other, tmp_path / "gone.jsonl", "c4")):
+        pruned = calibrated(student, tmp_path / f"pruned-{number}", source, 25)
+        assert read(pruned, path, sequences=200).sha256 == plain.sha256
+
+
+def test_that_all_of_a_text_is_known_is_told(student, tmp_path):
+    path = write_text(tmp_path / "t.jsonl", documents=40, length=12)
+    rows = read(calibrated(student, tmp_path / "pruned", path, 40), path, sequences=200)
+    assert len(rows.held_out)
+    assert any(f"the model was calibrated on all of {path}" in note and "flatters" in note for note in rows.notes)
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(1000, False), (10_000, True)])
+def test_of_a_txt_the_beginning_may_be_known(student, tmp_path, tokens, told):
+    path = tmp_path / "long.txt"
+    path.write_text(words(600, seed=1), encoding="utf-8")
+    rows = read(calibrated(student, tmp_path / "pruned", path, 1, tokens), path)
+    assert any("flatters" in note for note in rows.notes) == told
+    assert student.tokenizer.decode(rows.held_out.ids.flatten()[:-1]) in path.read_text()[-400:]
+
+
+def test_the_teachers_own_text_is_known_where_it_was_calibrated_on_it(student, tmp_path):
+    pruned = calibrated(student, tmp_path / "pruned", "self", 3)
+    text = TrainingText(data="self", seq_len=16, held_out=16)
+    rows = training_rows(text, pruned, LoadedModel(decoder("llama", seed=3, vocab_size=320), None, None), 8)
+    plain = training_rows(text, student, LoadedModel(decoder("llama", seed=3, vocab_size=320), None, None), 8)
+    assert torch.equal(plain.held_out.ids[0], rows.rows.ids[0])
+    assert torch.equal(rows.held_out.ids[0], plain.rows.ids[2])  # the fourth of all
 
 
 def test_sources_share_the_tokens_by_their_weights(student, tmp_path):

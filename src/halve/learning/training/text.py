@@ -1,27 +1,31 @@
 """From the texts that a user names to rows: those that are trained on, in their order, and those that are held out."""
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from msgspec import ValidationError, convert
 from torch import Tensor, nn
 
+from halve.checkpoint.directory import RECORD
 from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.load import LoadedModel
-from halve.checkpoint.shards import file_of, parse_object, read_shard, read_tensor
+from halve.checkpoint.shards import file_of, parse_object, read_json, read_shard, read_tensor
 from halve.device import evaluation_mode, model_device
 from halve.errors import CorruptFileError, InputError
 from halve.learning.options import LOSS_ON, TrainingText, WeightedText
 from halve.learning.training.state import TEXT
 from halve.text.chats import chat_passage, holds_chats, read_chats
-from halve.text.documents import is_on_hub, open_corpus, shuffled
+from halve.text.documents import Corpus, Document, is_on_hub, open_corpus
 from halve.text.generation import Listen
 from halve.text.limits import check_length, check_vocabulary
-from halve.text.packing import LOCAL_SHUFFLE, encode_documents
+from halve.text.packing import encode_documents, shuffled_corpus
 from halve.text.rows import Passage, Rows, rows_of
 from halve.text.special_tokens import begin_sequences
 from halve.text.tokens import SELF, calibration_tokens, hash_ids
@@ -112,6 +116,46 @@ def read_rows(directory: Path, asked: Mapping[str, Any]) -> TrainingRows | None:
     return rows
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What a model was calibrated on, as its record says.
+
+    Attributes:
+        source: what the user named.
+        seed: of the choice among documents.
+        documents: how many were read, from the beginning of each.
+        samples: sequences that they filled.
+        tokens: in those.
+    """
+
+    source: str
+    seed: int
+    documents: int
+    samples: int
+    tokens: int
+
+    def documents_of(self, corpus: Corpus) -> set[Document]:
+        """Return the documents of a corpus that were read, none if it is another one."""
+        same = self.source == corpus.name or (corpus.local and _is_same_place(self.source, corpus.name))
+        return set(islice(shuffled_corpus(corpus, self.seed), self.documents)) if same else set()
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
+
+
+def calibrated_on(student: LoadedModel) -> Calibrated | None:
+    """Return what a pruned checkpoint was calibrated on; None where its record names no text, or there is none."""
+    path = None if student.source is None else student.source.path / RECORD
+    if path is None or not path.is_file():
+        return None
+    found = read_json(path).get("calibration")
+    try:
+        return convert(found, Calibrated)
+    except ValidationError:  # calibrated on data in memory, or on none
+        return None
+
+
 def training_rows(
     text: TrainingText,
     student: LoadedModel,
@@ -148,8 +192,13 @@ def training_rows(
     for each in text.texts:
         share = each.weight / total
         wanted, spared = round(sequences * share), round(text.spared * share)
-        passages = _passages(each, text, student, teacher, wanted * text.seq_len + spared, listen)
-        held, trained = _spare(list(passages), spared)
+        passages = list(_passages(each, text, student, teacher, wanted * text.seq_len, spared, listen))
+        held, trained = spare(passages, spared)
+        if any(passage.seen for passage in held):
+            notes.append(
+                f"the model was calibrated on all of {each.source}, so the held-out text is known to it, and flatters "
+                "it: give more text"
+            )
         found = rows_of(trained, text.seq_len, padding or 0, apart=apart)
         judged = rows_of(held, text.seq_len, padding or 0, apart=apart)
         if not len(found) or not len(judged):
@@ -181,36 +230,42 @@ def _passages(
     student: LoadedModel,
     teacher: LoadedModel | None,
     tokens: int,
+    spared: int,
     listen: Listen | None,
 ) -> Iterator[Passage]:
-    """Yield passages until there are ``tokens``, or no more text."""
+    """Yield passages until there are ``tokens``, and ``spared`` that the model was not calibrated on, or no more."""
     tokenizer: Any = student.tokenizer
+    known = calibrated_on(student)
     if each.source == SELF:
         if teacher is None:
             raise InputError("data = 'self' is the teacher's own text, and there is no teacher: give another text")
+        seen = known.samples if known is not None and known.source == SELF and known.seed == text.seed else 0
         written = calibration_tokens(
             SELF,
             tokenizer,
-            samples=-(-tokens // text.seq_len),
+            samples=-(-(tokens + spared) // text.seq_len),
             seq_len=text.seq_len,
             seed=text.seed,
             bos=text.bos,
             model=teacher.model,
             listen=listen,
         )
-        found: Iterator[Passage] = (Passage(row.int(), lead=written.lead) for row in written.ids)
+        found: Iterator[Passage] = (
+            Passage(row.int(), lead=written.lead, seen=index < seen) for index, row in enumerate(written.ids)
+        )
     elif not is_on_hub(each.source) and holds_chats(each.source):
         chats = shuffled_chats(each.source, text.seed)
         only = text.loss_on == LOSS_ON[0]
         found = (chat_passage(chat, tokenizer, where, assistant_only=only) for where, chat in chats)
     else:
-        found = _documents(each.source, text, tokenizer)
-    read = 0
+        found = _documents(each.source, text, tokenizer, known)
+    read = unseen = 0
     for passage in found:
         if len(passage) > passage.lead + 1:
             yield passage
             read += len(passage)
-        if read >= tokens:
+            unseen += 0 if passage.seen else len(passage)
+        if read >= tokens + spared and unseen >= spared:
             return
 
 
@@ -221,37 +276,66 @@ def shuffled_chats(source: str, seed: int) -> Iterator[tuple[str, list[dict[str,
     return (chats[index] for index in order.tolist())
 
 
-def _documents(source: str, text: TrainingText, tokenizer: Any) -> Iterator[Passage]:
+def _documents(source: str, text: TrainingText, tokenizer: Any, known: "Calibrated | None") -> Iterator[Passage]:
     """Yield every document with what the tokenizer puts before text, and with EOS after it."""
     corpus = open_corpus(source, use="calibration", text_field=text.text_field)
     lead = begin_sequences(tokenizer, text.bos).of_each
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    order = shuffled(corpus.documents(), text.seed, max_documents=LOCAL_SHUFFLE)
-    for ids in encode_documents(order, tokenizer, _LONGEST_TXT):
+    calibrated = set() if known is None else known.documents_of(corpus)
+    seen: deque[bool] = deque()
+
+    def noted() -> Iterator[Document]:
+        for document in shuffled_corpus(corpus, text.seed):
+            seen.append(document in calibrated)
+            yield document
+
+    for ids in encode_documents(noted(), tokenizer, _LONGEST_TXT):
+        was_seen = seen.popleft() and known is not None and len(ids) <= known.tokens  # else the beginning alone
         if ids:
             own = ids[len(lead) :] if tuple(ids[: len(lead)]) == lead else ids
-            yield Passage(torch.tensor([*lead, *own, *end], dtype=torch.int32), lead=len(lead))
+            yield Passage(torch.tensor([*lead, *own, *end], dtype=torch.int32), lead=len(lead), seen=was_seen)
 
 
-def _spare(passages: list[Passage], spared: int) -> tuple[list[Passage], list[Passage]]:
-    """Hold out the first passages: ``spared`` tokens of them, or a tenth of the text if that is less, at least one.
+def spare(passages: Sequence[Passage], spared: int) -> tuple[list[Passage], list[Passage]]:
+    """Hold out the first passages that the model was not calibrated on, and train on the others.
 
-    The longest of several sequences that is a document of its own, such as a ``.txt``, is cut in two for that.
+    A model that was pruned to fit a text says little of other text by how it does on that one. Where it was calibrated
+    on all passages, the last ones are held out: of a long text it may have seen the beginning alone. A document that is
+    longer than two times what is wanted, such as a ``.txt``, is cut in two.
+
+    Args:
+        passages: in the order in which they are trained on.
+        spared: tokens to hold out; a tenth of the text if that is less, and at least one passage or part.
+
+    Returns:
+        tuple[list[Passage], list[Passage]]: those held out, and the others.
     """
-    total = sum(map(len, passages))
-    most = min(spared, total // _MOST_HELD_OUT)
-    if passages and len(passages[0]) > 2 * most and most:
-        first = passages[0]
-        cut = Passage(first.ids[:most], None if first.learned is None else first.learned[:most], first.lead)
-        rest = Passage(first.ids[most:], None if first.learned is None else first.learned[most:])
-        if not first.whole:
-            return [cut], [rest, *passages[1:]]
+    most = min(spared, sum(map(len, passages)) // _MOST_HELD_OUT)
+    unseen = [index for index, passage in enumerate(passages) if not passage.seen]
+    chosen: set[int] = set()
     held = 0
-    for index, passage in enumerate(passages):
+    for index in unseen or reversed(range(len(passages))):
+        passage = passages[index]
+        if not chosen and most and len(passage) > 2 * most and not passage.whole:
+            first, last = _cut(passage, len(passage) - most)
+            return [last], [*passages[:index], first, *passages[index + 1 :]]
+        chosen.add(index)
         held += len(passage)
         if held >= most:
-            return passages[: index + 1], passages[index + 1 :]
-    return [], passages
+            break
+    return (
+        [passage for index, passage in enumerate(passages) if index in chosen],
+        [passage for index, passage in enumerate(passages) if index not in chosen],
+    )
+
+
+def _cut(passage: Passage, place: int) -> tuple[Passage, Passage]:
+    """Cut a passage in two; the second part has no lead."""
+    learned = (None, None) if passage.learned is None else (passage.learned[:place], passage.learned[place:])
+    return (
+        Passage(passage.ids[:place], learned[0], passage.lead, seen=passage.seen),
+        Passage(passage.ids[place:], learned[1], seen=passage.seen),
+    )
 
 
 def _order(parts: Sequence[tuple[int, int]], sequences: int, seed: int) -> Tensor:
