@@ -114,6 +114,24 @@ def test_steps_are_shared_out(batch, forward, count, shape):
     assert found.rows * 128 <= max(forward, 128)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "processes", "step", "steps"),
+    [
+        ("300", 1, 128, 2),  # a sequence a step, where the tokens are few
+        ("100k", 1, 128, 781),
+        ("200k", 1, 256, 781),
+        ("410k", 1, 1024, 400),
+        ("200k", 3, 384, 520),
+        ("2M", 1, 4096, 488),
+        ("100M", 1, 16_384, 6103),
+    ],
+)
+def test_a_step_is_chosen_by_the_number_of_steps(tokens, processes, step, steps):
+    request = fill(Finetuning, {"tokens": tokens, "seq_len": 128})
+    assert request.step_tokens(processes) == step
+    assert Shape.of(request, processes).steps == steps
+
+
 def test_a_step_that_cannot_be_shared_out_is_refused():
     request = fill(Finetuning, {"seq_len": 128, "batch_tokens": 640})
     with pytest.raises(InputError, match="5 sequences cannot be shared out over 2 processes: give batch_tokens = 512"):

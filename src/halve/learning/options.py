@@ -35,6 +35,8 @@ TRAINED: Mapping[str, str] = {
 ADAPTERS = ("lora", "hira")
 """Those of them that train adapters, for which peft is needed."""
 LOSS_ON = ("assistant", "all")
+_STEPS, _LARGEST_STEP = 400, 16_384
+"""Steps of a training, and tokens of one, where nobody says: steps of a power of two of sequences."""
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmgb]?)", re.ASCII)
 
@@ -165,7 +167,8 @@ class Schedule:
     """How a model is trained.
 
     Attributes:
-        batch_tokens: tokens of an optimiser step, over all processes.
+        batch_tokens: tokens of an optimiser step, over all processes; ``auto`` makes 400 steps of the training or a few
+            more, of 16 384 tokens at most: short trainings gain more by the number of their steps than by their size.
         forward_tokens: tokens of one forward pass in one process; fewer need less memory.
         learning_rate: at the peak; ``auto`` tries several on a short part and takes the one that the held-out text
             likes best.
@@ -181,7 +184,7 @@ class Schedule:
         log_to: trackers that transformers knows, such as ``tensorboard`` or ``trackio``.
     """
 
-    batch_tokens: int | str = "16k"
+    batch_tokens: int | str = AUTO
     forward_tokens: int | str = "4k"
     learning_rate: float | str = AUTO
     last_rate: float = 0.02
@@ -196,7 +199,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "forward_tokens"):
-            object.__setattr__(self, name, parse_count(name, getattr(self, name)))
+            if getattr(self, name) != AUTO or name != "batch_tokens":
+                object.__setattr__(self, name, parse_count(name, getattr(self, name)))
         if isinstance(self.learning_rate, str):
             if self.learning_rate != AUTO:
                 raise InputError(f"learning_rate = {self.learning_rate!r} is no number: give one above 0, or {AUTO}")
@@ -289,6 +293,15 @@ class Training:
         """
         return Target(1.0 if self.teacher == NONE else self.ce_share, self.temperature)
 
+    def step_tokens(self, processes: int = 1) -> int:
+        """Return the tokens of an optimiser step, over so many processes."""
+        asked = self.schedule.batch_tokens
+        if asked != AUTO:
+            return parse_count("batch_tokens", asked)
+        least = self.text.seq_len * processes
+        wanted = min(self.text.wanted // _STEPS, _LARGEST_STEP)
+        return least * 2 ** max(0, (wanted // least).bit_length() - 1)
+
     def check(self) -> None:
         """Refuse what can be known to be unusable before anything is loaded.
 
@@ -300,7 +313,7 @@ class Training:
             self.evaluation.check(self.machine.target)
         if self.schedule.log_to:
             check_trackers(self.schedule.log_to)
-        step = parse_count("batch_tokens", self.schedule.batch_tokens)
+        step = self.step_tokens()
         if step < self.text.seq_len:
             raise InputError(
                 f"batch_tokens = {step} is less than one sequence of seq_len = {self.text.seq_len}: give more, or "
@@ -386,7 +399,7 @@ class Shape:
             InputError: a step has fewer sequences than there are processes.
         """
         length = training.text.seq_len
-        step = parse_count("batch_tokens", training.schedule.batch_tokens) // length
+        step = training.step_tokens(processes) // length
         if step < processes or step % processes:
             raise InputError(
                 f"a step of {step} sequences cannot be shared out over {processes} processes: give batch_tokens = "
