@@ -300,7 +300,7 @@ class Training:
             return parse_count("batch_tokens", asked)
         least = self.text.seq_len * processes
         wanted = min(self.text.wanted // _STEPS, _LARGEST_STEP)
-        return least * 2 ** max(0, (wanted // least).bit_length() - 1)
+        return least << max(0, (wanted // least).bit_length() - 1)
 
     def check(self) -> None:
         """Refuse what can be known to be unusable before anything is loaded.
