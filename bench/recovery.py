@@ -25,6 +25,7 @@ import torch
 
 import halve
 from halve.learning.lesson import Taught
+from halve.learning.options import AUTO
 from halve.learning.training.trainer import Point
 from halve.learning.training.watching import Watch
 
@@ -82,8 +83,7 @@ class Recovery:
 
     def train(self, name: str, start: str, tokens: int, *, keep: bool = False, **options: Any) -> None:
         """Fine-tune a start."""
-        batch = options.pop("batch_tokens", self.options.batch_tokens)
-        tokens = max(2 * batch, round(tokens * self.options.share))
+        tokens = self.shared(tokens)
         out = self.work / name
         data = options.pop("data", [self.options.train])
         began = time.monotonic()
@@ -94,7 +94,7 @@ class Recovery:
             data=data,
             tokens=tokens,
             seq_len=self.options.seq_len,
-            batch_tokens=batch,
+            batch_tokens=self.options.batch_tokens,
             forward_tokens=self.options.forward_tokens,
             learning_rate=self.options.learning_rate,
             device=self.options.device,
@@ -109,8 +109,7 @@ class Recovery:
 
     def learn(self, name: str, method: str, tokens: int, **options: Any) -> None:
         """Learn masks from the dense model."""
-        batch = options.pop("batch_tokens", self.options.batch_tokens)
-        tokens = max(2 * batch, round(tokens * self.options.share))
+        tokens = self.shared(tokens)
         began = time.monotonic()
         taught = halve.learn(
             self.options.model,
@@ -120,7 +119,7 @@ class Recovery:
             data=[self.options.train],
             tokens=tokens,
             seq_len=self.options.seq_len,
-            batch_tokens=batch,
+            batch_tokens=self.options.batch_tokens,
             forward_tokens=self.options.forward_tokens,
             learning_rate=self.options.learning_rate,
             device=self.options.device,
@@ -131,6 +130,11 @@ class Recovery:
         )
         self.note(name, self.told(taught, "dense", time.monotonic() - began))
         shutil.rmtree(self.work / name)
+
+    def shared(self, tokens: int) -> int:
+        """Return the share of these tokens that is asked for, two steps at least."""
+        step = self.options.batch_tokens
+        return max(2 * (self.options.seq_len if step == AUTO else int(step)), round(tokens * self.options.share))
 
     # What is said of it
 
@@ -189,7 +193,7 @@ class Recovery:
         yield "starts", "wanda", partial(self.start, "wanda", **wanda)
         for tokens in asked.headline:
             name = f"headline {tokens}"
-            yield "headline", name, partial(self.train, name, "auto+block", tokens, keep=True)
+            yield "headline", name, partial(self.train, name, "auto+block", tokens, keep=True, ce_share=asked.ce_share)
         yield "starts", "auto", partial(self.start, "auto", **fast)
         short: tuple[tuple[str, str, dict[str, Any]], ...] = (
             ("short: from auto", "auto", {}),
@@ -198,16 +202,18 @@ class Recovery:
             ("short: from auto, norms and biases", "auto", {"train": "norms"}),
         )
         for name, start, options in short:
-            deed = partial(self.train, name, start, asked.short, batch_tokens=asked.short_batch, **options)
+            deed = partial(self.train, name, start, asked.short, **options)
             yield "short", name, deed
         for method in asked.methods:
             name = f"short: {method}"
-            yield "short", name, partial(self.learn, name, method, asked.short, batch_tokens=asked.short_batch)
+            yield "short", name, partial(self.learn, name, method, asked.short)
         if asked.own_text:
             data = [asked.train, f"self={asked.own_share}"]
             name = f"own text {asked.own_text}"
-            yield "own", name, partial(self.train, name, "auto+block", asked.own_text, data=data)
-        yield "wanda", "wanda 1000000", partial(self.train, "wanda 1000000", "wanda", 1_000_000)
+            deed = partial(self.train, name, "auto+block", asked.own_text, data=data, ce_share=asked.ce_share)
+            yield "own", name, deed
+        deed = partial(self.train, "wanda 1000000", "wanda", 1_000_000, ce_share=asked.ce_share)
+        yield "wanda", "wanda 1000000", deed
 
     def run(self) -> None:
         """Run the stages that were asked for while there is time."""
@@ -242,8 +248,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32, help="of each text that perplexity is measured on")
     parser.add_argument("--short", type=int, default=32_768, help="tokens of the short runs")
-    parser.add_argument("--short-batch", type=int, default=2048, help="tokens of their steps")
-    parser.add_argument("--batch-tokens", type=int, default=16_384)
+    parser.add_argument("--batch-tokens", default=AUTO, help="of a step")
+    parser.add_argument("--ce-share", type=float, default=0.3, help="of the text's cross-entropy, in all long runs")
     parser.add_argument("--forward-tokens", type=int, default=4096)
     parser.add_argument("--share", type=float, default=1.0, help="of the tokens, for a quick look")
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds after which no stage begins")

@@ -11,7 +11,7 @@ def call(checkpoint, folder, *stages):
     lines = [json.dumps({"text": " ".join(SENTENCES)}) for _ in range(60)]
     text.write_text("\n".join(lines), encoding="utf-8")
     sizes = ["--seq-len", "32", "--windows", "4", "--samples", "4", "--time-limit", "1", "--share", "0.0001"]
-    steps = ["--batch-tokens", "128", "--forward-tokens", "64", "--short-batch", "128", "--learning-rate", "0.001"]
+    steps = ["--batch-tokens", "128", "--forward-tokens", "64", "--learning-rate", "0.001"]
     places = ["--train", str(text), "--evaluate", str(text), "--work", str(folder / "work"), "--device", "cpu"]
     asked = [
         str(checkpoint),
