@@ -133,8 +133,9 @@ class Recovery:
 
     def shared(self, tokens: int) -> int:
         """Return the share of these tokens that is asked for, two steps at least."""
-        step = self.options.batch_tokens
-        return max(2 * (self.options.seq_len if step == AUTO else int(step)), round(tokens * self.options.share))
+        asked: str = self.options.batch_tokens
+        step: int = self.options.seq_len if asked == AUTO else int(asked)
+        return max(2 * step, round(tokens * self.options.share))
 
     # What is said of it
 
