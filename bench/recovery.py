@@ -135,7 +135,8 @@ class Recovery:
         """Return the share of these tokens that is asked for, two steps at least."""
         asked: str = self.options.batch_tokens
         step: int = self.options.seq_len if asked == AUTO else int(asked)
-        return max(2 * step, round(tokens * self.options.share))
+        share: float = self.options.share
+        return max(2 * step, round(tokens * share))
 
     # What is said of it
 
