@@ -64,7 +64,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     bfloat16 where the hardware multiplies it natively and faster (CUDA from Ampere on, x86 with AMX, AMD's with
     AVX512-BF16), else float32. Intel's processors have AVX512-BF16 as well, but half as many units for it as for
     float32: without AMX, which virtual machines often hide, its products take twice the time of float32's (measured in
-    ``docs/benchmarks.md``). The choice goes by what the processor is, not by a measurement, so that a run that goes on
+    ``docs/LOG.md``). The choice goes by what the processor is, not by a measurement, so that a run that goes on
     computes as it began. float16 is never chosen: its range overflows in the residual streams of trained language
     models.
     """

@@ -276,7 +276,7 @@ def shuffled_chats(source: str, seed: int) -> Iterator[tuple[str, list[dict[str,
     return (chats[index] for index in order.tolist())
 
 
-def _documents(source: str, text: TrainingText, tokenizer: Any, known: "Calibrated | None") -> Iterator[Passage]:
+def _documents(source: str, text: TrainingText, tokenizer: Any, known: Calibrated | None) -> Iterator[Passage]:
     """Yield every document with what the tokenizer puts before text, and with EOS after it."""
     corpus = open_corpus(source, use="calibration", text_field=text.text_field)
     lead = begin_sequences(tokenizer, text.bos).of_each
