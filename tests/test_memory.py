@@ -7,7 +7,7 @@ import torch
 
 from halve import memory
 from halve.errors import InputError
-from halve.memory import available_memory, check_memory, free_memory, peak_memory
+from halve.memory import available_memory, check_memory, free_memory, peak_memory, would_fill
 
 
 def test_what_is_available_is_what_the_system_says(monkeypatch):
@@ -17,6 +17,35 @@ def test_what_is_available_is_what_the_system_says(monkeypatch):
     check_memory("dwarfs", 3072, "do less")
     with pytest.raises(InputError, match=r"^giants need 5\.0 GB and 0\.0 GB of memory are available: do less$"):
         check_memory("giants", 5 * 10**9, "do less")
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "expected"),
+    [
+        ("1000", "700", "anon 5\ninactive_file 200", 500),
+        ("1000", "700", "inactive_file 100\nactive_file 150", 550),
+        ("1000", "700", "inactive_file 1\ntotal_inactive_file 100\ntotal_active_file 20", 420),
+        ("1000", "1200", "anon 5", 0),
+        ("max", "700", "anon 5", 3072),
+        ("9000", "700", "anon 5", 3072),  # the machine has less
+    ],
+)
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_container_may_have_less(monkeypatch, tmp_path, group, limit, used, stat, expected):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=3072))
+    named = [(tmp_path / str(number), *names) for number, (_, *names) in enumerate(memory._GROUPS)]
+    monkeypatch.setattr(memory, "_GROUPS", named)
+    folder, of_limit, of_use = named[group]
+    folder.mkdir()
+    for name, text in ((of_limit, limit), (of_use, used), ("memory.stat", stat)):
+        (folder / name).write_text(text + "\n")
+    assert available_memory() == expected
+
+
+def test_half_of_what_is_free_would_fill_it(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    assert not would_fill(500)
+    assert would_fill(501)
 
 
 def test_what_pytorch_keeps_on_a_gpu_is_free_too(monkeypatch):

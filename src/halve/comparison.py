@@ -48,6 +48,7 @@ OF_ONE_METHOD = {
     "only_where_faster": "all contenders are pruned alike",
     "faster_at_batch": "all contenders are pruned alike",
     "work": "a comparison that was stopped is not continued",
+    "stream": "the dense model is in memory, and a copy of it is pruned",
 }
 """Options of `halve.prune` that a comparison does not take, and what to do instead."""
 
@@ -201,7 +202,7 @@ class Comparison:
                 warnings=(*self._loaded.notes, *report.warnings),
                 phases=report.seconds,
             )
-            row = replace(row, perplexities=self._measure(as_written(pruned, request)))
+            row = replace(row, perplexities=self._measure(as_written(candidate, pruned, request).model))
             if place is not None:
                 row = replace(row, warnings=(*row.warnings, *self._put_on_record(place, row.perplexities)))
         except HalveError as error:

@@ -3,8 +3,10 @@
 Files on disk are asked for in `halve.checkpoint.room`.
 """
 
+import ctypes
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,14 +14,45 @@ import torch
 from halve.errors import InputError
 
 _CPU = torch.device("cpu")
+_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Where a container sees its control group, with the files of its limit and use: of version 2, and of version 1."""
+_MUCH = 0.5
+"""Share of the free memory from which something is left on disk: a run needs some besides."""
 
 
 def available_memory() -> int:
-    """Return the bytes that processes can still have without swapping: of the whole machine.
+    """Return the bytes that this process can still have without swapping: of the machine, or of its container."""
+    return min([int(psutil.virtual_memory().available), *_left_in_container()])
 
-    A container that is given less (a cgroup's limit) is not seen.
-    """
-    return int(psutil.virtual_memory().available)
+
+def _left_in_container() -> list[int]:
+    """Return what the control group of a container leaves, nothing where it sets no limit (Linux: cgroups(7))."""
+    found = []
+    for folder, limit, used in _GROUPS:
+        try:
+            most, now = (int((folder / name).read_text()) for name in (limit, used))
+            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # none, or "max"
+            continue
+        files = [int(facts.get(f"total_{name}", facts.get(name, 0))) for name in ("inactive_file", "active_file")]
+        found.append(max(0, most - now + sum(files)))  # pages of files are given back
+    return found
+
+
+def would_fill(bytes_needed: int) -> bool:
+    """Whether something would take so much of the free memory that it had better be on disk."""
+    return bytes_needed > _MUCH * available_memory()
+
+
+def trim() -> None:
+    """Let the C library give freed memory back to the system: glibc keeps pieces of up to 32 MB, a block's worth."""
+    if sys.platform == "linux":
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and gives back by itself
+        if give_back is not None:
+            give_back(0)
 
 
 def peak_memory() -> int:

@@ -73,14 +73,19 @@ class MergeOptions:
     loading: Loading = group(factory=Loading)
 
     def __post_init__(self) -> None:
-        for name, given in (("dtype", self.loading.dtype), ("work", self.placement.work)):
-            if given is not None:
+        placement = self.placement
+        for name, given, default in (
+            ("dtype", self.loading.dtype, None),
+            ("work", placement.work, None),
+            ("stream", placement.stream, Placement.stream),
+        ):
+            if given != default:
                 raise InputError(f"{name} has no effect on a merge: leave it out")
         if self.calibration is not None and self.calibration.source is None:
             raise InputError("samples and the like go with calibration, which names no text: give it, or leave all out")
 
 
-WITHOUT = ("dtype", "work")
+WITHOUT = ("dtype", "work", "stream")
 """Options of the groups that a merge does not take."""
 
 

@@ -1,5 +1,6 @@
 """Prune a whole model: from what the user names to a pruned model, and to a verified checkpoint on disk."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,12 +11,15 @@ from torch import nn
 
 from halve.checkpoint import write
 from halve.checkpoint.load import LoadedModel, Source
-from halve.checkpoint.precision import dtype_in_config
-from halve.checkpoint.room import check_destination, check_shared_space
+from halve.checkpoint.precision import bytes_in_memory, dtype_in_config
+from halve.checkpoint.room import check_destination, check_shared_space, same_volume
+from halve.checkpoint.streamed import ALWAYS, stays_on_disk
 from halve.device import weight_dtype
 from halve.errors import HalveError, InputError
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation, overlap
+from halve.forecast.foreseen import Foreseen, foresee
+from halve.memory import available_memory
 from halve.provenance import code_fields
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
@@ -24,6 +28,9 @@ from halve.run.events import Listener, announce, writing_told_to
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
 from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded, report_notes
+
+_TIMES = 20
+"""How many times the weights a run may take, at most, for it to be worth a look whether there is that much."""
 
 
 def prune(
@@ -74,10 +81,23 @@ def prune_as(
     request: Request,
     tokenizer: Any = None,
     listen: Listener | None = None,
+    foreseeing: Callable[[Foreseen], None] | None = None,
 ) -> Pruned:
-    """Prune as a request says; the arguments, and what is raised, are those of `prune`."""
-    if request.placement.work is not None and out is None:
-        raise InputError("work is a place for the blocks of a run that writes a checkpoint: give out too")
+    """Prune as a request says.
+
+    Args:
+        model: as for `prune`, and ``out``, ``tokenizer`` and ``listen``.
+        out: see ``model``.
+        request: what is asked for.
+        tokenizer: see ``model``.
+        listen: see ``model``.
+        foreseeing: is told what the run is going to take, before the model is loaded; None measures no rates.
+
+    Raises:
+        HalveError: as `prune`.
+    """
+    if out is None:
+        _refuse_places(request)
     request.check()
     call = None if out is None else written_down(model, tokenizer, request)
     with ExitStack() as stack:
@@ -94,9 +114,16 @@ def prune_as(
                 call["request"]["loading"]["revision"] = found.revision
             if run is not None and found.trust_remote_code:
                 run.check_code(code_fields(found))
+        foreseen = _check_fits(found, out, request, foreseeing)
         phases = Phases(request.placement.target)
+        beside = None
+        if run is not None:
+            run.tidy()
+            source, size = (found, bytes_in_memory(found)) if isinstance(found, Source) else (None, 0)
+            streams = stays_on_disk(source, request.placement.stream, size)
+            beside = run.computed if streams or (foreseen is not None and foreseen.plan.streamed) else None
         with phases.timing(Phase.LOAD):
-            loaded = load_found(found, tokenizer, request.loading.attention)
+            loaded = load_found(found, tokenizer, request.loading.attention, beside)
         if run is not None:
             _check_room(loaded, run, request.loading.written_dtype)
         request = _with_ratios(request, loaded, run, phases, listen)
@@ -142,6 +169,31 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
     return prune_as(call.model, Path(out), request, listen=listen)
 
 
+def _refuse_places(request: Request) -> None:
+    """Refuse places on disk for a run that writes no checkpoint."""
+    if request.placement.work is not None:
+        raise InputError("work is a place for the blocks of a run that writes a checkpoint: give out too")
+    if request.placement.stream == ALWAYS:
+        raise InputError("stream = 'always' leaves pruned weights on disk too, where a checkpoint is put: give out")
+
+
+def _check_fits(
+    found: nn.Module | Source, out: Path | None, request: Request, foreseeing: Callable[[Foreseen], None] | None
+) -> Foreseen | None:
+    """Refuse a run that cannot fit into memory, and return what is foreseen.
+
+    Where nobody listens, nothing is if the weights are so small that a run of them is sure to fit.
+    """
+    size = bytes_in_memory(found) if isinstance(found, Source) else 0
+    if foreseeing is None and _TIMES * size < available_memory():
+        return None
+    foreseen = foresee(found, out, request, measured=foreseeing is not None)
+    if foreseeing is not None:
+        foreseeing(foreseen)
+    foreseen.check()
+    return foreseen
+
+
 def _data(
     loaded: LoadedModel, request: Request, run: RunDirectory | None, phases: Phases, listen: Listener | None
 ) -> Any:
@@ -164,7 +216,9 @@ def _check_room(loaded: LoadedModel, run: RunDirectory, dtype: torch.dtype | Non
         return
     run.prepare_staging()  # what a stopped attempt at the checkpoint has left there is removed
     blocks = sum(parameter.nbytes for parameter in loaded.model.parameters()) - run.kept_bytes
-    check_shared_space([(run.out, write.output_bytes(loaded, dtype)), (run.state, blocks)])
+    needs = [(run.out, write.output_bytes(loaded, dtype)), (run.state, blocks)]
+    check_shared_space(needs)
+    run.reserved = sum(size for place, size in needs if same_volume(place, run.out))
 
 
 def _with_ratios(
@@ -227,7 +281,7 @@ class _Judge:
             return
         announce(self._listen, Phase.EVALUATE)
         with self._phases.timing(Phase.EVALUATE):
-            self._before = self._measure(self._loaded.model)
+            self._before = self._measure(self._loaded)
         if self._run is not None:
             self._run.keep_measured(asked, [asdict(score) for score in self._before])
 
@@ -238,7 +292,7 @@ class _Judge:
         if caution := overlap(pruned.record["calibration"]["source"], [text.source for text in self._texts]):
             notes.append(caution)
         try:
-            after = self._measure(as_written(pruned, self._request))
+            after = self._measure(as_written(self._loaded, pruned, self._request))
         except (HalveError, RuntimeError, MemoryError) as error:
             notes.append(f"the model is pruned, but its perplexity was not measured: {error}")
             return replace(pruned, before=self._before, notes=tuple(notes))
@@ -251,5 +305,5 @@ class _Judge:
                 notes += report_notes(pruned.out)
         return replace(pruned, before=self._before, after=after, notes=tuple(notes))
 
-    def _measure(self, model: nn.Module) -> tuple[Perplexity, ...]:
-        return self._evaluation.measure(model, self._texts, self._request.placement.target)
+    def _measure(self, loaded: LoadedModel) -> tuple[Perplexity, ...]:
+        return self._evaluation.measure(loaded.model, self._texts, self._request.placement.target, loaded.weights)

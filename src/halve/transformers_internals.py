@@ -316,6 +316,11 @@ def conversions_when_loaded(model: "PreTrainedModel") -> list[Any] | None:
     return getattr(model, "_weight_conversions", None)
 
 
+def note_conversions(model: "PreTrainedModel", rules: list[Any]) -> None:
+    """Set the rules that a model was loaded by."""
+    vars(model)["_weight_conversions"] = rules
+
+
 def left_out_when_saved(model: "PreTrainedModel") -> set[str]:
     """Return the state-dict names that ``save_pretrained`` leaves out."""
     return set(model._keys_to_ignore_on_save or ())  # noqa: SLF001

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from halve.checkpoint.directory import (
@@ -21,6 +20,7 @@ from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
 from halve.checkpoint.weight_files import Weights, survey_weights
 from halve.errors import HalveError, InputError, PatternError, counted, first_few, noting
+from halve.maths.linalg import in_parts, is_finite
 from halve.maths.pattern import Pattern
 from halve.model.plan import place_of
 from halve.recorded import Record, change_of, pattern_of, read_record
@@ -290,7 +290,7 @@ def _check_tensor(
 ) -> bool:
     """Judge one tensor, and return whether it is in the pattern and is meant to be."""
     name = entry.name
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+    if tensor.is_floating_point() and not is_finite(tensor):
         found.problems.append(f"tensor {name!r} holds NaN or infinity")
     if pattern is None:
         return False
@@ -305,7 +305,7 @@ def _check_tensor(
         return False
     found.kept.append(entry)
     found.matrices += 1
-    found.zeros += int((tensor == 0).sum())
+    found.zeros += sum(int((part == 0).sum()) for part in in_parts(tensor))
     found.weights += tensor.numel()
     return True
 
@@ -315,17 +315,18 @@ def _violation(tensor: Tensor, pattern: Pattern, layout: str) -> str:
     if tensor.ndim < 2:
         return f"it has shape {tuple(tensor.shape)}, which is no matrix"
     try:
-        bad = pattern.violating_groups(tensor if layout == "out_in" else tensor.transpose(-1, -2))
+        bad = [pattern.violating_groups(part) for part in in_parts(tensor if layout == "out_in" else tensor.mT)]
     except PatternError as error:
         return str(error)
-    return f"{int(bad.sum())} of {bad.numel()} groups have too many non-zeros" if bool(bad.any()) else ""
+    count = sum(int(part.sum()) for part in bad)
+    return f"{count} of {sum(part.numel() for part in bad)} groups have too many non-zeros" if count else ""
 
 
 def _has_pattern(tensor: Tensor, pattern: Pattern) -> bool:
     return (
         tensor.ndim >= 2
         and tensor.is_floating_point()
-        and bool((tensor != 0).any())
+        and any(bool((part != 0).any()) for part in in_parts(tensor))
         and any(not _violation(tensor, pattern, layout) for layout in ("out_in", "in_out"))
     )
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from halve.checkpoint.built import refuse_unlike_config
 from halve.checkpoint.directory import CONFIG, MEASURED, PAGE
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
 from halve.checkpoint.precision import differing_dtypes, dtype_to_prune_in
 from halve.checkpoint.quantised import is_plain
 from halve.checkpoint.shards import read_json
+from halve.checkpoint.streamed import load_streamed
 from halve.checkpoint.weight_files import refuse_copies
-from halve.checkpoint.write import write_checkpoint
+from halve.checkpoint.write import refuse_unlike_config, write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.figure import Perplexity
@@ -46,7 +46,8 @@ class Pruned:
     """The result of `prune`.
 
     Attributes:
-        model: the pruned model; the very object that was given, if one was.
+        model: the pruned model; the very object that was given, if one was. Where weights stayed on disk (``stream``)
+            it can be read and run, but writing to a weight ends the process: load the checkpoint to change it.
         report: what was done to every matrix.
         record: the content of ``halve.json`` but for the files' sha256.
         out: the checkpoint's directory, None if none was asked for.
@@ -119,14 +120,21 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
         refuse_unlike_config(model)
 
 
-def load_found(found: nn.Module | Source, tokenizer: Any, attention: str | None = None) -> LoadedModel:
+def load_found(
+    found: nn.Module | Source, tokenizer: Any, attention: str | None = None, beside: Path | None = None
+) -> LoadedModel:
     """Load what `find` has found, with all bits of its weights on disk, and with the attention asked for.
 
-    A tokenizer that is given takes the place of the checkpoint's own.
+    A tokenizer that is given takes the place of the checkpoint's own. With ``beside``, a folder for what loading
+    computes, the weights stay on disk (`halve.checkpoint.streamed`).
     """
     if isinstance(found, nn.Module):
         return LoadedModel(found, tokenizer, None)  # type: ignore[arg-type]
-    loaded = load_model(found, dtype=dtype_to_prune_in(found), attention=attention)
+    dtype = dtype_to_prune_in(found)
+    if beside is None:
+        loaded = load_model(found, dtype=dtype, attention=attention)
+    else:
+        loaded = load_streamed(found, beside, dtype=dtype, attention=attention)
     notes = [differing_dtypes(found)]
     if found.copies:
         names = first_few([path.name for path in found.copies])
@@ -138,12 +146,12 @@ def load_found(found: nn.Module | Source, tokenizer: Any, attention: str | None 
     )
 
 
-def as_written(pruned: Pruned, request: Request) -> nn.Module:
-    """Return the pruned model; where it was written in another dtype, as that has rounded it."""
-    if pruned.out is None or request.loading.written_dtype is None:
-        return pruned.model
+def as_written(loaded: LoadedModel, pruned: Pruned, request: Request) -> LoadedModel:
+    """Return a model that was pruned in place; where it was written in another dtype, as that has rounded it."""
     asked = request.loading
-    return load_model(pruned.out, trust_remote_code=asked.trust_remote_code, attention=asked.attention).model
+    if pruned.out is None or asked.written_dtype is None:
+        return loaded
+    return load_model(pruned.out, trust_remote_code=asked.trust_remote_code, attention=asked.attention)
 
 
 def prune_loaded(
@@ -215,6 +223,8 @@ def _publish(
     notes: tuple[str, ...] = ()
     if not run.verified:
         with phases.timing(Phase.WRITE):
+            if loaded.weights.mapped:
+                run.check_blocks()
             files = write_checkpoint(run.prepare_staging(), loaded, done.changed, record=content, dtype=dtype)
         with phases.timing(Phase.VERIFY):
             _verify(run.staging, loaded.source)
@@ -279,6 +289,7 @@ def _prune(
             phases=phases,
             before=before,
             together=_together(loaded),
+            weights=loaded.weights,
         )
 
 
@@ -300,7 +311,9 @@ def _record(
         done,
         request.settings,
         {} if out is None else {m.name: loaded.layout.locate(m.parameter, m.expert) for m in done.matrices},
-        record.masks(loaded.model, done.matrices, request.settings.pattern, request.loading.written_dtype),
+        record.masks(
+            loaded.model, done.matrices, request.settings.pattern, request.loading.written_dtype, loaded.weights
+        ),
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
         notes=loaded.notes,

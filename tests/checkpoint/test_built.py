@@ -7,7 +7,7 @@ from torch import nn
 
 import halve
 import models
-from halve.checkpoint.built import refuse_unlike_config
+from halve.checkpoint.write import refuse_unlike_config
 from halve.errors import InputError, UnsupportedModelError
 
 

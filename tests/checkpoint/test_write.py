@@ -304,7 +304,7 @@ def test_a_layout_that_fails_midway_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loaded.layout, "convert", fail)
     with pytest.raises(UnsupportedModelError):
-        write_checkpoint(tmp_path / "out", loaded, [], {})
+        write_checkpoint(tmp_path / "out", loaded, ["model.layers.2.mlp.up_proj.weight"], {})
     assert not (tmp_path / "out").exists()
 
 

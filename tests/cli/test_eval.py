@@ -57,6 +57,15 @@ def test_perplexity_of_one_model(model, text):
     assert list(entry) == keys.split()
 
 
+def test_weights_may_stay_on_disk(model, text, asked):
+    command = ["eval", model, "--data", text, *WINDOWS, "--json", "--stream"]
+    one, other = (json.loads(run(app, [*command, stream]).stdout)[0] for stream in ("never", "always"))
+    assert one["window_nll"] == other["window_nll"]
+    refused = run(app, ["eval", model, *asked, "--stream", "always"])
+    assert refused.exit_code == EXIT_REFUSED
+    assert "runs the whole model for every batch" in refused.output.replace("\n", " ")
+
+
 def test_two_models_side_by_side(model, other, text, asked, monkeypatch):
     monkeypatch.setattr("halve.cli.terminal.out.width", 300)
     arguments = ["eval", model, other, "--data", text, *WINDOWS, *asked, "--limit", "9"]
@@ -180,13 +189,13 @@ def test_every_window_begins_with_bos_where_the_tokenizer_says_so(model, other, 
 def test_one_model_in_memory_at_a_time(model, other, asked, monkeypatch):
     alive = []
 
-    def load(source):
+    def load(source, **_more):
         assert [reference() for reference in alive] == [None] * len(alive)
         loaded = load_model(source)
         alive.append(weakref.ref(loaded.model))
         return loaded
 
-    monkeypatch.setattr("halve.cli.eval.load_model", load)
+    monkeypatch.setattr("halve.checkpoint.streamed.load_model", load)
     gc.disable()  # a model must not wait for the next collection
     try:
         result = run(app, ["eval", model, other, model, *asked, "--limit", "1"])
@@ -198,12 +207,12 @@ def test_one_model_in_memory_at_a_time(model, other, asked, monkeypatch):
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_what_is_finished_is_printed(model, other, text, monkeypatch, flags):
-    def load(source):
+    def load(source, **_more):
         if source.name == other:
             raise KeyboardInterrupt
         return load_model(source)
 
-    monkeypatch.setattr("halve.cli.eval.load_model", load)
+    monkeypatch.setattr("halve.checkpoint.streamed.load_model", load)
     result = run(app, ["eval", model, other, "--data", text, *WINDOWS, *flags])
     assert result.exit_code == 130
     assert result.stderr == "interrupted\n"

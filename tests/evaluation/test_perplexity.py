@@ -165,8 +165,8 @@ def test_logits_are_never_held_at_once(monkeypatch):
     model, rows = decoder("llama"), []
     model.lm_head.register_forward_hook(lambda _module, _args, output: rows.append(output.numel() // VOCAB))
     perplexity(model, windows())
-    *probes, slices = rows[:3], rows[3:]
-    assert probes == [[16, 16, 16]]  # whether the model is causal, and whether its head may be sliced
+    probes, slices = rows[:2], rows[2:]
+    assert probes == [16, 16]  # whether the model is causal, and whether its head may be sliced
     assert max(slices) == 7
     assert sum(slices) == 5 * 23
 
@@ -290,7 +290,7 @@ def test_evaluate_refuses_before_loading(directory, text, monkeypatch):
     def never(*_arguments, **_options):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(halve.checkpoint.load, "load_model", never)
+    monkeypatch.setattr(halve.evaluation.perplexity, "loaded_to_measure", never)
     for wrong, message in (
         ({"data": "missing.txt"}, "'missing.txt' does not exist"),
         ({"data": "self"}, "'self' is for calibration"),

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,10 +35,11 @@ class Job:
     text: Path
     out: Path
     work: Path | None = None
+    stream: str = "never"
 
     def elsewhere(self, name: str) -> "Job":
         work = None if self.work is None else self.work.with_name(f"{name}-work")
-        return Job(self.model, self.text, self.out.with_name(name), work)
+        return replace(self, out=self.out.with_name(name), work=work)
 
     def call(self) -> None:
         """Begin the run, or continue it."""
@@ -51,6 +52,9 @@ class Job:
             samples=4,
             seq_len=16,
             work=self.work,
+            stream=self.stream,
+            min_expert_tokens=1,
+            fallback="magnitude",
         )
 
     def carry_on(self) -> None:
@@ -64,13 +68,13 @@ class Job:
                 raise
 
 
-def make_job(folder: Path, *, work: bool = False) -> Job:
+def make_job(folder: Path, *, work: bool = False, family: str = "llama", stream: str = "never") -> Job:
     """Write a tiny model of three blocks and a text."""
     model, text = folder / "dense", folder / "text.txt"
-    decoder("llama", vocab_size=320).save_pretrained(model, max_shard_size="60KB")
+    decoder(family, vocab_size=320).save_pretrained(model, max_shard_size="60KB")
     byte_bpe().save_pretrained(model)
     text.write_text(" ".join(SENTENCES * 40), encoding="utf-8")
-    return Job(model, text, folder / "out", folder / "work" if work else None)
+    return Job(model, text, folder / "out", folder / "work" if work else None, stream)
 
 
 def forked(action, **environment) -> int:

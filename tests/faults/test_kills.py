@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -122,3 +123,15 @@ def test_blocks_may_be_kept_elsewhere(tmp_path, every):
     assert not any(job.work.iterdir()) if job.work.exists() else True
     theirs = [point for point in points if point.startswith(("work", "block", "manifest", "remove"))]
     assert failures(job, chosen(theirs, every), tree(job.out)) == []
+
+
+@pytest.mark.parametrize("every", SAMPLED_OR_ALL)
+def test_weights_may_stay_on_disk(tmp_path, every):
+    job = make_job(tmp_path, family="mixtral", stream="always")
+    points = crash_points(job, tmp_path / "points.txt")
+    assert "weights.written@1" in points
+    theirs = [point for point in points if point.startswith(("weights", "block", "manifest", "shard", "remove"))]
+    assert failures(job, chosen(theirs, every), tree(job.out)) == []
+    in_memory = replace(job, out=tmp_path / "in-memory", stream="never")
+    assert forked(in_memory.call) == 0
+    assert tree(in_memory.out) == tree(job.out)

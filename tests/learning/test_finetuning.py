@@ -190,6 +190,12 @@ def test_encoder_decoders_are_refused(tmp_path, checkpoint):
     assert not (tmp_path / "out").exists()
 
 
+def test_models_that_cannot_be_loaded_are_refused_before_they_are(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("halve.learning.training.needs.free_memory", lambda _device: 0)
+    monkeypatch.setattr("halve.learning.lesson.load_model", lambda *_args, **_more: pytest.fail("loaded"))
+    refused(checkpoint, tmp_path / "out", "the training needs .*the student .*the teacher .* gradients .* moments")
+
+
 def test_needs_that_cannot_be_met_leave_nothing(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("halve.learning.training.needs.free_memory", lambda _device: 0)
     refused(checkpoint, tmp_path / "out", "the training needs .* give a smaller forward_tokens")

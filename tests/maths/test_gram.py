@@ -77,6 +77,28 @@ def test_finish_may_be_called_in_between_and_leaves_no_trace():
     assert worst(accumulator.finish().gram, reference(x)) < 1e-6
 
 
+def test_the_last_statistics_have_the_memory_of_the_sums():
+    x = correlated_inputs(100, 8, seed=5)
+    for make in (accumulate, by_halves):
+        accumulator, places = make(x), set()
+        places = {total.data_ptr() for total in accumulator._sums}
+        expected, found = accumulator.finish(), accumulator.finish(last=True)
+        assert torch.equal(found.gram, expected.gram)
+        kept = {part.data_ptr() for part in (found.gram, *(found.halves or ()))}
+        assert places <= kept
+        with pytest.raises(InputError, match="are finished: begin with another accumulator"):
+            accumulator.add(x)
+
+
+def test_large_sums_are_made_symmetric_square_by_square(monkeypatch):
+    x = correlated_inputs(300, 37, seed=5)
+    whole = accumulate(x).finish()
+    monkeypatch.setattr("halve.maths.gram._SIDE", 10)
+    parts = accumulate(x).finish()
+    assert torch.equal(parts.gram, parts.gram.mT)
+    assert torch.equal(parts.gram, whole.gram)
+
+
 def test_works_across_inference_mode():
     x = correlated_inputs(50, 8, seed=6)
     with torch.inference_mode():

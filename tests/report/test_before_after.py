@@ -89,9 +89,9 @@ def test_the_dense_model_is_measured_once_however_often_a_run_is_stopped(checkpo
 
     real, measured = Evaluation.measure, []
 
-    def watched(self, model, texts, device):
+    def watched(self, model, texts, device, *weights):
         measured.append([text.source for text in texts])
-        return real(self, model, texts, device)
+        return real(self, model, texts, device, *weights)
 
     monkeypatch.setattr(Evaluation, "measure", watched)
     for _ in range(2):
@@ -114,10 +114,10 @@ def test_a_measurement_that_fails_afterwards_is_a_note_beside_a_complete_checkpo
 ):
     real = Evaluation.measure
 
-    def fails_on_sparse(self, model, texts, device):
+    def fails_on_sparse(self, model, texts, device, *weights):
         if any((parameter == 0).float().mean() > 0.4 for parameter in model.parameters()):
             raise error
-        return real(self, model, texts, device)
+        return real(self, model, texts, device, *weights)
 
     monkeypatch.setattr(Evaluation, "measure", fails_on_sparse)
     options = {"calibration": text, "samples": 8, "seq_len": 16, "evaluation": Evaluation([text], 16, 2)}

@@ -128,6 +128,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "forward_dtype": "bfloat16",
         "offload": tmp_path,
         "work": tmp_path,
+        "stream": "always",
         "revision": "main",
         "trust_remote_code": True,
         "dtype": "float16",
@@ -149,6 +150,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "span_corruption",
         "offload",
         "work",
+        "stream",
         "revision",
         "trust_remote_code",
     }

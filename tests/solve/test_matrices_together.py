@@ -52,7 +52,7 @@ def test_every_refit_serves_several_matrices(refit):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_matrices_are_solved_as_one_only_where_rows_are_independent(monkeypatch, method):
+def test_matrices_are_solved_as_one_only_where_that_shares_something(monkeypatch, method):
     weights, stats = several()
     heights = []
     real = methods.METHODS[method]
@@ -62,8 +62,31 @@ def test_matrices_are_solved_as_one_only_where_rows_are_independent(monkeypatch,
         return real.solve(weight, stats, pattern, options)
 
     monkeypatch.setitem(methods.METHODS, method, replace(real, solve=solve))
-    prune_weights(weights, stats, "2:4", method, **FAST.get(method, {}), **with_gradient(method, weights, stats))
-    assert heights == ([19] if method not in {"ria", "alps", "pruner-zero"} else [8, 2, 9])
+    for refit in ("cg", "none"):
+        heights.clear()
+        options = {**FAST.get(method, {}), **with_gradient(method, weights, stats)}
+        prune_weights(weights, stats, "2:4", method, refit, **options)
+        alone = {"ria", "alps", "pruner-zero"} | ({"magnitude", "wanda"} if refit == "none" else set())
+        assert heights == ([8, 2, 9] if method in alone else [19])
+
+
+@pytest.mark.parametrize(("method", "parts"), [("wanda", [3, 3, 2, 2, 3, 3, 3]), ("sparsegpt", [19])])
+def test_rows_that_share_nothing_are_solved_a_few_at_a_time(monkeypatch, method, parts):
+    weights, stats = several()
+    expected = prune_weights(weights, stats, "2:4", method, "none")
+    heights = []
+    real = methods.METHODS[method]
+
+    def solve(weight, stats, pattern, options):
+        heights.append(len(weight))
+        return real.solve(weight, stats, pattern, options)
+
+    monkeypatch.setitem(methods.METHODS, method, replace(real, solve=solve))
+    monkeypatch.setattr("halve.maths.linalg._AT_ONCE", 3 * weights[0].shape[1])
+    for one, other in zip(prune_weights(weights, stats, "2:4", method, "none"), expected, strict=True):
+        assert same_up_to_rounding(one.weight, other.weight)
+        assert one.facts["relative_loss"] == pytest.approx(other.facts["relative_loss"], rel=1e-5)
+    assert heights == parts
 
 
 def test_the_time_of_a_common_solution_is_shared_by_the_rows():

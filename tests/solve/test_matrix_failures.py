@@ -127,11 +127,11 @@ def test_a_wrong_result_of_one_matrix_is_not_held_against_the_others(monkeypatch
     def broken(weight, stats, pattern, options):
         pruned = methods.METHODS["magnitude"].solve(weight, stats, pattern, None).weight
         pruned[8] = 1.0  # the first row of the second matrix
-        return Outcome(pruned, Status.OK, "wanda")
+        return Outcome(pruned, Status.OK, "sparsegpt")
 
-    monkeypatch.setitem(methods.METHODS, "wanda", replace(methods.METHODS["wanda"], solve=broken))
+    monkeypatch.setitem(methods.METHODS, "sparsegpt", replace(methods.METHODS["sparsegpt"], solve=broken))
     weights, stats = several()
-    outcomes = prune_weights(weights, stats, "2:4", "wanda", "none")
+    outcomes = prune_weights(weights, stats, "2:4", "sparsegpt", "none")
     assert [outcome.status for outcome in outcomes] == [Status.OK, Status.FAILED, Status.OK]
     assert "not 2:4" in outcomes[1].reason
     assert torch.equal(outcomes[1].weight, weights[1])

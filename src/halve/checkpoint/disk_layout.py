@@ -6,7 +6,7 @@ was found, so the rules of ``transformers.core_model_loading`` are followed back
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError, UnsupportedModelError
-from halve.transformers_internals import conversions_when_loaded, left_out_when_saved
+from halve.transformers_internals import conversions_when_loaded, left_out_when_saved, note_conversions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,6 +125,19 @@ class DiskLayout:
         """Yield, group by group, the state-dict names that ``convert`` turns into tensors together."""
         for group in self._groups:
             yield group.parameters
+
+    @property
+    def computed(self) -> list[tuple[str, ...]]:
+        """The disk names, group by group, of tensors that loading makes parameters of otherwise than by renaming."""
+        return [group.tensors for group in self._groups if group.reverted]
+
+    def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters that loading makes of one group of tensors on disk (`computed`), by name."""
+        return self._rules.load(dict(tensors))
+
+    def note_rules(self, model: "PreTrainedModel") -> None:
+        """Let a model that was given what `load` returned know the rules, as if it had loaded its tensors itself."""
+        note_conversions(model, self._rules.used_for(self.tensors))
 
     @property
     def together(self) -> list[tuple[str, ...]]:
@@ -265,7 +278,13 @@ class _Rules:
 
         return list(get_model_conversion_mapping(self._model))
 
-    def forward(self, names: Collection[str]) -> dict[str, tuple[str, str | None]]:
+    def used_for(self, names: Collection[str]) -> list[Any]:
+        """Return the rules that loading would use for these names on disk."""
+        rules = self._load_rules()
+        self.forward(names, rules)
+        return [rule for rule in rules if rule.was_used()]
+
+    def forward(self, names: Collection[str], rules: Sequence[Any] | None = None) -> dict[str, tuple[str, str | None]]:
         """Map disk names, in natural order, to (state-dict name, pattern of the converter or None), as loading does."""
         from halve.transformers_internals import (
             WeightConverter,
@@ -274,7 +293,7 @@ class _Rules:
             rename_source_key,
         )
 
-        rules = self._load_rules()
+        rules = self._load_rules() if rules is None else rules
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         prefix, state = self._model.base_model_prefix, self._model.state_dict()

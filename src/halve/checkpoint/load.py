@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ from halve.checkpoint.directory import (
 )
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.hub import download, similar
+from halve.checkpoint.mapped import Weights
 from halve.checkpoint.quantised import refuse_quantised
 from halve.checkpoint.shards import read_json, read_shard
 from halve.checkpoint.weight_files import read_weights
@@ -87,12 +88,14 @@ class LoadedModel:
         tokenizer: the model's tokenizer, None when it has none.
         source: where it came from; None for a model built in memory.
         notes: what the user should know of how it was loaded, a sentence each.
+        weights: where they lie, in memory or on disk.
     """
 
     model: "PreTrainedModel"
     tokenizer: Any | None
     source: Source | None
     notes: tuple[str, ...] = ()
+    weights: Weights = field(default_factory=Weights)
 
     @cached_property
     def layout(self) -> DiskLayout:
@@ -201,33 +204,47 @@ def load_feature_extractor(source: Source) -> Any:
             ) from error
 
 
-def assemble(source: Source, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> LoadedModel:
+def assemble(
+    source: Source,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+) -> LoadedModel:
     """Load a model whose tensors are in memory already, exactly as if they were read from its files.
 
     Args:
         source: where everything else of it is.
         tensors: by their names on disk; where dtypes agree, parameters share their memory, whatever their strides.
         dtype: as for `load_model`.
+        attention: as for `load_model`.
 
     Raises:
         InputError, UnsupportedModelError: as `load_model`, but NaN and infinity are not looked for.
     """
     with _validated_files(source) as directory:
-        model, note = _load_weights(source, directory, dtype, {}, tensors)
+        model, note = _load_weights(source, directory, dtype, {}, tensors, attention=attention)
         return LoadedModel(model, _load_tokenizer(source, directory, {}), source, (note,) if note else ())
 
 
-def freeze(model: "PreTrainedModel", name: str) -> None:
+def freeze(model: "PreTrainedModel", name: str, weights: Weights | None = None) -> None:
     """Let no parameter require a gradient, and refuse one that is not finite.
 
+    Args:
+        model: the model.
+        name: of the checkpoint.
+        weights: where its weights lie; None is memory.
+
     Raises:
-        InputError: a parameter is NaN or infinite; ``name`` is that of the checkpoint.
+        InputError: a parameter is NaN or infinite.
     """
+    weights = weights or Weights()
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         parts = torch.split(parameter.flatten(), 1 << 22) if parameter.is_floating_point() else ()  # bounds the memory
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise InputError(f"parameter {parameter_name!r} of {name} holds NaN or infinity: mend the checkpoint")
+        weights.done_with(parameter)
 
 
 def skeleton(source: Source) -> "PreTrainedModel":

@@ -8,6 +8,7 @@ from collections import Counter
 from functools import reduce
 
 import torch
+from torch import Tensor
 
 from halve.checkpoint.directory import CONFIG
 from halve.checkpoint.load import Source
@@ -52,6 +53,23 @@ def dtype_to_prune_in(source: Source) -> torch.dtype | None:
     if found and named is not None and is_plain(named):
         found = (*found, named)
     return reduce(torch.promote_types, found) if found else None
+
+
+def bytes_in_memory(source: Source) -> int:
+    """Return the size of a checkpoint's weights, loaded in `dtype_to_prune_in`; of a GGUF file 0."""
+    dtype = dtype_to_prune_in(source)
+    size = 0
+    for path in source.shards:
+        for entry in read_shard(path).tensors:
+            held = dtype if dtype is not None and is_plain(entry.dtype) else entry.dtype
+            size += torch.Size(entry.shape).numel() * held.itemsize
+    return size
+
+
+def bytes_in(parameter: Tensor, dtype: torch.dtype | None) -> int:
+    """Return the size of a parameter once it is loaded in a dtype; None is its own."""
+    held = dtype if dtype is not None and is_plain(parameter.dtype) else parameter.dtype
+    return parameter.numel() * held.itemsize
 
 
 def differing_dtypes(source: Source) -> str:

@@ -11,18 +11,22 @@ from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from halve.checkpoint.directory import CONFIG, INDEX, LAST, RECORD, WEIGHTS, companions
-from halve.checkpoint.disk_layout import DiskTensor
+from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.durable import Content, file_chunks, filling
 from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.room import check_destination
 from halve.checkpoint.shards import build_header, read_chunks, read_shard, read_tensor, tensor_bytes
-from halve.errors import InputError
+from halve.errors import InputError, UnsupportedModelError, first_few, one_line
+from halve.transformers_internals import build
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_SHARD = 5_000_000_000
 
@@ -110,20 +114,21 @@ def _rewritten(loaded: LoadedModel, source: Source, changed: Collection[str]) ->
 def _rewritten_shard(loaded: LoadedModel, path: Path, changed: Collection[str]) -> Iterator[bytes | memoryview]:
     shard = read_shard(path)
     names = {entry.name for entry in shard.tensors}
-    new = dict(loaded.layout.convert(changed, names))
-    held = {
-        tensor: loaded.model.get_parameter_or_buffer(name).dtype
-        for name in changed
-        for tensor in loaded.layout.locate(name).tensors
-    }
+    owner = {tensor: name for name in changed for tensor in loaded.layout.locate(name).tensors}
+    ready: dict[str, Tensor] = {}  # what was converted together and is not written yet
     yield shard.header
     for entry in shard.tensors:
-        if entry.name in new:
-            value = new.pop(entry.name) + 0.0
-            exact = torch.promote_types(held[entry.name], entry.dtype) == held[entry.name]
-            yield tensor_bytes(value if exact else _unrounded(value, read_tensor(entry), held[entry.name]))
-        else:
+        if entry.name not in owner:
             yield from read_chunks(entry)
+            continue
+        if entry.name not in ready:
+            ready |= loaded.layout.convert([owner[entry.name]], names)
+        value = ready.pop(entry.name) + 0.0
+        parameter = loaded.model.get_parameter_or_buffer(owner[entry.name])
+        held = parameter.dtype
+        exact = torch.promote_types(held, entry.dtype) == held
+        yield tensor_bytes(value if exact else _unrounded(value, read_tensor(entry), held))
+        loaded.weights.done_with(parameter)
 
 
 def _unrounded(value: Tensor, original: Tensor, dtype: torch.dtype) -> Tensor:
@@ -229,6 +234,7 @@ def _check_finite(loaded: LoadedModel, changed: Collection[str], dtype: torch.dt
                 f"tensor {name!r} holds NaN or infinity as {dtype or target}: nothing was written; prune it again or "
                 "write another dtype"
             )
+        loaded.weights.done_with(value)
 
 
 def _plain_json(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,3 +242,39 @@ def _plain_json(record: Mapping[str, Any]) -> dict[str, Any]:
         return dict(json.loads(json.dumps(dict(record), allow_nan=False)))
     except (TypeError, ValueError) as error:
         raise InputError(f"the record cannot be written as JSON ({error}): give plain finite values") from error
+
+
+def refuse_unlike_config(model: "PreTrainedModel") -> None:
+    """Refuse a model whose tensors, as ``save_pretrained`` writes them, are not those that its config builds.
+
+    Tied weights count once, buffers where they are saved.
+
+    Raises:
+        InputError: a tensor is missing, is one too many, or has another shape.
+        UnsupportedModelError: transformers cannot build the config at all, or a parameter cannot be traced to its
+            tensors.
+    """
+    name = type(model).__name__
+    try:
+        with torch.device("meta"):
+            built = build(type(model), deepcopy(model.config))
+    except Exception as error:  # a config can provoke any error in there
+        raise UnsupportedModelError(
+            f"transformers could not build {name} from its config, so that what is written could not be loaded: "
+            f"{one_line(error)}"
+        ) from error
+    ours = {tensor.name: tensor.shape for tensor in DiskLayout(model).tensors.values()}
+    theirs = {tensor.name: tensor.shape for tensor in DiskLayout(built).tensors.values()}
+    if lacking := [tensor for tensor in theirs if tensor not in ours]:
+        what = f"lacks {len(lacking)} of the tensors that its config builds, {first_few(lacking)}"
+    elif beyond := [tensor for tensor in ours if tensor not in theirs]:
+        what = f"has {len(beyond)} tensors that its config does not build, {first_few(beyond)}"
+    elif others := [tensor for tensor, shape in theirs.items() if ours[tensor] != shape]:
+        first = others[0]
+        what = f"has {first} of shape {ours[first]}, and its config builds shape {theirs[first]}"
+    else:
+        return
+    raise InputError(
+        f"the {name} {what}: what is written of it could not be loaded; make its config say what the model is "
+        "(num_hidden_layers, vocab_size, ...), or give no output directory"
+    )

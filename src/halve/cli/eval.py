@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from halve.checkpoint.load import Source, has_tokenizer, load_model, resolve
+from halve.checkpoint.load import Source, has_tokenizer, resolve
+from halve.checkpoint.streamed import ALWAYS, AUTO, NEVER, check_stream, loaded_to_measure
 from halve.checks import check_count
 from halve.cli.errors import reporting
 from halve.cli.options import DeviceOption, JsonOption, TrustOption, taking
@@ -55,6 +56,9 @@ def evaluate_command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Of --tasks: requests in one forward.")] = 8,
     device: DeviceOption = "auto",
+    stream: Annotated[
+        str, typer.Option(help="Leave the weights on disk: always, never, or auto, where they would fill the memory.")
+    ] = AUTO,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,6 +68,9 @@ def evaluate_command(
         place = resolve_device(device)
         forward_precision(given.get("forward_dtype", Evaluation.forward_dtype), place)
         check_count("batch_size", batch_size)
+        check_stream(stream)
+        if tasks is not None and stream == ALWAYS:
+            raise InputError("--tasks runs the whole model for every batch, so that its weights cannot stay on disk")
         of_tasks = {"tasks-path": tasks_path, "limit": limit, "num-fewshot": num_fewshot}
         _check_wanted(given, tasks, of_tasks)
         evaluation = Evaluation(**given) if given.get("data") else None
@@ -74,7 +81,7 @@ def evaluate_command(
         try:
             for source in sources:
                 settings = {"device": place, "forward_dtype": given.get("forward_dtype", Evaluation.forward_dtype)}
-                measured.append(_measure(source, evaluation, opened, batch_size, settings))
+                measured.append(_measure(source, evaluation, opened, batch_size, settings, stream))
         finally:  # what is finished is worth having, whatever stopped the rest
             if as_json and measured:
                 out.print_json(json.dumps([entry for one in measured for entry in _entries(one, measured[0])]))
@@ -110,24 +117,31 @@ def _open_tasks(tasks: str, tasks_path: Path | None, limit: int | None, num_fews
 
 
 def _measure(
-    source: Source, evaluation: Evaluation | None, tasks: "TaskSet | None", batch_size: int, settings: dict[str, Any]
+    source: Source,
+    evaluation: Evaluation | None,
+    tasks: "TaskSet | None",
+    batch_size: int,
+    settings: dict[str, Any],
+    stream: str,
 ) -> _Measured:
-    loaded = load_model(source)
-    if tasks is not None:
-        from halve.evaluation.harness import check_model
+    with loaded_to_measure(source, stream if tasks is None else NEVER) as loaded:
+        if tasks is not None:
+            from halve.evaluation.harness import check_model
 
-        check_model(loaded.model, loaded.tokenizer)
-    perplexities: list[Perplexity] = []
-    if evaluation is not None:
-        texts = evaluation.texts(loaded, None)
-        perplexities += evaluation.measure(loaded.model, texts, settings["device"])
-    if tasks is None:
-        return _Measured(source.name, perplexities, None)
-    from halve.evaluation.tasks import measure_tasks
+            check_model(loaded.model, loaded.tokenizer)
+        perplexities: list[Perplexity] = []
+        if evaluation is not None:
+            texts = evaluation.texts(loaded, None)
+            perplexities += evaluation.measure(loaded.model, texts, settings["device"], loaded.weights)
+        if tasks is None:
+            return _Measured(source.name, perplexities, None)
+        from halve.evaluation.tasks import measure_tasks
 
-    with _progress(source.name) as show:
-        scores = measure_tasks(loaded.model, loaded.tokenizer, tasks, batch_size=batch_size, **settings, progress=show)
-    return _Measured(source.name, perplexities, scores)
+        with _progress(source.name) as show:
+            scores = measure_tasks(
+                loaded.model, loaded.tokenizer, tasks, batch_size=batch_size, **settings, progress=show
+            )
+        return _Measured(source.name, perplexities, scores)
 
 
 @contextmanager

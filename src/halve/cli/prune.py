@@ -3,22 +3,25 @@
 import math
 import shlex
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from halve.checkpoint.directory import PAGE
+from halve.checkpoint.room import check_space
 from halve.cli.errors import EXIT_FALLBACKS, reporting
 from halve.cli.options import ModelArgument, StrictOption, taking
 from halve.cli.report import say_scores
-from halve.cli.terminal import err, out, progress, say, summary_table
+from halve.cli.terminal import err, forecast_table, out, progress, say, summary_table, told_before
 from halve.cli.values import allowed_fallback, merge_options, parse_options
-from halve.errors import counted
+from halve.errors import InputError, counted
 from halve.maths.pattern import Pattern
 from halve.model.plan import place_of
 from halve.planner.where_faster import WhereFaster
-from halve.pruning import prune as prune_model
+from halve.pruning import prune_as
 from halve.pruning import resume as resume_run
 from halve.run.contender import Contender
 from halve.run.request import Request
@@ -29,12 +32,21 @@ from halve.text.limits import is_encoder_decoder
 from halve.text.tokens import SELF
 from halve.whole_model import Pruned
 
+if TYPE_CHECKING:
+    from halve.forecast.foreseen import Foreseen
+
 
 @taking(AutoOptions, Request)
 def prune(
     model: ModelArgument,
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")],
     given: dict[str, Any],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Directory for the pruned checkpoint; must be new or empty.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(help="Say what the run would take of memory, disk and time, and stop; no weights are read."),
+    ] = False,
     strict: StrictOption = True,
     option: Annotated[
         list[str] | None,
@@ -48,9 +60,33 @@ def prune(
         contender = Contender(given.get("method", Settings.method), given.get("refit", Settings.refit))
         contender.check_option_names(options)
         given["fallback"] = allowed_fallback(given.get("fallback"), strict=strict)
+        request = Request.of({**given, **options})
+        if out_dir is None and not dry_run:
+            raise InputError("--out is missing: name a directory for the pruned checkpoint")
+        if dry_run or out_dir is None:
+            _foresee(model, out_dir, request)
+            return
         with progress() as listen:
-            pruned = prune_model(model, out_dir, listen=listen, **given, **options)
+            pruned = prune_as(model, out_dir, request, listen=listen, foreseeing=partial(_show_needs, err))
     _finish(pruned, out_dir, given.get("text_field"))
+
+
+def _foresee(model: str, out_dir: Path | None, request: Request) -> None:
+    """Print what a run would take, and say so if it cannot fit."""
+    from halve.forecast.foreseen import foresee
+
+    request.check()
+    foreseen = foresee(model, out_dir or Path("pruned"), request)
+    _show_needs(out, foreseen)
+    foreseen.check()
+    if out_dir is not None:
+        check_space(out_dir, sum(foreseen.needs.disk.values()))
+
+
+def _show_needs(console: Console, foreseen: "Foreseen") -> None:
+    console.print(forecast_table(foreseen))
+    for sentence in told_before(foreseen):
+        say(console, sentence)
 
 
 def resume(

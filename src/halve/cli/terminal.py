@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
 
     from halve.comparison import Row
+    from halve.forecast.foreseen import Foreseen
     from halve.model.plan import Plan
     from halve.run.events import MatrixReport, Progress, RunReport
     from halve.text.pairs import PairSet
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 _FEW = 3
 """Parameters that are named in a line rather than counted only."""
 
+_SHOWN = 1_000_000
+"""Bytes from which a part of what a run takes has a row of its own."""
+_SHORT = 0.5
+"""Seconds up to which a phase has none."""
 _LONG = 30.0
 """Seconds from which it is said how long the text that the model writes still takes, and how to avoid it."""
 _BUSY = 0.5
@@ -281,3 +286,51 @@ def _loss(matrix: "MatrixReport") -> str:
         return f"fell back to {matrix.method}"
     loss = matrix.facts.get("relative_loss")
     return "" if loss is None else f"relative loss {loss:.4f}"
+
+
+def forecast_table(foreseen: "Foreseen") -> Table:
+    """Return what a run takes of memory, disk and time, with the sum of each."""
+    table = Table("what the run takes", Column("about", justify="right"))
+    needs = foreseen.needs
+    device = foreseen.plan.device
+    for title, parts in (("memory", needs.memory), (f"memory on {device}", needs.on_device), ("disk", needs.disk)):
+        if parts:
+            _add(table, title, parts)
+    rows = [(phase, said_time(seconds)) for phase, seconds in foreseen.seconds.items() if seconds >= _SHORT]
+    for phase, said in rows:
+        table.add_row(phase, said)
+    if foreseen.seconds:
+        table.add_row("time", said_time(sum(foreseen.seconds.values())), style="bold")
+    return table
+
+
+def _add(table: Table, title: str, parts: Mapping[str, int]) -> None:
+    for what, size in parts.items():
+        if size >= _SHOWN:
+            table.add_row(what, said_size(size))
+    table.add_row(title, said_size(sum(parts.values())), style="bold", end_section=True)
+
+
+def said_size(size: int) -> str:
+    """Return a size with a unit: ``3.1 MB``, ``14.2 GB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
+
+
+def said_time(seconds: float) -> str:
+    """Return a time in the largest units that tell it: ``12 s``, ``3 minutes``, ``2 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return counted(minutes, "minute") if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def told_before(foreseen: "Foreseen") -> Iterator[str]:
+    """Yield the sentences that go with the table."""
+    plan, blocks = foreseen.plan, foreseen.shapes.blocks
+    count = sum(each.experts * len(each.rows) for block in blocks for each in block.bundles)
+    yield f"about {counted(count, 'matrix', 'matrices')} in {counted(len(blocks), 'block')} would be pruned"
+    yield from foreseen.notes
+    if plan.streamed:
+        yield "the weights stay on disk, and are read block by block"
+    if plan.offloaded:
+        yield "the hidden states of the calibration set go to disk"

@@ -2,18 +2,23 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from halve.checkpoint.load import resolve
+from halve.checkpoint.mapped import Weights
+from halve.checkpoint.streamed import AUTO, check_stream, loaded_to_measure
 from halve.checks import check_count
-from halve.device import autocast, evaluation_mode, forward_precision, model_device, resolve_device
+from halve.device import forward_precision, model_device, resolve_device
 from halve.errors import InputError, one_line
 from halve.evaluation.figure import SECOND_HALF, Perplexity
+from halve.evaluation.in_step import Passes, ready
 from halve.evaluation.losses import LOGITS_AT_ONCE, finite_sums, token_losses
 from halve.evaluation.teacher_forced import decoder_sums, labels_of_text
 from halve.text.halves import evaluation_halves
@@ -38,6 +43,7 @@ def perplexity(
     device: str | torch.device | None = None,
     forward_dtype: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    weights: Weights | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a model on windows of tokens.
 
@@ -60,6 +66,7 @@ def perplexity(
             other weights as they are; ``"float32"`` computes in float32 whatever the weights are (they get a float32
             copy meanwhile); ``"bfloat16"`` multiplies float32 weights in bfloat16.
         progress: called with the windows done and the windows in all, after each batch.
+        weights: where the model's weights lie; those on disk are read three times in all. None is memory.
 
     Raises:
         InputError: an argument is not usable, the windows do not fit the model, or the loss of a window is not finite;
@@ -74,17 +81,17 @@ def perplexity(
     place = model_device(model) if device is None else resolve_device(device)
     started = time.perf_counter()
     scored = tokens.seq_len - max(1, tokens.lead) if tokens.cut is None else labels_of_text(tokens)
-    with ready(model, place, forward_dtype) as used:
+    with ready(model, place, forward_dtype, weights) as passes:
         if tokens.cut is None:
-            sums, note = _window_sums(model, tokens, place, batch_size, progress)
+            sums, note = _window_sums(model, tokens, place, batch_size, progress, passes)
         else:
-            sums, note = decoder_sums(model, tokens, place, batch_size, progress), ""
+            sums, note = decoder_sums(model, tokens, place, batch_size, progress, passes), ""
     nll = math.fsum(sums) / (tokens.samples * scored)
     return Perplexity(
         value=torch.tensor(nll, dtype=torch.float64).exp().item(),
         windows=tokens.samples,
         seq_len=tokens.seq_len,
-        dtype=str(used).removeprefix("torch."),
+        dtype=str(passes.dtype).removeprefix("torch."),
         source=tokens.source,
         tokens_sha256=tokens.sha256,
         seconds=time.perf_counter() - started,
@@ -110,6 +117,7 @@ def evaluate(
     device: str | torch.device = "auto",
     forward_dtype: str = "auto",
     trust_remote_code: bool = False,
+    stream: str = AUTO,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a model on text.
@@ -126,6 +134,8 @@ def evaluate(
         batch_size: as `perplexity` has it, and ``forward_dtype`` and ``progress``.
         device: ``"auto"`` is where a model in memory lies, and the GPU if there is one for a checkpoint.
         trust_remote_code: whether to run Python code that comes with the checkpoint.
+        stream: whether the weights of a checkpoint stay on disk, and are read block by block: ``always``, ``never``, or
+            ``auto``, where they would take more than half of the memory that is free.
 
     Raises:
         InputError: see `perplexity` and `halve.text.tokens.evaluation_tokens`; or there is no tokenizer.
@@ -136,46 +146,26 @@ def evaluate(
     if not isinstance(data, TokenSet):
         # before a long load
         evaluation_corpus(data, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos)
-    if isinstance(model, nn.Module):
-        network: nn.Module = model
-    else:
-        from halve.checkpoint.load import load_model
-
-        loaded = load_model(model, trust_remote_code=trust_remote_code)
-        network = loaded.model
-        tokenizer = tokenizer or loaded.tokenizer
-    if isinstance(data, TokenSet):
-        tokens = data
-    elif tokenizer is None:
-        raise InputError("text needs a tokenizer, and the model has none: give tokenizer, or a TokenSet as data")
-    else:
-        tokens = _windows(
-            data, tokenizer, network, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos
-        )
-    return perplexity(
-        network, tokens, batch_size=batch_size, device=place, forward_dtype=forward_dtype, progress=progress
-    )
-
-
-@contextmanager
-def ready(model: nn.Module, device: torch.device, forward_dtype: str) -> Iterator[torch.dtype]:
-    """Make a model ready to be measured, as it was again afterwards; yield the dtype its matrices are multiplied in.
-
-    Args:
-        model: any model.
-        device: where to run.
-        forward_dtype: see `perplexity`.
-
-    Raises:
-        InputError: there is no such dtype.
-    """
-    products = forward_precision(forward_dtype, device)
-    with ExitStack() as modes:
-        modes.enter_context(_placed(model, device))
-        modes.enter_context(evaluation_mode(model))
-        if forward_dtype == "float32":
-            modes.enter_context(_float32_weights(model))
-        yield modes.enter_context(autocast(model, products))
+    check_stream(stream)
+    with ExitStack() as stack:
+        weights = None
+        if isinstance(model, nn.Module):
+            network: nn.Module = model
+        else:
+            source = resolve(model, trust_remote_code=trust_remote_code)
+            loaded = stack.enter_context(loaded_to_measure(source, stream))
+            network, weights = loaded.model, loaded.weights
+            tokenizer = tokenizer or loaded.tokenizer
+        if isinstance(data, TokenSet):
+            tokens = data
+        elif tokenizer is None:
+            raise InputError("text needs a tokenizer, and the model has none: give tokenizer, or a TokenSet as data")
+        else:
+            tokens = _windows(
+                data, tokenizer, network, seq_len=seq_len, max_windows=max_windows, text_field=text_field, bos=bos
+            )
+        how: dict[str, Any] = {"batch_size": batch_size, "device": place, "forward_dtype": forward_dtype}
+        return perplexity(network, tokens, **how, progress=progress, weights=weights)
 
 
 def evaluation_texts(
@@ -218,48 +208,22 @@ def _window_sums(
     device: torch.device,
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
+    passes: Passes,
 ) -> tuple[list[float], str]:
     """Sum the negative log-likelihood over each window's tokens; with that, why the model's own logits were used."""
-    probe = tokens.ids[:1, :_PROBE].to(device)
-    _check_causal(model, probe)
-    parts = _split(model, probe)
+    parts = _split(model, tokens.ids[:1, :_PROBE].to(device), passes)
     batch = 1 if isinstance(parts, str) else batch_size or max(1, _TOKENS_PER_BATCH // tokens.seq_len)
-    found: list[float] = []
-    for start in range(0, tokens.samples, batch):
+
+    def sums(start: int) -> list[float]:
         ids = tokens.ids[start : start + batch].to(device)
         losses = _whole_nll(model, ids) if isinstance(parts, str) else _sliced_nll(parts, ids)
-        found += finite_sums(losses[:, max(1, tokens.lead) - 1 :], start, tokens.source)  # the first is of the second
+        found = finite_sums(losses[:, max(1, tokens.lead) - 1 :], start, tokens.source)  # the first is of the second
         if progress is not None:
             progress(start + len(ids), tokens.samples)
-    return found, parts if isinstance(parts, str) else ""
+        return found
 
-
-def _check_causal(model: nn.Module, probe: Tensor) -> None:
-    """Refuse a model that predicts no tokens, or that sees those that it is to predict.
-
-    Raises:
-        InputError: it is one.
-    """
-    name = type(model).__name__
-    try:
-        logits = _logits(_forward(model, probe))
-    except AttributeError as error:
-        raise InputError(
-            f"{name} has no perplexity, since it predicts no tokens ({one_line(error)}): give a causal language model"
-        ) from error
-    if logits.ndim != 3 or logits.shape[:2] != probe.shape:
-        raise InputError(
-            f"{name} has no perplexity: its logits have shape {tuple(logits.shape)} for {probe.shape[1]} tokens, where "
-            "a causal language model has some for every token"
-        )
-    other = probe.clone()
-    other[:, -1] = probe[:, 0] if probe[0, 0] != probe[0, -1] else (probe[:, 0] + 1) % logits.shape[-1]
-    before, after = logits[:, :-1].double(), _logits(_forward(model, other))[:, :-1].double()
-    if bool((before - after).norm() > 0.01 * before.norm()):
-        raise InputError(
-            f"{name} sees the tokens that it is to predict (a last token changes what it says of those before it): "
-            "perplexity is for causal language models"
-        )
+    found = passes.run([partial(sums, start) for start in range(0, tokens.samples, batch)])
+    return [total for batch_sums in found for total in batch_sums], parts if isinstance(parts, str) else ""
 
 
 class _Parts(NamedTuple):
@@ -285,29 +249,33 @@ def _whole_nll(model: nn.Module, ids: Tensor) -> Tensor:
     return torch.cat([token_losses(part, target) for part, target in slices]).reshape(len(ids), -1)
 
 
-def _split(model: Any, probe: Tensor) -> _Parts | str:
+def _split(model: Any, probe: Tensor, passes: Passes) -> _Parts | str:
     """Return the base model and the output head that may be run apart, or why there are none.
 
     One forward of the model on ``probe`` (1, length) has to show the head reading exactly what the base returned, and
     the model returning exactly what the head did; and the base run on its own has to return the same.
+
+    Raises:
+        InputError: the model predicts no tokens, or sees those that it is to predict.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     # Most models call their base model, OPT and its like only the decoder in it.
     bases = [getattr(model, "base_model", model), model.get_decoder() if hasattr(model, "get_decoder") else model]
     bases = [base for base in bases if isinstance(base, nn.Module) and base is not model]
-    if type(head) is not nn.Linear or not bases:
-        return "the model has no plain linear output head over a base model, so its own forward was used"
     seen: dict[nn.Module, tuple[Any, Any]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[module] = args, output
+        seen.setdefault(module, (args, output))  # of the probe, which goes first
 
-    hooks = [module.register_forward_hook(record) for module in (head, *bases)]
+    watched = [head, *bases] if type(head) is nn.Linear else []
+    hooks = [module.register_forward_hook(record) for module in watched]
     try:
-        logits = _logits(_forward(model, probe))
+        logits = _causal_logits(model, probe, passes)
     finally:
         for hook in hooks:
             hook.remove()
+    if type(head) is not nn.Linear or not bases:
+        return "the model has no plain linear output head over a base model, so its own forward was used"
     called = [base for base in bases if base in seen]
     if head not in seen or not called:
         return "the model does not call its output head or its base model, so its own forward was used"
@@ -317,10 +285,39 @@ def _split(model: Any, probe: Tensor) -> _Parts | str:
         return "the model changes the hidden states before the output head, so its own forward was used"
     if not torch.equal(returned.to(logits.dtype), logits):
         return "the model changes its logits after the output head, so its own forward was used"
-    alone = _last_hidden(_forward(called[0], probe))
+    alone = _last_hidden(passes.run([lambda: _forward(called[0], probe)])[0])
     if not bool((alone - hidden).norm() <= 0.01 * hidden.norm()):  # not exact, as GPUs may add in another order
         return "the base model does something else when run on its own, so the model's own forward was used"
     return _Parts(called[0], head)
+
+
+def _causal_logits(model: nn.Module, probe: Tensor, passes: Passes) -> Tensor:
+    """Return the logits of ``probe`` (1, length), which must not see the tokens that they are to predict.
+
+    Raises:
+        InputError: they do, or the model has none.
+    """
+    name = type(model).__name__
+    other, last = probe.clone(), int(probe[0, -1])
+    other[:, -1] = last - 1 if last else 1
+    try:
+        logits, changed = passes.run([lambda: _logits(_forward(model, probe)), lambda: _logits(_forward(model, other))])
+    except AttributeError as error:
+        raise InputError(
+            f"{name} has no perplexity, since it predicts no tokens ({one_line(error)}): give a causal language model"
+        ) from error
+    if logits.ndim != 3 or logits.shape[:2] != probe.shape:
+        raise InputError(
+            f"{name} has no perplexity: its logits have shape {tuple(logits.shape)} for {probe.shape[1]} tokens, where "
+            "a causal language model has some for every token"
+        )
+    before, after = logits[:, :-1].double(), changed[:, :-1].double()
+    if bool((before - after).norm() > 0.01 * before.norm()):
+        raise InputError(
+            f"{name} sees the tokens that it is to predict (a last token changes what it says of those before it): "
+            "perplexity is for causal language models"
+        )
+    return logits
 
 
 def _forward(model: nn.Module, ids: Tensor) -> Any:
@@ -336,34 +333,3 @@ def _logits(output: Any) -> Tensor:
 def _last_hidden(output: Any) -> Tensor:
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
-
-
-@contextmanager
-def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    home = model_device(model)
-    if home == device:
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(home)
-
-
-@contextmanager
-def _float32_weights(model: nn.Module) -> Iterator[None]:
-    """Give every parameter and buffer of a narrower floating dtype a float32 copy, and the original back at the end."""
-    narrow = [
-        tensor
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
-    ]
-    originals = [tensor.data for tensor in narrow]
-    for tensor in narrow:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, original in zip(narrow, originals, strict=True):
-            tensor.data = original

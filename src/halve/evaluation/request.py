@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from halve.checkpoint.load import LoadedModel
+from halve.checkpoint.mapped import Weights
 from halve.device import forward_precision
 from halve.errors import InputError
 from halve.evaluation.figure import Perplexity
@@ -86,9 +87,13 @@ class Evaluation:
             bos=self.bos,
         )
 
-    def measure(self, model: nn.Module, texts: Sequence[TokenSet], device: torch.device) -> tuple[Perplexity, ...]:
-        """Return the perplexity of a model on every text."""
-        return tuple(perplexity(model, text, device=device, forward_dtype=self.forward_dtype) for text in texts)
+    def measure(
+        self, model: nn.Module, texts: Sequence[TokenSet], device: torch.device, weights: Weights | None = None
+    ) -> tuple[Perplexity, ...]:
+        """Return the perplexity of a model on every text; ``weights`` are where they lie, None is memory."""
+        return tuple(
+            perplexity(model, text, device=device, forward_dtype=self.forward_dtype, weights=weights) for text in texts
+        )
 
 
 def overlap(calibrated_on: str | None, evaluated_on: Iterable[str], *, used: str = "calibrated") -> str:

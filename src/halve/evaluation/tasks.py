@@ -23,7 +23,7 @@ from halve.evaluation.harness import (
     versions,
     without_noise,
 )
-from halve.evaluation.perplexity import ready
+from halve.evaluation.in_step import ready
 from halve.evaluation.scores import TaskScore, read_scores
 from halve.evaluation.task_groups import TASK_GROUPS, Member, TaskGroup, check_member, mean_score, member_scores
 
@@ -148,8 +148,8 @@ def measure_tasks(
     started = time.perf_counter()
     with (
         without_noise() as listener,
-        ready(model, place, forward_dtype) as used,
-        adapt(model, tokenizer, used, batch_size) as lm,
+        ready(model, place, forward_dtype) as passes,
+        adapt(model, tokenizer, passes.dtype, batch_size) as lm,
     ):
         for name, loaded in tasks.loaded.items():
             results = _run(lm, name, loaded, tasks.limit, progress and listener.aloud(progress))
@@ -158,7 +158,7 @@ def measure_tasks(
     return TaskResults(
         scores=tuple(score for name in tasks.names for score in _scores(name, found)),
         groups={name: TASK_GROUPS[name] for name in tasks.names if name in TASK_GROUPS},
-        dtype=str(used).removeprefix("torch."),
+        dtype=str(passes.dtype).removeprefix("torch."),
         max_length=max_length,
         bos=bos,
         limit=tasks.limit,

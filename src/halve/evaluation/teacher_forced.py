@@ -4,12 +4,14 @@ Teacher-forced: the decoder is fed the true tokens, shifted as the model itself 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halve.errors import InputError
+from halve.evaluation.in_step import Passes
 from halve.evaluation.losses import LOGITS_AT_ONCE, finite_sums, token_losses
 from halve.text.halves import shift_right
 from halve.text.tokens import TokenSet
@@ -35,6 +37,7 @@ def decoder_sums(
     device: torch.device,
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
+    passes: Passes,
 ) -> list[float]:
     """Sum the negative log-likelihood over the text that the decoder says in each window.
 
@@ -44,26 +47,31 @@ def decoder_sums(
         device: where to run.
         batch_size: windows in one forward; None is as many as keep the logits below `LOGITS_AT_ONCE`, at least one.
         progress: called with the windows done and the windows in all, after each batch.
+        passes: of the model.
 
     Raises:
         InputError: the model returns no logits of its decoder, or a loss is not finite.
     """
     first = 0 if tokens.cut is None else tokens.cut.before
     scored = slice(first, first + labels_of_text(tokens))
-    found: list[float] = []
-    rows = batch_size or 1
-    while len(found) < tokens.samples:
-        start = len(found)
+    sizes: list[int] = []  # of a window's logits
+
+    def sums(start: int, rows: int) -> list[float]:
         labels = tokens.labels[start : start + rows].to(device)
         logits = _logits(model, tokens.encoder_ids[start : start + rows].to(device), labels)
-        rows = batch_size or max(1, LOGITS_AT_ONCE // logits[0].numel())  # known after the first window
+        sizes.append(logits[0].numel())
         losses = torch.stack(
             [token_losses(*window) for window in zip(logits[:, scored], labels[:, scored], strict=True)]
         )
-        found += finite_sums(losses, start, tokens.source)
+        found = finite_sums(losses, start, tokens.source)
         if progress is not None:
-            progress(len(found), tokens.samples)
-    return found
+            progress(start + len(labels), tokens.samples)
+        return found
+
+    found = passes.run([partial(sums, 0, batch_size or 1)])
+    rows = batch_size or max(1, LOGITS_AT_ONCE // sizes[0])  # known after the first window
+    found += passes.run([partial(sums, start, rows) for start in range(len(found[0]), tokens.samples, rows)])
+    return [total for batch in found for total in batch]
 
 
 def _logits(model: Any, read: Tensor, labels: Tensor) -> Tensor:

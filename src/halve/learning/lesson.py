@@ -30,6 +30,7 @@ from halve.learning.learner import Learner
 from halve.learning.options import NONE, Shape, Training
 from halve.learning.training.course import Course, Trained
 from halve.learning.training.heads import check_causal
+from halve.learning.training.needs import least_needs
 from halve.learning.training.publishing import Clock, publish, round_as_written, training_entry
 from halve.learning.training.state import TrainingFiles, open_training
 from halve.learning.training.text import TrainingRows, read_rows, training_rows, write_rows
@@ -118,6 +119,7 @@ def carry_out(lesson: Lesson, out: Path, watch: Watch | None = None) -> Taught:
     clock = Clock()
     check_launcher()
     with holding(out, request.machine.target) as files, _telling_what_is_kept(files):
+        _refuse_too_large(lesson, files, watch)
         watch.phase("load")
         with clock.timing("load"):
             student = load_student(source, request)
@@ -165,6 +167,20 @@ def carry_out(lesson: Lesson, out: Path, watch: Watch | None = None) -> Taught:
         after=after,
         notes=tuple(notes),
     )
+
+
+_WHOLE_BLOCKS = ("all", "everything")
+"""Words for what is trained of which all weights of the blocks are a part."""
+
+
+def _refuse_too_large(lesson: Lesson, files: TrainingFiles, watch: Watch) -> None:
+    """Refuse models that cannot even be loaded to be trained, with the table of what that takes."""
+    machine = lesson.request.machine
+    whole = lesson.what in _WHOLE_BLOCKS
+    needs = least_needs(lesson.began, lesson.teacher, machine.precision, machine.target, whole_blocks=whole)
+    if not needs.fits:
+        watch.needs(needs)
+        needs.check(files)
 
 
 def load_student(source: Source, request: Training) -> LoadedModel:

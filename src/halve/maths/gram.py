@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from halve.errors import CalibrationError, InputError
-from halve.maths.linalg import full_precision
+from halve.maths.linalg import full_precision, is_finite
 
+_SIDE = 1024
+"""Of the squares in which a sum is made symmetric."""
 _ROWS_AT_ONCE = 8192
 """Tokens upcast in one go: bounds the float32 copy of a batch."""
 
@@ -94,6 +96,7 @@ class GramAccumulator:
                 or was not given alike in every batch.
             CalibrationError: ``x`` has NaN or infinity; nothing of the offending slice is added.
         """
+        self._refuse_finished()
         if x.ndim < 1 or x.shape[-1] != self.d_in or not x.is_floating_point():
             raise InputError(
                 f"inputs of {self.name} must be floating point with last dimension {self.d_in}, "
@@ -125,31 +128,49 @@ class GramAccumulator:
                     self._cross.addmm_(twins.mT, rows)
                 self._counts[part] += stop - start
 
-    def finish(self) -> Statistics:
+    def finish(self, *, last: bool = False) -> Statistics:
         """Return the statistics so far; more may be added afterwards.
 
+        Args:
+            last: nothing is going to be added: the sums become the statistics, which takes no more memory.
+
         Raises:
+            InputError: they were finished for good before.
             CalibrationError: no token was seen, or the squares of the inputs overflowed float32.
         """
+        self._refuse_finished()
         if self.tokens == 0:
             raise CalibrationError(
                 f"{self.name} saw no calibration token: its inputs never reached the hook, or no token was routed to it"
             )
         with torch.inference_mode(mode=False):
-            whole = self._sums[0] if len(self._sums) == 1 else self._sums[0] + self._sums[1]
-            gram = _mean(whole, self.tokens)
-            halves = (
-                (_mean(self._sums[0], self._counts[0]), _mean(self._sums[1], self._counts[1]))
-                if len(self._sums) > 1 and all(self._counts)
-                else None
-            )
-            cross = None if self._cross is None else self._cross / self.tokens
-        if not bool(torch.isfinite(gram).all()):
+            sums = self._sums if last else [total.clone() for total in self._sums]
+            gram, halves = self._means(sums)
+            cross = self._cross
+            if cross is not None:
+                cross = cross.div_(self.tokens) if last else cross / self.tokens
+        if last:
+            self._sums, self._cross = [], None
+        if not is_finite(gram):
             raise CalibrationError(
                 f"the Gram matrix of {self.name} overflowed float32: its inputs are too large "
                 f"(largest finite mean square {_largest_finite(gram.diagonal()):.3g})"
             )
         return Statistics(gram, self.tokens, halves, cross)
+
+    def _refuse_finished(self) -> None:
+        if not self._sums:
+            raise InputError(f"the statistics of {self.name} are finished: begin with another accumulator")
+
+    def _means(self, sums: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Turn sums into means, in their own memory: of all tokens, and of the halves."""
+        if len(sums) == 1:
+            return _mean_in_place(sums[0], self.tokens), None
+        whole = _mean_in_place(sums[0] + sums[1], self.tokens)
+        if not all(self._counts):
+            return whole, None
+        one, other = (_mean_in_place(total, count) for total, count in zip(sums, self._counts, strict=True))
+        return whole, (one, other)
 
     def _check_finite(self, rows: Tensor) -> None:
         # One cheap reduction decides almost always; finite inputs whose sum overflows take the second look.
@@ -171,9 +192,18 @@ def _slices(count: int, middle: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + _ROWS_AT_ONCE, last)
 
 
-def _mean(total: Tensor, tokens: int) -> Tensor:
-    # A matrix product is symmetric only up to rounding.
-    return (total + total.mT).mul_(0.5 / tokens)
+def _mean_in_place(total: Tensor, tokens: int) -> Tensor:
+    """Return ``(total + totalᵀ) / 2 tokens`` in the memory of ``total``: a product is symmetric only up to rounding."""
+    scale = 0.5 / tokens
+    edges = range(0, len(total), _SIDE)
+    for top in edges:
+        rows = slice(top, top + _SIDE)
+        for left in edges[edges.index(top) :]:
+            columns = slice(left, left + _SIDE)
+            part = (total[rows, columns] + total[columns, rows].mT).mul_(scale)
+            total[rows, columns] = part
+            total[columns, rows] = part.mT
+    return total
 
 
 def _largest_finite(values: Tensor) -> float:

@@ -14,6 +14,8 @@ from halve.errors import FactorisationError, InputError
 
 _DAMPING_STEPS = (1.0, 10.0, 100.0)
 _DTYPES = (torch.float32, torch.float64)
+_AT_ONCE = 1 << 23
+"""Weights of the rows that are looked at in one go: 32 MiB in float32, some copies of which stand at once."""
 _INVERT_AT_ONCE = 64
 """Rows of a triangular matrix inverted by one call of the library."""
 
@@ -35,6 +37,19 @@ class Factor:
     rungs: int
     dtype: torch.dtype
     clipped: bool = False
+
+
+def in_parts(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows of ``matrix`` (rows, ...) in views of bounded size, for what is done to each row by itself."""
+    width = max(1, matrix[:1].numel())
+    return torch.split(matrix, max(1, _AT_ONCE // width))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; looks at bounded parts, for the answer itself takes as much memory again."""
+    parts = in_parts(tensor) if tensor.ndim else (tensor,)
+    narrow = tensor.dtype.itemsize == 1 and tensor.is_floating_point()  # torch does not tell of float8
+    return all(bool(torch.isfinite(part.float() if narrow else part).all()) for part in parts)
 
 
 def damped_cholesky(gram: Tensor, damping: float) -> Factor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halve.device import compute_dtype
 from halve.errors import CalibrationError
+from halve.maths.linalg import in_parts
 from halve.maths.pattern import Pattern
 
 DEAD_SHARE = 1e-10
@@ -30,7 +31,8 @@ def row_losses(weight: Tensor, original: Tensor, gram: Tensor) -> Tensor:
     Returns:
         Tensor: (d_out,) float64, never negative; non-finite rows of ``weight`` give non-finite losses.
     """
-    return 0.5 * _quadratic_forms(weight.float() - original.float(), gram)
+    parts = zip(in_parts(weight), in_parts(original), strict=True)
+    return 0.5 * torch.cat([_quadratic_forms(one.float() - other.float(), gram) for one, other in parts])
 
 
 def relative_loss(weight: Tensor, original: Tensor, gram: Tensor) -> float:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halve.checkpoint.durable import make_directory
 from halve.checkpoint.room import check_space
 from halve.device import own_settings, weight_dtype
 from halve.errors import CalibrationError, InputError
-from halve.memory import check_memory
+from halve.memory import check_memory, would_fill
 from halve.model.calls import Behaviour, Recorder, Recording, Template
-from halve.model.stream import Stream
+from halve.model.stream import HiddenStates, Stream
 
 Passing = Sequence[tuple[Sequence[nn.Module], Sequence[Template]]]
 """The blocks of stacks that need not be computed, with what they return."""
@@ -92,6 +93,8 @@ def capture(
     behaviour: Behaviour,
     directory: Path | None = None,
     *,
+    beside: Path | None = None,
+    reserved: int = 0,
     copies: int = 1,
     passing: Passing = (),
 ) -> Stream:
@@ -103,6 +106,9 @@ def capture(
         batches: the calibration set.
         behaviour: of the blocks (`verify_replay`).
         directory: where to keep hidden states on disk; None keeps them in memory.
+        beside: where to keep them if they would take more than half of the memory that is free, made if it is needed;
+            None refuses what does not fit.
+        reserved: bytes on that volume that something else is going to take.
         copies: how many sets of hidden states there are going to be, for the room they take.
         passing: the blocks of stacks that run later, with what they return: they need not be computed either.
 
@@ -116,7 +122,13 @@ def capture(
         hidden = recording.calls[0][0]
         if not index:
             side = "decoder_input_ids" if behaviour.memory_mask is not None else ""
-            _check_room(copies * hidden.nbytes * _size(batches, side) // _size([batch], side), directory)
+            size = copies * hidden.nbytes * _size(batches, side) // _size([batch], side)
+            if directory is None and beside is not None and would_fill(size):
+                directory = beside
+                make_directory(beside)
+                stream.hidden = HiddenStates(beside)
+                size += reserved
+            _check_room(size, directory)
         check_finite(hidden, f"the embeddings of calibration batch {index}")
         stream.append(hidden, [recording.calls[block][1] for block in range(len(blocks))], recording.objects)
         stream.valid.append(_valid_positions(batch, behaviour.mask))

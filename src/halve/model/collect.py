@@ -314,7 +314,7 @@ class Collector:
         return x[valid.to(x.device)]
 
     def finish(self) -> dict[str, Statistics | None]:
-        """Return each matrix's statistics by name; matrices that share an input share the object.
+        """Return each matrix's statistics by name, once; matrices that share an input share the object.
 
         None stands for a routed matrix (an expert) that no token reached.
 
@@ -322,7 +322,10 @@ class Collector:
             UnsupportedModelError: a matrix that every token passes was never seen multiplying.
             CalibrationError: no usable statistics.
         """
-        finished = {name: accumulator.finish() for name, accumulator in self._accumulators.items()}
+        finished: dict[str, Statistics] = {}
+        while self._accumulators:  # each is let go when its statistics are there: both may be gigabytes
+            name = next(iter(self._accumulators))
+            finished[name] = self._accumulators.pop(name).finish(last=True)
         statistics: dict[str, Statistics | None] = {}
         for matrix in (*self._plain.values(), *self._experts.values()):
             leader = self._leader.get(matrix.name)

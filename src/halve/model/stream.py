@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from halve.checkpoint.durable import writing
+from halve.checkpoint.shards import file_of
 from halve.errors import UnsupportedModelError
 from halve.model.calls import (
     Call,
@@ -34,7 +36,7 @@ class HiddenStates:
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory
+        self.directory = directory
         self._tensors: list[Tensor | Path] = []
 
     def __len__(self) -> int:
@@ -49,7 +51,7 @@ class HiddenStates:
 
     def copy(self, name: str) -> "HiddenStates":
         """Return a second set of the same states; on disk, in a new folder ``name``."""
-        folder = None if self._directory is None else self._directory / name
+        folder = None if self.directory is None else self.directory / name
         if folder is not None:
             folder.mkdir(exist_ok=True)
         other = HiddenStates(folder)
@@ -63,11 +65,20 @@ class HiddenStates:
 
     def _store(self, batch: int, hidden: Tensor) -> Tensor | Path:
         hidden = hidden.detach().to("cpu").contiguous()
-        if self._directory is None:
+        if self.directory is None:
             return hidden
-        path = self._directory / f"hidden-{batch:05d}.safetensors"
-        save_file({"hidden": hidden}, path)
+        path = self.directory / f"hidden-{batch:05d}.safetensors"
+        with writing(self.directory), path.open("wb") as file:
+            for chunk in file_of({"hidden": hidden}):
+                file.write(chunk)
         return path
+
+    def clear(self) -> None:
+        """Forget all of them, and remove their files."""
+        for stored in self._tensors:
+            if isinstance(stored, Path):
+                stored.unlink(missing_ok=True)
+        self._tensors.clear()
 
 
 class Stream:
@@ -208,6 +219,7 @@ class Stream:
         """Forget the calls of a block that has been passed, and after the last one all that went with them."""
         self.calls[block].clear()
         if block == len(self.calls) - 1:
+            self.hidden.clear()
             self._objects.clear()
             self._handed.clear()
 

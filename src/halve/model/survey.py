@@ -44,10 +44,27 @@ class StackRun:
     later: tuple[tuple[tuple[nn.Module, ...], tuple[Template, ...]], ...]
 
     def capture(
-        self, model: nn.Module, batches: Sequence[Batch], directory: Path | None = None, *, copies: int = 1
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        directory: Path | None = None,
+        *,
+        beside: Path | None = None,
+        reserved: int = 0,
+        copies: int = 1,
     ) -> Stream:
         """Record what enters the stack in the model as it is now, as `halve.model.blocks.capture` does."""
-        return capture(model, self.blocks, batches, self.behaviour, directory, copies=copies, passing=self.later)
+        return capture(
+            model,
+            self.blocks,
+            batches,
+            self.behaviour,
+            directory,
+            beside=beside,
+            reserved=reserved,
+            copies=copies,
+            passing=self.later,
+        )
 
 
 def plan_model(

@@ -7,7 +7,8 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from halve.checkpoint.directory import RECORD
-from halve.checkpoint.load import Source, load_model, resolve
+from halve.checkpoint.load import Source, resolve
+from halve.checkpoint.streamed import loaded_to_measure
 from halve.checkpoint.validated import wrong
 from halve.device import resolve_device
 from halve.errors import InputError
@@ -32,7 +33,8 @@ def measure(
 ) -> tuple[tuple[Perplexity, ...], tuple[Perplexity, ...]]:
     """Measure the perplexity of a pruned checkpoint and of its dense model, and put both on record.
 
-    The models are in memory one after the other. What is on record of the same text and windows is replaced.
+    The models are in memory one after the other, or stay on disk where they would fill it. What is on record of the
+    same text and windows is replaced.
 
     Args:
         directory: of the pruned checkpoint.
@@ -56,11 +58,14 @@ def measure(
     record = record_of(place, _Record)
     if original is not None:
         _check_same(original, record)
-    pruned = load_model(place, trust_remote_code=trust_remote_code)
-    texts = evaluation.texts(pruned, record.calibration.seq_len)
-    after = evaluation.measure(pruned.model, texts, target)
+    with loaded_to_measure(resolve(place, trust_remote_code=trust_remote_code)) as pruned:
+        texts = evaluation.texts(pruned, record.calibration.seq_len)
+        after = evaluation.measure(pruned.model, texts, target, pruned.weights)
     del pruned  # one model in memory at a time
-    before = () if original is None else evaluation.measure(load_model(original).model, texts, target)
+    before: tuple[Perplexity, ...] = ()
+    if original is not None:
+        with loaded_to_measure(original) as loaded:
+            before = evaluation.measure(loaded.model, texts, target, loaded.weights)
     add_perplexity(place, before, after)
     return before, after
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.checkpoint.disk_layout import Location
+from halve.checkpoint.mapped import Weights
 from halve.checkpoint.shards import tensor_bytes
 from halve.errors import HalveError
 from halve.maths.pattern import Pattern
@@ -83,7 +84,11 @@ def mask_sha256(weight: Tensor) -> str:
 
 
 def masks(
-    model: nn.Module, matrices: Iterable[MatrixReport | Matrix], pattern: Pattern, dtype: torch.dtype | None
+    model: nn.Module,
+    matrices: Iterable[MatrixReport | Matrix],
+    pattern: Pattern,
+    dtype: torch.dtype | None,
+    weights: Weights | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return what there is to say of the mask of every pruned matrix, by the matrix's name.
 
@@ -92,6 +97,7 @@ def masks(
         matrices: that were pruned in it.
         pattern: that they have.
         dtype: that the weights are written in; None for their own.
+        weights: where they lie; None is memory.
 
     Returns:
         dict[str, dict[str, Any]]: as `mask_facts`.
@@ -101,8 +107,11 @@ def masks(
     """
     found = {}
     for matrix in matrices:
-        weight = matrix_view(model.get_parameter(matrix.parameter).data, matrix.expert, matrix.layout)
+        parameter = model.get_parameter(matrix.parameter)
+        weight = matrix_view(parameter.data, matrix.expert, matrix.layout)
         found[matrix.name] = mask_facts(matrix.name, weight if dtype is None else weight.to(dtype), pattern)
+        if weights is not None:
+            weights.done_with(parameter)
     return found
 
 

@@ -23,13 +23,13 @@ from halve.checkpoint.directory import CONFIG, HOME, is_unfinished
 from halve.checkpoint.durable import (
     check_hash,
     crash_point,
+    locked,
     make_directory,
     move_into_place,
     write_file,
     writing,
 )
-from halve.checkpoint.lock import locked
-from halve.checkpoint.room import refuse_contents
+from halve.checkpoint.room import refuse_contents, same_volume
 from halve.checkpoint.shards import file_of, read_json
 from halve.checkpoint.validated import validated
 from halve.errors import AlreadyCompleteError, CorruptFileError, InputError, ResumeMismatchError
@@ -40,6 +40,7 @@ from halve.text.tokens import SELF, Cut, TokenSet
 _TOKENS = "calibration.safetensors"
 _WORK = "work.json"
 _RECORD = "record"
+_HIDDEN = "hidden-"
 
 
 class RunDirectory:
@@ -50,9 +51,11 @@ class RunDirectory:
         home: the directory in it that is the run's own.
         staging: where the checkpoint is put together.
         state: where finished blocks are kept.
+        reserved: bytes that the checkpoint and the blocks which are not finished are going to take.
     """
 
     def __init__(self, out: Path, state: Path) -> None:
+        self.reserved = 0
         self.out = out
         self.state = state
         self.home = out / HOME
@@ -243,6 +246,8 @@ class RunDirectory:
         name = f"block-{len(manifest.blocks):05d}.safetensors"
         with writing(self.state):
             manifest.blocks.append((name, write_file(self.state / name, content, "block")))
+        if same_volume(self.state, self.out):
+            self.reserved = max(0, self.reserved - (self.state / name).stat().st_size)
         try:
             manifest.write(self.state)
         except BaseException:
@@ -262,10 +267,40 @@ class RunDirectory:
             record = json.loads(file.metadata()[_RECORD])
         return load_file(path), record
 
+    def path(self, block: int) -> Path:
+        """Return the file of a committed block, which holds its changed parameters by name."""
+        return self.state / self._present().blocks[block][0]
+
     def prepare_staging(self) -> Path:
         """Return the directory to put the checkpoint together in, without what an earlier attempt left there."""
         shutil.rmtree(self.staging, ignore_errors=True)
         return self.staging
+
+    def tidy(self) -> None:
+        """Remove what a stopped process has left that is of no use to this one, before room is asked for."""
+        if not self.verified:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        shutil.rmtree(self.computed, ignore_errors=True)
+        for folder in self.home.glob(f"{_HIDDEN}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def computed(self) -> Path:
+        """The folder for weights that loading computes, of a model whose weights stay on disk."""
+        return self.home / "weights"
+
+    def hidden(self, name: str) -> Path:
+        """Return a folder for hidden states."""
+        return self.home / f"{_HIDDEN}{name}"
+
+    def check_blocks(self) -> None:
+        """Make sure that the committed blocks are what was written.
+
+        Raises:
+            CorruptFileError: a file is missing or was damaged.
+        """
+        for name, sha256 in self._present().blocks:
+            check_hash(self.state / name, sha256)
 
     def publish(self, files: Mapping[str, str] | None = None) -> None:
         """Move the verified checkpoint to its place, and remove everything else.

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from halve.checkpoint.mapped import Weights
 from halve.device import autocast
 from halve.errors import CalibrationError, HalveError, InputError, LayerFailedError, UnsupportedModelError
 from halve.maths.gram import Gradient, Statistics
+from halve.memory import trim
 from halve.model.blocks import Batch, check_batches, check_finite, eager_experts, working_copy
 from halve.model.calls import Call, to_device
 from halve.model.collect import Collector, Memory
 from halve.model.gradients import LossGradients, one_by_one
 from halve.model.plan import Matrix, Plan, set_matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
+from halve.model.stacks import find_stacks
 from halve.model.stream import Stream
 from halve.model.survey import StackRun, plan_model
 from halve.run.block_record import from_record, to_record
@@ -53,6 +56,7 @@ def prune_blocks(
     before: Callable[[], None] | None = None,
     together: Collection[Sequence[str]] = (),
     masks: Mapping[str, torch.Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
 
@@ -74,6 +78,7 @@ def prune_blocks(
         together: names of parameters that are stored in one tensor.
         masks: for each matrix by name, (d_out, d_in) bool of what it keeps: nothing is chosen, and the refit finds the
             best weights there; None lets the method choose.
+        weights: where the model's weights lie; finished blocks are let go, where ``ledger`` keeps them. None is memory.
 
     Raises:
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
@@ -86,16 +91,18 @@ def prune_blocks(
     of = methods.get(settings.method).gradient
     if of is not None:
         batches = one_by_one(batches)
-    plan, runs = plan_model(
-        model,
-        batches,
-        settings.pattern,
-        settings.skip,
-        settings.why_dense,
-        tower=settings.tower,
-        together=together,
-        least=settings.least_prunable,
-    )
+    weights = weights or Weights()
+    with weights.passing(block for stack in find_stacks(model) for block in stack.blocks):  # several whole passes
+        plan, runs = plan_model(
+            model,
+            batches,
+            settings.pattern,
+            settings.skip,
+            settings.why_dense,
+            tower=settings.tower,
+            together=together,
+            least=settings.least_prunable,
+        )
     routed = next((matrix for matrix in plan.matrices if matrix.routed), None)
     if settings.objective.insists_on_dense and routed is not None:
         raise InputError(
@@ -104,7 +111,7 @@ def prune_blocks(
         )
     tell = listen or (lambda _progress: None)
     phases = phases or Phases(device)
-    loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases, collect=collect, masks=masks)
+    loop = _Loop(model, plan, settings, device, precision, tell, ledger, phases, weights, collect=collect, masks=masks)
     with eager_experts(model):
         if of is GradientOf.LOSS and not loop.finished:
             loop.loss = LossGradients(model, plan, batches, device, settings.method)
@@ -124,11 +131,13 @@ class _Loop:
         listen: Listener,
         ledger: RunDirectory | None,
         phases: Phases,
+        weights: Weights,
         *,
         collect: bool,
         masks: Mapping[str, torch.Tensor] | None,
     ) -> None:
         self._collecting = collect
+        self._weights = weights
         self._masks = masks
         self._model = model
         self._plan = plan
@@ -171,6 +180,7 @@ class _Loop:
         else:
             for index in range(len(members)):
                 self._restore(index)
+                self._settle(index)
         self._tell(len(members), Phase.DONE)
         return RunReport(
             matrices=tuple(self._reports),
@@ -233,12 +243,28 @@ class _Loop:
         self, block: int, run: StackRun, batches: Sequence[Batch], folder: Path | None, *, copies: int = 1
     ) -> Stream:
         self._tell(block, Phase.CAPTURE)
+        ledger = self._ledger
+        beside = None if ledger is None else ledger.hidden(f"{run.name}-{block}")
+        reserved = 0 if ledger is None else ledger.reserved
         with self._phases.timing(Phase.CAPTURE):
-            return run.capture(self._model, batches, folder, copies=copies)
+            stream = run.capture(self._model, batches, folder, beside=beside, reserved=reserved, copies=copies)
+        self._weights.release()  # rows of the embedding
+        if stream.hidden.directory != folder:
+            size = sum(path.stat().st_size for path in beside.iterdir()) if beside is not None else 0
+            self._tell(
+                block,
+                Phase.CAPTURE,
+                caution=f"the hidden states of the calibration set ({copies * size / 1e9:.1f} GB) are kept on disk, in "
+                f"{beside}, since they would take more than half of the memory that is free",
+            )
+        return stream
 
     def _pass_block(self, at: "_Passage", block: nn.Module) -> None:
         """Take both streams through a block, which is pruned unless it was before."""
+        if at.block < self._last:
+            self._weights.fetch(self._plan.blocks[at.block + 1])
         work = working_copy(block, self._device)
+        self._weights.release(self._plan.blocks[at.block])
         going_on = at.block < self._last and not at.last
         if at.block < self._kept:
             if at.dense is not None and going_on:
@@ -260,6 +286,19 @@ class _Loop:
         at.stream.clear(at.place)
         if at.dense is not None:
             at.dense.clear(at.place)
+        self._settle(at.block)
+
+    def _own(self, name: str) -> nn.Parameter:
+        """Return a parameter of the model that is going to be changed."""
+        parameter = self._model.get_parameter(name)
+        self._weights.own(parameter)
+        return parameter
+
+    def _settle(self, index: int) -> None:
+        """Let the weights of a block go that is done with."""
+        if self._ledger is not None:
+            self._weights.settle(self._plan.blocks[index], self._ledger.path(index))
+        trim()
 
     def _prune_block(self, at: "_Passage", work: nn.Module) -> None:
         matrices = self._plan.of_block(at.block)
@@ -277,8 +316,10 @@ class _Loop:
         if matrices:
             gradients = self._gradients(at, work, matrices, statistics)
             with self._phases.timing(Phase.SOLVE):
-                for bundle in bundles(matrices, statistics):
+                for bundle in list(bundles(matrices, statistics)):
                     self._solve(bundle, statistics.get(bundle[0].name), work, gradients)
+                    for matrix in bundle:  # a Gram matrix may be gigabytes
+                        statistics.pop(matrix.name, None)
             if at.dense is not None and self._tuning is not None:
                 self._tell(at.block, Phase.RECONSTRUCT)
                 with self._phases.timing(Phase.RECONSTRUCT):
@@ -306,7 +347,7 @@ class _Loop:
         tensors, record = self._ledger.read(index)
         prefix = f"{self._plan.blocks[index]}."
         for name, tensor in tensors.items():
-            self._model.get_parameter(name).data.copy_(tensor)
+            self._own(name).data.copy_(tensor)
             if work is not None:
                 work.get_parameter(name.removeprefix(prefix)).data.copy_(tensor)
         matrices, tuned, spent = from_record(record)
@@ -430,7 +471,7 @@ class _Loop:
             raise LayerFailedError(
                 f"{matrix.name} could not be pruned by {self._settings.method}: {outcome.reason}{advice}"
             )
-        set_matrix(self._model.get_parameter(matrix.parameter), matrix, outcome.weight)
+        set_matrix(self._own(matrix.parameter), matrix, outcome.weight)
         local = matrix.parameter.removeprefix(f"{self._plan.blocks[matrix.block]}.")
         set_matrix(work.get_parameter(local), matrix, outcome.weight)
         self._report(matrix, outcome)
@@ -454,7 +495,7 @@ class _Loop:
             ) from error
         names = tuple(stored) if tuned.epoch else ()
         for name in names:
-            original.get_parameter(name).data.copy_(work.get_parameter(name).data)
+            self._own(prefix + name).data.copy_(work.get_parameter(name).data)
         self._blocks.append(BlockReport(prefix[:-1], tuple(prefix + name for name in names), tuned))
         return tuned
 

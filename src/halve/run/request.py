@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from halve.checkpoint.attention import check_attention
+from halve.checkpoint.streamed import AUTO, check_stream
 from halve.device import forward_precision, parse_dtype, resolve_device
 from halve.errors import InputError
 from halve.evaluation.request import Evaluation
@@ -37,6 +38,9 @@ class Placement:
             float32.
         offload: keep hidden states in this directory, not in memory; a temporary folder is made in it.
         work: keep finished blocks in this directory, new or empty, while the run lasts, not in the output directory.
+        stream: leave the weights on disk, and read them block by block: ``always``, ``never``, or ``auto``, where they
+            would take more than half of the memory that is free, or the run would not fit. Results are the same bytes,
+            but the model that is returned cannot be changed: its weights are read-only maps of files.
 
     Raises:
         InputError: a device or dtype is unknown, or ``offload`` is not there.
@@ -46,9 +50,11 @@ class Placement:
     forward_dtype: str = option("auto", shared=True)
     offload: str | Path | None = None
     work: str | Path | None = None
+    stream: str = AUTO
 
     def __post_init__(self) -> None:
         forward_precision(self.forward_dtype, self.target)
+        check_stream(self.stream)
         for name, place in (("offload", self.offload), ("work", self.work)):
             if place is not None and not isinstance(place, str | Path):
                 raise InputError(f"{name} must be a directory, got {place!r}")

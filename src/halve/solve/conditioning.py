@@ -9,6 +9,7 @@ from torch import Tensor
 from halve.checks import check_count
 from halve.errors import InputError
 from halve.maths.gram import Gradient, Statistics
+from halve.maths.linalg import in_parts, is_finite
 
 _ASYMMETRY = 1e-4
 """Largest |H - Hᵀ| accepted, as a share of the largest diagonal entry."""
@@ -29,7 +30,7 @@ def check_weight(weight: Tensor) -> None:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
         got = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise InputError(f"weight must be a non-empty floating point tensor of shape (d_out, d_in), got {got}")
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
         raise InputError(f"weight has NaN or infinity, first at row {row}, column {column}: prune a finite matrix")
 
@@ -63,13 +64,15 @@ def checked_statistics(
     _check_square("gram", gram, weight)
     exponent = _exponent(gram.diagonal().amax(), _GRAM_EXPONENT) if given is None and rescale else 0
     gram32 = times_power_of_two(gram.detach(), exponent).float()
-    if not bool(torch.isfinite(gram32).all()):
+    if not is_finite(gram32):
         raise InputError("gram has NaN or infinity in float32: calibrate again, or divide it by the number of tokens")
     diagonal = gram32.diagonal()
     if bool((diagonal < 0.0).any()):
         feature = int((diagonal < 0.0).to(torch.uint8).argmax())
         raise InputError(f"gram has a negative diagonal entry at feature {feature}: it must be XᵀX / tokens")
-    asymmetry, peak = float((gram32 - gram32.mT).abs().amax()), float(diagonal.amax())
+    mirrored = zip(in_parts(gram32), in_parts(gram32.mT), strict=True)
+    asymmetry = max(float((rows - columns).abs().amax()) for rows, columns in mirrored)
+    peak = float(diagonal.amax())
     if asymmetry > _ASYMMETRY * peak:
         raise InputError(f"gram is not symmetric (largest difference {asymmetry:.3g}): it must be XᵀX / tokens")
     if given is not None:
@@ -119,7 +122,7 @@ def _check_square(name: str, matrix: object, weight: Tensor) -> None:
         raise InputError(f"{name} must be floating point of shape ({d_in}, {d_in}) to match weight, got {got}")
     if matrix.device != weight.device:
         raise InputError(f"{name} is on {matrix.device} and weight on {weight.device}: move one of them")
-    if not bool(torch.isfinite(matrix).all()):
+    if not is_finite(matrix):
         raise InputError(f"{name} has NaN or infinity: calibrate again")
 
 
@@ -148,7 +151,7 @@ def into_range(weight: Tensor, stats: Statistics | None) -> tuple[Tensor, Statis
         tuple[Tensor, Statistics | None, int]: both as they are to be solved for, and the power of two that the weights
         were multiplied by. Weights some 2¹²⁶ times smaller than the largest become zero if the power is not 0.
     """
-    exponent = _exponent(weight.abs().amax(), _WEIGHT_EXPONENT)
+    exponent = _exponent(torch.stack([rows.abs().amax() for rows in in_parts(weight)]).amax(), _WEIGHT_EXPONENT)
     weight = times_power_of_two(weight, exponent)
     gradient = None if stats is None else stats.gradient
     if stats is not None and gradient is not None and gradient.tuned is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halve.errors import CalibrationError, FactorisationError, InputError
 from halve.maths.gram import Gradient, Statistics
-from halve.maths.linalg import full_precision
+from halve.maths.linalg import full_precision, in_parts, is_finite
 from halve.maths.pattern import Pattern, apply_mask
 from halve.maths.quadratic import ratio, row_losses
 from halve.solve import methods
@@ -150,7 +150,9 @@ def prune_weights(
     kept: list[Tensor | None] = [None] * len(weights) if masks is None else list(masks)
     stats = _statistics(weights[0], gram, tokens, settings)
     checked = _gradients(weights, stats, gradients, settings)
-    together = settings.method.independent_rows(settings.pattern)
+    # One matrix for all shares the factorisations of method and refit; where there are none, it would only take memory.
+    nothing_shared = settings.method.by_rows and settings.refit.solve is None
+    together = settings.method.independent_rows(settings.pattern) and not nothing_shared
     bundles = [list(weights)] if together else [[weight] for weight in weights]
     outcomes: list[Outcome] = []
     for bundle in bundles:
@@ -272,9 +274,19 @@ def _solve(task: _Task) -> Outcome:
             _require_live(task.stats)
         if task.mask is not None:
             return Outcome(apply_mask(task.weight, task.mask), Status.OK, GIVEN)
+        if settings.method.by_rows:
+            return _in_parts(settings, task.weight, task.stats)
         return settings.method.solve(task.weight, task.stats, settings.pattern, settings.method_options)
     except (FactorisationError, CalibrationError) as error:
         return _fall_back(task, f"{needy} failed: {error}")
+
+
+def _in_parts(settings: SolverSettings, weight: Tensor, stats: Statistics | None) -> Outcome:
+    """Run a method whose work is by rows on some rows at a time, which takes less memory."""
+    solved = [
+        settings.method.solve(rows, stats, settings.pattern, settings.method_options) for rows in in_parts(weight)
+    ]
+    return replace(solved[0], weight=torch.cat([each.weight for each in solved]))
 
 
 def _fall_back(task: _Task, reason: str) -> Outcome:
@@ -341,7 +353,8 @@ def _fit(task: _Task, aimed: _Task, outcome: Outcome) -> list[Outcome]:
             refit_facts = {}
         facts |= refit_facts
         after = row_losses(weight, aimed.weight, task.stats.gram)
-    total = row_losses(torch.zeros_like(weight), aimed.weight, task.stats.gram)
+    nothing = weight.new_zeros(1, 1).expand_as(weight)
+    total = row_losses(nothing, aimed.weight, task.stats.gram)
     losses = []
     for lost_before, lost, whole in zip(
         *(torch.split(part, list(task.sizes)) for part in (before, after, total)), strict=True
@@ -367,9 +380,9 @@ def _verified(task: _Task, original: Tensor, outcome: Outcome) -> Outcome:
     if outcome.status is Status.FAILED:
         return replace(outcome, weight=original)
     problem = ""
-    if not bool(torch.isfinite(outcome.weight).all()):
+    if not is_finite(outcome.weight):
         problem = f"{outcome.method} gave weights that are not finite in {outcome.weight.dtype}"
-    elif not settings.pattern.satisfied_by(outcome.weight):
+    elif not all(settings.pattern.satisfied_by(rows) for rows in in_parts(outcome.weight)):
         problem = f"{outcome.method} gave weights that are not {settings.pattern}"
     if problem:
         return Outcome(original, Status.FAILED, settings.method.name, problem)

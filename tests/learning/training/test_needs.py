@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from halve.checkpoint.load import resolve
 from halve.errors import InputError
 from halve.learning.options import Shape
 from halve.learning.training import needs as module
-from halve.learning.training.needs import Needs, activation_bytes, in_bytes, measured_needs
+from halve.learning.training.needs import Needs, activation_bytes, in_bytes, least_needs, measured_needs
 from halve.learning.training.state import open_training
-from models import decoder
+from models import decoder, save
 
 
 def made(**changes):
@@ -33,6 +34,18 @@ def test_a_stopped_trainings_files_count_for_it(tmp_path, monkeypatch):
         (files.home / "checkpoint-1").write_bytes(b"x" * 6)
         made(disk={"c": 10_000}).check(files)
     assert 0 < 10_000 - seen[0] - 6 < 20  # and the lock
+
+
+def test_what_cannot_be_loaded_is_known_from_headers(tmp_path):
+    source = resolve(save(decoder("llama").bfloat16(), tmp_path / "model"))
+    model = decoder("llama")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    blocks = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    found = least_needs(source, source, torch.bfloat16, torch.device("cpu"), whole_blocks=True)
+    expected = {"the student": 4 * count, "the teacher": 2 * count, "gradients": 4 * blocks, "moments": 8 * blocks}
+    assert found.memory == expected
+    fewer = least_needs(source, None, torch.bfloat16, torch.device("cpu"), whole_blocks=False)
+    assert fewer.memory == {"the student": 4 * count, "the teacher": 0}
 
 
 def test_activations_are_what_autograd_keeps_without_the_weights():

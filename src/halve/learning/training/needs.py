@@ -1,18 +1,23 @@
 """What a training will take of memory and disk, told before it starts and refused where it cannot fit."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from halve.checkpoint.load import Source, skeleton
+from halve.checkpoint.quantised import is_plain
 from halve.checkpoint.room import check_space
+from halve.checkpoint.shards import read_shard
 from halve.errors import InputError
 from halve.evaluation.losses import LOGITS_AT_ONCE
 from halve.learning.options import Shape
 from halve.learning.training.losses import AT_ONCE_ON_GPU
 from halve.learning.training.state import TrainingFiles
 from halve.memory import free_memory
+from halve.model.stacks import find_stacks
 
 _COPIES = 4
 """Tensors of a chunk's logits that stand at once: the student's, the teacher's, their softmaxes and the gradient."""
@@ -39,6 +44,11 @@ class Needs:
     held: int
     device: torch.device
 
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is there."""
+        return sum(self.memory.values()) <= free_memory(self.device) + self.held
+
     def check(self, files: TrainingFiles) -> None:
         """Refuse a training that cannot fit.
 
@@ -48,8 +58,8 @@ class Needs:
         Raises:
             InputError: memory or disk are too small; the sentence says what would help.
         """
-        needed, free = sum(self.memory.values()), free_memory(self.device) + self.held
-        if needed > free:
+        if not self.fits:
+            needed, free = sum(self.memory.values()), free_memory(self.device) + self.held
             parts = ", ".join(f"{what} {in_bytes(size)}" for what, size in self.memory.items() if size)
             raise InputError(
                 f"the training needs {in_bytes(needed)} of memory on {self.device} ({parts}) and {in_bytes(free)} "
@@ -63,6 +73,33 @@ class Needs:
 def in_bytes(size: int) -> str:
     """Return a size with a unit: ``3.1 MB``, ``14.20 GB``."""
     return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
+
+
+def least_needs(
+    student: Source, teacher: Source | None, precision: torch.dtype, device: torch.device, *, whole_blocks: bool
+) -> Needs:
+    """Add up what a training takes at least, from the headers of files: nothing is loaded.
+
+    Args:
+        student: trained in float32.
+        teacher: None without one.
+        precision: that the teacher is loaded in.
+        device: of the training.
+        whole_blocks: whether all weights of the blocks are trained.
+    """
+    memory = {"the student": _numbers(student) * _FLOAT}
+    memory["the teacher"] = 0 if teacher is None else _numbers(teacher) * precision.itemsize
+    if whole_blocks and student.shards:
+        stacks = find_stacks(skeleton(student))
+        trained = sum(each.numel() for stack in stacks for block in stack.blocks for each in block.parameters())
+        memory |= {"gradients": trained * _FLOAT, "moments": _MOMENTS * trained * _FLOAT}
+    return Needs(memory=memory, disk={}, held=0, device=device)
+
+
+def _numbers(source: Source) -> int:
+    """Return how many weights a checkpoint has; of a GGUF file, which is not looked into, none."""
+    entries = [entry for path in source.shards for entry in read_shard(path).tensors]
+    return sum(math.prod(entry.shape) for entry in entries if is_plain(entry.dtype))
 
 
 def measured_needs(

@@ -22,6 +22,7 @@ from halve.checkpoint.directory import CONFIG, HOME, TRAINING, is_training, is_u
 from halve.checkpoint.durable import (
     check_hash,
     crash_point,
+    locked,
     make_directory,
     move_into_place,
     sha256_of,
@@ -29,7 +30,6 @@ from halve.checkpoint.durable import (
     write_file,
     writing,
 )
-from halve.checkpoint.lock import locked
 from halve.checkpoint.room import refuse_contents
 from halve.checkpoint.shards import file_of, read_json
 from halve.checkpoint.validated import validated

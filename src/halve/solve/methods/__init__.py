@@ -52,6 +52,8 @@ class Method:
         reference: where the method comes from.
         defaults: from the options, what goes with the method where the user says nothing.
         gradient: of what ``stats`` must have the gradient; None where it needs none.
+        by_rows: whether it does nothing but what it does to each row, so that some at a time are no more work; its
+            outcome then has no facts.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Method:
     reference: str
     defaults: Callable[[Any], Defaults] = _as_published
     gradient: GradientOf | None = None
+    by_rows: bool = False
 
 
 def _always(_pattern: Pattern) -> bool:
@@ -96,6 +99,7 @@ _ROWS = (
         unstructured=True,
         updates_weights=False,
         independent_rows=_always,
+        by_rows=True,
         summary="keep the largest |w| of each group",
         reference="Mishra et al. 2021, arXiv 2104.08378",
     ),
@@ -107,6 +111,7 @@ _ROWS = (
         unstructured=True,
         updates_weights=False,
         independent_rows=_always,
+        by_rows=True,
         summary="keep the largest |w| times the root mean square of its input",
         reference="Sun et al. 2024, arXiv 2306.11695",
     ),

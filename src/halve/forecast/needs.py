@@ -1,0 +1,156 @@
+"""What a run takes of memory and disk: the parts that can be counted, of the moment that takes most."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from halve.errors import InputError
+from halve.forecast.shapes import BlockShape, Bundle, Shapes
+from halve.solve import methods
+
+_FLOAT = 4
+_TUNING = 7
+"""Copies of a block while it is reconstructed: itself, as it was, its gradients, two moments, and two best ones."""
+_LIBRARIES = 120_000_000
+"""Bytes of what is loaded later, such as compiled kernels."""
+_PLANES = {"prox-admm": 9.0, "auto": 9.0, "alps": 12.0, "sparsegpt": 7.0}
+"""Copies of the matrices that a method has at once, in float32; of others that are not solved by rows `_FEW`."""
+_BY_ROWS = 6 << 25
+"""Bytes of the rows that a method which is solved by rows has at once (`halve.maths.linalg.in_parts`)."""
+_SQUARES = {"prox-admm": 3.0, "auto": 3.0, "alps": 4.0, "sparsegpt": 3.0}
+"""Copies of H that a method has at once besides the statistics; of others none."""
+_FEW, _REFIT_PLANES = 5.0, 8.0
+_DOUBT = 1.25
+"""How far the memory may be foreseen too high: a run is refused only where that much more than is free is needed."""
+_LARGEST_BUNDLE = 1 << 28
+"""Weights of matrices that are solved as one, at most (`halve.run.bundles`)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides how much a run takes.
+
+    Attributes:
+        tokens: of the calibration set.
+        batch: tokens in one of its batches.
+        state: bytes of a number in the hidden states.
+        method: that prunes.
+        refit: of what is kept.
+        statistics: Gram matrices for each input: 0, 1, or 3 where the tokens' halves are kept apart.
+        cross: whether there is one more, between the dense model's inputs and the pruned model's.
+        paired: whether the dense model's hidden states are there too.
+        tuned: whether blocks are reconstructed.
+        streamed: whether the weights stay on disk.
+        offloaded: whether hidden states do.
+        device: where blocks run.
+    """
+
+    tokens: int
+    batch: int
+    state: int
+    method: str
+    refit: str
+    statistics: int
+    cross: bool
+    paired: bool
+    tuned: bool
+    streamed: bool
+    offloaded: bool
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes by what they are for.
+
+    Attributes:
+        memory: of the machine, at the moment that takes most.
+        on_device: of the GPU where blocks run; empty on a CPU.
+        disk: in the output directory and beside it.
+    """
+
+    memory: Mapping[str, int]
+    on_device: Mapping[str, int]
+    disk: Mapping[str, int]
+
+    def check(self, memory: int, on_device: int) -> None:
+        """Refuse a run that cannot fit, also if what is foreseen is somewhat too much.
+
+        Args:
+            memory: bytes that are free.
+            on_device: bytes that are free on the GPU.
+
+        Raises:
+            InputError: more is needed; the sentence names the largest parts, and what would help.
+        """
+        for where, parts, free in (("memory", self.memory, memory), ("GPU memory", self.on_device, on_device)):
+            needed = sum(parts.values())
+            if parts and needed > _DOUBT * free:
+                largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+                told = ", ".join(f"{what} {size / 1e9:.1f} GB" for what, size in largest)
+                raise InputError(
+                    f"the run needs about {needed / 1e9:.1f} GB of {where} ({told}) and {free / 1e9:.1f} GB are free: "
+                    "give fewer samples or a shorter seq_len, offload for hidden states, stream = 'always', a method "
+                    "that takes less, such as wanda, or a machine with more"
+                )
+
+
+def needs(shapes: Shapes, plan: Plan, used: int, output: int) -> Needs:
+    """Add up what a run takes.
+
+    Args:
+        shapes: of the model.
+        plan: of the run.
+        used: bytes that this process has already.
+        output: bytes of the checkpoint that is written.
+    """
+    largest = max(shapes.blocks, key=lambda block: _working(block, shapes, plan))
+    hidden = plan.tokens * shapes.width * plan.state * (1 + plan.paired)
+    host: dict[str, int] = {"this process": used + _LIBRARIES}
+    if plan.streamed:
+        host["pruned weights of a block"] = largest.size
+    else:
+        host["the weights"] = shapes.size
+    if not plan.offloaded:
+        host["hidden states"] = hidden
+    working = _parts(largest, shapes, plan)
+    on_cpu = plan.device.type == "cpu"
+    disk = {"the checkpoint": output, "finished blocks, until it is written": shapes.inside}
+    if plan.offloaded:
+        disk["hidden states"] = hidden
+    return Needs(host | working if on_cpu else host, {} if on_cpu else working, disk)
+
+
+def _working(block: BlockShape, shapes: Shapes, plan: Plan) -> int:
+    return sum(_parts(block, shapes, plan).values())
+
+
+def _parts(block: BlockShape, shapes: Shapes, plan: Plan) -> dict[str, int]:
+    """Return what a block takes where it is worked on, in the phase that takes most."""
+    grams = plan.statistics + plan.cross
+    kept = sum(grams * each.experts * each.d_in**2 for each in block.bundles) * _FLOAT
+    copy = block.count * _FLOAT
+    widest = max((each.d_in for each in block.bundles), default=0)
+    outputs = max((max(each.rows) for each in block.bundles), default=0)
+    passing = plan.batch * (16 * shapes.width + 6 * max(outputs, widest)) * _FLOAT
+    solver = max((_solver(each, plan) for each in block.bundles), default=0)
+    phases = [
+        {"a block in float32": copy, "statistics": kept, "a forward pass": passing},
+        {"a block in float32": copy, "statistics": kept, "the solver": solver},
+    ]
+    if plan.tuned:
+        phases.append({"a block and what trains it": _TUNING * copy, "statistics": kept, "a forward pass": 4 * passing})
+    return max(phases, key=lambda phase: sum(phase.values()))
+
+
+def _solver(bundle: Bundle, plan: Plan) -> int:
+    """Return what method and refit take besides the statistics while they prune a bundle."""
+    weights = sum(bundle.rows) * bundle.d_in
+    by_rows, refitted = methods.get(plan.method).by_rows, plan.refit != "none"
+    if by_rows and not refitted:
+        return 2 * weights * plan.state + min(_BY_ROWS, 6 * _FLOAT * weights)
+    together = min(weights, max(_LARGEST_BUNDLE, max(bundle.rows) * bundle.d_in))
+    planes = max(_PLANES.get(plan.method, 0.0 if by_rows else _FEW), _REFIT_PLANES if refitted else 0.0)
+    squares = max(_SQUARES.get(plan.method, 0.0), 1.0 if refitted else 0.0)
+    return int(_FLOAT * (planes * together + squares * bundle.d_in**2))

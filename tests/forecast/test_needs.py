@@ -1,0 +1,77 @@
+"""What a run takes, of a model whose numbers can be added up by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from halve.errors import InputError
+from halve.forecast.needs import _LIBRARIES as LIBRARIES
+from halve.forecast.needs import Plan, needs
+from halve.forecast.shapes import BlockShape, Bundle, Shapes
+
+BLOCK = BlockShape((Bundle((100, 100), 50), Bundle((50,), 200)), 0, 20_500, 41_000)
+SHAPES = Shapes((BLOCK, BLOCK), 7_000, 50)
+PLAN = Plan(
+    tokens=1000,
+    batch=100,
+    state=2,
+    method="wanda",
+    refit="none",
+    statistics=1,
+    cross=False,
+    paired=False,
+    tuned=False,
+    streamed=False,
+    offloaded=False,
+    device=torch.device("cpu"),
+)
+
+
+def test_the_parts_are_those_of_the_moment_that_takes_most():
+    found = needs(SHAPES, PLAN, 1_000_000, 89_000)
+    assert found.memory["this process"] == 1_000_000 + LIBRARIES
+    assert found.memory["the weights"] == SHAPES.size == 89_000
+    assert found.memory["hidden states"] == 1000 * 50 * 2
+    assert found.memory["a block in float32"] == 82_000
+    assert found.memory["statistics"] >= (50**2 + 200**2) * 4
+    assert found.disk == {"the checkpoint": 89_000, "finished blocks, until it is written": 82_000}
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "less"),
+    [
+        ({"streamed": True}, "the weights", True),
+        ({"offloaded": True}, "hidden states", True),
+        ({"statistics": 3}, "statistics", False),
+        ({"paired": True}, "hidden states", False),
+        ({"batch": 1000}, "a forward pass", False),
+        ({"refit": "cg", "batch": 1}, "the solver", False),
+        ({"method": "auto", "refit": "cg"}, "the solver", False),
+    ],
+)
+def test_every_choice_counts(change, part, less):
+    before, after = (needs(SHAPES, plan, 0, 0).memory.get(part, 0) for plan in (PLAN, replace(PLAN, **change)))
+    assert after < before if less else after > before
+
+
+def test_a_reconstruction_needs_its_optimiser():
+    assert needs(SHAPES, replace(PLAN, tuned=True), 0, 0).memory["a block and what trains it"] == 7 * 82_000
+
+
+def test_on_a_gpu_are_one_block_and_its_statistics():
+    found = needs(SHAPES, replace(PLAN, device=torch.device("cuda")), 0, 0)
+    assert set(found.memory) == {"this process", "the weights", "hidden states"}
+    assert "a block in float32" in found.on_device
+
+
+def test_what_cannot_fit_is_refused_with_what_would_help():
+    found = needs(SHAPES, PLAN, 0, 0)
+    enough = math.ceil(sum(found.memory.values()) / 1.25)  # what is foreseen may be too much by that
+    found.check(enough, 0)
+    with pytest.raises(InputError, match=r"needs about .* GB of memory \(.*\) and 0\.1 GB are free: give fewer"):
+        found.check(enough - 2, 0)
+    on_gpu = needs(SHAPES, replace(PLAN, device=torch.device("cuda")), 0, 0)
+    with pytest.raises(InputError, match="GB of GPU memory"):
+        on_gpu.check(10**12, 10)

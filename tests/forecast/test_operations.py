@@ -1,0 +1,76 @@
+"""Counted operations, against products that are counted while they happen."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from halve.forecast import operations
+from halve.forecast.operations import Counts
+from halve.forecast.shapes import Bundle, Shapes
+from halve.maths.gram import GramAccumulator
+from halve.model.blocks import run_model
+from halve.solve.matrix import prune_weights
+from models import decoder, tokens
+
+BUNDLE = Bundle((96, 32), 64)
+
+
+def counted(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def statistics_of(d_in, count=512):
+    accumulator = GramAccumulator(d_in, halves=True)
+    accumulator.add(torch.randn(count, d_in, generator=torch.Generator().manual_seed(0)))
+    return accumulator.finish()
+
+
+def test_a_forward_pass_takes_the_products_of_its_matrices_and_of_the_attention():
+    model = decoder("llama", attn_implementation="eager")
+    shapes = Shapes.of(model)
+    batch = tokens(4, 24)
+    found = sum(
+        operations.forward(block.products, batch.numel(), 24, shapes.width, 0.0).forward for block in shapes.blocks
+    )
+    assert found == pytest.approx(counted(lambda: run_model(model, {"input_ids": batch})), rel=0.02)
+
+
+def test_statistics_take_a_product_of_the_inputs_with_themselves():
+    found = operations.statistics(BUNDLE, 512, cross=False)
+    inputs = torch.randn(512, BUNDLE.d_in)
+    assert found.float32 == counted(lambda: inputs.mT @ inputs)
+    assert operations.statistics(BUNDLE, 512, cross=True).float32 == 2 * found.float32
+
+
+@pytest.mark.parametrize(("method", "refit"), [("wanda", "cg"), ("auto", "cg"), ("alps", "cg"), ("alps", "none")])
+def test_products_of_a_solver_are_of_the_counted_order(method, refit):
+    weights = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in BUNDLE.rows]
+    found = operations.solving(BUNDLE, method, refit, {"effort": "fast"}, shrinkage=False)
+    options = {"effort": "fast"} if method == "auto" else {}
+    seen = counted(lambda: prune_weights(weights, statistics_of(64), "2:4", method, refit, **options))
+    assert 0.3 * seen < found.float32 + found.forward < 3.0 * seen
+
+
+def test_experts_are_solved_one_by_one():
+    one = operations.solving(BUNDLE, "auto", "cg", {}, shrinkage=True)
+    eight = operations.solving(Bundle(BUNDLE.rows, BUNDLE.d_in, 0.25, 8), "auto", "cg", {}, shrinkage=True)
+    assert eight == one.times(8)
+
+
+def test_a_slower_schedule_takes_more():
+    efforts = [operations.solving(BUNDLE, "auto", "cg", {"effort": each}, shrinkage=True) for each in ("fast", "best")]
+    assert efforts[1].forward > 5 * efforts[0].forward
+    slow = operations.solving(BUNDLE, "prox-admm", "none", {"lambda_growth": 1.05}, shrinkage=False)
+    default = operations.solving(BUNDLE, "prox-admm", "none", {}, shrinkage=False)
+    assert slow.forward == pytest.approx(1.95 * default.forward, rel=0.02)
+
+
+def test_what_is_not_counted_is_none():
+    assert operations.solving(BUNDLE, "gblm", "cg", {}, shrinkage=False) is None
+    assert operations.solving(BUNDLE, "wanda", "swap", {}, shrinkage=False) is None
+
+
+def test_counts_add_up():
+    assert Counts(1, 2, 3, 4) + Counts(1, 1, 1, 1).times(2) == Counts(3, 4, 5, 6)
