@@ -70,7 +70,7 @@ def test_what_cannot_fit_is_refused_with_what_would_help():
     found = needs(SHAPES, PLAN, 0, 0)
     enough = math.ceil(sum(found.memory.values()) / 1.25)  # what is foreseen may be too much by that
     found.check(enough, 0)
-    with pytest.raises(InputError, match=r"needs about .* GB of memory \(.*\) and 0\.1 GB are free: give fewer"):
+    with pytest.raises(InputError, match=r"needs about .* GB of memory \(.*\) and 0\.2 GB are free: give fewer"):
         found.check(enough - 2, 0)
     on_gpu = needs(SHAPES, replace(PLAN, device=torch.device("cuda")), 0, 0)
     with pytest.raises(InputError, match="GB of GPU memory"):

@@ -32,7 +32,7 @@ _MEASURED_FOR = 0.2
 """Seconds that each rate of the machine is measured for, where a model is `_LARGE`; less for smaller ones."""
 _LARGE = 10**9
 """Bytes."""
-_JUDGED = 30.0
+_JUDGED = 90.0
 """Passes over a tensor's bytes that its verification takes: hashing, finiteness, the pattern, the original's bytes."""
 _STARTS = 2.0
 """Seconds until a model is built, whatever its size."""

@@ -12,13 +12,13 @@ from halve.solve import methods
 _FLOAT = 4
 _TUNING = 7
 """Copies of a block while it is reconstructed: itself, as it was, its gradients, two moments, and two best ones."""
-_LIBRARIES = 120_000_000
-"""Bytes of what is loaded later, such as compiled kernels."""
-_PLANES = {"prox-admm": 9.0, "auto": 9.0, "alps": 12.0, "sparsegpt": 7.0}
+_LIBRARIES = 250_000_000
+"""Bytes of what is loaded later, such as compiled kernels, and of what libraries of matrix products work in."""
+_PLANES = {"prox-admm": 11.0, "auto": 11.0, "alps": 12.0, "sparsegpt": 7.0}
 """Copies of the matrices that a method has at once, in float32; of others that are not solved by rows `_FEW`."""
 _BY_ROWS = 6 << 25
 """Bytes of the rows that a method which is solved by rows has at once (`halve.maths.linalg.in_parts`)."""
-_SQUARES = {"prox-admm": 3.0, "auto": 3.0, "alps": 4.0, "sparsegpt": 3.0}
+_SQUARES = {"prox-admm": 7.0, "auto": 7.0, "alps": 7.0, "sparsegpt": 4.0}
 """Copies of H that a method has at once besides the statistics; of others none."""
 _FEW, _REFIT_PLANES = 5.0, 8.0
 _DOUBT = 1.25
@@ -133,7 +133,7 @@ def _parts(block: BlockShape, shapes: Shapes, plan: Plan) -> dict[str, int]:
     copy = block.count * _FLOAT
     widest = max((each.d_in for each in block.bundles), default=0)
     outputs = max((max(each.rows) for each in block.bundles), default=0)
-    passing = plan.batch * (16 * shapes.width + 6 * max(outputs, widest)) * _FLOAT
+    passing = 2 * plan.batch * (shapes.width + max(outputs, widest)) * _FLOAT
     solver = max((_solver(each, plan) for each in block.bundles), default=0)
     phases = [
         {"a block in float32": copy, "statistics": kept, "a forward pass": passing},

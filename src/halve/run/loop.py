@@ -377,7 +377,9 @@ class _Loop:
                 if dense is not None:
                     self._forward(at, batch, work, dense, keep=True, collector=collector)
                 self._forward(at, batch, work, at.stream, collector=collector)
-        return collector.finish()
+        found = collector.finish()
+        trim()
+        return found
 
     def _forward(
         self,
