@@ -114,13 +114,14 @@ def prune_as(
                 call["request"]["loading"]["revision"] = found.revision
             if run is not None and found.trust_remote_code:
                 run.check_code(code_fields(found))
-        foreseen = _check_fits(found, out, request, foreseeing)
+        source = found if isinstance(found, Source) else None
+        weights = 0 if source is None else bytes_in_memory(source)
+        foreseen = _check_fits(found, weights, out, request, foreseeing)
         phases = Phases(request.placement.target)
         beside = None
         if run is not None:
             run.tidy()
-            source, size = (found, bytes_in_memory(found)) if isinstance(found, Source) else (None, 0)
-            streams = stays_on_disk(source, request.placement.stream, size)
+            streams = stays_on_disk(source, request.placement.stream, weights)
             beside = run.computed if streams or (foreseen is not None and foreseen.plan.streamed) else None
         with phases.timing(Phase.LOAD):
             loaded = load_found(found, tokenizer, request.loading.attention, beside)
@@ -178,14 +179,17 @@ def _refuse_places(request: Request) -> None:
 
 
 def _check_fits(
-    found: nn.Module | Source, out: Path | None, request: Request, foreseeing: Callable[[Foreseen], None] | None
+    found: nn.Module | Source,
+    weights: int,
+    out: Path | None,
+    request: Request,
+    foreseeing: Callable[[Foreseen], None] | None,
 ) -> Foreseen | None:
     """Refuse a run that cannot fit into memory, and return what is foreseen.
 
-    Where nobody listens, nothing is if the weights are so small that a run of them is sure to fit.
+    Where nobody listens, nothing is if the ``weights`` (bytes) are so small that a run of them is sure to fit.
     """
-    size = bytes_in_memory(found) if isinstance(found, Source) else 0
-    if foreseeing is None and _TIMES * size < available_memory():
+    if foreseeing is None and _TIMES * weights < available_memory():
         return None
     foreseen = foresee(found, out, request, measured=foreseeing is not None)
     if foreseeing is not None:

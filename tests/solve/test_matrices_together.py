@@ -51,9 +51,8 @@ def test_every_refit_serves_several_matrices(refit):
         assert outcome.facts["relative_loss"] == pytest.approx(true, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_matrices_are_solved_as_one_only_where_that_shares_something(monkeypatch, method):
-    weights, stats = several()
+def watched(monkeypatch, method):
+    """Return a list to which the rows of every matrix are added that a method is given from now on."""
     heights = []
     real = methods.METHODS[method]
 
@@ -62,6 +61,13 @@ def test_matrices_are_solved_as_one_only_where_that_shares_something(monkeypatch
         return real.solve(weight, stats, pattern, options)
 
     monkeypatch.setitem(methods.METHODS, method, replace(real, solve=solve))
+    return heights
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_matrices_are_solved_as_one_only_where_that_shares_something(monkeypatch, method):
+    weights, stats = several()
+    heights = watched(monkeypatch, method)
     for refit in ("cg", "none"):
         heights.clear()
         options = {**FAST.get(method, {}), **with_gradient(method, weights, stats)}
@@ -74,14 +80,7 @@ def test_matrices_are_solved_as_one_only_where_that_shares_something(monkeypatch
 def test_rows_that_share_nothing_are_solved_a_few_at_a_time(monkeypatch, method, parts):
     weights, stats = several()
     expected = prune_weights(weights, stats, "2:4", method, "none")
-    heights = []
-    real = methods.METHODS[method]
-
-    def solve(weight, stats, pattern, options):
-        heights.append(len(weight))
-        return real.solve(weight, stats, pattern, options)
-
-    monkeypatch.setitem(methods.METHODS, method, replace(real, solve=solve))
+    heights = watched(monkeypatch, method)
     monkeypatch.setattr("halve.maths.linalg._AT_ONCE", 3 * weights[0].shape[1])
     for one, other in zip(prune_weights(weights, stats, "2:4", method, "none"), expected, strict=True):
         assert same_up_to_rounding(one.weight, other.weight)

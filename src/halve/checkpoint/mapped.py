@@ -1,7 +1,7 @@
 """Weights that stay on disk: the operating system reads what is touched, and may forget it again.
 
 The tensors of a mapped safetensors file can be read like any others, and cost no memory that could not be taken back.
-They cannot be written to, which ends the process: whoever changes a weight takes its block into memory first.
+They cannot be written to, which ends the process: whoever changes a parameter takes it into memory first.
 """
 
 import math
