@@ -24,6 +24,7 @@ FLOORS = (
     ("run",),
     ("report", "verification", "forecast"),
     ("whole_model", "learning"),
+    ("workers",),
     ("pruning", "comparison", "merging"),
     ("learned_masks",),
     ("cli",),

@@ -67,10 +67,10 @@ def test_a_stopped_run_goes_on_in_either_way(tmp_path, family, way, monkeypatch)
     halve.prune(source, tmp_path / "whole", stream="never", **options)
     real = _Loop._prune_block
 
-    def stopping(self, at, work):
-        if at.block == 2:
+    def stopping(self, index, executor):
+        if index == 2:
             raise KeyboardInterrupt
-        real(self, at, work)
+        return real(self, index, executor)
 
     for first, then in (("always", "never"), ("never", "always"), ("always", "always")):
         out = tmp_path / f"{first}-{then}"
@@ -106,13 +106,13 @@ def test_a_block_that_was_damaged_after_it_was_kept_is_no_checkpoint(tmp_path, m
     source = save(decoder("llama"), tmp_path / "model")
     real = _Loop._prune_block
 
-    def damaging(self, at, work):
-        if at.block == 2:
+    def damaging(self, index, executor):
+        if index == 2:
             path = self._ledger.path(0)
             content = bytearray(path.read_bytes())
             content[-1] ^= 1
             path.write_bytes(content)
-        real(self, at, work)
+        return real(self, index, executor)
 
     monkeypatch.setattr(_Loop, "_prune_block", damaging)
     with pytest.raises(CorruptFileError, match=r"block-00000\.safetensors"):
@@ -177,9 +177,10 @@ real, held = _Loop._prune_block, []
 def used():
     return psutil.Process().memory_full_info().uss
 
-def watched(self, at, work):
-    real(self, at, work)
+def watched(self, index, executor):
+    tensors = real(self, index, executor)
     held.append(used())
+    return tensors
 
 _Loop._prune_block = watched
 text = [{"input_ids": torch.randint(3, 64, (4, 16))}]

@@ -320,7 +320,10 @@ def _merge_all(
                 merged = apply_mask(merged, target.mask)
         weight.copy_(merged)
         entries.append(MergedMatrix(name=target.name, how=how, pruned=target.mask is not None, off_mask=off_mask))
-    return _fitted(targets, entries, loaded.model, data, settings, asked.placement, listen) if fits else entries
+    if not fits:
+        return entries
+    shards = None if asked.calibration is None else asked.calibration.shards
+    return _fitted(targets, entries, loaded.model, data, settings, shards, asked.placement, listen)
 
 
 def _share_off(update: Tensor, mask: Tensor) -> float:
@@ -335,6 +338,7 @@ def _fitted(
     model: nn.Module,
     data: CalibrationData,
     settings: Settings,
+    shards: int | None,
     placement: Placement,
     listen: Listener | None,
 ) -> list[MergedMatrix]:
@@ -359,6 +363,7 @@ def _fitted(
             settings,
             device=placement.target,
             precision=placement.precision,
+            shards=shards,
             offload=folder,
             listen=None if listen is None else _unplanned(listen),
             masks=masks,

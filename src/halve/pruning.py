@@ -28,6 +28,7 @@ from halve.run.events import Listener, announce, writing_told_to
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
 from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded, report_notes
+from halve.workers.hiring import check_workers, hiring, threads_of_workers
 
 _TIMES = 20
 """How many times the weights a run may take, at most, for it to be worth a look whether there is that much."""
@@ -102,6 +103,8 @@ def prune_as(
     call = None if out is None else written_down(model, tokenizer, request)
     with ExitStack() as stack:
         found = find(model, request, writes=out is not None)
+        check_workers(found, request)
+        stack.enter_context(threads_of_workers(request.placement))
         if out is not None:
             size = found.size if isinstance(found, Source) else 0
             check_destination(out, found if isinstance(found, Source) else None, size)
@@ -141,6 +144,7 @@ def prune_as(
             call=call,
             phases=phases,
             before=None if judge is None else judge.measure_dense,
+            employing=stack.enter_context(hiring(request, source, run)),
         )
         return pruned if judge is None else judge.measure_pruned(pruned)
 

@@ -1,6 +1,6 @@
 """One model, loaded, with its calibration data: prune it, then write, verify and publish what comes out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +24,16 @@ from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.figure import Perplexity
 from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
-from halve.provenance import files_sha256
+from halve.provenance import Fingerprint, files_sha256
 from halve.report import record
 from halve.report.measured import measured_json, write_measured
 from halve.report.page import write_report
 from halve.run.directory import RunDirectory
-from halve.run.events import Listener, Progress, RunReport
+from halve.run.events import Listener, Progress, RunLog, RunReport
+from halve.run.executor import SHARDS
 from halve.run.fingerprint import fingerprint
-from halve.run.log import RunLog
-from halve.run.loop import prune_blocks
+from halve.run.local import LocalExecutor
+from halve.run.loop import Employ, prune_blocks
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
 from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, CalibrationData, calibration_batches, calibration_record
@@ -164,6 +165,7 @@ def prune_loaded(
     call: Mapping[str, Any] | None = None,
     phases: Phases | None = None,
     before: Callable[[], None] | None = None,
+    employing: Callable[[Fingerprint, Sequence[Sequence[str]]], Employ] | None = None,
 ) -> Pruned:
     """Prune a loaded model in place, then write and verify it if there is a directory to.
 
@@ -176,15 +178,18 @@ def prune_loaded(
         call: what would repeat this, for `halve.resume`; None if it cannot be written down.
         phases: what already counts towards the run's seconds and memory; None begins at nothing.
         before: called once, when the run has begun, its plan is accepted, and nothing has been changed yet.
+        employing: given the run's fingerprint and the names of parameters that are stored in one tensor, returns what
+            does the work; None is this process.
 
     Raises:
         InputError, UnsupportedModelError, CalibrationError, LayerFailedError, CorruptFileError: as `halve.prune`.
     """
     phases = phases or Phases(request.placement.target)
-    if run is None:
-        done = _prune(loaded, data, request, None, listen, phases, before)
+    mark = None if run is None and employing is None else fingerprint(loaded, data, request)
+    employ = LocalExecutor if employing is None or mark is None else employing(mark, _together(loaded))
+    if run is None or mark is None:
+        done = _prune(loaded, data, request, None, listen, phases, before, employ)
         return Pruned(loaded.model, done, _record(loaded, data, request, done, None), None, notes=loaded.notes)
-    mark = fingerprint(loaded, data, request)
     kept = data if isinstance(data, TokenSet) else None
     run.begin(mark, call, kept, request.calibration.asked, request.settings.fallback)
     log = RunLog(run.home)
@@ -195,7 +200,7 @@ def prune_loaded(
             listen(step)
 
     try:
-        done = _prune(loaded, data, request, run, tell, phases, before)
+        done = _prune(loaded, data, request, run, tell, phases, before, employ)
         content = _record(loaded, data, request, done, run.out)
         content["source"]["sha256"] = files_sha256(mark)
         done, notes = _publish(loaded, done, content, run, request.loading.written_dtype, phases)
@@ -267,6 +272,7 @@ def _prune(
     listen: Listener | None,
     phases: Phases,
     before: Callable[[], None] | None,
+    employ: Employ,
 ) -> RunReport:
     placement, settings = request.placement, request.settings
     with ExitStack() as stack:
@@ -282,6 +288,7 @@ def _prune(
             settings,
             device=placement.target,
             precision=placement.precision,
+            shards=request.calibration.shards,
             offload=folder,
             listen=listen,
             collect=bool(batches),
@@ -290,6 +297,7 @@ def _prune(
             before=before,
             together=_together(loaded),
             weights=loaded.weights,
+            employ=employ,
         )
 
 
@@ -317,7 +325,11 @@ def _record(
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
         notes=loaded.notes,
-        calibration={"seed": request.calibration.seed, **calibration_record(data)},
+        calibration={
+            "seed": request.calibration.seed,
+            "shards": request.calibration.shards or SHARDS,
+            **calibration_record(data),
+        },
         device=str(request.placement.target),
         precision=str(request.placement.precision).removeprefix("torch."),
     )

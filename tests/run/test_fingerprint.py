@@ -124,6 +124,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "bos": "always",
         "pair_fields": "source,target",
         "span_corruption": True,
+        "shards": 3,
         "device": "cpu",
         "forward_dtype": "bfloat16",
         "offload": tmp_path,

@@ -4,7 +4,7 @@ import torch
 from halve.maths.pattern import Pattern
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.model.survey import plan_model
-from halve.run import loop as run_module
+from halve.run import local as run_module
 from halve.run.loop import prune_blocks
 from models import decoder
 from pruned_blocks import CPU, assert_pruned, batches, settings

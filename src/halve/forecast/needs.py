@@ -7,6 +7,7 @@ import torch
 
 from halve.errors import InputError
 from halve.forecast.shapes import BlockShape, Bundle, Shapes
+from halve.run.bundles import BUNDLE_WEIGHTS
 from halve.solve import methods
 
 _FLOAT = 4
@@ -23,8 +24,6 @@ _SQUARES = {"prox-admm": 7.0, "auto": 7.0, "alps": 7.0, "sparsegpt": 4.0}
 _FEW, _REFIT_PLANES = 5.0, 8.0
 _DOUBT = 1.25
 """How far the memory may be foreseen too high: a run is refused only where that much more than is free is needed."""
-_LARGEST_BUNDLE = 1 << 28
-"""Weights of matrices that are solved as one, at most (`halve.run.bundles`)."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _solver(bundle: Bundle, plan: Plan) -> int:
     by_rows, refitted = methods.get(plan.method).by_rows, plan.refit != "none"
     if by_rows and not refitted:
         return 2 * weights * plan.state + min(_BY_ROWS, 6 * _FLOAT * weights)
-    together = min(weights, max(_LARGEST_BUNDLE, max(bundle.rows) * bundle.d_in))
+    together = min(weights, max(BUNDLE_WEIGHTS, max(bundle.rows) * bundle.d_in))
     planes = max(_PLANES.get(plan.method, 0.0 if by_rows else _FEW), _REFIT_PLANES if refitted else 0.0)
     squares = max(_SQUARES.get(plan.method, 0.0), 1.0 if refitted else 0.0)
     return int(_FLOAT * (planes * together + squares * bundle.d_in**2))

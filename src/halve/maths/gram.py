@@ -1,6 +1,6 @@
 """Streaming statistics of a layer's inputs: the Gram matrix, scaled by the number of tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +78,39 @@ class GramAccumulator:
             self._sums = [torch.zeros(d_in, d_in, dtype=torch.float32, device=device) for _ in self._counts]
             self._cross: Tensor | None = None
 
+    @classmethod
+    def of(cls, name: str, d_in: int, counts: Sequence[int], tensors: Mapping[str, Tensor]) -> "GramAccumulator":
+        """Return an accumulator that has seen what another one had, whose `counts` and `tensors` these are.
+
+        Raises:
+            InputError: they are not those of an accumulator for ``d_in`` features.
+        """
+        wanted = {f"sum{half}" for half in range(len(counts))}
+        wrong = wanted - tensors.keys() or tensors.keys() - wanted - {"cross"}
+        shapes = {(tuple(each.shape), each.dtype) for each in tensors.values()}
+        if wrong or len(counts) not in (1, 2) or shapes != {((d_in, d_in), torch.float32)} or min(counts) < 0:
+            raise InputError(f"what was summed of the inputs of {name} must be ({d_in}, {d_in}) float32, got {shapes}")
+        found = cls(d_in, name=name, device="meta", halves=len(counts) == 2)
+        found._counts = list(counts)
+        found._sums = [tensors[name] for name in sorted(wanted)]
+        found._cross = tensors.get("cross")
+        return found
+
     @property
     def tokens(self) -> int:
         """Number of tokens seen."""
         return sum(self._counts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of tokens in each sum: of all, or of each half."""
+        return tuple(self._counts)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The (d_in, d_in) float32 sums by name, not copied."""
+        sums = {f"sum{half}": total for half, total in enumerate(self._sums)}
+        return sums if self._cross is None else {**sums, "cross": self._cross}
 
     @torch.no_grad()
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
@@ -127,6 +156,26 @@ class GramAccumulator:
                     self._check_finite(twins)
                     self._cross.addmm_(twins.mT, rows)
                 self._counts[part] += stop - start
+
+    @torch.no_grad()
+    def absorb(self, other: "GramAccumulator") -> None:
+        """Add what another accumulator has summed of further tokens.
+
+        Sums of float32 depend on their order in the last bits: the same bytes need the same order.
+
+        Raises:
+            InputError: they are finished, or only one of them has halves or the dense model's inputs.
+        """
+        self._refuse_finished()
+        mine, theirs = self.tensors, other.tensors
+        if mine.keys() != theirs.keys() and (self.tokens or mine.keys() - theirs.keys()):
+            raise InputError(f"two sums of the inputs of {self.name} are not of the same kind")
+        for name, more in theirs.items():
+            if name in mine:
+                mine[name].add_(more.to(mine[name].device))
+            else:
+                self._cross = more.to(self._sums[0].device)
+        self._counts = [own + more for own, more in zip(self._counts, other.counts, strict=True)]
 
     def finish(self, *, last: bool = False) -> Statistics:
         """Return the statistics so far; more may be added afterwards.

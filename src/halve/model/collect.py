@@ -193,6 +193,73 @@ class Memory:
         return derived or any(_identical(x, state) for state in self.states)
 
 
+@dataclass
+class Sums:
+    """What was summed of the inputs of a block's matrices, over a part of the calibration set.
+
+    Attributes:
+        leaders: for every matrix that received inputs, by name, the matrix under whose name they were summed.
+        accumulators: the sums, by those names.
+    """
+
+    leaders: dict[str, str]
+    accumulators: dict[str, GramAccumulator]
+
+    def absorb(self, other: "Sums") -> None:
+        """Add what was summed over the next part of the calibration set, which is used up by that.
+
+        Raises:
+            CalibrationError: two matrices shared their inputs in one part and not in the other.
+        """
+        for name, leader in other.leaders.items():
+            if self.leaders.setdefault(name, leader) != leader:
+                raise CalibrationError(
+                    f"{name} shared its input with {self.leaders[name]} in one part of the calibration data and with "
+                    f"{leader} in another: Halve cannot tell which statistics it needs"
+                )
+        while other.accumulators:  # each is let go as it is added: both may be gigabytes
+            name, accumulator = other.accumulators.popitem()
+            if name in self.accumulators:
+                self.accumulators[name].absorb(accumulator)
+            else:
+                self.accumulators[name] = accumulator
+
+    def finish(self, matrices: Sequence[Matrix]) -> dict[str, Statistics | None]:
+        """Return each matrix's statistics by name, once; matrices that share an input share the object.
+
+        None stands for a routed matrix (an expert) that no token reached.
+
+        Raises:
+            UnsupportedModelError: a matrix that every token passes was never seen multiplying.
+            CalibrationError: no usable statistics.
+        """
+        check_called(matrices, self.leaders)
+        finished: dict[str, Statistics] = {}
+        while self.accumulators:  # each is let go when its statistics are there
+            name = next(iter(self.accumulators))
+            finished[name] = self.accumulators.pop(name).finish(last=True)
+        led = {matrix.name: self.leaders.get(matrix.name) for matrix in matrices}
+        return {name: None if leader is None else finished[leader] for name, leader in led.items()}
+
+
+def check_called(matrices: Sequence[Matrix], leaders: Collection[str]) -> None:
+    """Refuse a block of which a matrix that every token passes received none.
+
+    Args:
+        matrices: of the block.
+        leaders: names of those that received some.
+
+    Raises:
+        UnsupportedModelError: the matrix was never seen multiplying.
+    """
+    for matrix in matrices:
+        if matrix.name not in leaders and not matrix.routed:
+            raise UnsupportedModelError(
+                f"{matrix.name} was never called during calibration: the model uses its weight without calling "
+                "the layer, so its inputs cannot be seen; leave it dense with skip"
+            )
+
+
 class Collector:
     """Accumulate the statistics of a block's matrices over a calibration set.
 
@@ -313,29 +380,15 @@ class Collector:
             )
         return x[valid.to(x.device)]
 
+    def take(self) -> Sums:
+        """Return what was summed, once; nothing is kept."""
+        taken = Sums(self._leader, self._accumulators)
+        self._leader, self._accumulators = {}, {}
+        return taken
+
     def finish(self) -> dict[str, Statistics | None]:
-        """Return each matrix's statistics by name, once; matrices that share an input share the object.
-
-        None stands for a routed matrix (an expert) that no token reached.
-
-        Raises:
-            UnsupportedModelError: a matrix that every token passes was never seen multiplying.
-            CalibrationError: no usable statistics.
-        """
-        finished: dict[str, Statistics] = {}
-        while self._accumulators:  # each is let go when its statistics are there: both may be gigabytes
-            name = next(iter(self._accumulators))
-            finished[name] = self._accumulators.pop(name).finish(last=True)
-        statistics: dict[str, Statistics | None] = {}
-        for matrix in (*self._plain.values(), *self._experts.values()):
-            leader = self._leader.get(matrix.name)
-            if leader is None and not matrix.routed:
-                raise UnsupportedModelError(
-                    f"{matrix.name} was never called during calibration: the model uses its weight without calling "
-                    "the layer, so its inputs cannot be seen; leave it dense with skip"
-                )
-            statistics[matrix.name] = None if leader is None else finished[leader]
-        return statistics
+        """Return each matrix's statistics by name, once, as `Sums.finish`."""
+        return self.take().finish((*self._plain.values(), *self._experts.values()))
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

@@ -19,27 +19,30 @@ from halve.solve import methods
 from halve.solve.matrix import GIVEN, prune_weight, prune_weights
 from halve.solve.outcome import Outcome, Status
 
-_BUNDLE_WEIGHTS = 1 << 28
-"""Most weights of matrices that are solved together: 1 GiB in float32, several of which a solver needs."""
+BUNDLE_WEIGHTS = 1 << 26
+"""Most weights of matrices that are solved together: 256 MiB in float32, of which a solver needs up to a dozen.
+
+It decides bytes, since libraries of matrix products round differently by shape: no machine may have another one.
+"""
 _LEAST_SECONDS = 1e-3
 """What a time limit that is used up counts as."""
 
 
 def bundles(
-    matrices: Sequence[Matrix], statistics: Mapping[str, Statistics | None], most: int = _BUNDLE_WEIGHTS
+    matrices: Sequence[Matrix], leaders: Mapping[str, str], most: int = BUNDLE_WEIGHTS
 ) -> Iterator[list[Matrix]]:
     """Yield groups of neighbours that share their statistics.
 
     Args:
         matrices: of one block, in order.
-        statistics: of each matrix's inputs, by name.
+        leaders: for each matrix that received inputs, the one under whose name they were summed.
         most: weights that a group of several may have.
     """
     bundle: list[Matrix] = []
     for matrix in matrices:
-        shared = statistics.get(matrix.name)
+        shared = leaders.get(matrix.name)
         size = sum(other.d_out * other.d_in for other in (*bundle, matrix))
-        if bundle and (shared is None or shared is not statistics.get(bundle[0].name) or size > most):
+        if bundle and (shared is None or shared != leaders.get(bundle[0].name) or size > most):
             yield bundle
             bundle = []
         bundle.append(matrix)

@@ -281,6 +281,7 @@ class RunDirectory:
         if not self.verified:
             shutil.rmtree(self.staging, ignore_errors=True)
         shutil.rmtree(self.computed, ignore_errors=True)
+        shutil.rmtree(self.workers, ignore_errors=True)
         for folder in self.home.glob(f"{_HIDDEN}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -288,6 +289,11 @@ class RunDirectory:
     def computed(self) -> Path:
         """The folder for weights that loading computes, of a model whose weights stay on disk."""
         return self.home / "weights"
+
+    @property
+    def workers(self) -> Path:
+        """The folder for what workers on this machine keep."""
+        return self.home / "workers"
 
     def hidden(self, name: str) -> Path:
         """Return a folder for hidden states."""

@@ -1,17 +1,24 @@
-"""What a run tells: as it goes, to whoever displays it, and at the end, about every matrix and block."""
+"""What a run tells: as it goes, to whoever displays it and to its log, and at the end, about every matrix and block."""
 
+import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from halve.errors import counted
-from halve.maths.gram import Statistics
+from halve.memory import peak_memory
 from halve.model.layers import Layout
 from halve.model.plan import Excluded, Plan
 from halve.model.reconstruct import Tuned
 from halve.run.phases import Phase
 from halve.solve.outcome import Status
 
+LOG = "log.jsonl"
+"""The file of a run's log."""
 AROUND = (Phase.LOAD, Phase.MEASURE, Phase.EVALUATE, Phase.CALIBRATE, Phase.COMMIT, Phase.WRITE, Phase.VERIFY)
 """Phases of a run that are not pruning: reading the model, measuring its speed and perplexity, its calibration text;
 and, where there is an output directory, keeping finished blocks, the checkpoint, and reading that again."""
@@ -63,6 +70,25 @@ class BlockReport:
     tuned: Tuned
 
 
+@dataclass(frozen=True)
+class WorkerReport:
+    """What a worker did for a run that had several.
+
+    Attributes:
+        number: of the worker.
+        node: name of its machine.
+        shards: of the calibration set that it held in the end.
+        seconds: by what it did (the methods of `halve.workers.worker.Worker`).
+        waited: seconds without anything to do.
+    """
+
+    number: int
+    node: str
+    shards: tuple[int, ...]
+    seconds: Mapping[str, float]
+    waited: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What a run did.
@@ -79,6 +105,7 @@ class RunReport:
         resumed_blocks: number of blocks that an earlier process had finished.
         peak_memory: by phase, the most bytes of resident memory that were seen (`halve.run.phases.Phases`).
         peak_device_memory: by phase, the most bytes allocated on a CUDA device; empty without one.
+        workers: what each of several workers did since this process began; empty without them.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -90,6 +117,7 @@ class RunReport:
     resumed_blocks: int = 0
     peak_memory: Mapping[str, int] = field(default_factory=dict)
     peak_device_memory: Mapping[str, int] = field(default_factory=dict)
+    workers: tuple[WorkerReport, ...] = ()
 
     @property
     def changed(self) -> set[str]:
@@ -173,23 +201,49 @@ def writing_told_to(listen: Listener | None) -> Callable[[int, int, float], None
     return tell
 
 
+class RunLog:
+    """Appends a line of JSON at every step and flushes it: phase, block, matrix, UTC time, peak memory so far.
+
+    A line that cannot be written is left out: the log is never a reason to stop.
+
+    Args:
+        directory: that of the run, which is there already; earlier lines stay.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / LOG
+
+    def __call__(self, step: Progress) -> None:
+        """Write down one step."""
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "phase": step.phase,
+            "block": step.block,
+            "matrix": None if step.matrix is None else step.matrix.name,
+            "relative_loss": None if step.matrix is None else step.matrix.facts.get("relative_loss"),
+            "peak_memory_gb": round(peak_memory() / 1e9, 3),
+        }
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 _OVERFIT = (
     "methods and refits that use correlations overfit there, and losses on these tokens say little; use more samples, "
     "or --shrinkage auto"
 )
 
 
-def caution_of_few_tokens(block: Mapping[str, Statistics | None]) -> str:
+def caution_of_few_tokens(block: Mapping[str, tuple[int, int]]) -> str:
     """Return the sentence for a block of which a matrix saw fewer tokens than it has inputs, or nothing.
 
     Args:
-        block: by the name of a matrix, the statistics of its inputs; None where it received none.
+        block: by the name of a matrix, the number of its inputs, and of the tokens that it saw.
     """
-    seen = {name: stats for name, stats in block.items() if stats is not None and 0 < stats.tokens < len(stats.gram)}
+    seen = {name: counts for name, counts in block.items() if 0 < counts[1] < counts[0]}
     if not seen:
         return ""
-    name, stats = max(seen.items(), key=lambda pair: len(pair[1].gram) / pair[1].tokens)
-    return f"{name} has {len(stats.gram)} inputs and saw {stats.tokens:.0f} calibration tokens: {_OVERFIT}"
+    name, (inputs, tokens) = max(seen.items(), key=lambda pair: pair[1][0] / pair[1][1])
+    return f"{name} has {inputs} inputs and saw {tokens} calibration tokens: {_OVERFIT}"
 
 
 def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:

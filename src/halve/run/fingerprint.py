@@ -19,6 +19,7 @@ WITHOUT_EFFECT = frozenset(
         *("source", "samples", "seq_len", "text_field", "bos", "pair_fields", "span_corruption"),  # the tokens count
         *("revision", "trust_remote_code"),  # the files of the model do
         *("offload", "work", "stream"),  # where something is kept
+        *("workers", "worker_threads"),  # who works; the threads are of the environment
         "least_prunable",  # whether a model is refused
         "fallback",  # may be added to a run that stopped without one, and is compared by itself
     }

@@ -59,13 +59,14 @@ class Phases:
         device: where the work is done; the memory of a CUDA device is kept too, and what it synchronises is counted.
 
     Attributes:
+        device: see above.
         seconds: by phase, in the order in which phases began first.
         peak_memory: bytes of this process's resident memory, by phase.
         peak_device_memory: bytes allocated on the CUDA device, by phase; empty without one.
     """
 
     def __init__(self, device: "torch.device") -> None:
-        self._device = device
+        self.device = device
         self._taken: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self.peak_memory: dict[str, int] = {}
@@ -77,20 +78,20 @@ class Phases:
         import torch  # the command line imports this module for its names, and has to come up at once
 
         self.seconds.setdefault(phase, 0.0)
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         if on_gpu:
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         started = time.perf_counter()
         try:
             with self._watching(phase):
                 yield
                 if on_gpu:
-                    torch.cuda.synchronize(self._device)
+                    torch.cuda.synchronize(self.device)
         finally:
             self.seconds[phase] += time.perf_counter() - started
             if on_gpu:
-                allocated = torch.cuda.max_memory_allocated(self._device)
+                allocated = torch.cuda.max_memory_allocated(self.device)
                 self.peak_device_memory[phase] = max(allocated, self.peak_device_memory.get(phase, 0))
 
     @contextmanager

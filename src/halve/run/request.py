@@ -15,17 +15,19 @@ import torch
 
 from halve.checkpoint.attention import check_attention
 from halve.checkpoint.streamed import AUTO, check_stream
+from halve.checks import check_count
 from halve.device import forward_precision, parse_dtype, resolve_device
 from halve.errors import InputError
 from halve.evaluation.request import Evaluation
 from halve.model.reconstruct import Reconstruction, parse_reconstruction
-from halve.option_groups import fill, group, known_names, option
+from halve.option_groups import OptionError, fill, group, known_names, option
 from halve.run.settings import Settings, default_reconstruction
 from halve.runtime.speed import check_measurable
 from halve.solve import methods, refit
 from halve.text.calibration import Calibration
 
 _RECONSTRUCT = "reconstruct"
+_WORKERS = ("worker_threads", "workers")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,13 @@ class Placement:
         stream: leave the weights on disk, and read them block by block: ``always``, ``never``, or ``auto``, where they
             would take more than half of the memory that is free, or the run would not fit. Results are the same bytes,
             but the model that is returned cannot be changed: its weights are read-only maps of files.
+        workers: how many processes share the work, on this machine or on the Ray cluster that ``RAY_ADDRESS`` names;
+            or the address of a cluster, all of which is used: ``auto``, ``host:6379``, ``ray://host:10001``. Results
+            are the same bytes for any number of workers with as many threads each.
+        worker_threads: CPU threads of each worker; those that torch has here, shared out, where nobody says.
 
     Raises:
-        InputError: a device or dtype is unknown, or ``offload`` is not there.
+        InputError: a device or dtype is unknown, ``offload`` is not there, or a number is not at least 1.
     """
 
     device: str | torch.device = "auto"
@@ -51,8 +57,18 @@ class Placement:
     offload: str | Path | None = None
     work: str | Path | None = None
     stream: str = AUTO
+    workers: int | str | None = None
+    worker_threads: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.workers, str) and self.workers.isdecimal():
+            object.__setattr__(self, "workers", int(self.workers))
+        if not isinstance(self.workers, str | None) or self.workers == "":
+            check_count("workers", self.workers)
+        if self.worker_threads is not None:
+            check_count("worker_threads", self.worker_threads)
+            if self.workers is None:
+                raise OptionError("{} is of workers, and {} is not given: give it, or neither", *_WORKERS)
         forward_precision(self.forward_dtype, self.target)
         check_stream(self.stream)
         for name, place in (("offload", self.offload), ("work", self.work)):

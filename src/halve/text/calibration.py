@@ -67,6 +67,12 @@ class Calibration:
             it, text is cut: the first half of each sequence is read, the second is to be said.
         span_corruption: for T5 and its like, mask spans of the text instead of cutting it in halves, as in their
             training.
+        shards: parts that the set is cut into, each summed by itself, so that workers can share them: 8, or the number
+            of its batches if that is less, where nobody says. Another number gives other last bits; 1 needs the
+            least memory.
+
+    Raises:
+        InputError: ``shards`` is not a number of at least 1.
     """
 
     source: CalibrationSource = option(None, name="calibration")
@@ -77,6 +83,11 @@ class Calibration:
     bos: str = option("auto", shared=True)
     pair_fields: str | Sequence[str] | None = None
     span_corruption: bool = False
+    shards: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shards is not None:
+            check_count("shards", self.shards)
 
     @property
     def fields(self) -> tuple[str, str] | None:

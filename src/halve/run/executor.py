@@ -1,0 +1,202 @@
+"""Who takes the calibration set through the blocks and solves their matrices: this process, or others for it.
+
+The loop (`halve.run.loop`) decides what is done and keeps what comes out; an executor does the work of a block, step by
+step. The calibration set is cut into shards. What is summed over a block's inputs is summed shard by shard, and the
+shards' sums are added up in their order, so that the same bytes come out wherever each shard was run.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halve.checkpoint.mapped import Weights
+from halve.maths.gram import Gradient, Statistics
+from halve.model.blocks import Batch
+from halve.model.collect import Sums
+from halve.model.gradients import LossGradients
+from halve.model.plan import Matrix, Plan
+from halve.model.reconstruct import Reconstruction, Tuned
+from halve.model.survey import StackRun
+from halve.run.bundles import prune_bundle
+from halve.run.events import WorkerReport
+from halve.run.phases import Phase, Phases
+from halve.run.settings import Settings
+from halve.solve.outcome import Outcome
+
+SHARDS = 8
+"""How many shards the calibration set is cut into where nobody says, if it has as many batches."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs of a matrix without their statistics.
+
+    Attributes:
+        leader: the matrix under whose name they were summed.
+        d_in: number of input features.
+        tokens: number of input vectors.
+    """
+
+    leader: str
+    d_in: int
+    tokens: int
+
+
+class Executor(Protocol):
+    """Does the work of one block after the other. Blocks come in order, each either by `follow`, or by the rest."""
+
+    def begin(self, block: int) -> None:
+        """Make ready for a block; where it begins a stack, record what enters that."""
+
+    def follow(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Pass a block that was finished before.
+
+        Args:
+            block: its index in the plan.
+            tensors: its parameters that differ from the dense model's, by full name.
+        """
+
+    def collect(self, block: int) -> Mapping[str, Inputs]:
+        """Gather the statistics of a block's inputs, and return what they are of, by matrix."""
+
+    def solve(
+        self, block: int, bundles: Sequence[Sequence[Matrix]], options: Callable[[Sequence[Matrix]], dict[str, Any]]
+    ) -> Iterator[list[Outcome]]:
+        """Prune the matrices of a block, bundle by bundle, and yield the outcomes of each in their order.
+
+        Args:
+            block: its index in the plan.
+            bundles: matrices that share their statistics.
+            options: of method and refit for a bundle, asked for when it is begun.
+        """
+
+    def reconstruct(
+        self, block: int, tensors: Mapping[str, Tensor], options: Reconstruction
+    ) -> tuple[Tuned, dict[str, Tensor]]:
+        """Tune what is left of a block.
+
+        Args:
+            block: its index in the plan.
+            tensors: its pruned parameters, by full name.
+            options: how to tune.
+
+        Returns:
+            tuple[Tuned, dict[str, Tensor]]: what that achieved, and the parameters that it changed, by full name.
+        """
+
+    def finish(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take the pruned model's hidden states through a block that is finished; ``tensors`` as for `follow`."""
+
+    def close(self) -> tuple[WorkerReport, ...]:
+        """End the work, and return what every worker did, if there were several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What an executor works on.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        plan: what is pruned.
+        runs: how to run each stack of it.
+        batches: of the calibration set, or of a part of it.
+        numbers: of each batch in the whole set.
+        shards: ranges of ``batches``, in their order.
+        settings: what to do to every matrix.
+        device: where blocks run and matrices are solved.
+        precision: of the products in forward passes.
+        weights: where the model's weights lie.
+        offload: a directory for hidden states; None keeps them in memory.
+        hidden: a place for hidden states that would take too much memory, by name; None where there is none.
+        reserved: bytes on the volume of that place that something else is going to take.
+        phases: where seconds and memory are counted.
+        tell: told of a block's phase, with a sentence of caution where there is one.
+        collect: False where no statistics are needed.
+        masks: see `halve.run.loop.prune_blocks`.
+        loss: what gives the gradients of the dense model's loss, where the method weighs them.
+    """
+
+    model: nn.Module
+    plan: Plan
+    runs: Sequence[StackRun]
+    batches: Sequence[Batch]
+    numbers: Sequence[int]
+    shards: Sequence[range]
+    settings: Settings
+    device: torch.device
+    precision: torch.dtype
+    weights: Weights
+    offload: Path | None = None
+    hidden: Callable[[str], Path] | None = None
+    reserved: int = 0
+    phases: Phases
+    tell: Callable[[int, Phase, str], None]
+    collect: bool = True
+    masks: Mapping[str, Tensor] | None = None
+    loss: LossGradients | None = None
+
+    @property
+    def matching(self) -> bool:
+        """Whether the dense model's inputs are paired with the pruned model's.
+
+        Experts do not receive the same tokens from the dense model as from the pruned one.
+        """
+        return self.settings.matches_dense and not any(matrix.routed for matrix in self.plan.matrices)
+
+    @property
+    def last(self) -> int:
+        """Index of the last block in which something is pruned: beyond it no inputs are needed."""
+        return max(matrix.block for matrix in self.plan.matrices)
+
+
+def cut(batches: int, shards: int | None) -> list[range]:
+    """Cut so many batches into shards: neighbours, as many in each as in the others, or one more in the first ones.
+
+    Args:
+        batches: how many there are.
+        shards: how many are asked for; None is `SHARDS`. There are no more than batches.
+    """
+    count = max(1, min(batches, SHARDS if shards is None else shards))
+    least, more = divmod(batches, count)
+    edges = [index * least + min(index, more) for index in range(count + 1)]
+    return [range(first, after) for first, after in pairwise(edges)]
+
+
+def solve_bundle(
+    job: Job,
+    bundle: Sequence[Matrix],
+    statistics: Statistics | None,
+    options: Mapping[str, Any],
+    gradients: Sequence[Gradient] | None = None,
+) -> list[Outcome]:
+    """Prune matrices of a job's model that share their statistics; the model is left as it is.
+
+    Raises:
+        HalveError: as `halve.run.bundles.prune_bundle`.
+    """
+    weights = [matrix.view(job.model.get_parameter(matrix.parameter).data).to(job.device) for matrix in bundle]
+    masks = None if job.masks is None else [job.masks[matrix.name].to(job.device) for matrix in bundle]
+    return prune_bundle(
+        bundle,
+        weights,
+        statistics,
+        job.settings,
+        options,
+        routed=job.collect and bundle[0].routed,
+        masks=masks,
+        gradients=gradients,
+    )
+
+
+def inputs_of(sums: Sums) -> dict[str, Inputs]:
+    """Return what was summed of, by matrix."""
+    found = {}
+    for name, leader in sums.leaders.items():
+        accumulator = sums.accumulators[leader]
+        found[name] = Inputs(leader, accumulator.d_in, accumulator.tokens)
+    return found

@@ -1,0 +1,195 @@
+"""Ray, and nothing else of it than is used: a cluster, actors on it, and messages to and from them."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from halve.errors import HalveError, InputError, one_line
+from halve.workers.messages import Message
+from halve.workers.worker import Worker
+
+Pending = Any
+"""A reference to what a worker is going to answer."""
+_LOOK = 1.0
+"""Seconds between two looks at who is late."""
+
+
+class Hand:
+    """What reaches one worker."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def call(self, method: str, *args: Any) -> Pending:
+        """Let the worker do something after all that it was told before."""
+        return getattr(self._actor, method).remote(*args)
+
+    def kill(self) -> None:
+        """End the worker at once."""
+        import ray
+
+        with suppress(Exception):  # it may be gone already
+            ray.kill(self._actor)
+
+    def close(self) -> None:
+        """Let the worker tidy up."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            ray.get(self._actor.close.remote(), timeout=10)
+
+
+class Cluster:
+    """A cluster that workers are hired on.
+
+    Args:
+        workers: how many there are to be.
+        threads: of the CPU for each.
+        device: that each works on.
+        own: whether the cluster is this process's own, on this machine.
+
+    Attributes:
+        workers: see above.
+        own: see above.
+    """
+
+    def __init__(self, workers: int, threads: int, device: torch.device, *, own: bool) -> None:
+        import ray
+
+        gpus = 1 if device.type == "cuda" else 0
+        self._actor = ray.remote(Worker).options(
+            num_cpus=threads, num_gpus=gpus, max_restarts=0, scheduling_strategy="SPREAD"
+        )
+        self.workers = workers
+        self.own = own
+
+    def hire(self) -> Hand:
+        """Ask for one more worker."""
+        return Hand(self._actor.remote())
+
+    def put(self, message: Message) -> Any:
+        """Put a message where all workers can read it.
+
+        Raises:
+            HalveError: there is no room for it.
+        """
+        import ray
+
+        try:
+            return ray.put(message)
+        except ray.exceptions.RayError as error:
+            raise _no_room(error) from error
+
+    def first_of(self, pending: Sequence[Pending]) -> Pending | None:
+        """Return an answer that is there, None if there is none within a second."""
+        import ray
+
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK, fetch_local=False)
+        return ready[0] if ready else None
+
+    def has(self, pending: Pending, within: float = 0.0) -> bool:
+        """Whether an answer is there, or comes within so many seconds; it is not fetched."""
+        import ray
+
+        ready, _ = ray.wait([pending], timeout=within, fetch_local=False)
+        return bool(ready)
+
+    def answer(self, pending: Pending) -> Message | None:
+        """Return an answer that is there; None if the worker was lost, or the answer was.
+
+        Raises:
+            HalveError: there is no room for it, or the worker failed by an error of the program.
+        """
+        import ray
+
+        errors = ray.exceptions
+        try:
+            found: Any = ray.get(pending)
+        except (errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError, errors.NodeDiedError):
+            return None
+        except (errors.ObjectStoreFullError, errors.OutOfDiskError) as error:
+            raise _no_room(error) from error
+        except errors.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, errors.ObjectStoreFullError | errors.OutOfDiskError):
+                raise _no_room(cause) from error
+            raise HalveError(f"a worker failed ({one_line(cause)}): this is a fault of the program") from error
+        message: Message = found
+        return message
+
+
+def _no_room(error: Exception) -> HalveError:
+    return HalveError(
+        f"Ray's object store is full ({one_line(error)[:120]}): give it more memory (object_store_memory) or room to "
+        "spill to, or use fewer workers or shards; then go on with halve resume"
+    )
+
+
+@contextmanager
+def cluster(workers: int | str, threads: int, device: torch.device) -> Iterator[Cluster]:
+    """Start workers on this machine, or reach those of a cluster.
+
+    Args:
+        workers: how many to start on this machine, or on the cluster that ``RAY_ADDRESS`` names; or the address of a
+            cluster, all of which is used.
+        threads: of the CPU for each worker.
+        device: that each works on.
+
+    Raises:
+        InputError: Ray is not installed, the cluster cannot be reached, or it has no room for one worker.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("workers need Ray: pip install 'halve[ray]', or leave workers out") from error
+    address = workers if isinstance(workers, str) else os.environ.get("RAY_ADDRESS", "")
+    begun = not ray.is_initialized()
+    own = begun and not address
+    if begun:
+        _connect(address, workers, threads, device)
+    try:
+        unit, each = ("GPU", 1) if device.type == "cuda" else ("CPU", threads)
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        room = int(resources.get(unit, 0) // each)
+        wanted = workers if isinstance(workers, int) else room
+        if not 1 <= wanted <= room:
+            raise InputError(
+                f"workers = {workers!r} asks for {wanted} of {each} {unit}s each, and the cluster has room for {room}: "
+                "ask for fewer, or for fewer worker_threads"
+            )
+        yield Cluster(wanted, threads, device, own=own)
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+def _connect(address: str, workers: int | str, threads: int, device: torch.device) -> None:
+    """Start a cluster on this machine, which nobody else can reach, or join the one at an address."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        options["address"] = address
+    elif isinstance(workers, int):
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        options |= {
+            "address": "local",
+            "num_cpus": workers * threads,
+            "num_gpus": gpus,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Ray's own, on what it is going to change
+            ray.init(**options)
+    except Exception as error:
+        where = f"the cluster at {address} cannot be reached" if address else "Ray cannot be started on this machine"
+        raise InputError(f"{where} ({one_line(error)}): see ray status, or leave workers out") from error

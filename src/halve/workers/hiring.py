@@ -1,0 +1,153 @@
+"""From what a run is asked for to the workers that do it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import nn
+
+from halve.checkpoint.load import Source, source_files
+from halve.errors import InputError
+from halve.provenance import Fingerprint
+from halve.run.directory import RunDirectory
+from halve.run.executor import Executor, Job
+from halve.run.loop import Employ
+from halve.run.request import Placement, Request
+from halve.serial import to_plain
+from halve.solve import methods
+from halve.text.calibration import Calibration
+from halve.workers import terms
+from halve.workers.cluster import Cluster, cluster
+from halve.workers.crew import Crew
+from halve.workers.messages import Message
+from halve.workers.worker import must_agree
+
+Employing = Callable[[Fingerprint, Sequence[Sequence[str]]], Employ]
+"""Makes what does the work of a run, given its fingerprint and the names of parameters stored in one tensor."""
+_CHUNK = 1 << 26
+"""Bytes of a model's file that are sent at once."""
+
+
+def check_workers(model: nn.Module | Source, request: Request) -> None:
+    """Refuse workers for a run that they cannot do.
+
+    Raises:
+        InputError: the model is in memory, or the method weighs gradients.
+    """
+    if request.placement.workers is None:
+        return
+    if isinstance(model, nn.Module):
+        raise InputError("workers read the model from a disk, and it is in memory: save it, and give its directory")
+    method = request.settings.method
+    if methods.get(method).gradient is not None:
+        raise InputError(f"{method} takes backward passes, which are for one process: leave workers out")
+
+
+@contextmanager
+def threads_of_workers(placement: Placement) -> Iterator[None]:
+    """Let this process use as many CPU threads as each worker, since their number decides the last bits."""
+    before = torch.get_num_threads()
+    if placement.workers is not None:
+        torch.set_num_threads(threads(placement))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads(placement: Placement) -> int:
+    """Return the CPU threads of each worker: as asked for, or this process's, shared out among those of a machine."""
+    if placement.worker_threads is not None:
+        return placement.worker_threads
+    here = torch.get_num_threads()
+    return max(1, here // placement.workers) if isinstance(placement.workers, int) else here
+
+
+class Hiring:
+    """Makes a crew for a run that has begun.
+
+    Args:
+        among: the cluster.
+        request: what is asked for.
+        source: the model's files.
+        scratch: a folder that workers of this machine put what they keep into; None where they are elsewhere.
+    """
+
+    def __init__(self, among: Cluster, request: Request, source: Source, scratch: Path | None) -> None:
+        self._cluster = among
+        self._request = request
+        self._source = source
+        self._scratch = scratch
+
+    def employ(self, mark: Fingerprint, together: Sequence[Sequence[str]]) -> Employ:
+        """Return what hires the crew of a job.
+
+        Args:
+            mark: the run's fingerprint, of which workers must have the same where it concerns them.
+            together: names of parameters that are stored in one tensor.
+        """
+
+        def hire(job: Job) -> Executor:
+            return Crew(job, self._cluster, self._charge(job, mark, together), self._files())
+
+        return hire
+
+    def _charge(self, job: Job, mark: Fingerprint, together: Sequence[Sequence[str]]) -> terms.Charge:
+        placement = self._request.placement
+        theirs = Placement(device=placement.target.type, forward_dtype=placement.forward_dtype)
+        request = replace(self._request, calibration=Calibration(), evaluation=None, placement=theirs)
+        return terms.Charge(
+            request=to_plain(request),
+            model=str(self._source.path.resolve()),
+            mark=must_agree(mark),
+            files={name: path.stat().st_size for name, path in self._paths().items()},
+            threads=torch.get_num_threads(),
+            batches=len(job.batches),
+            shards=[(shard.start, shard.stop) for shard in job.shards],
+            scratch="" if self._scratch is None else str(self._scratch.resolve()),
+            collect=job.collect,
+            together=[list(names) for names in together],
+        )
+
+    def _paths(self) -> dict[str, Path]:
+        root = self._source.path if self._source.path.is_dir() else self._source.path.parent
+        return {str(path.relative_to(root)): path for path in source_files(self._source)}
+
+    def _files(self) -> dict[str, partial[Iterator[Message]]]:
+        return {name: partial(_chunks, path) for name, path in self._paths().items()}
+
+
+@contextmanager
+def hiring(request: Request, source: Source | None, run: RunDirectory | None) -> Iterator[Employing | None]:
+    """Start or reach the cluster that a request names, and yield what makes a crew on it; None without workers.
+
+    Args:
+        request: what is asked for.
+        source: the model's files.
+        run: in whose directory workers of this machine keep what they need; None makes a temporary one.
+
+    Raises:
+        InputError: as `halve.workers.cluster.cluster`.
+    """
+    placement = request.placement
+    if placement.workers is None or source is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        among = stack.enter_context(cluster(placement.workers, torch.get_num_threads(), placement.target))
+        scratch = None
+        if among.own:
+            folder = run.workers if run is not None else stack.enter_context(TemporaryDirectory(prefix="halve-"))
+            scratch = Path(folder)
+        yield Hiring(among, request, source, scratch).employ
+
+
+def _chunks(path: Path) -> Iterator[Message]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield np.frombuffer(chunk, dtype=np.uint8)

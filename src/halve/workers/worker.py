@@ -1,0 +1,337 @@
+"""A worker: holds shards of the calibration set, takes them through the blocks, and prunes what it is given."""
+
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from halve.checkpoint.durable import crash_point
+from halve.checkpoint.load import resolve
+from halve.device import evaluation_mode
+from halve.errors import HalveError, ResumeMismatchError
+from halve.maths.gram import GramAccumulator, Statistics
+from halve.model.blocks import Batch, eager_experts
+from halve.model.collect import Sums
+from halve.model.plan import Matrix
+from halve.model.reconstruct import Reconstruction
+from halve.provenance import deciding_environment, differences, flat, source_fields
+from halve.run.executor import Job, solve_bundle
+from halve.run.local import LocalExecutor
+from halve.run.loop import survey
+from halve.run.phases import Phase, Phases
+from halve.run.request import Request
+from halve.serial import from_plain
+from halve.whole_model import load_found
+from halve.workers import terms
+from halve.workers.messages import Message, pack, unpack
+
+_PLACES = ("environment.platform",)
+"""Fields of the fingerprint in which nodes of equal hardware may differ: the system's version decides no bytes."""
+
+
+def must_agree(mark: Mapping[str, str]) -> dict[str, str]:
+    """Return the fields of a run's fingerprint that a worker must have too."""
+    return {
+        name: value
+        for name, value in mark.items()
+        if name.startswith(("model.", "environment.")) and name not in _PLACES
+    }
+
+
+@dataclass
+class _Site:
+    """A loaded model, with the shards of the calibration set that go through it together.
+
+    Attributes:
+        job: what is worked on.
+        executor: that works on it.
+        shards: indices of its shards.
+        block: the block that it is at.
+        collected: whether it has gathered that block's statistics.
+        parts: what was summed over that block's inputs and not fetched, each with the first of its shards.
+    """
+
+    job: Job
+    executor: LocalExecutor
+    shards: Sequence[int]
+    block: int
+    collected: bool
+    parts: dict[int, Sums]
+
+
+def _answering(method: Callable[..., Message]) -> Callable[..., Message]:
+    """Let a method answer with what went wrong, instead of raising it, and count the seconds that it takes."""
+
+    @wraps(method)
+    def answer(self: "Worker", *args: Any) -> Message:
+        started = time.perf_counter()
+        crash_point(f"worker.{method.__name__}.start")
+        try:
+            found = method(self, *args)
+            crash_point(f"worker.{method.__name__}.done")
+            return found
+        except HalveError as error:
+            return terms.failed(error)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            text = f"a worker on {socket.gethostname()} ran out of memory ({error}): use shorter sequences (seq_len)"
+            return terms.failed(HalveError(text))
+        finally:
+            self.seconds[method.__name__] = self.seconds.get(method.__name__, 0.0) + time.perf_counter() - started
+
+    return answer
+
+
+class Worker:
+    """One worker; all its methods but the last take messages and return one.
+
+    Attributes:
+        seconds: spent in each method.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._sites: list[_Site] = []
+        self._open = ExitStack()
+        self._batches: list[Batch] = []
+        self._charge: terms.Charge | None = None
+        self._scratch = Path()
+        self._model = Path()
+        self._own = False
+
+    @_answering
+    def hire(self, charge: Message) -> Message:
+        """Take on a charge, and say whether the model's files are needed.
+
+        Raises:
+            ResumeMismatchError: answered where versions or the processor differ from the driver's.
+        """
+        content, tensors = unpack(charge, terms.Charge)
+        torch.set_num_threads(content.threads)
+        self._charge = content
+        self._batches = [{} for _ in range(content.batches)]
+        for name, tensor in tensors.items():
+            batch, _, argument = name.partition(".")
+            self._batches[int(batch)][argument] = tensor.clone()  # type: ignore[index]
+        self._own = not content.scratch
+        if self._own:
+            self._scratch = Path(tempfile.mkdtemp(prefix="halve-worker-"))
+        else:
+            self._scratch = Path(content.scratch) / f"{os.getpid()}"
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        environment = {name: str(value) for name, value in flat("environment", deciding_environment()).items()}
+        self._refuse({name: value for name, value in content.mark.items() if name in environment}, environment)
+        self._model = Path(content.model)
+        present = self._model.exists()
+        if not present:
+            self._model = self._scratch / "model" / (self._model.name if len(content.files) == 1 else "")
+        return pack({"needs_files": not present, "node": socket.gethostname()})
+
+    @_answering
+    def receive(self, name: str, chunk: Message) -> Message:
+        """Add bytes to a file of the model, which was named in the charge."""
+        charge = self._charged()
+        if name not in charge.files:
+            raise HalveError(f"{name!r} is no file of the model that this worker was told of")
+        path = self._scratch / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(np.asarray(chunk, dtype=np.uint8).data)
+        return pack({})
+
+    @_answering
+    def open(self, shards: list[int]) -> Message:
+        """Load the model for shards of the calibration set, which begin at the first block.
+
+        Raises:
+            ResumeMismatchError: answered where the model's files are not the driver's.
+        """
+        charge = self._charged()
+        request = from_plain(Request, charge.request)
+        source = resolve(self._model, trust_remote_code=request.loading.trust_remote_code)
+        if not self._sites:
+            files = {name: value for name, value in charge.mark.items() if name.startswith("model.")}
+            self._refuse(files, source_fields(source))
+        folder = self._scratch / f"site-{len(self._sites)}"
+        loaded = load_found(source, None, request.loading.attention, folder if source.shards else None)
+        placement, settings = request.placement, request.settings
+        self._open.enter_context(evaluation_mode(loaded.model))
+        self._open.enter_context(eager_experts(loaded.model))
+        plan, runs = survey(loaded.model, self._batches, settings, loaded.weights, charge.together)
+        numbers = [batch for shard in shards for batch in range(*charge.shards[shard])]
+        ranges, first = [], 0
+        for shard in shards:
+            start, stop = charge.shards[shard]
+            ranges.append(range(first, first + stop - start))
+            first += stop - start
+        job = Job(
+            model=loaded.model,
+            plan=plan,
+            runs=runs,
+            batches=[self._batches[number] for number in numbers],
+            numbers=numbers,
+            shards=ranges,
+            settings=settings,
+            device=placement.target,
+            precision=placement.precision,
+            weights=loaded.weights,
+            hidden=lambda name: folder / "hidden" / name,
+            phases=Phases(placement.target),
+            tell=lambda _block, _phase, _caution: None,
+            collect=charge.collect,
+        )
+        self._sites.append(_Site(job, LocalExecutor(job), shards, 0, collected=False, parts={}))
+        return pack({})
+
+    @_answering
+    def collect(self, block: int) -> Message:
+        """Sum over the inputs of a block, shard by shard.
+
+        Leading shards, from the very first on, are summed to one: the driver would add them in that order too.
+        """
+        parts = []
+        for site in self._sites:
+            if not site.shards or site.block != block or site.collected:
+                continue
+            site.executor.begin(block)
+            for place, sums in enumerate(site.executor.shard_sums(block)):
+                shard = site.shards[place]
+                if place and shard == place:  # so are all before it
+                    site.parts[0].absorb(sums)
+                else:
+                    site.parts[shard] = sums
+            site.collected = True
+            parts += [_told(first, sums) for first, sums in site.parts.items()]
+        return pack({"parts": parts})
+
+    @_answering
+    def sums(self, first: int, leader: str) -> Message:
+        """Return sums over the inputs of a matrix, once.
+
+        Args:
+            first: the first of the shards that they are of.
+            leader: name of the matrix.
+        """
+        site = next(each for each in self._sites if first in each.parts)
+        found = site.parts[first].accumulators.pop(leader)
+        return pack({"d_in": found.d_in, "counts": list(found.counts)}, found.tensors)
+
+    @_answering
+    def solve(self, task: Message, sums: list[Any]) -> Message:
+        """Prune matrices that share their statistics.
+
+        Args:
+            task: which, and how.
+            sums: what was summed over their inputs, in the order of shards: messages, or references to them.
+        """
+        content, _ = unpack(task, terms.Task)
+        site = self._sites[0]
+        known = {matrix.name: matrix for matrix in site.job.plan.of_block(content.block)}
+        bundle: list[Matrix] = [known[name] for name in content.matrices]
+        try:
+            fetched = (_fetched(each) for each in sums)  # one after the other: each may be a gigabyte
+            statistics = _total(bundle[0], fetched, site.job.device) if sums else None
+        except _NotThereError as error:
+            return pack({"failed": [terms.LOST, str(error)]})
+        with site.job.phases.timing(Phase.SOLVE):
+            return terms.solved(solve_bundle(site.job, bundle, statistics, content.options))
+
+    @_answering
+    def reconstruct(self, tuning: Message) -> Message:
+        """Tune what is left of a block, for whose shards this worker holds all."""
+        content, tensors = unpack(tuning, terms.Tuning)
+        (site,) = (each for each in self._sites if each.shards)
+        options = from_plain(Reconstruction, content.options)
+        tuned, changed = site.executor.reconstruct(content.block, tensors, options)
+        return pack({"tuned": asdict(tuned)}, changed)
+
+    @_answering
+    def advance(self, changed: Message) -> Message:
+        """Take the shards that are at a block through it, now that it is pruned."""
+        content, tensors = unpack(changed, terms.Changed)
+        for site in self._sites:
+            if not site.shards or site.block != content.block:
+                continue
+            if site.collected:
+                site.executor.finish(content.block, tensors)
+            else:
+                site.executor.begin(content.block)
+                site.executor.follow(content.block, tensors)
+            if len(site.job.runs) > 1:  # what enters a later stack follows from this one
+                for name, tensor in tensors.items():
+                    parameter = site.job.model.get_parameter(name)
+                    site.job.weights.own(parameter)
+                    parameter.data.copy_(tensor)
+            site.block, site.collected, site.parts = content.block + 1, False, {}
+        return pack({})
+
+    @_answering
+    def spent(self) -> Message:
+        """Return the seconds spent by method, and let everything go."""
+        return pack({"seconds": {name: round(value, 3) for name, value in self.seconds.items()}})
+
+    def close(self) -> None:
+        """Remove what this worker has put on the disk."""
+        self._sites.clear()
+        self._open.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _charged(self) -> terms.Charge:
+        if self._charge is None:
+            raise HalveError("this worker was not told what to work on")
+        return self._charge
+
+    def _refuse(self, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
+        if different := differences(wanted, {name: found.get(name, "absent") for name in wanted}):
+            raise ResumeMismatchError(
+                f"a worker on {socket.gethostname()} is not like the driver, and would give other bytes "
+                f"({'; '.join(different)}, where the driver's stand first): install the same versions, give the same "
+                "files, or use nodes of one kind"
+            )
+
+
+class _NotThereError(Exception):
+    """A message that another worker had could not be fetched."""
+
+
+def _fetched(message: Any) -> Message:
+    """Return a message, which may be a reference to one in Ray's store."""
+    if isinstance(message, np.ndarray):
+        return message
+    import ray
+
+    try:
+        found: Message = ray.get(message)
+    except ray.exceptions.RayError as error:
+        raise _NotThereError(str(error).splitlines()[0]) from error
+    return found
+
+
+def _told(first: int, sums: Sums) -> dict[str, Any]:
+    known = {name: (each.d_in, list(each.counts)) for name, each in sums.accumulators.items()}
+    return {"first": first, "leaders": sums.leaders, "sums": known}
+
+
+def _total(matrix: Matrix, messages: Iterable[Message], device: torch.device) -> Statistics:
+    """Add up what was summed over the inputs of a matrix, in the order of shards."""
+    total: GramAccumulator | None = None
+    for message in messages:
+        content, tensors = unpack(message, terms.Summed)
+        terms.check(content)
+        if total is None:
+            tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+            total = GramAccumulator.of(matrix.name, content.d_in, content.counts, tensors)
+        else:
+            total.absorb(GramAccumulator.of(matrix.name, content.d_in, content.counts, tensors))
+    if total is None:
+        raise AssertionError
+    return total.finish(last=True)
