@@ -78,13 +78,14 @@ def _answering(method: Callable[..., Message]) -> Callable[..., Message]:
         crash_point(f"worker.{method.__name__}.start")
         try:
             found = method(self, *args)
-            crash_point(f"worker.{method.__name__}.done")
-            return found
         except HalveError as error:
             return terms.failed(error)
         except (MemoryError, torch.OutOfMemoryError) as error:
             text = f"a worker on {socket.gethostname()} ran out of memory ({error}): use shorter sequences (seq_len)"
             return terms.failed(HalveError(text))
+        else:
+            crash_point(f"worker.{method.__name__}.done")
+            return found
         finally:
             self.seconds[method.__name__] = self.seconds.get(method.__name__, 0.0) + time.perf_counter() - started
 
