@@ -49,6 +49,8 @@ OF_ONE_METHOD = {
     "faster_at_batch": "all contenders are pruned alike",
     "work": "a comparison that was stopped is not continued",
     "stream": "the dense model is in memory, and a copy of it is pruned",
+    "workers": "contenders are pruned by this process: prune with workers, then use halve report on several",
+    "worker_threads": "contenders are pruned by this process",
 }
 """Options of `halve.prune` that a comparison does not take, and what to do instead."""
 

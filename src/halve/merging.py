@@ -78,6 +78,7 @@ class MergeOptions:
             ("dtype", self.loading.dtype, None),
             ("work", placement.work, None),
             ("stream", placement.stream, Placement.stream),
+            ("workers", placement.workers, None),
         ):
             if given != default:
                 raise InputError(f"{name} has no effect on a merge: leave it out")
@@ -85,7 +86,7 @@ class MergeOptions:
             raise InputError("samples and the like go with calibration, which names no text: give it, or leave all out")
 
 
-WITHOUT = ("dtype", "work", "stream")
+WITHOUT = ("dtype", "work", "stream", "workers", "worker_threads")
 """Options of the groups that a merge does not take."""
 
 

@@ -130,6 +130,8 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "offload": tmp_path,
         "work": tmp_path,
         "stream": "always",
+        "workers": 2,
+        "worker_threads": 1,
         "revision": "main",
         "trust_remote_code": True,
         "dtype": "float16",
@@ -152,6 +154,8 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "offload",
         "work",
         "stream",
+        "workers",
+        "worker_threads",
         "revision",
         "trust_remote_code",
     }
@@ -162,4 +166,5 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
 
     for name, value in changed.items():
         within = base | ({"reconstruct": "block"} if name.startswith("reconstruct_") else {})
+        within |= {"workers": 1} if name == "worker_threads" else {}
         assert (of(**within) == of(**within | {name: value})) is (name in idle), name

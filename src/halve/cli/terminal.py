@@ -220,6 +220,8 @@ def progress() -> Iterator[Show]:
                 say(bar.console, _prefix(runner) + _plan(step.plan))
             if step.caution:
                 say(bar.console, step.caution, label=f"{_prefix(runner)}warning", style="yellow")
+            if step.note:
+                say(bar.console, _prefix(runner) + step.note)
             description = f"{_prefix(runner)}block {min(step.block + 1, step.blocks)}/{step.blocks} {step.phase}"
             bar.update(task, description=description, completed=step.finished, total=step.matrices)
             if step.matrix is not None:
@@ -255,6 +257,8 @@ def _plain_progress(step: "Progress", runner: str = "") -> None:
         sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")
     if step.caution:
         say(err, step.caution, label=f"{prefix}warning", style="yellow")
+    if step.note:
+        say(err, prefix + step.note)
     if step.phase == Phase.SOLVE and step.matrix is not None:
         sys.stderr.write(f"{prefix}block {step.block + 1}/{step.blocks} {step.matrix.name} {_loss(step.matrix)}\n")
         sys.stderr.flush()

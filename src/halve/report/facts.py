@@ -18,7 +18,7 @@ from halve.evaluation.figure import measured_as, said_difference
 from halve.evaluation.request import overlap
 from halve.model.plan import places_of
 from halve.recorded import MOST, REMEDY
-from halve.report.measured import Measured, Score, read_measured
+from halve.report.measured import Measured, Score, WorkerSeconds, read_measured
 from halve.report.schema import BlockEntry, MatrixEntry, WholeRecord, record_of
 from halve.report.training_facts import TrainedScore, TrainingFacts, method_with, training_facts
 from halve.report.values import finite_or_none, finite_value, perplexity_value, texts
@@ -137,6 +137,7 @@ class RunFacts:
         resumed_blocks: that an earlier process had finished.
         finished: UTC time at which the run ended, empty where that is not known.
         perplexity: one entry a text.
+        workers: one entry a worker, where there were several.
     """
 
     directory: Path
@@ -160,6 +161,7 @@ class RunFacts:
     resumed_blocks: int
     finished: str
     perplexity: tuple[PerplexityFacts, ...]
+    workers: tuple[WorkerSeconds, ...] = ()
 
     @property
     def model_name(self) -> str:
@@ -200,6 +202,11 @@ class RunFacts:
     def seconds_of_pruning(self) -> float | None:
         """Seconds of all phases but those around pruning."""
         return seconds_of_pruning(self.seconds) if self.seconds else None
+
+    @property
+    def worker_steps(self) -> tuple[str, ...]:
+        """What workers did, in the order in which they did it first."""
+        return tuple(dict.fromkeys(step for worker in self.workers for step in worker.seconds))
 
     @property
     def cautions(self) -> tuple[str, ...]:
@@ -283,6 +290,7 @@ def _facts(directory: Path, record: WholeRecord, measured: Measured) -> RunFacts
         resumed_blocks=int(measured.resumed_blocks),
         finished=measured.finished,
         perplexity=tuple(_perplexity(entry) for entry in measured.perplexity),
+        workers=measured.workers,
     )
 
 

@@ -40,6 +40,7 @@ def measured_json(report: RunReport) -> dict[str, Any]:
     return taken | {
         "resumed_blocks": report.resumed_blocks,
         "matrix_seconds": {m.name: round(m.facts["seconds"], 4) for m in report.matrices if "seconds" in m.facts},
+        "workers": [asdict(worker) for worker in report.workers],
     }
 
 
@@ -113,6 +114,16 @@ class Score(Struct, frozen=True, kw_only=True):
         return paired_difference(after, before)
 
 
+class WorkerSeconds(Struct, frozen=True, kw_only=True):
+    """What one of several workers did (`halve.run.events.WorkerReport`)."""
+
+    number: float
+    node: str
+    shards: tuple[float, ...]
+    seconds: dict[str, float]
+    waited: float
+
+
 class Measured(Struct, frozen=True, kw_only=True):
     """What a checkpoint's ``halve-measured.json`` says; what ``measured_json`` says of a run, and perplexities."""
 
@@ -123,6 +134,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     peak_device_memory: dict[str, float] = {}
     resumed_blocks: float = 0
     matrix_seconds: dict[str, float] = {}
+    workers: tuple[WorkerSeconds, ...] = ()
     perplexity: tuple[Score, ...]
 
     def numbers(self) -> Iterator[float | None]:
@@ -130,6 +142,8 @@ class Measured(Struct, frozen=True, kw_only=True):
         for group in (self.seconds, self.peak_memory, self.peak_device_memory, self.matrix_seconds):
             yield from group.values()
         yield self.resumed_blocks
+        for worker in self.workers:
+            yield from (worker.number, *worker.shards, *worker.seconds.values(), worker.waited)
         for score in self.perplexity:
             yield from (score.seq_len, score.windows, score.before, score.before_nll, score.after, score.after_nll)
             yield from (*(score.before_windows or ()), *(score.after_windows or ()))

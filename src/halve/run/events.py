@@ -168,6 +168,7 @@ class Progress:
             tokens. None where that is not known.
         caution: in phase ``collect``, once the statistics of the first block are there: a sentence on what the run is
             going to suffer from, early enough to stop it. Empty where there is nothing to say.
+        note: a sentence on how the work is shared out among workers; empty where there is nothing new.
     """
 
     block: int
@@ -179,6 +180,7 @@ class Progress:
     plan: Plan | None = None
     seconds_left: float | None = None
     caution: str = ""
+    note: str = ""
 
 
 Listener = Callable[[Progress], None]

@@ -96,6 +96,13 @@ class Executor(Protocol):
         """End the work, and return what every worker did, if there were several."""
 
 
+class Tell(Protocol):
+    """Tells of what an executor is doing with a block."""
+
+    def __call__(self, block: int, phase: Phase, *, caution: str = "", note: str = "") -> None:
+        """Tell of a phase, with sentences as `halve.run.events.Progress` has them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What an executor works on.
@@ -115,7 +122,7 @@ class Job:
         hidden: a place for hidden states that would take too much memory, by name; None where there is none.
         reserved: bytes on the volume of that place that something else is going to take.
         phases: where seconds and memory are counted.
-        tell: told of a block's phase, with a sentence of caution where there is one.
+        tell: told of a block's phase.
         collect: False where no statistics are needed.
         masks: see `halve.run.loop.prune_blocks`.
         loss: what gives the gradients of the dense model's loss, where the method weighs them.
@@ -135,7 +142,7 @@ class Job:
     hidden: Callable[[str], Path] | None = None
     reserved: int = 0
     phases: Phases
-    tell: Callable[[int, Phase, str], None]
+    tell: Tell
     collect: bool = True
     masks: Mapping[str, Tensor] | None = None
     loss: LossGradients | None = None

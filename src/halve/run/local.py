@@ -115,7 +115,7 @@ class LocalExecutor:
 
     def _capture(self, block: int, run: StackRun, folder: Path | None, *, copies: int = 1) -> Stream:
         job = self._job
-        job.tell(block, Phase.CAPTURE, "")
+        job.tell(block, Phase.CAPTURE)
         beside = None if job.hidden is None else job.hidden(f"{run.name}-{block}")
         with job.phases.timing(Phase.CAPTURE):
             stream = run.capture(job.model, job.batches, folder, beside=beside, reserved=job.reserved, copies=copies)
@@ -126,7 +126,7 @@ class LocalExecutor:
                 f"the hidden states of the calibration set ({copies * size / 1e9:.1f} GB) are kept on disk, in "
                 f"{beside}, since they would take more than half of the memory that is free"
             )
-            job.tell(block, Phase.CAPTURE, caution)
+            job.tell(block, Phase.CAPTURE, caution=caution)
         return stream
 
     def _take_loss_gradients(self) -> None:
@@ -137,7 +137,7 @@ class LocalExecutor:
         if self._loss is None:
             return
         job = self._job
-        job.tell(0, Phase.GRADIENTS, "")
+        job.tell(0, Phase.GRADIENTS)
         with job.phases.timing(Phase.GRADIENTS), self._lowered("the model cannot be run backwards", _IN_FLOAT32):
             try:
                 self._roots = self._loss.roots(job.precision)
@@ -181,7 +181,7 @@ class LocalExecutor:
         matrices = job.plan.of_block(block)
         collecting = bool(matrices) and job.collect
         if collecting:
-            job.tell(block, Phase.COLLECT, "")
+            job.tell(block, Phase.COLLECT)
             for shard in job.shards:
                 with job.phases.timing(Phase.COLLECT):
                     sums = self._sums(at, matrices, shard)
@@ -233,7 +233,7 @@ class LocalExecutor:
         stored = trainable(job.model.get_submodule(name), pruned, self._frozen(f"{name}."))
         example = partial(self._example, at, at.dense)
         remedy = "leave out the reconstruction, or use forward_dtype float32"
-        job.tell(block, Phase.RECONSTRUCT, "")
+        job.tell(block, Phase.RECONSTRUCT)
         with job.phases.timing(Phase.RECONSTRUCT):
             try:
                 with self._lowered(f"{name} cannot be reconstructed", remedy):
@@ -274,7 +274,7 @@ class LocalExecutor:
     def _advance(self, at: _Passage, stream: Stream) -> None:
         """Take a stream through the block."""
         job = self._job
-        job.tell(at.block, Phase.REPLAY, "")
+        job.tell(at.block, Phase.REPLAY)
         with job.phases.timing(Phase.REPLAY), autocast(at.work, job.precision):
             for batch in range(len(stream.hidden)):
                 self._forward(at, batch, stream, keep=True)
@@ -317,7 +317,7 @@ class LocalExecutor:
             for matrix in matrices:
                 self._roots.pop(matrix.parameter, None)
             return found
-        job.tell(at.block, Phase.GRADIENTS, "")
+        job.tell(at.block, Phase.GRADIENTS)
         block = job.plan.blocks[at.block]
         example = partial(self._example, at, at.stream)
         with job.phases.timing(Phase.GRADIENTS), self._lowered(f"{block} cannot be run backwards", _IN_FLOAT32):

@@ -368,6 +368,6 @@ class _Loop:
         finished, total = len(self._reports), len(self._plan.matrices)
         self._listen(Progress(block, len(self._plan.blocks), phase, finished, total, matrix, **others))
 
-    def tell_phase(self, block: int, phase: Phase, caution: str = "") -> None:
+    def tell_phase(self, block: int, phase: Phase, *, caution: str = "", note: str = "") -> None:
         """Tell what an executor is doing with a block."""
-        self._tell(block, phase, caution=caution)
+        self._tell(block, phase, caution=caution, note=note)

@@ -169,7 +169,10 @@ def cluster(workers: int | str, threads: int, device: torch.device) -> Iterator[
 
 
 def _connect(address: str, workers: int | str, threads: int, device: torch.device) -> None:
-    """Start a cluster on this machine, which nobody else can reach, or join the one at an address."""
+    """Start a cluster on this machine, which other machines cannot reach, or join the one at an address.
+
+    From version 2.59 Ray lets nobody into the former who has not the token of this user.
+    """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

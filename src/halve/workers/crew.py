@@ -101,7 +101,7 @@ class Crew:
         """See `Executor`; the first block is when workers are hired."""
         if self._members:
             return
-        self._job.tell(block, Phase.CAPTURE, "")
+        self._job.tell(block, Phase.CAPTURE)
         with self._job.phases.timing(Phase.CAPTURE):
             # A reconstruction goes through all batches one by one: one worker holds them all, the others solve.
             tuned = self._job.settings.reconstruction is not None
@@ -109,7 +109,10 @@ class Crew:
             dealt = _dealt(range(len(self._job.shards)), holding)
             dealt += [[] for _ in range(self._cluster.workers - holding)]
             self._open({self._hire(): mine for mine in dealt}, within=_BEGINS)
-            self._replace_lost()
+            self._replace_lost(block)
+        shards = counted(len(self._job.shards), "shard")
+        held = f"{shards}, all held by one of them, which reconstructs" if tuned else shards
+        self._job.tell(block, Phase.CAPTURE, note=f"{counted(len(self._alive()), 'worker')} for {held}")
 
     def follow(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """See `Executor`."""
@@ -123,7 +126,7 @@ class Crew:
         self._passed.append(tuple(tensors))
         if block >= self._job.last:
             return
-        self._job.tell(block, Phase.REPLAY, "")
+        self._job.tell(block, Phase.REPLAY)
         with self._job.phases.timing(Phase.REPLAY):
             self._advance_to(block + 1, dict(tensors))
 
@@ -133,7 +136,7 @@ class Crew:
         matrices = job.plan.of_block(block)
         if not job.collect or not matrices:
             return {}
-        job.tell(block, Phase.COLLECT, "")
+        job.tell(block, Phase.COLLECT)
         leaders: dict[str, str] = {}
         with job.phases.timing(Phase.COLLECT):
             known = self._collected(block)
@@ -262,7 +265,7 @@ class Crew:
     ) -> tuple[Tuned, dict[str, Tensor]]:
         """See `Executor`."""
         job = self._job
-        job.tell(block, Phase.RECONSTRUCT, "")
+        job.tell(block, Phase.RECONSTRUCT)
         with job.phases.timing(Phase.RECONSTRUCT):
             while True:
                 (holder,) = (member for member in self._alive() if member.shards)
@@ -329,7 +332,7 @@ class Crew:
         """
         sent: dict[int, Any] = {}
         while True:
-            self._replace_lost()
+            self._replace_lost(block)
             behind = [member for member in self._alive() if member.shards and member.block < block]
             if not behind:
                 return
@@ -347,11 +350,13 @@ class Crew:
             return newest
         return {name: self._job.model.get_parameter(name).data for name in self._passed[index]}
 
-    def _replace_lost(self) -> None:
+    def _replace_lost(self, block: int) -> None:
         """Hire a worker in the place of each that was lost, or deal its shards out to the others if none can come."""
         for lost in [member for member in self._members if not member.alive]:
             self._members.remove(lost)
             self._lost += 1
+            where = f" on {lost.node}" if lost.node else ""
+            self._job.tell(block, Phase.REPLAY, note=f"worker {lost.number}{where} was lost, and is replaced")
             if self._lost > 10 * (self._cluster.workers + 1):
                 raise HalveError(
                     f"{counted(self._lost, 'worker was', 'workers were')} lost one after the other: look at the memory "
@@ -365,6 +370,7 @@ class Crew:
             rest = self._alive()
             if not rest:
                 raise HalveError("no worker is left, and no other could be started: go on with halve resume")
+            self._job.tell(block, Phase.REPLAY, note="no other worker could be started: the rest share its shards")
             if lost.shards:
                 self._deal_out(lost.shards, rest)
 

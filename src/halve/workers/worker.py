@@ -187,7 +187,7 @@ class Worker:
             weights=loaded.weights,
             hidden=lambda name: folder / "hidden" / name,
             phases=Phases(placement.target),
-            tell=lambda _block, _phase, _caution: None,
+            tell=_tell_nobody,
             collect=charge.collect,
         )
         self._sites.append(_Site(job, LocalExecutor(job), shards, 0, collected=False, parts={}))
@@ -298,6 +298,10 @@ class Worker:
                 f"({'; '.join(different)}, where the driver's stand first): install the same versions, give the same "
                 "files, or use nodes of one kind"
             )
+
+
+def _tell_nobody(block: int, phase: Phase, *, caution: str = "", note: str = "") -> None:
+    """The driver tells what happens."""
 
 
 class _NotThereError(Exception):

@@ -1,0 +1,142 @@
+"""Runs on a Ray cluster of separate processes, some of which are killed: they end with the bytes of any run."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import halve
+from halve.errors import InputError
+from halve.run.phases import Phase
+from halve.workers import crew
+from models import decoder, save, tokens
+
+ray = pytest.importorskip("ray", reason="workers need Ray: pip install 'halve[ray]'")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+TEXT = [{"input_ids": tokens(2, 16, seed=seed)} for seed in range(6)]
+ASKED = {
+    "calibration": TEXT,
+    "shards": 4,
+    "device": "cpu",
+    "forward_dtype": "float32",
+    "method": "sparsegpt",
+    "refit": "cg",
+}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Nodes:
+    """A head and further nodes, each a set of processes of its own."""
+
+    def __init__(self, folder):
+        self.address = f"127.0.0.1:{free_port()}"
+        self._folder = folder
+        self._ours = []
+        self.start("--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false")
+
+    def start(self, *options):
+        """Start a node with one processor, and return its raylet."""
+        before = set(self.raylets())
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
+        command += ["--disable-usage-stats", "--object-store-memory=100000000", *options]
+        environment = {**os.environ, "RAY_TMPDIR": str(self._folder)}
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+        (raylet,) = set(self.raylets()) - before
+        self._ours.append(raylet)
+        return raylet
+
+    @staticmethod
+    def raylets():
+        return [each for each in psutil.process_iter(["name"]) if each.info["name"] == "raylet"]
+
+    def stop(self):
+        for process in psutil.process_iter(["cmdline"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if process in self._ours or self.address in line or str(self._folder) in line:
+                process.kill()
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token has to be there before Ray is imported
+    folder = Path("/tmp") / f"ray-{os.getpid()}-{random.randrange(10**6)}"  # noqa: S108 - paths of sockets must be short
+    folder.mkdir()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = Nodes(folder)
+    yield found
+    found.stop()
+    torch.set_num_threads(before)
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def test_a_node_that_is_removed_takes_nothing_with_it(tmp_path, nodes, monkeypatch):
+    source = save(decoder("llama"), tmp_path / "model")
+    halve.prune(source, tmp_path / "alone", **ASKED)
+    second = nodes.start(f"--address={nodes.address}")
+    monkeypatch.setattr(crew, "_STARTS", 5.0)
+    killed, notes = [], []
+
+    def listen(step):
+        notes.append(step.note)
+        if not killed and step.phase is Phase.SOLVE and step.block == 1:
+            killed.extend([second, *second.children(recursive=True)])
+            for each in killed:
+                os.kill(each.pid, signal.SIGKILL)
+
+    done = halve.prune(source, tmp_path / "out", listen=listen, workers=nodes.address, worker_threads=1, **ASKED)
+    assert killed
+    assert written(tmp_path / "out") == written(tmp_path / "alone")
+    assert [each.shards for each in done.report.workers] == [(0, 1, 2, 3)]
+    assert "2 workers for 4 shards" in notes
+    assert any("was lost, and is replaced" in note for note in notes)
+
+
+def test_workers_killed_at_random_cost_nothing_but_time(tmp_path, nodes):
+    """Seeded; another seed is another test: the times are not those of the first."""
+    source = save(decoder("llama"), tmp_path / "model")
+    halve.prune(source, tmp_path / "alone", **ASKED)
+    nodes.start(f"--address={nodes.address}")
+    chance, killed = random.Random(0), []
+
+    def listen(step):
+        if step.matrix is None and step.blocks and len(killed) < 4 and chance.random() < 0.3:
+            workers = [
+                p for p in psutil.process_iter(["cmdline"]) if "ray::Worker" in " ".join(p.info["cmdline"] or [])
+            ]
+            if workers:
+                killed.append(chance.choice(workers))
+                time.sleep(chance.random() / 5)
+                killed[-1].kill()
+
+    halve.prune(source, tmp_path / "out", listen=listen, workers=nodes.address, worker_threads=1, **ASKED)
+    assert killed
+    assert written(tmp_path / "out") == written(tmp_path / "alone")
+
+
+def test_an_address_where_nothing_listens_is_refused(tmp_path):
+    source = save(decoder("llama"), tmp_path / "model")
+    with pytest.raises(InputError, match=r"the cluster at 127\.0\.0\.1:1 cannot be reached"):
+        halve.prune(source, tmp_path / "out", workers="127.0.0.1:1", **ASKED)
+    assert not (tmp_path / "out").exists()
