@@ -15,6 +15,7 @@ the steps of a block follow one another, nothing overlaps, and nothing is lost.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -35,7 +36,7 @@ from halve.run.request import Request
 _GIGABIT = 1e9 / 8
 _SECONDS_OF_PRUNING = ("capture", "collect", "solve", "reconstruct", "replay", "commit")
 NETWORKS = (10, 100)
-CREWS = (1, 8, 64)
+CREWS = (8, 64)
 
 
 def main() -> None:
@@ -57,7 +58,6 @@ def main() -> None:
     simulation.add_argument("model", help="a preset of halve plan, or the settings of a model")
     simulation.add_argument("--samples", type=int, default=128)
     simulation.add_argument("--seq-len", type=int, default=2048)
-    simulation.add_argument("--shards", type=int, default=64)
     simulation.add_argument("--method", default="sparsegpt")
     simulation.add_argument("--refit", default="none")
     simulation.add_argument("--flops", type=float, default=4e14, help="of a worker, in forward passes, a second")
@@ -148,51 +148,72 @@ def _one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Seconds of one worker: forward passes, statistics, and every bundle's solve; bytes of sums, and of weights."""
+
+    forward: float
+    statistics: float
+    solves: list[float]
+    sums: list[float]
+    size: float
+
+
 def simulate(given: argparse.Namespace) -> None:
     """Print how long a run would take on crews of several sizes, and where their efficiency falls under 90 %."""
-    options = {"method": given.method, "refit": given.refit, "samples": given.samples, "seq_len": given.seq_len}
-    foreseen = foresee(given.model, None, Request.of({**options, "device": "cpu"}), measured=False)
+    request = Request.of(
+        {
+            "method": given.method,
+            "refit": given.refit,
+            "samples": given.samples,
+            "seq_len": given.seq_len,
+            "device": "cpu",
+        }
+    )
+    foreseen = foresee(given.model, None, request, measured=False)
     plan, shapes = foreseen.plan, foreseen.shapes
-    parts: list[tuple[float, float, list[float], float, float]] = []
+    blocks = []
     for block in shapes.blocks:
         forward = operations.forward(block.products, plan.tokens, given.seq_len, shapes.width, 0.0).forward
-        gram, solves, sums = 0.0, [], 0.0
+        gram, solves, sums = 0.0, [], []
         for bundle in block.bundles:
-            counted = operations.statistics(bundle, plan.tokens, cross=plan.cross)
-            gram += counted.float32
-            solving = operations.solving(bundle, given.method, given.refit, {}, shrinkage=False)
+            gram += operations.statistics(bundle, plan.tokens, cross=plan.cross).float32
+            chosen = plan.statistics > 1
+            options = request.settings.all_options
+            solving = operations.solving(bundle, given.method, given.refit, options, shrinkage=chosen)
             if solving is None:
                 raise SystemExit(f"what {given.method} takes is not counted")
             busy = solving.float32 / given.float32 + solving.factorisation / given.factorising
             solves.append(busy + solving.bytes / given.bandwidth)
-            sums += 4.0 * bundle.experts * bundle.d_in**2 * plan.statistics
-        parts.append((forward / given.flops, gram / given.float32, solves, sums, float(block.size)))
-    print(f"{given.model}, {given.method}, {given.samples} x {given.seq_len} tokens, {given.shards} shards")
-    for network in NETWORKS:
-        alone = 0.0
-        for crew in CREWS:
+            kept = (2 if chosen else 1) + plan.cross
+            sums.append(4.0 * bundle.experts * bundle.d_in**2 * kept)
+        passes = (2 + 2 * plan.paired) * forward / given.flops
+        blocks.append(_Block(passes, gram / given.float32, solves, sums, float(block.size)))
+    print(f"{given.model}, {given.method} with refit {given.refit}, {given.samples} x {given.seq_len} tokens")
+    alone = sum(each.forward + each.statistics + sum(each.solves) for each in blocks)
+    print(f"  one worker: {alone / 3600:.2f} h")
+    for crew in CREWS:
+        for network in NETWORKS:
+            rate = network * _GIGABIT
             total, moved = 0.0, 0.0
-            for forward, gram, solves, sums, size in parts:
-                share = -(-given.shards // crew) / given.shards
-                travelled = 0.0 if crew == 1 else (given.shards - given.shards * share + 1) * sums + size * 2 * crew
-                moved += travelled
-                # Sums go to those who solve, each over its own line; a block goes out to all from the driver's line.
-                lines = 0.0 if crew == 1 else ((crew - 1) * share * given.shards * sums / min(crew, len(solves)))
-                lines += 0.0 if crew == 1 else size * crew
-                total += share * (2 * forward + gram) + _longest(solves, crew) + lines / (network * _GIGABIT)
-            alone = alone or total
+            for each in blocks:
+                gathered = [(crew - 1) * size for size in each.sums]  # a shard for each worker; one's own is there
+                copies = math.ceil(math.log2(crew + 1))  # from node to node
+                moved += sum(gathered) + each.size * crew
+                costs = [busy + size / rate for busy, size in zip(each.solves, gathered, strict=True)]
+                total += (each.forward + each.statistics) / crew + _longest(costs, crew) + copies * each.size / rate
             efficiency = alone / (crew * total)
             mark = "" if efficiency >= 0.9 else "  (under 0.9)"
             print(
-                f"  {network} Gbit/s, {crew} workers: {total / 3600:.2f} h, {moved / 1e9:.0f} GB moved, "
+                f"  {crew} workers and shards, {network} Gbit/s: {total / 3600:.2f} h, {moved / 1e12:.2f} TB moved, "
                 f"efficiency {efficiency:.2f}{mark}"
             )
 
 
-def _longest(solves: Sequence[float], crew: int) -> float:
-    """Return when the last of some solves ends, if the longest are dealt out first."""
+def _longest(costs: Sequence[float], crew: int) -> float:
+    """Return when the last of some bundles ends, if the costliest are dealt out first."""
     busy = [0.0] * crew
-    for seconds in sorted(solves, reverse=True):
+    for seconds in sorted(costs, reverse=True):
         busy[busy.index(min(busy))] += seconds
     return max(busy)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from halve.workers.worker import Worker
 
 Pending = Any
 """A reference to what a worker is going to answer."""
+_CONNECTS = 10.0
+"""Seconds within which a cluster has to accept a connection."""
 _LOOK = 1.0
 """Seconds between two looks at who is late."""
 
@@ -168,6 +171,25 @@ def cluster(workers: int | str, threads: int, device: torch.device) -> Iterator[
             ray.shutdown()
 
 
+def _check_listening(address: str) -> None:
+    """Refuse an address where nothing listens, for which Ray itself would wait for minutes.
+
+    Raises:
+        InputError: it is no address, or no connection can be made.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not host or not port.isdecimal():
+        raise InputError(f"workers = {address!r} is neither a number nor an address: give 4, auto or ray://host:10001")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECTS).close()
+    except OSError as error:
+        raise InputError(
+            f"the cluster at {address} cannot be reached ({one_line(error)}): see ray status, or leave workers out"
+        ) from error
+
+
 def _connect(address: str, workers: int | str, threads: int, device: torch.device) -> None:
     """Start a cluster on this machine, which other machines cannot reach, or join the one at an address.
 
@@ -179,6 +201,7 @@ def _connect(address: str, workers: int | str, threads: int, device: torch.devic
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
+        _check_listening(address)
         options["address"] = address
     elif isinstance(workers, int):
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0

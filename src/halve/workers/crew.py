@@ -24,6 +24,8 @@ _BEGINS = 600.0
 """Seconds within which the first workers have to be there: the cluster may be busy."""
 _STARTS = 120.0
 """The same of a worker that takes the place of a lost one."""
+_MOST_LOST = 3
+"""How often each worker may be lost at one block: more is no accident."""
 _PATIENCE = 60.0
 _SLOWER = 5.0
 """A worker is given up if it takes this many times as long as the slowest of the others has, and `_PATIENCE` seconds
@@ -123,6 +125,7 @@ class Crew:
     def finish(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """See `Executor`."""
         self._sums.clear()
+        self._lost = 0
         self._passed.append(tuple(tensors))
         if block >= self._job.last:
             return
@@ -357,10 +360,10 @@ class Crew:
             self._lost += 1
             where = f" on {lost.node}" if lost.node else ""
             self._job.tell(block, Phase.REPLAY, note=f"worker {lost.number}{where} was lost, and is replaced")
-            if self._lost > 10 * (self._cluster.workers + 1):
+            if self._lost > _MOST_LOST * self._cluster.workers:
                 raise HalveError(
-                    f"{counted(self._lost, 'worker was', 'workers were')} lost one after the other: look at the memory "
-                    "of their machines and at Ray's log, then go on with halve resume"
+                    f"{self._lost} workers were lost at one block: look at the memory of their machines and at Ray's "
+                    "log, then go on with halve resume"
                 )
             new = self._hire()
             self._open({new: lost.shards}, within=_STARTS)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import halve
-from halve.errors import InputError
+from halve.checkpoint.durable import CRASH_POINT
+from halve.errors import HalveError, InputError
 from halve.run.phases import Phase
 from halve.workers import crew
 from models import decoder, save, tokens
@@ -135,8 +136,57 @@ def test_workers_killed_at_random_cost_nothing_but_time(tmp_path, nodes):
     assert written(tmp_path / "out") == written(tmp_path / "alone")
 
 
-def test_an_address_where_nothing_listens_is_refused(tmp_path):
+OFTEN = ("worker.collect.done@2", "worker.solve.start@2")
+POINTS = (*OFTEN, "worker.collect.start@2", "worker.solve.done@2")
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(each, marks=() if each in OFTEN else pytest.mark.slow) for each in POINTS]
+)
+def test_workers_that_die_at_every_named_point_cost_nothing_but_time(tmp_path, monkeypatch, point):
+    """Every worker dies there, those that take the place of others too, so that each block loses one or more."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    source, notes = save(decoder("llama"), tmp_path / "model"), []
+    halve.prune(source, tmp_path / "alone", **ASKED)
+    monkeypatch.setenv(CRASH_POINT, point)
+    try:
+        halve.prune(source, tmp_path / "out", workers=2, listen=lambda step: notes.append(step.note), **ASKED)
+    finally:
+        torch.set_num_threads(before)
+    assert any("was lost, and is replaced" in note for note in notes), point
+    assert written(tmp_path / "out") == written(tmp_path / "alone")
+
+
+def test_workers_that_always_die_stop_the_run_in_a_sentence_and_it_goes_on_without(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    source, out = save(decoder("llama"), tmp_path / "model"), tmp_path / "out"
+    try:
+        halve.prune(source, tmp_path / "alone", **ASKED)
+        with monkeypatch.context() as patch:
+            patch.setenv(CRASH_POINT, "worker.advance.start@1")
+            with pytest.raises(HalveError, match="4 workers were lost at one block") as caught:
+                halve.prune(source, out, workers=1, **ASKED)
+        assert caught.value.unfinished == out
+        assert halve.prune(source, out, **ASKED).report.resumed_blocks == 1
+    finally:
+        torch.set_num_threads(before)
+    assert written(out) == written(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("127.0.0.1:1", r"the cluster at 127\.0\.0\.1:1 cannot be reached"),
+        ("ray://127.0.0.1:1", r"the cluster at ray://127\.0\.0\.1:1 cannot be reached"),
+        ("four", "workers = 'four' is neither a number nor an address"),
+    ],
+)
+def test_an_address_where_nothing_listens_is_refused(tmp_path, address, sentence):
     source = save(decoder("llama"), tmp_path / "model")
-    with pytest.raises(InputError, match=r"the cluster at 127\.0\.0\.1:1 cannot be reached"):
-        halve.prune(source, tmp_path / "out", workers="127.0.0.1:1", **ASKED)
+    with pytest.raises(InputError, match=sentence):
+        halve.prune(source, tmp_path / "out", workers=address, **ASKED)
     assert not (tmp_path / "out").exists()
