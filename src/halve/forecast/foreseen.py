@@ -22,6 +22,7 @@ from halve.memory import free_memory, would_fill
 from halve.model.blocks import Batch
 from halve.model.reconstruct import RATES
 from halve.planner.outline import outline
+from halve.run.executor import cut
 from halve.run.phases import Phase
 from halve.run.request import Request
 from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, default_length
@@ -164,9 +165,10 @@ def _plan(model: nn.Module, shapes: Shapes, request: Request, *, keeps: bool, st
     state = round(shapes.inside / max(1, sum(block.count for block in shapes.blocks)))
     hidden = tokens * shapes.width * state * (1 + (matching or tuned))
     beside = 0 if streamed else shapes.size  # what is in memory when the hidden states are recorded
+    batch = min(tokens, max(length, most // length * length))
     plan = Plan(
         tokens=tokens,
-        batch=min(tokens, max(length, most // length * length)),
+        batch=batch,
         state=state,
         method=settings.method,
         refit=settings.refit,
@@ -177,6 +179,7 @@ def _plan(model: nn.Module, shapes: Shapes, request: Request, *, keeps: bool, st
         streamed=streamed,
         offloaded=placement.offload is not None or (keeps and would_fill(beside // 2 + hidden)),
         device=placement.target,
+        shards=len(cut(-(-tokens // max(1, batch)), request.calibration.shards)),
     )
     return plan, length
 

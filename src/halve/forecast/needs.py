@@ -43,6 +43,7 @@ class Plan:
         streamed: whether the weights stay on disk.
         offloaded: whether hidden states do.
         device: where blocks run.
+        shards: parts of the calibration set that are summed by themselves.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Plan:
     streamed: bool
     offloaded: bool
     device: torch.device
+    shards: int = 1
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _parts(block: BlockShape, shapes: Shapes, plan: Plan) -> dict[str, int]:
     passing = 2 * plan.batch * (shapes.width + max(outputs, widest)) * _FLOAT
     solver = max((_solver(each, plan) for each in block.bundles), default=0)
     phases = [
-        {"a block in float32": copy, "statistics": kept, "a forward pass": passing},
+        {"a block in float32": copy, "statistics": kept * min(plan.shards, 2), "a forward pass": passing},
         {"a block in float32": copy, "statistics": kept, "the solver": solver},
     ]
     if plan.tuned:
