@@ -8,6 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 import halve
+from halve.checkpoint.load import resolve
+from halve.checkpoint.shards import read_shard
+from halve.checkpoint.streamed import load_streamed
 from halve.cli.app import app
 from halve.cli.errors import EXIT_REFUSED
 from halve.cli.terminal import forecast_table, said_time
@@ -93,6 +96,26 @@ def test_weights_that_would_not_fit_beside_the_rest_stay_on_disk(tmp_path, monke
     assert foresee(source, tmp_path / "out", asked(method="wanda", refit="none"), measured=False).plan.streamed
     never = foresee(source, tmp_path / "out", asked(method="wanda", refit="none", stream="never"), measured=False)
     assert not never.plan.streamed
+
+
+def test_weights_that_loading_computes_take_room_on_disk(tmp_path):
+    source = save(decoder("mixtral"), tmp_path / "model")  # its experts are stacked
+    found = foresee(source, tmp_path / "out", asked(method="wanda", refit="none", stream="always"), measured=False)
+    load_streamed(resolve(source), tmp_path / "beside", dtype=torch.float32)
+    (entries,) = (read_shard(path).tensors for path in (tmp_path / "beside").iterdir())
+    assert found.needs.disk["weights that loading computes"] == sum(each.end - each.start for each in entries) > 0
+    plain = foresee(
+        save(decoder("llama"), tmp_path / "plain"), tmp_path / "out", asked(stream="always"), measured=False
+    )
+    assert "weights that loading computes" not in plain.needs.disk
+
+
+def test_sums_by_shards_are_there_twice(tmp_path):
+    def statistics(**options):
+        options = {"method": "wanda", "refit": "none", "samples": 1000, **options}
+        return foresee("llama-8b", tmp_path / "out", asked(**options), measured=False).needs.memory["statistics"]
+
+    assert statistics() == statistics(shards=3) == 2 * statistics(shards=1)
 
 
 def test_where_nothing_can_be_written_that_is_said(tmp_path, monkeypatch):

@@ -134,6 +134,17 @@ def load_streamed(
     return replace(loaded, weights=weights)
 
 
+def computed_bytes(source: Source, model: "PreTrainedModel", dtype: torch.dtype | None) -> int:
+    """Return the bytes of what `load_streamed` puts beside a checkpoint; nothing is read but headers.
+
+    Args:
+        source: a safetensors checkpoint.
+        model: its skeleton, without weights.
+        dtype: as for `load_streamed`.
+    """
+    return _Beside(model, source, dtype).size
+
+
 class _Beside:
     """What has to be put beside a checkpoint: parameters that no tensor of it is, as it lies there.
 

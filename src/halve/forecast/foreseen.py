@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from halve.checkpoint import load
 from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.precision import bytes_in, dtype_to_prune_in
-from halve.checkpoint.streamed import ALWAYS, AUTO, NEVER
+from halve.checkpoint.streamed import ALWAYS, AUTO, NEVER, computed_bytes
 from halve.device import weight_dtype
 from halve.forecast import operations
 from halve.forecast.needs import Needs, Plan, needs
@@ -112,11 +112,14 @@ def foresee(
     plan, length = _plan(skeleton, shapes, request, keeps=out is not None, streams=not whole)
     output = sum(bytes_in(each, request.loading.written_dtype) for each in skeleton.parameters()) if out else 0
     used = psutil.Process().memory_info().rss
-    wanted = needs(shapes, plan, used, output)
+    computed = 0
+    if source is not None and not whole:
+        computed = computed_bytes(source, skeleton, dtype_to_prune_in(source))  # type: ignore[arg-type]
+    wanted = needs(shapes, plan, used, output, computed)
     by_itself = not whole and request.placement.stream == AUTO
     if by_itself and not plan.streamed and sum(wanted.memory.values()) > free_memory(_CPU) + used:
         plan = replace(plan, streamed=True)
-        wanted = needs(shapes, plan, used, output)
+        wanted = needs(shapes, plan, used, output, computed)
     notes = []
     if request.calibration.is_self_written and settings.needs_calibration:
         notes.append("the time that the model takes to write its own calibration text is not in it")

@@ -97,7 +97,7 @@ class Needs:
                 )
 
 
-def needs(shapes: Shapes, plan: Plan, used: int, output: int) -> Needs:
+def needs(shapes: Shapes, plan: Plan, used: int, output: int, computed: int = 0) -> Needs:
     """Add up what a run takes.
 
     Args:
@@ -105,6 +105,7 @@ def needs(shapes: Shapes, plan: Plan, used: int, output: int) -> Needs:
         plan: of the run.
         used: bytes that this process has already.
         output: bytes of the checkpoint that is written.
+        computed: bytes of weights that loading computes, and puts beside the run where the others stay on disk.
     """
     largest = max(shapes.blocks, key=lambda block: _working(block, shapes, plan))
     hidden = plan.tokens * shapes.width * plan.state * (1 + plan.paired)
@@ -120,6 +121,8 @@ def needs(shapes: Shapes, plan: Plan, used: int, output: int) -> Needs:
     disk = {"the checkpoint": output, "finished blocks, until it is written": shapes.inside}
     if plan.offloaded:
         disk["hidden states"] = hidden
+    if plan.streamed and computed:
+        disk["weights that loading computes"] = computed
     return Needs(host | working if on_cpu else host, {} if on_cpu else working, disk)
 
 
