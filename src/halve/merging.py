@@ -48,7 +48,14 @@ from halve.run.request import Loading, Placement
 from halve.run.settings import Settings
 from halve.solve.objective import AUTO, Objective
 from halve.solve.outcome import Status
-from halve.text.calibration import BATCH_TOKENS, Calibration, CalibrationData, calibration_batches, calibration_record
+from halve.text.calibration import (
+    BATCH_TOKENS,
+    SHARDS,
+    Calibration,
+    CalibrationData,
+    calibration_batches,
+    calibration_record,
+)
 from halve.verification import check
 
 EXACT, MASKED, REFIT = "exact", "masked", "refit"
@@ -323,7 +330,7 @@ def _merge_all(
         entries.append(MergedMatrix(name=target.name, how=how, pruned=target.mask is not None, off_mask=off_mask))
     if not fits:
         return entries
-    shards = None if asked.calibration is None else asked.calibration.shards
+    shards = SHARDS if asked.calibration is None else asked.calibration.shards
     return _fitted(targets, entries, loaded.model, data, settings, shards, asked.placement, listen)
 
 
@@ -339,7 +346,7 @@ def _fitted(
     model: nn.Module,
     data: CalibrationData,
     settings: Settings,
-    shards: int | None,
+    shards: int,
     placement: Placement,
     listen: Listener | None,
 ) -> list[MergedMatrix]:

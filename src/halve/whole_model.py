@@ -1,6 +1,6 @@
 """One model, loaded, with its calibration data: prune it, then write, verify and publish what comes out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,16 +24,15 @@ from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.figure import Perplexity
 from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
-from halve.provenance import Fingerprint, files_sha256
+from halve.provenance import files_sha256
 from halve.report import record
 from halve.report.measured import measured_json, write_measured
 from halve.report.page import write_report
 from halve.run.directory import RunDirectory
 from halve.run.events import Listener, Progress, RunLog, RunReport
-from halve.run.executor import SHARDS
 from halve.run.fingerprint import fingerprint
 from halve.run.local import LocalExecutor
-from halve.run.loop import Employ, prune_blocks
+from halve.run.loop import Employ, Employing, prune_blocks
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
 from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, CalibrationData, calibration_batches, calibration_record
@@ -165,7 +164,7 @@ def prune_loaded(
     call: Mapping[str, Any] | None = None,
     phases: Phases | None = None,
     before: Callable[[], None] | None = None,
-    employing: Callable[[Fingerprint, Sequence[Sequence[str]]], Employ] | None = None,
+    employing: Employing | None = None,
 ) -> Pruned:
     """Prune a loaded model in place, then write and verify it if there is a directory to.
 
@@ -178,8 +177,7 @@ def prune_loaded(
         call: what would repeat this, for `halve.resume`; None if it cannot be written down.
         phases: what already counts towards the run's seconds and memory; None begins at nothing.
         before: called once, when the run has begun, its plan is accepted, and nothing has been changed yet.
-        employing: given the run's fingerprint and the names of parameters that are stored in one tensor, returns what
-            does the work; None is this process.
+        employing: gives what does the work; None is this process.
 
     Raises:
         InputError, UnsupportedModelError, CalibrationError, LayerFailedError, CorruptFileError: as `halve.prune`.
@@ -327,7 +325,7 @@ def _record(
         notes=loaded.notes,
         calibration={
             "seed": request.calibration.seed,
-            "shards": request.calibration.shards or SHARDS,
+            "shards": done.shards,
             **calibration_record(data),
         },
         device=str(request.placement.target),

@@ -190,7 +190,7 @@ def test_sums_that_are_lost_are_summed_again(tmp_path, llama, monkeypatch):
         answer, tensors = real(message, kind)
         if kind is crew.terms.Solved and not lost:
             lost.append(answer)
-            answer = kind(failed=(crew.terms.LOST, "its node is gone"))
+            answer = kind(failed=(crew.terms.LOST, "0"))
         return answer, tensors
 
     monkeypatch.setattr(crew, "unpack", losing)
@@ -249,7 +249,8 @@ def test_workers_of_another_kind_are_refused(tmp_path, llama, monkeypatch):
         ({"workers": 0}, "workers must be"),
         ({"workers": 2, "worker_threads": 0}, "worker_threads must be"),
         ({"worker_threads": 2}, "worker_threads is of workers, and workers is not given"),
-        ({"workers": 99, "worker_threads": 1}, "asks for 99 of 1 CPUs each, and the cluster has room for 4"),
+        ({"workers": 99, "worker_threads": 1}, "asks for 99 with 1 CPU thread each, and the cluster has room for 4"),
+        ({"workers": 1, "offload": "."}, "offload is a place of one process"),
         ({"workers": 1, "method": "gblm"}, "gblm takes backward passes, which are for one process: leave workers out"),
     ],
 )

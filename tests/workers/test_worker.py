@@ -1,5 +1,9 @@
 """A worker in this process, without Ray: what it is told and what it answers are messages all the same."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +35,7 @@ def charge(model, scratch, *, mark=None, path=None, shards=((0, 2), (2, 3)), fil
         scratch=str(scratch),
         collect=True,
         together=[],
+        neighbours=1,
     )
     batches = {f"{number}.input_ids": tokens(2, 8, seed=number) for number in range(3)}
     return pack(terms.plain(found), batches)
@@ -128,6 +133,45 @@ def test_a_model_that_is_not_on_this_disk_is_received(llama, tmp_path):
         told(worker.receive("../../other", content))
     worker.close()
     assert not any((tmp_path / "scratch").iterdir())
+
+
+def test_a_worker_that_was_never_hired_removes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").write_text("")
+    Worker().close()
+    assert (tmp_path / "kept").exists()
+
+
+def test_what_killed_workers_left_is_removed_by_the_next_one(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"halve-worker-{2**22 + 1}-x" / "model").mkdir(parents=True)
+    mine = tmp_path / f"halve-worker-{os.getppid()}-y"
+    mine.mkdir()
+    worker = Worker()
+    told(worker.hire(charge(llama, "")))
+    assert [path.name.split("-")[2] for path in sorted(tmp_path.glob("halve-worker-*"))] == sorted(
+        [str(os.getpid()), str(os.getppid())]
+    )
+    worker.close()
+    assert list(tmp_path.glob("halve-worker-*")) == [mine]
+
+
+def test_a_full_disk_is_told_as_such(llama, tmp_path, monkeypatch):
+    worker = Worker()
+    told(worker.hire(charge(llama, tmp_path / "scratch", path=tmp_path / "elsewhere")), terms.Hired)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(HalveError, match=r"could not read or write a file .*No space left"):
+        told(worker.receive("config.json", np.zeros(3, dtype=np.uint8)))
+
+
+def test_another_kind_of_gpu_is_refused(llama, tmp_path):
+    answer = Worker().hire(charge(llama, tmp_path / "scratch", mark={"device": "NVIDIA A100"}))
+    with pytest.raises(ResumeMismatchError, match="device was NVIDIA A100 and is cpu"):
+        told(answer)
 
 
 def test_a_model_that_was_damaged_on_its_way_is_refused(llama, tmp_path):

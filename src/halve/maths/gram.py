@@ -229,7 +229,7 @@ class GramAccumulator:
         if bool(bad.any()):
             token = self.tokens + int(bad.to(torch.uint8).argmax())
             raise CalibrationError(
-                f"inputs of {self.name} have NaN or infinity, first at calibration token {token}: "
+                f"inputs of {self.name} have NaN or infinity, first at token {token} of those summed together: "
                 "check the model in this dtype, or use other text"
             )
 

@@ -211,12 +211,7 @@ class Sums:
         Raises:
             CalibrationError: two matrices shared their inputs in one part and not in the other.
         """
-        for name, leader in other.leaders.items():
-            if self.leaders.setdefault(name, leader) != leader:
-                raise CalibrationError(
-                    f"{name} shared its input with {self.leaders[name]} in one part of the calibration data and with "
-                    f"{leader} in another: Halve cannot tell which statistics it needs"
-                )
+        merge_leaders(self.leaders, other.leaders)
         while other.accumulators:  # each is let go as it is added: both may be gigabytes
             name, accumulator = other.accumulators.popitem()
             if name in self.accumulators:
@@ -240,6 +235,20 @@ class Sums:
             finished[name] = self.accumulators.pop(name).finish(last=True)
         led = {matrix.name: self.leaders.get(matrix.name) for matrix in matrices}
         return {name: None if leader is None else finished[leader] for name, leader in led.items()}
+
+
+def merge_leaders(leaders: dict[str, str], more: Mapping[str, str]) -> None:
+    """Add what is known from a part of the calibration set of who shares inputs with whom (`Sums.leaders`).
+
+    Raises:
+        CalibrationError: two matrices shared their inputs in one part and not in the other.
+    """
+    for name, leader in more.items():
+        if leaders.setdefault(name, leader) != leader:
+            raise CalibrationError(
+                f"{name} shared its input with {leaders[name]} in one part of the calibration data and with {leader} "
+                "in another: Halve cannot tell which statistics it needs"
+            )
 
 
 def check_called(matrices: Sequence[Matrix], leaders: Collection[str]) -> None:

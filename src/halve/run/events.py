@@ -106,6 +106,7 @@ class RunReport:
         peak_memory: by phase, the most bytes of resident memory that were seen (`halve.run.phases.Phases`).
         peak_device_memory: by phase, the most bytes allocated on a CUDA device; empty without one.
         workers: what each of several workers did since this process began; empty without them.
+        shards: parts of the calibration set that were summed by themselves.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -118,6 +119,7 @@ class RunReport:
     peak_memory: Mapping[str, int] = field(default_factory=dict)
     peak_device_memory: Mapping[str, int] = field(default_factory=dict)
     workers: tuple[WorkerReport, ...] = ()
+    shards: int = 1
 
     @property
     def changed(self) -> set[str]:
@@ -224,6 +226,7 @@ class RunLog:
             "matrix": None if step.matrix is None else step.matrix.name,
             "relative_loss": None if step.matrix is None else step.matrix.facts.get("relative_loss"),
             "peak_memory_gb": round(peak_memory() / 1e9, 3),
+            **({"note": step.note} if step.note else {}),
         }
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -28,9 +28,6 @@ from halve.run.phases import Phase, Phases
 from halve.run.settings import Settings
 from halve.solve.outcome import Outcome
 
-SHARDS = 8
-"""How many shards the calibration set is cut into where nobody says, if it has as many batches."""
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -92,8 +89,11 @@ class Executor(Protocol):
     def finish(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Take the pruned model's hidden states through a block that is finished; ``tensors`` as for `follow`."""
 
-    def close(self) -> tuple[WorkerReport, ...]:
-        """End the work, and return what every worker did, if there were several."""
+    def reports(self) -> tuple[WorkerReport, ...]:
+        """Return what every worker did, if there were several."""
+
+    def leave(self) -> None:
+        """Let everything go, whether the work is done or not."""
 
 
 class Tell(Protocol):
@@ -126,6 +126,7 @@ class Job:
         collect: False where no statistics are needed.
         masks: see `halve.run.loop.prune_blocks`.
         loss: what gives the gradients of the dense model's loss, where the method weighs them.
+        neighbours: how many processes of this machine keep as much as this one, itself included.
     """
 
     model: nn.Module
@@ -146,6 +147,7 @@ class Job:
     collect: bool = True
     masks: Mapping[str, Tensor] | None = None
     loss: LossGradients | None = None
+    neighbours: int = 1
 
     @property
     def matching(self) -> bool:
@@ -161,14 +163,14 @@ class Job:
         return max(matrix.block for matrix in self.plan.matrices)
 
 
-def cut(batches: int, shards: int | None) -> list[range]:
+def cut(batches: int, shards: int) -> list[range]:
     """Cut so many batches into shards: neighbours, as many in each as in the others, or one more in the first ones.
 
     Args:
         batches: how many there are.
-        shards: how many are asked for; None is `SHARDS`. There are no more than batches.
+        shards: how many are asked for; there are no more than batches.
     """
-    count = max(1, min(batches, SHARDS if shards is None else shards))
+    count = max(1, min(batches, shards))
     least, more = divmod(batches, count)
     edges = [index * least + min(index, more) for index in range(count + 1)]
     return [range(first, after) for first, after in pairwise(edges)]

@@ -47,11 +47,16 @@ def fingerprint(loaded: LoadedModel, data: CalibrationData, request: Request) ->
         **flat("options", options),
         **flat("", {name: value for name, value in (asked | others).items() if name not in WITHOUT_EFFECT}),
         "calibration": _calibration(data),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device,
+        "device": device_name(device),
         "forward_dtype": request.placement.precision,
         **flat("environment", deciding_environment()),
     }
     return {name: str(value) for name, value in sorted(fields.items())}
+
+
+def device_name(device: torch.device) -> str:
+    """Return what of a device decides bytes: of a GPU, which one it is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _model(loaded: LoadedModel) -> dict[str, str]:

@@ -118,7 +118,8 @@ class LocalExecutor:
         job.tell(block, Phase.CAPTURE)
         beside = None if job.hidden is None else job.hidden(f"{run.name}-{block}")
         with job.phases.timing(Phase.CAPTURE):
-            stream = run.capture(job.model, job.batches, folder, beside=beside, reserved=job.reserved, copies=copies)
+            kept = copies * job.neighbours
+            stream = run.capture(job.model, job.batches, folder, beside=beside, reserved=job.reserved, copies=kept)
         job.weights.release()  # rows of the embedding
         if stream.hidden.directory != folder:
             size = sum(path.stat().st_size for path in beside.iterdir()) if beside is not None else 0
@@ -254,10 +255,14 @@ class LocalExecutor:
             at.dense.clear(at.place)
         self._at = None
 
-    def close(self) -> tuple[WorkerReport, ...]:
+    def reports(self) -> tuple[WorkerReport, ...]:
         """See `Executor`."""
-        self._stream = self._dense = None
         return ()
+
+    def leave(self) -> None:
+        """See `Executor`."""
+        self._stream = self._dense = self._at = None
+        self._later.clear()
 
     def _put(self, at: _Passage, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -21,6 +21,7 @@ from halve.model.plan import Matrix, Plan, set_matrix
 from halve.model.reconstruct import Tuned
 from halve.model.stacks import find_stacks
 from halve.model.survey import StackRun, plan_model
+from halve.provenance import Fingerprint
 from halve.run.block_record import from_record, to_record
 from halve.run.bundles import bundles, share_of_time
 from halve.run.directory import RunDirectory
@@ -40,9 +41,12 @@ from halve.run.settings import Settings
 from halve.solve import methods
 from halve.solve.gradient_scores import GradientOf
 from halve.solve.outcome import Outcome, Status
+from halve.text.calibration import SHARDS
 
 Employ = Callable[[Job], Executor]
 """Makes what does the work of a job."""
+Employing = Callable[[Fingerprint, Sequence[Sequence[str]]], Employ]
+"""Gives that for a run, from its fingerprint and the names of parameters that are stored in one tensor."""
 
 
 def prune_blocks(
@@ -52,7 +56,7 @@ def prune_blocks(
     *,
     device: torch.device,
     precision: torch.dtype = torch.float32,
-    shards: int | None = None,
+    shards: int = SHARDS,
     offload: Path | None = None,
     listen: Listener | None = None,
     collect: bool = True,
@@ -211,9 +215,12 @@ class _Loop:
                 self._settle(index)
         else:
             executor = employ(job)
-            for index in range(self._passed(job)):
-                self._pass_block(index, executor)
-            workers = executor.close()
+            try:
+                for index in range(self._passed(job)):
+                    self._pass_block(index, executor)
+                workers = executor.reports()
+            finally:
+                executor.leave()
         self._tell(count, Phase.DONE)
         return RunReport(
             matrices=tuple(self._reports),
@@ -226,6 +233,7 @@ class _Loop:
             peak_memory=dict(self._phases.peak_memory),
             peak_device_memory=dict(self._phases.peak_device_memory),
             workers=workers,
+            shards=len(job.shards),
         )
 
     def _passed(self, job: Job) -> int:

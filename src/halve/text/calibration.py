@@ -41,6 +41,9 @@ BATCH_TOKENS = 4096
 STEP_TOKENS = 512
 """The same where blocks are reconstructed, which takes one optimiser step a batch."""
 
+SHARDS = 8
+"""Parts of the calibration set that are summed by themselves."""
+
 CalibrationSource = str | Path | TokenSet | Tensor | Sequence[Batch] | None
 """A file, directory, ``c4``, ``wikitext2`` or ``self`` (None); tokens (samples, seq_len); or ready batches."""
 CalibrationData = TokenSet | PairSet | Sequence[Batch]
@@ -67,9 +70,8 @@ class Calibration:
             it, text is cut: the first half of each sequence is read, the second is to be said.
         span_corruption: for T5 and its like, mask spans of the text instead of cutting it in halves, as in their
             training.
-        shards: parts that the set is cut into, each summed by itself, so that workers can share them: 8, or the number
-            of its batches if that is less, where nobody says. Another number gives other last bits; 1 needs the
-            least memory.
+        shards: parts that the set is cut into, each summed by itself, so that workers can share them; no more than it
+            has batches. Another number gives other last bits; 1 needs the least memory.
 
     Raises:
         InputError: ``shards`` is not a number of at least 1.
@@ -83,11 +85,10 @@ class Calibration:
     bos: str = option("auto", shared=True)
     pair_fields: str | Sequence[str] | None = None
     span_corruption: bool = False
-    shards: int | None = None
+    shards: int = SHARDS
 
     def __post_init__(self) -> None:
-        if self.shards is not None:
-            check_count("shards", self.shards)
+        check_count("shards", self.shards)
 
     @property
     def fields(self) -> tuple[str, str] | None:

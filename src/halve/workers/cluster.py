@@ -2,15 +2,19 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from halve.errors import HalveError, InputError, one_line
+from halve.errors import HalveError, InputError, counted, one_line
+from halve.workers import terms
 from halve.workers.messages import Message
 from halve.workers.worker import Worker
 
@@ -86,7 +90,7 @@ class Cluster:
         try:
             return ray.put(message)
         except ray.exceptions.RayError as error:
-            raise _no_room(error) from error
+            raise terms.no_room(error) from error
 
     def first_of(self, pending: Sequence[Pending]) -> Pending | None:
         """Return an answer that is there, None if there is none within a second."""
@@ -95,17 +99,11 @@ class Cluster:
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK, fetch_local=False)
         return ready[0] if ready else None
 
-    def has(self, pending: Pending, within: float = 0.0) -> bool:
-        """Whether an answer is there, or comes within so many seconds; it is not fetched."""
-        import ray
-
-        ready, _ = ray.wait([pending], timeout=within, fetch_local=False)
-        return bool(ready)
-
-    def answer(self, pending: Pending) -> Message | None:
-        """Return an answer that is there; None if the worker was lost, or the answer was.
+    def answer(self, pending: Pending) -> Message:
+        """Return an answer that is there.
 
         Raises:
+            LostError: the worker was lost, or its answer was.
             HalveError: there is no room for it, or the worker failed by an error of the program.
         """
         import ray
@@ -113,24 +111,21 @@ class Cluster:
         errors = ray.exceptions
         try:
             found: Any = ray.get(pending)
-        except (errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError, errors.NodeDiedError):
-            return None
         except (errors.ObjectStoreFullError, errors.OutOfDiskError) as error:
-            raise _no_room(error) from error
+            raise terms.no_room(error) from error
         except errors.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if isinstance(cause, errors.ObjectStoreFullError | errors.OutOfDiskError):
-                raise _no_room(cause) from error
+                raise terms.no_room(cause) from error
             raise HalveError(f"a worker failed ({one_line(cause)}): this is a fault of the program") from error
+        except errors.RayError as error:
+            raise LostError(one_line(error)) from error
         message: Message = found
         return message
 
 
-def _no_room(error: Exception) -> HalveError:
-    return HalveError(
-        f"Ray's object store is full ({one_line(error)[:120]}): give it more memory (object_store_memory) or room to "
-        "spill to, or use fewer workers or shards; then go on with halve resume"
-    )
+class LostError(Exception):
+    """A worker does not answer any more; the text says why."""
 
 
 @contextmanager
@@ -144,31 +139,52 @@ def cluster(workers: int | str, threads: int, device: torch.device) -> Iterator[
         device: that each works on.
 
     Raises:
-        InputError: Ray is not installed, the cluster cannot be reached, or it has no room for one worker.
+        InputError: the cluster cannot be reached, or it has no room for so many workers.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError("workers need Ray: pip install 'halve[ray]', or leave workers out") from error
+    import ray
+
     address = workers if isinstance(workers, str) else os.environ.get("RAY_ADDRESS", "")
     begun = not ray.is_initialized()
     own = begun and not address
     if begun:
         _connect(address, workers, threads, device)
     try:
-        unit, each = ("GPU", 1) if device.type == "cuda" else ("CPU", threads)
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        room = int(resources.get(unit, 0) // each)
+        room = _room(threads, device)
         wanted = workers if isinstance(workers, int) else room
         if not 1 <= wanted <= room:
             raise InputError(
-                f"workers = {workers!r} asks for {wanted} of {each} {unit}s each, and the cluster has room for {room}: "
-                "ask for fewer, or for fewer worker_threads"
+                f"workers = {workers!r} asks for {wanted} with {counted(threads, 'CPU thread')} each, and the cluster "
+                f"has room for {room}: ask for fewer, or for fewer worker_threads"
             )
         yield Cluster(wanted, threads, device, own=own)
     finally:
         if begun:
             ray.shutdown()
+
+
+def _room(threads: int, device: torch.device) -> int:
+    """Return how many workers have room on the nodes of the cluster."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    room = 0
+    for node in nodes:
+        resources = node["Resources"] if node["Alive"] else {}
+        here = resources.get("CPU", 0) // threads
+        room += int(min(here, resources.get("GPU", 0)) if device.type == "cuda" else here)
+    return room
+
+
+def check_cluster(workers: int | str) -> None:
+    """Refuse workers that cannot be had, before anything expensive is done.
+
+    Raises:
+        InputError: Ray is not installed, or nothing listens at the address.
+    """
+    if find_spec("ray") is None:
+        raise InputError("workers need Ray: pip install 'halve[ray]', or leave workers out")
+    if address := workers if isinstance(workers, str) else os.environ.get("RAY_ADDRESS", ""):
+        _check_listening(address)
 
 
 def _check_listening(address: str) -> None:
@@ -198,10 +214,8 @@ def _connect(address: str, workers: int | str, threads: int, device: torch.devic
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
-        _check_listening(address)
         options["address"] = address
     elif isinstance(workers, int):
         gpus = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -212,6 +226,7 @@ def _connect(address: str, workers: int | str, threads: int, device: torch.devic
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Ray's own, on what it is going to change
@@ -219,3 +234,6 @@ def _connect(address: str, workers: int | str, threads: int, device: torch.devic
     except Exception as error:
         where = f"the cluster at {address} cannot be reached" if address else "Ray cannot be started on this machine"
         raise InputError(f"{where} ({one_line(error)}): see ray status, or leave workers out") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # which Ray replaces

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from halve.errors import CalibrationError, HalveError, counted
-from halve.model.collect import check_called
+from halve.errors import HalveError, counted
+from halve.model.collect import check_called, merge_leaders
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.run.bundles import operations
@@ -17,7 +17,7 @@ from halve.run.executor import Inputs, Job
 from halve.run.phases import Phase
 from halve.solve.outcome import Outcome
 from halve.workers import terms
-from halve.workers.cluster import Cluster, Hand, Pending
+from halve.workers.cluster import Cluster, Hand, LostError, Pending
 from halve.workers.messages import Message, pack, unpack
 
 _BEGINS = 600.0
@@ -44,6 +44,8 @@ class _Member:
         block: that its shards are at.
         collected: whether it has gathered the statistics of that block.
         alive: whether it answers.
+        why: how it was lost.
+        began: when it was hired.
     """
 
     number: int
@@ -53,6 +55,8 @@ class _Member:
     block: int = 0
     collected: bool = False
     alive: bool = True
+    why: str = ""
+    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,10 @@ class Crew:
         self._members: list[_Member] = []
         self._hired = 0
         self._passed: list[tuple[str, ...]] = []  # names of the parameters that each finished block has changed
+        self._leaders: dict[str, str] = {}
+        self._parts: dict[int, tuple[_Member, terms.Part]] = {}
         self._sums: dict[str, dict[int, tuple[_Member, Pending]]] = {}
-        self._began = time.monotonic()
+        self._at_work: dict[_Member, _Work] = {}
         self._lost = 0
 
     def begin(self, block: int) -> None:
@@ -118,6 +124,7 @@ class Crew:
 
     def follow(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """See `Executor`."""
+        self._lost = 0
         self._passed.append(tuple(tensors))
         with self._job.phases.timing(Phase.REPLAY):
             self._advance_to(block + 1, dict(tensors))
@@ -125,6 +132,7 @@ class Crew:
     def finish(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """See `Executor`."""
         self._sums.clear()
+        self._parts.clear()
         self._lost = 0
         self._passed.append(tuple(tensors))
         if block >= self._job.last:
@@ -140,27 +148,24 @@ class Crew:
         if not job.collect or not matrices:
             return {}
         job.tell(block, Phase.COLLECT)
-        leaders: dict[str, str] = {}
         with job.phases.timing(Phase.COLLECT):
-            known = self._collected(block)
+            parts = self._collected(block)
+        self._leaders = {}
         tokens: dict[str, int] = {}
         widths: dict[str, int] = {}
-        for part in known:
-            for name, leader in part.leaders.items():
-                if leaders.setdefault(name, leader) != leader:
-                    raise CalibrationError(
-                        f"{name} shared its input with {leaders[name]} in one part of the calibration data and with "
-                        f"{leader} in another: Halve cannot tell which statistics it needs"
-                    )
+        for part in parts:
+            merge_leaders(self._leaders, part.leaders)
             for leader, (d_in, counts) in part.sums.items():
                 widths[leader] = d_in
                 tokens[leader] = tokens.get(leader, 0) + sum(counts)
-        check_called(matrices, leaders)
-        return {name: Inputs(leader, widths[leader], tokens[leader]) for name, leader in leaders.items()}
+        check_called(matrices, self._leaders)
+        return {name: Inputs(leader, widths[leader], tokens[leader]) for name, leader in self._leaders.items()}
 
     def _collected(self, block: int) -> list[terms.Part]:
         """Let all shards be summed at a block, whoever is lost meanwhile, and return what each part is of."""
-        parts: dict[int, terms.Part] = {}
+        if not self._job.collect:
+            self._advance_to(block)
+            return []
         while missing := self._without_sums(block):
             calls = {member: member.hand.call("collect", block) for member in missing}
             for member, message in self._answers(calls):
@@ -168,21 +173,24 @@ class Crew:
                 terms.check(answer)
                 member.collected = True
                 for part in answer.parts:
-                    parts[part.first] = part
+                    self._parts[part.first] = (member, part)
                     for leader in part.sums:
                         pending = member.hand.call("sums", part.first, leader)
                         self._sums.setdefault(leader, {})[part.first] = (member, pending)
             # A worker answers in order: what it answers after its sums says that these are there.
             for _ in self._answers({member: member.hand.call("spent") for member in missing if member.alive}):
                 pass
-        return [parts[first] for first in sorted(parts)]
+        summed = sorted(shard for _, part in self._parts.values() for shard in part.shards)
+        if summed != list(range(len(self._job.shards))):
+            raise AssertionError(f"shards {summed} were summed")
+        return [self._parts[first][1] for first in sorted(self._parts)]
 
     def _without_sums(self, block: int) -> list[_Member]:
         """Return the workers whose shards have still to be summed at a block, with those in place of lost ones."""
-        for leader in list(self._sums):
-            kept = {first: entry for first, entry in self._sums[leader].items() if entry[0].alive}
-            self._sums[leader] = kept
         self._advance_to(block)
+        for leader, parts in self._sums.items():
+            self._sums[leader] = {first: entry for first, entry in parts.items() if entry[0].alive}
+        self._parts = {first: entry for first, entry in self._parts.items() if entry[0].alive}
         return [member for member in self._alive() if member.shards and not member.collected]
 
     def solve(
@@ -200,7 +208,7 @@ class Crew:
         costs = [sum(operations(matrix) for matrix in bundle) for bundle in bundles]
         waiting = sorted(range(len(bundles)), key=lambda index: costs[index])
         done: dict[int, list[Outcome]] = {}
-        at_work: dict[_Member, _Work] = {}
+        at_work = self._at_work
         pace = 0.0  # seconds an operation, of the slowest so far
         while len(done) < len(bundles):
             if not self._alive():
@@ -209,22 +217,17 @@ class Crew:
                 index = waiting.pop()
                 at_work[idle] = self._begin_work(idle, block, index, bundles[index], options)
             found = self._cluster.first_of([work.call for work in at_work.values()])
-            member = next((each for each, work in at_work.items() if work.call is found), None)
+            member = next((each for each, work in at_work.items() if work.call == found), None)
             if member is None:
-                self._give_up_late(at_work, {each: pace * costs[work.bundle] for each, work in at_work.items()})
+                self._give_up_late({each: pace * costs[work.bundle] for each, work in at_work.items()})
             else:
-                work = at_work[member]
-                message = self._cluster.answer(work.call)
-                if message is None:
-                    self._give_up(member)
+                work = at_work.pop(member)
+                outcomes = self._outcomes(block, member, work)
+                if outcomes is None:
+                    waiting.append(work.bundle)
                 else:
-                    del at_work[member]
-                    outcomes = self._outcomes(block, work, message)
-                    if outcomes is None:
-                        waiting.append(work.bundle)
-                    else:
-                        done[work.bundle] = outcomes
-                        pace = max(pace, (time.monotonic() - work.began) / costs[work.bundle])
+                    done[work.bundle] = outcomes
+                    pace = max(pace, (time.monotonic() - work.began) / costs[work.bundle])
             for lost in [each for each in at_work if not each.alive]:
                 waiting.append(at_work.pop(lost).bundle)
         return [done[index] for index in range(len(bundles))]
@@ -239,29 +242,37 @@ class Crew:
     ) -> _Work:
         """Let a worker prune a bundle."""
         names = [matrix.name for matrix in bundle]
-        parts = next((self._sums[name] for name in names if name in self._sums), {})  # none of an unseen expert
+        leader = self._leaders.get(names[0])  # none of an expert that no token reached
+        parts = {} if leader is None else self._sums[leader]
         task = pack({"block": block, "matrices": names, "options": options(bundle)})
         call = member.hand.call("solve", task, [parts[first][1] for first in sorted(parts)])
         return _Work(index, call, [parts[first][0] for first in sorted(parts)], time.monotonic())
 
-    def _outcomes(self, block: int, work: _Work, message: Message) -> list[Outcome] | None:
-        """Return the outcomes of a bundle; None where its sums were lost, which have been summed again by then."""
+    def _outcomes(self, block: int, member: _Member, work: _Work) -> list[Outcome] | None:
+        """Return the outcomes of a bundle; None where the worker was lost, or sums that it needs.
+
+        Lost sums have been summed again by then.
+        """
+        try:
+            message = self._cluster.answer(work.call)
+        except LostError as error:
+            self._give_up(member, str(error))
+            return None
         answer, tensors = unpack(message, terms.Solved)
         if answer.failed is None or answer.failed[0] != terms.LOST:
             terms.check(answer)
             return answer.outcomes_with(tensors)
-        for holder in work.holders:
-            self._give_up(holder)
+        self._give_up(work.holders[int(answer.failed[1])], "its sums could not be fetched")
         self._collected(block)
         return None
 
-    def _give_up_late(self, at_work: Mapping[_Member, _Work], expected: Mapping[_Member, float]) -> None:
+    def _give_up_late(self, expected: Mapping[_Member, float]) -> None:
         """Give up workers that take much longer than they should, if there are others."""
         now = time.monotonic()
-        for member, work in at_work.items():
+        for member, work in self._at_work.items():
             late = now - work.began > max(_PATIENCE, _SLOWER * expected[member])
             if late and expected[member] and len(self._alive()) > 1:
-                self._give_up(member)
+                self._give_up(member, "it is much slower than the others")
 
     def reconstruct(
         self, block: int, tensors: Mapping[str, Tensor], options: Reconstruction
@@ -271,25 +282,31 @@ class Crew:
         job.tell(block, Phase.RECONSTRUCT)
         with job.phases.timing(Phase.RECONSTRUCT):
             while True:
+                self._collected(block)  # the shards have to be there, and at this block
                 (holder,) = (member for member in self._alive() if member.shards)
                 tuning = self._cluster.put(pack({"block": block, "options": asdict(options)}, tensors))
                 for _, message in self._answers({holder: holder.hand.call("reconstruct", tuning)}):
                     answer, changed = unpack(message, terms.TunedBlock)
                     terms.check(answer)
                     return Tuned(**answer.tuned), changed
-                self._collected(block)
 
-    def close(self) -> tuple[WorkerReport, ...]:
-        """Return what every worker did, and let it go."""
-        whole = time.monotonic() - self._began
+    def reports(self) -> tuple[WorkerReport, ...]:
+        """See `Executor`."""
         found = []
         for member, message in self._answers({member: member.hand.call("spent") for member in self._alive()}):
             answer, _ = unpack(message, terms.Spent)
             seconds = dict(answer.seconds)
-            waited = max(0.0, whole - sum(seconds.values()))
+            waited = max(0.0, time.monotonic() - member.began - sum(seconds.values()))
             found.append(WorkerReport(member.number, member.node, tuple(member.shards), seconds, round(waited, 3)))
-            member.hand.close()
         return tuple(sorted(found, key=lambda each: each.number))
+
+    def leave(self) -> None:
+        """See `Executor`."""
+        for member in self._members:
+            if member.alive and member not in self._at_work:
+                member.hand.close()
+            member.hand.kill()
+        self._members.clear()
 
     def _alive(self) -> list[_Member]:
         return [member for member in self._members if member.alive]
@@ -311,20 +328,22 @@ class Crew:
             member.node = answer.node
             if answer.needs_files:
                 self._send_files(member)
-        self._load(shards)
+        self._load({member: mine for member, mine in shards.items() if member.alive})
 
     def _load(self, shards: Mapping[_Member, list[int]]) -> None:
         """Let workers load the model for shards, which begin at the first block."""
-        calls = {member: member.hand.call("open", mine) for member, mine in shards.items() if member.alive}
-        for _, message in self._answers(calls):
+        calls = {member: member.hand.call("open", mine) for member, mine in shards.items()}
+        for _, message in self._answers(calls, within=_BEGINS):
             terms.check(unpack(message, terms.Answer)[0])
 
     def _send_files(self, member: _Member) -> None:
         for name, chunks in self._files.items():
             for chunk in chunks():
-                pending = member.hand.call("receive", name, chunk)
-                for _, message in self._answers({member: pending}):
+                pending = member.hand.call("receive", name, self._cluster.put(chunk))
+                for _, message in self._answers({member: pending}, within=_BEGINS):
                     terms.check(unpack(message, terms.Answer)[0])
+                if not member.alive:
+                    return
 
     def _advance_to(self, block: int, newest: Mapping[str, Tensor] | None = None) -> None:
         """Bring all shards to the input of a block, and those of lost workers to others, or to new ones.
@@ -337,6 +356,8 @@ class Crew:
         while True:
             self._replace_lost(block)
             behind = [member for member in self._alive() if member.shards and member.block < block]
+            if len(self._alive()) < len(self._members):
+                continue
             if not behind:
                 return
             index = min(member.block for member in behind)
@@ -359,11 +380,12 @@ class Crew:
             self._members.remove(lost)
             self._lost += 1
             where = f" on {lost.node}" if lost.node else ""
-            self._job.tell(block, Phase.REPLAY, note=f"worker {lost.number}{where} was lost, and is replaced")
+            note = f"worker {lost.number}{where} was lost, and is replaced ({lost.why})"
+            self._job.tell(block, Phase.REPLAY, note=note)
             if self._lost > _MOST_LOST * self._cluster.workers:
                 raise HalveError(
-                    f"{self._lost} workers were lost at one block: look at the memory of their machines and at Ray's "
-                    "log, then go on with halve resume"
+                    f"{self._lost} workers were lost at one block, the last one by this: {lost.why}; look at the "
+                    "memory of their machines and at Ray's log, then go on with halve resume"
                 )
             new = self._hire()
             self._open({new: lost.shards}, within=_STARTS)
@@ -372,21 +394,27 @@ class Crew:
             self._members.remove(new)
             rest = self._alive()
             if not rest:
-                raise HalveError("no worker is left, and no other could be started: go on with halve resume")
+                raise HalveError(
+                    f"no worker is left, and no other could be started ({new.why}): go on with halve resume"
+                )
             self._job.tell(block, Phase.REPLAY, note="no other worker could be started: the rest share its shards")
             if lost.shards:
                 self._deal_out(lost.shards, rest)
 
     def _deal_out(self, shards: Sequence[int], members: Sequence[_Member]) -> None:
-        """Give shards to workers that have others; they begin at the first block, and are brought forward alone."""
-        for member, more in zip(members, _dealt(shards, len(members)), strict=True):
+        """Give shards to workers that have others; they begin at the first block, and are brought forward alone.
+
+        The one that reconstructs has to hold them all.
+        """
+        takers = members[:1] if self._job.settings.reconstruction is not None else members
+        for member, more in zip(takers, _dealt(shards, len(takers)), strict=True):
             if more:
                 member.shards = sorted([*member.shards, *more])
                 member.block, member.collected = 0, False
                 self._load({member: more})
 
-    def _give_up(self, member: _Member) -> None:
-        member.alive = False
+    def _give_up(self, member: _Member, why: str) -> None:
+        member.alive, member.why = False, why
         member.hand.kill()
 
     def _answers(
@@ -405,18 +433,20 @@ class Crew:
             now = time.monotonic() - began
             if call is not None:
                 member = waiting.pop(call)
-                message = self._cluster.answer(call)
                 slowest = max(slowest, now)
-                if message is None:
-                    self._give_up(member)
+                try:
+                    message = self._cluster.answer(call)
+                except LostError as error:
+                    self._give_up(member, str(error))
                 else:
                     yield member, message
                 continue
-            others = len(calls) > len(waiting)
-            if now > within if within is not None else others and now > max(_PATIENCE, _SLOWER * slowest):
-                for member in waiting.values():
-                    self._give_up(member)
-                return
+            late = list(waiting.values()) if within is not None and now > within else []
+            if within is None and len(calls) > len(waiting) and now > max(_PATIENCE, _SLOWER * slowest):
+                late = [member for member in waiting.values() if member not in self._at_work]
+            for member in late:
+                self._give_up(member, f"it did not answer for {now:.0f} s")
+            waiting = {call: member for call, member in waiting.items() if member.alive}
 
 
 def _dealt(shards: Sequence[int], workers: int) -> list[list[int]]:

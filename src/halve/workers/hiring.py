@@ -1,11 +1,12 @@
 """From what a run is asked for to the workers that do it."""
 
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import numpy as np
 import torch
@@ -16,19 +17,17 @@ from halve.errors import InputError
 from halve.provenance import Fingerprint
 from halve.run.directory import RunDirectory
 from halve.run.executor import Executor, Job
-from halve.run.loop import Employ
+from halve.run.loop import Employ, Employing
 from halve.run.request import Placement, Request
 from halve.serial import to_plain
 from halve.solve import methods
 from halve.text.calibration import Calibration
 from halve.workers import terms
-from halve.workers.cluster import Cluster, cluster
+from halve.workers.cluster import Cluster, check_cluster, cluster
 from halve.workers.crew import Crew
 from halve.workers.messages import Message
 from halve.workers.worker import must_agree
 
-Employing = Callable[[Fingerprint, Sequence[Sequence[str]]], Employ]
-"""Makes what does the work of a run, given its fingerprint and the names of parameters stored in one tensor."""
 _CHUNK = 1 << 26
 """Bytes of a model's file that are sent at once."""
 
@@ -37,7 +36,8 @@ def check_workers(model: nn.Module | Source, request: Request) -> None:
     """Refuse workers for a run that they cannot do.
 
     Raises:
-        InputError: the model is in memory, or the method weighs gradients.
+        InputError: the model is in memory, the method weighs gradients, hidden states are to be at one place, or the
+            cluster is not there.
     """
     if request.placement.workers is None:
         return
@@ -46,6 +46,9 @@ def check_workers(model: nn.Module | Source, request: Request) -> None:
     method = request.settings.method
     if methods.get(method).gradient is not None:
         raise InputError(f"{method} takes backward passes, which are for one process: leave workers out")
+    if request.placement.offload is not None:
+        raise InputError("offload is a place of one process, and each worker keeps its own hidden states: leave it out")
+    check_cluster(request.placement.workers)
 
 
 @contextmanager
@@ -99,7 +102,8 @@ class Hiring:
 
     def _charge(self, job: Job, mark: Fingerprint, together: Sequence[Sequence[str]]) -> terms.Charge:
         placement = self._request.placement
-        theirs = Placement(device=placement.target.type, forward_dtype=placement.forward_dtype)
+        precision = str(placement.precision).removeprefix("torch.")  # resolved: `auto` may be another one there
+        theirs = Placement(device=placement.target.type, forward_dtype=precision)
         request = replace(self._request, calibration=Calibration(), evaluation=None, placement=theirs)
         return terms.Charge(
             request=to_plain(request),
@@ -112,6 +116,7 @@ class Hiring:
             scratch="" if self._scratch is None else str(self._scratch.resolve()),
             collect=job.collect,
             together=[list(names) for names in together],
+            neighbours=1 if self._scratch is None else self._cluster.workers,
         )
 
     def _paths(self) -> dict[str, Path]:
@@ -138,13 +143,11 @@ def hiring(request: Request, source: Source | None, run: RunDirectory | None) ->
     if placement.workers is None or source is None:
         yield None
         return
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # the folder is removed when the workers that write to it are gone
+        folder = Path(mkdtemp(prefix="halve-")) if run is None else run.workers
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         among = stack.enter_context(cluster(placement.workers, torch.get_num_threads(), placement.target))
-        scratch = None
-        if among.own:
-            folder = run.workers if run is not None else stack.enter_context(TemporaryDirectory(prefix="halve-"))
-            scratch = Path(folder)
-        yield Hiring(among, request, source, scratch).employ
+        yield Hiring(among, request, source, folder if among.own else None).employ
 
 
 def _chunks(path: Path) -> Iterator[Message]:

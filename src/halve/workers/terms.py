@@ -16,6 +16,7 @@ from halve.errors import (
     ResumeMismatchError,
     UnreadableFileError,
     UnsupportedModelError,
+    one_line,
 )
 from halve.solve.outcome import Outcome, Status
 from halve.workers.messages import Message, pack
@@ -28,7 +29,7 @@ _ERRORS = {
     )
 }
 LOST = "lost"
-"""Stands for the kind of an error where a worker could not get what another one had summed."""
+"""Stands for the kind of an error where a worker could not get what another one had summed; the text says which."""
 
 
 class Charge(Struct, frozen=True, kw_only=True):
@@ -38,13 +39,14 @@ class Charge(Struct, frozen=True, kw_only=True):
         request: what is asked for (`halve.serial.to_plain`), as far as it concerns a worker.
         model: path of the model on the driver's machine.
         mark: fields of the fingerprint that a worker must have too: of the model's files, and of the environment.
-        files: size of every file of the model, by its path below the model's directory.
+        files: size of every file of the model, by its path below the model's directory, for workers without them.
         threads: of the CPU.
         batches: of the calibration set.
         shards: all of them, as ranges of batches: the first and the one after the last.
         scratch: a folder of this machine; empty where the worker makes its own.
         collect: whether statistics are needed.
         together: names of parameters that are stored in one tensor.
+        neighbours: workers on one machine, as far as that is known.
     """
 
     request: dict[str, Any]
@@ -57,6 +59,7 @@ class Charge(Struct, frozen=True, kw_only=True):
     scratch: str
     collect: bool
     together: list[list[str]]
+    neighbours: int
 
 
 def plain(charge: Charge) -> dict[str, Any]:
@@ -87,11 +90,13 @@ class Part(Struct, frozen=True, kw_only=True):
 
     Attributes:
         first: index of the first of these shards.
+        shards: indices of all of them.
         leaders: for every matrix that received inputs, the one under whose name they were summed.
         sums: for each of those, the number of input features, and the tokens in each sum.
     """
 
     first: int
+    shards: list[int]
     leaders: dict[str, str]
     sums: dict[str, tuple[int, list[int]]]
 
@@ -168,6 +173,14 @@ def solved(outcomes: list[Outcome]) -> Message:
     """Return the message about outcomes."""
     told = [{name: value for name, value in asdict(each).items() if name != "weight"} for each in outcomes]
     return pack({"outcomes": told}, {str(index): each.weight for index, each in enumerate(outcomes)})
+
+
+def no_room(error: Exception) -> HalveError:
+    """Return what is said where Ray's store has no room."""
+    return HalveError(
+        f"Ray's object store is full ({one_line(error)[:120]}): give it more memory (object_store_memory) or room to "
+        "spill to, or use fewer workers or shards; then go on with halve resume"
+    )
 
 
 def failed(error: HalveError) -> Message:

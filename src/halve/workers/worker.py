@@ -13,19 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from halve.checkpoint.durable import crash_point
 from halve.checkpoint.load import resolve
+from halve.checkpoint.room import check_space
 from halve.device import evaluation_mode
-from halve.errors import HalveError, ResumeMismatchError
+from halve.errors import HalveError, ResumeMismatchError, one_line
 from halve.maths.gram import GramAccumulator, Statistics
+from halve.memory import trim
 from halve.model.blocks import Batch, eager_experts
 from halve.model.collect import Sums
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Reconstruction
 from halve.provenance import deciding_environment, differences, flat, source_fields
 from halve.run.executor import Job, solve_bundle
+from halve.run.fingerprint import device_name
 from halve.run.local import LocalExecutor
 from halve.run.loop import survey
 from halve.run.phases import Phase, Phases
@@ -35,16 +39,18 @@ from halve.whole_model import load_found
 from halve.workers import terms
 from halve.workers.messages import Message, pack, unpack
 
-_PLACES = ("environment.platform",)
+_MAY_DIFFER = ("environment.platform",)
 """Fields of the fingerprint in which nodes of equal hardware may differ: the system's version decides no bytes."""
+_FOLDER = "halve-worker-"
 
 
 def must_agree(mark: Mapping[str, str]) -> dict[str, str]:
     """Return the fields of a run's fingerprint that a worker must have too."""
+    wanted = ("model.", "environment.")
     return {
         name: value
         for name, value in mark.items()
-        if name.startswith(("model.", "environment.")) and name not in _PLACES
+        if (name.startswith(wanted) and name not in _MAY_DIFFER) or name == "device"
     }
 
 
@@ -83,6 +89,9 @@ def _answering(method: Callable[..., Message]) -> Callable[..., Message]:
         except (MemoryError, torch.OutOfMemoryError) as error:
             text = f"a worker on {socket.gethostname()} ran out of memory ({error}): use shorter sequences (seq_len)"
             return terms.failed(HalveError(text))
+        except OSError as error:
+            text = f"a worker on {socket.gethostname()} could not read or write a file ({one_line(error)})"
+            return terms.failed(HalveError(f"{text}: free some space there, then go on with halve resume"))
         else:
             crash_point(f"worker.{method.__name__}.done")
             return found
@@ -93,7 +102,7 @@ def _answering(method: Callable[..., Message]) -> Callable[..., Message]:
 
 
 class Worker:
-    """One worker; all its methods but the last take messages and return one.
+    """One worker; its methods are told plain values and messages, and answer with a message.
 
     Attributes:
         seconds: spent in each method.
@@ -105,9 +114,8 @@ class Worker:
         self._open = ExitStack()
         self._batches: list[Batch] = []
         self._charge: terms.Charge | None = None
-        self._scratch = Path()
+        self._scratch: Path | None = None
         self._model = Path()
-        self._own = False
 
     @_answering
     def hire(self, charge: Message) -> Message:
@@ -123,17 +131,16 @@ class Worker:
         for name, tensor in tensors.items():
             batch, _, argument = name.partition(".")
             self._batches[int(batch)][argument] = tensor.clone()  # type: ignore[index]
-        self._own = not content.scratch
-        if self._own:
-            self._scratch = Path(tempfile.mkdtemp(prefix="halve-worker-"))
-        else:
-            self._scratch = Path(content.scratch) / f"{os.getpid()}"
-            self._scratch.mkdir(parents=True, exist_ok=True)
-        environment = {name: str(value) for name, value in flat("environment", deciding_environment()).items()}
-        self._refuse({name: value for name, value in content.mark.items() if name in environment}, environment)
+        self._scratch = _scratch(content.scratch)
+        torch.use_deterministic_algorithms(content.mark.get("environment.deterministic") == "True")
+        found = {name: str(value) for name, value in flat("environment", deciding_environment()).items()}
+        request = from_plain(Request, content.request)
+        found["device"] = device_name(request.placement.target)
+        self._refuse({name: value for name, value in content.mark.items() if not name.startswith("model.")}, found)
         self._model = Path(content.model)
         present = self._model.exists()
         if not present:
+            check_space(self._scratch, sum(content.files.values()), "the model's files, for a worker")
             self._model = self._scratch / "model" / (self._model.name if len(content.files) == 1 else "")
         return pack({"needs_files": not present, "node": socket.gethostname()})
 
@@ -143,7 +150,7 @@ class Worker:
         charge = self._charged()
         if name not in charge.files:
             raise HalveError(f"{name!r} is no file of the model that this worker was told of")
-        path = self._scratch / "model" / name
+        path = self._folder / "model" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             file.write(np.asarray(chunk, dtype=np.uint8).data)
@@ -162,7 +169,7 @@ class Worker:
         if not self._sites:
             files = {name: value for name, value in charge.mark.items() if name.startswith("model.")}
             self._refuse(files, source_fields(source))
-        folder = self._scratch / f"site-{len(self._sites)}"
+        folder = self._folder / f"site-{len(self._sites)}"
         loaded = load_found(source, None, request.loading.attention, folder if source.shards else None)
         placement, settings = request.placement, request.settings
         self._open.enter_context(evaluation_mode(loaded.model))
@@ -189,6 +196,7 @@ class Worker:
             phases=Phases(placement.target),
             tell=_tell_nobody,
             collect=charge.collect,
+            neighbours=charge.neighbours,
         )
         self._sites.append(_Site(job, LocalExecutor(job), shards, 0, collected=False, parts={}))
         return pack({})
@@ -197,7 +205,8 @@ class Worker:
     def collect(self, block: int) -> Message:
         """Sum over the inputs of a block, shard by shard.
 
-        Leading shards, from the very first on, are summed to one: the driver would add them in that order too.
+        Leading shards, from the very first on, are summed to one: whoever adds all up would add them in that order.
+        The sums of all others are kept apart, in the memory of the machine.
         """
         parts = []
         for site in self._sites:
@@ -209,9 +218,9 @@ class Worker:
                 if place and shard == place:  # so are all before it
                     site.parts[0].absorb(sums)
                 else:
-                    site.parts[shard] = sums
+                    site.parts[shard] = sums if not shard else _on_host(sums)
             site.collected = True
-            parts += [_told(first, sums) for first, sums in site.parts.items()]
+            parts += [_told(site, first) for first in site.parts]
         return pack({"parts": parts})
 
     @_answering
@@ -239,7 +248,8 @@ class Worker:
         known = {matrix.name: matrix for matrix in site.job.plan.of_block(content.block)}
         bundle: list[Matrix] = [known[name] for name in content.matrices]
         try:
-            fetched = (_fetched(each) for each in sums)  # one after the other: each may be a gigabyte
+            # One after the other: each may be a gigabyte.
+            fetched = (_fetched(place, each) for place, each in enumerate(sums))
             statistics = _total(bundle[0], fetched, site.job.device) if sums else None
         except _NotThereError as error:
             return pack({"failed": [terms.LOST, str(error)]})
@@ -272,19 +282,28 @@ class Worker:
                     parameter = site.job.model.get_parameter(name)
                     site.job.weights.own(parameter)
                     parameter.data.copy_(tensor)
+            site.job.weights.release(site.job.plan.blocks[content.block])  # which a solve has read again
             site.block, site.collected, site.parts = content.block + 1, False, {}
+        trim()
         return pack({})
 
     @_answering
     def spent(self) -> Message:
-        """Return the seconds spent by method, and let everything go."""
+        """Return the seconds spent by method; as any answer it says that all that was asked before is done."""
         return pack({"seconds": {name: round(value, 3) for name, value in self.seconds.items()}})
 
     def close(self) -> None:
         """Remove what this worker has put on the disk."""
         self._sites.clear()
         self._open.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    @property
+    def _folder(self) -> Path:
+        if self._scratch is None:
+            raise HalveError("this worker was not told what to work on")
+        return self._scratch
 
     def _charged(self) -> terms.Charge:
         if self._charge is None:
@@ -304,26 +323,59 @@ def _tell_nobody(block: int, phase: Phase, *, caution: str = "", note: str = "")
     """The driver tells what happens."""
 
 
+def _scratch(given: str) -> Path:
+    """Make a folder for what a worker keeps: in the one that is given, or in the temporary one of its machine.
+
+    What workers that were killed have left there is removed.
+    """
+    if given:
+        folder = Path(given) / f"{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        pid = left.name.removeprefix(_FOLDER).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))
+
+
+def _on_host(sums: Sums) -> Sums:
+    """Return sums in the memory of the machine: a GPU holds those of one shard at a time."""
+    for name, each in sums.accumulators.items():
+        tensors = {kind: tensor.cpu() for kind, tensor in each.tensors.items()}
+        sums.accumulators[name] = GramAccumulator.of(name, each.d_in, each.counts, tensors)
+    return sums
+
+
 class _NotThereError(Exception):
-    """A message that another worker had could not be fetched."""
+    """A message that another worker had is lost; the text is its place among those asked for."""
 
 
-def _fetched(message: Any) -> Message:
+def _fetched(place: int, message: Any) -> Message:
     """Return a message, which may be a reference to one in Ray's store."""
     if isinstance(message, np.ndarray):
         return message
     import ray
 
+    errors = ray.exceptions
     try:
         found: Message = ray.get(message)
-    except ray.exceptions.RayError as error:
-        raise _NotThereError(str(error).splitlines()[0]) from error
+    except (errors.ObjectStoreFullError, errors.OutOfDiskError) as error:
+        raise terms.no_room(error) from error
+    except errors.RayTaskError as error:
+        raise HalveError(f"a worker failed ({one_line(error)}): this is a fault of the program") from error
+    except errors.RayError as error:
+        raise _NotThereError(str(place)) from error
     return found
 
 
-def _told(first: int, sums: Sums) -> dict[str, Any]:
+def _told(site: _Site, first: int) -> dict[str, Any]:
+    """Return what a part is of, as plain values: up to where the next one begins."""
+    others = [shard for shard in site.parts if shard > first]
+    shards = [shard for shard in site.shards if first <= shard < min(others, default=shard + 1)]
+    sums = site.parts[first]
     known = {name: (each.d_in, list(each.counts)) for name, each in sums.accumulators.items()}
-    return {"first": first, "leaders": sums.leaders, "sums": known}
+    return {"first": first, "shards": shards, "leaders": sums.leaders, "sums": known}
 
 
 def _total(matrix: Matrix, messages: Iterable[Message], device: torch.device) -> Statistics:
