@@ -17,7 +17,7 @@ import halve
 from halve.checkpoint.durable import CRASH_POINT
 from halve.errors import HalveError, InputError
 from halve.run.phases import Phase
-from halve.workers import crew
+from halve.workers import roster
 from models import decoder, save, tokens
 
 ray = pytest.importorskip("ray", reason="workers need Ray: pip install 'halve[ray]'")
@@ -96,7 +96,7 @@ def test_a_node_that_is_removed_takes_nothing_with_it(tmp_path, nodes, monkeypat
     source = save(decoder("llama"), tmp_path / "model")
     halve.prune(source, tmp_path / "alone", **ASKED)
     second = nodes.start(f"--address={nodes.address}")
-    monkeypatch.setattr(crew, "_STARTS", 5.0)
+    monkeypatch.setattr(roster, "_STARTS", 5.0)
     killed, notes = [], []
 
     def listen(step):

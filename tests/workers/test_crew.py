@@ -11,7 +11,7 @@ import torch
 import halve
 from halve.errors import HalveError, InputError, ResumeMismatchError
 from halve.run.phases import Phase
-from halve.workers import crew
+from halve.workers import crew, roster
 from halve.workers.worker import Worker
 from models import decoder, encoder_decoder, pairs, save, tokens
 
@@ -151,7 +151,7 @@ def test_a_run_goes_on_with_workers_or_without(tmp_path, llama):
 
 def test_shards_of_a_worker_that_nothing_can_replace_go_to_the_others(tmp_path, llama, monkeypatch):
     halve.prune(llama, tmp_path / "alone", **WANDA)
-    real = crew.Crew._hire
+    real = roster.Roster.hire
 
     def unplaced(self):
         member = real(self)
@@ -159,7 +159,7 @@ def test_shards_of_a_worker_that_nothing_can_replace_go_to_the_others(tmp_path, 
             member.hand.kill()
         return member
 
-    monkeypatch.setattr(crew.Crew, "_hire", unplaced)
+    monkeypatch.setattr(roster.Roster, "hire", unplaced)
     out, listen = tmp_path / "out", killing(Phase.COLLECT, 1, number=1)
     done = halve.prune(llama, out, listen=listen, workers=2, **WANDA)
     assert listen.done
@@ -169,7 +169,7 @@ def test_shards_of_a_worker_that_nothing_can_replace_go_to_the_others(tmp_path, 
 
 def test_a_worker_that_hangs_does_not_stop_the_block(tmp_path, llama, monkeypatch):
     halve.prune(llama, tmp_path / "alone", **WANDA)
-    monkeypatch.setattr(crew, "_PATIENCE", 2.0)
+    monkeypatch.setattr(roster, "_PATIENCE", 2.0)
     stopped = []
 
     def listen(step):
