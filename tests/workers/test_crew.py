@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ import torch
 
 import halve
 from halve.errors import HalveError, InputError, ResumeMismatchError
+from halve.run.bundles import bundles
 from halve.run.phases import Phase
 from halve.workers import crew, roster
 from halve.workers.worker import Worker
@@ -85,6 +87,25 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, kind):
         assert not (tmp_path / f"{count}" / ".halve").exists()
 
 
+def test_matrices_that_share_inputs_may_be_pruned_apart(tmp_path, llama, monkeypatch):
+    """As those of large models are: who prunes one finds the sums under the name of another."""
+    monkeypatch.setattr("halve.run.loop.bundles", partial(bundles, most=1))
+    asked = {**WANDA, "method": "sparsegpt"}
+    halve.prune(llama, tmp_path / "alone", **asked)
+    halve.prune(llama, tmp_path / "out", workers=2, **asked)
+    assert written(tmp_path / "out") == written(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("phase", [Phase.RECONSTRUCT, Phase.COLLECT])
+def test_the_one_that_reconstructs_may_die(tmp_path, llama, phase):
+    asked = {**WANDA, "reconstruct": halve.Reconstruction(epochs=1, learning_rate=1e-3)}
+    halve.prune(llama, tmp_path / "alone", **asked)
+    listen = killing(phase, 1, how_many=2)
+    halve.prune(llama, tmp_path / "out", workers=2, listen=listen, **asked)
+    assert listen.done
+    assert written(tmp_path / "out") == written(tmp_path / "alone")
+
+
 def test_shards_decide_the_last_bits_and_are_on_record(tmp_path, llama):
     one = halve.prune(llama, tmp_path / "1", **{**WANDA, "shards": 1})
     four = halve.prune(llama, tmp_path / "4", **WANDA)
@@ -93,8 +114,8 @@ def test_shards_decide_the_last_bits_and_are_on_record(tmp_path, llama):
     assert written(tmp_path / "1") != written(tmp_path / "4")
 
 
-def killing(phase, block, number=0):
-    """Return a listener that kills a worker when a phase of a block begins, once."""
+def killing(phase, block, number=0, how_many=1):
+    """Return a listener that kills workers when a phase of a block begins, once."""
     done = []
 
     def listen(step):
@@ -103,7 +124,7 @@ def killing(phase, block, number=0):
             found = workers_at_work()
             if phase is not Phase.CAPTURE:
                 assert found
-            for each in found[number : number + 1]:
+            for each in found[number : number + how_many]:
                 os.kill(each.pid, signal.SIGKILL)
 
     listen.done = done

@@ -252,9 +252,8 @@ class Crew:
     def reports(self) -> tuple[WorkerReport, ...]:
         """See `Executor`."""
         found = []
-        for member, message in self._roster.answers(
-            {member: member.hand.call("spent") for member in self._roster.alive}
-        ):
+        calls = {member: member.hand.call("spent") for member in self._roster.alive}
+        for member, message in self._roster.answers(calls):
             answer, _ = unpack(message, terms.Spent)
             seconds = dict(answer.seconds)
             waited = max(0.0, time.monotonic() - member.began - sum(seconds.values()))
@@ -288,9 +287,8 @@ class Crew:
             if index not in sent:
                 sent = {index: self._cluster.put(pack({"block": index}, self._changed(index, block, newest)))}
             those = [member for member in behind if member.block == index]
-            for member, message in self._roster.answers(
-                {each: each.hand.call("advance", sent[index]) for each in those}
-            ):
+            calls = {member: member.hand.call("advance", sent[index]) for member in those}
+            for member, message in self._roster.answers(calls):
                 terms.check(unpack(message, terms.Answer)[0])
                 member.block, member.collected = index + 1, False
 
