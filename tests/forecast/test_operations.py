@@ -38,11 +38,16 @@ def test_a_forward_pass_takes_the_products_of_its_matrices_and_of_the_attention(
     assert alone == pytest.approx(counted(lambda: run_model(model, {"input_ids": batch})), rel=0.02)
 
 
-def test_statistics_take_a_product_of_the_inputs_with_themselves():
-    found = operations.statistics(BUNDLE, 512, cross=False)
-    inputs = torch.randn(512, BUNDLE.d_in)
-    assert found.float32 == counted(lambda: inputs.mT @ inputs)
-    assert operations.statistics(BUNDLE, 512, cross=True).float32 == 2 * found.float32
+@pytest.mark.parametrize("d_in", [64, 1000])
+def test_statistics_take_the_part_of_a_product_that_is_computed(d_in):
+    """What is not computed of the sum of random inputs is zero."""
+    accumulator = GramAccumulator(d_in)
+    accumulator.add(torch.randn(512, d_in))
+    computed = int((accumulator.tensors["sum0"] != 0).sum())
+    assert (computed < d_in**2) == (d_in == 1000)
+    bundle = Bundle((96, 32), d_in)
+    assert operations.statistics(bundle, 512, cross=False).float32 == 2 * 512 * computed
+    assert operations.statistics(bundle, 512, cross=True).float32 == 2 * 512 * (computed + d_in**2)
 
 
 @pytest.mark.parametrize(("method", "refit"), [("wanda", "cg"), ("auto", "cg"), ("alps", "cg"), ("alps", "none")])

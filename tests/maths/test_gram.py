@@ -24,6 +24,42 @@ def worst(gram, expected):
     return float(((gram.double() - expected).abs() / (scales * scales[:, None])).max())
 
 
+@pytest.mark.parametrize("d_in", [1, 255, 256, 257, 600, 1100, 2100])
+def test_every_width_is_summed_whole_and_symmetric(d_in):
+    """The upper triangle alone is computed, in panels; several of them, and more columns than are mirrored at once."""
+    x = torch.randn(50, d_in, generator=torch.Generator().manual_seed(0))
+    accumulator = GramAccumulator(d_in, halves=True)
+    for part in x.split(20):
+        accumulator.add(part)
+    early, found = accumulator.finish(), accumulator.finish(last=True)
+    expected = (x.double().mT @ x.double() / 50).float()
+    torch.testing.assert_close(found.gram, expected, rtol=1e-5, atol=1e-5)
+    for gram in (found.gram, *found.halves):
+        assert torch.equal(gram, gram.mT)
+    assert torch.equal(early.gram, found.gram)
+    torch.testing.assert_close((found.halves[0] + found.halves[1]) / 2, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_of_two_parts_are_added():
+    d_in = 300
+    x = torch.randn(64, d_in, generator=torch.Generator().manual_seed(1))
+    whole, first, second = (GramAccumulator(d_in) for _ in range(3))
+    whole.add(x)
+    first.add(x[:40])
+    second.add(x[40:])
+    kept = {name: tensor.clone() for name, tensor in second.tensors.items()}
+    first.absorb(GramAccumulator.of("other", d_in, second.counts, kept))
+    assert first.tokens == 64
+    torch.testing.assert_close(first.finish().gram, whole.finish().gram, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="are not of the same kind"):
+        first.absorb(GramAccumulator(d_in, halves=True))
+    with pytest.raises(InputError, match=r"must be \(8, 8\) float32"):
+        GramAccumulator.of("other", 8, [3], kept)
+    second.finish(last=True)
+    with pytest.raises(InputError, match="finished"):
+        second.absorb(first)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_matches_float64_for_every_dtype(dtype):
     x = correlated_inputs(3000, 24, seed=0).to(dtype).reshape(3, 1000, 24)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from halve.forecast.shapes import Bundle
+from halve.maths.gram import panels
 from halve.solve.methods import prox_admm
 from halve.solve.methods.auto import AutoOptions
 
@@ -84,9 +85,9 @@ def forward(products: float, tokens: float, length: int, width: int, outputs: fl
 
 def statistics(bundle: Bundle, tokens: float, *, cross: bool) -> Counts:
     """The Gram matrix of a bundle's inputs, and with ``cross`` that between the dense and the pruned model's."""
-    products = 1 + cross
+    upper = sum((panel.stop - panel.start) * (bundle.d_in - panel.start) for panel in panels(bundle.d_in))
     return Counts(
-        float32=products * 2.0 * bundle.share * tokens * bundle.experts * bundle.d_in**2,
+        float32=2.0 * bundle.share * tokens * bundle.experts * (upper + cross * bundle.d_in**2),
         bytes=bundle.experts * 8.0 * _PLANE * bundle.d_in**2,
     )
 

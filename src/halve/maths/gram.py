@@ -10,7 +10,9 @@ from halve.errors import CalibrationError, InputError
 from halve.maths.linalg import full_precision, is_finite
 
 _SIDE = 1024
-"""Of the squares in which a sum is made symmetric."""
+"""Columns that are mirrored at once."""
+_PANELS, _NARROWEST, _STEP = 8, 256, 64
+"""How many panels the upper triangle of a sum is computed in, at most; how wide one is at least, and in what steps."""
 _ROWS_AT_ONCE = 8192
 """Tokens upcast in one go: bounds the float32 copy of a batch."""
 
@@ -108,7 +110,7 @@ class GramAccumulator:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The (d_in, d_in) float32 sums by name, not copied."""
+        """The (d_in, d_in) float32 sums by name, not copied; of XᵀX the part above the panels' diagonal alone."""
         sums = {f"sum{half}": total for half, total in enumerate(self._sums)}
         return sums if self._cross is None else {**sums, "cross": self._cross}
 
@@ -150,7 +152,7 @@ class GramAccumulator:
                 part = int(start >= middle)
                 rows = flat[start:stop].to(self._sums[part].device, torch.float32)
                 self._check_finite(rows)
-                self._sums[part].addmm_(rows.mT, rows)
+                _add_upper(self._sums[part], rows)
                 if others is not None and self._cross is not None:
                     twins = others[start:stop].to(rows.device, torch.float32)
                     self._check_finite(twins)
@@ -241,17 +243,33 @@ def _slices(count: int, middle: int) -> Iterator[tuple[int, int]]:
             yield start, min(start + _ROWS_AT_ONCE, last)
 
 
+def panels(d_in: int) -> list[slice]:
+    """Cut columns into the panels in which the upper triangle of XᵀX is computed; the width decides its last bits.
+
+    A product knows nothing of symmetry: of the whole square, with eight panels, 56 % has to be computed.
+    """
+    width = max(_NARROWEST, -(-d_in // (_PANELS * _STEP)) * _STEP)
+    return [slice(first, min(first + width, d_in)) for first in range(0, d_in, width)]
+
+
+def _add_upper(total: Tensor, rows: Tensor) -> None:
+    """Add ``rowsᵀ rows`` to the upper triangle of ``total``, panel by panel."""
+    for panel in panels(len(total)):
+        total[panel, panel.start :].addmm_(rows[:, panel].mT, rows[:, panel.start :])
+
+
 def _mean_in_place(total: Tensor, tokens: int) -> Tensor:
-    """Return ``(total + totalᵀ) / 2 tokens`` in the memory of ``total``: a product is symmetric only up to rounding."""
-    scale = 0.5 / tokens
-    edges = range(0, len(total), _SIDE)
-    for top in edges:
-        rows = slice(top, top + _SIDE)
-        for left in edges[edges.index(top) :]:
+    """Turn the upper triangle of a sum into a symmetric mean, in its own memory.
+
+    Of each panel's square both triangles were computed, equal up to rounding; their mean is taken.
+    """
+    for panel in panels(len(total)):
+        square = total[panel, panel]
+        total[panel, panel] = (square + square.mT).mul_(0.5 / tokens)
+        for left in range(panel.stop, len(total), _SIDE):
             columns = slice(left, left + _SIDE)
-            part = (total[rows, columns] + total[columns, rows].mT).mul_(scale)
-            total[rows, columns] = part
-            total[columns, rows] = part.mT
+            total[panel, columns] *= 1.0 / tokens
+            total[columns, panel] = total[panel, columns].mT
     return total
 
 
