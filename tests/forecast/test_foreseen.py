@@ -66,6 +66,8 @@ def test_what_is_not_counted_is_said(tmp_path):
     found = foresee("llama-8b", tmp_path / "out", asked(method="gblm"), rates=H100)
     assert found.notes == ("what gblm with refit cg takes is not counted",)
     written = foresee("llama-8b", tmp_path / "out", asked(calibration="self"), rates=H100)
+    shared = foresee("llama-8b", tmp_path / "out", asked(workers=2), rates=H100)
+    assert shared.notes == ("this is what one process takes: workers share the time, and each takes memory of its own",)
     assert written.notes == ("the time that the model takes to write its own calibration text is not in it",)
 
 

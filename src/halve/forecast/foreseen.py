@@ -121,6 +121,8 @@ def foresee(
         plan = replace(plan, streamed=True)
         wanted = needs(shapes, plan, used, output, computed)
     notes = []
+    if request.placement.workers is not None:
+        notes.append("this is what one process takes: workers share the time, and each takes memory of its own")
     if request.calibration.is_self_written and settings.needs_calibration:
         notes.append("the time that the model takes to write its own calibration text is not in it")
     if rates is None and measured:
