@@ -120,11 +120,7 @@ def foresee(
     if by_itself and not plan.streamed and sum(wanted.memory.values()) > free_memory(_CPU) + used:
         plan = replace(plan, streamed=True)
         wanted = needs(shapes, plan, used, output, computed)
-    notes = []
-    if request.placement.workers is not None:
-        notes.append("this is what one process takes: workers share the time, and each takes memory of its own")
-    if request.calibration.is_self_written and settings.needs_calibration:
-        notes.append("the time that the model takes to write its own calibration text is not in it")
+    notes = _not_in_it(request)
     if rates is None and measured:
         sides = [side for block in shapes.blocks for each in block.bundles for side in (each.d_in, *each.rows)]
         rates = measured_rates(
@@ -143,6 +139,16 @@ def foresee(
         if out is not None and not rates.writing:
             notes.append(f"nothing can be written beside {out}, so that the time of writing is not in it")
     return Foreseen(shapes, plan, wanted, seconds, rates, used, tuple(notes))
+
+
+def _not_in_it(request: Request) -> list[str]:
+    """Return what a run takes besides, as sentences."""
+    notes = []
+    if request.placement.workers is not None:
+        notes.append("this is what one process takes: workers share the time, and each takes memory of its own")
+    if request.calibration.is_self_written and request.settings.needs_calibration:
+        notes.append("the time that the model takes to write its own calibration text is not in it")
+    return notes
 
 
 def _has_weights(path: Path) -> bool:
