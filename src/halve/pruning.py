@@ -126,6 +126,7 @@ def prune_as(
             run.tidy()
             streams = stays_on_disk(source, request.placement.stream, weights)
             beside = run.computed if streams or (foreseen is not None and foreseen.plan.streamed) else None
+        employing = stack.enter_context(hiring(request, source, run))
         with phases.timing(Phase.LOAD):
             loaded = load_found(found, tokenizer, request.loading.attention, beside)
         if run is not None:
@@ -144,7 +145,7 @@ def prune_as(
             call=call,
             phases=phases,
             before=None if judge is None else judge.measure_dense,
-            employing=stack.enter_context(hiring(request, source, run)),
+            employing=employing,
         )
         return pruned if judge is None else judge.measure_pruned(pruned)
 

@@ -70,6 +70,7 @@ FAMILIES = {
         lambda: decoder("llama"),
         {**WANDA, "reconstruct": halve.Reconstruction(epochs=1, learning_rate=1e-3)},
     ),
+    "where faster": (lambda: decoder("llama"), {**WANDA, "only_where_faster": 0.01}),
     "without data": (lambda: decoder("llama"), {"method": "magnitude", "refit": "none", "device": "cpu"}),
 }
 

@@ -59,13 +59,14 @@ class Cluster:
         threads: of the CPU for each.
         device: that each works on.
         own: whether the cluster is this process's own, on this machine.
+        early: whether workers are to come up at once.
 
     Attributes:
         workers: see above.
         own: see above.
     """
 
-    def __init__(self, workers: int, threads: int, device: torch.device, *, own: bool) -> None:
+    def __init__(self, workers: int, threads: int, device: torch.device, *, own: bool, early: bool) -> None:
         import ray
 
         gpus = 1 if device.type == "cuda" else 0
@@ -74,10 +75,12 @@ class Cluster:
         )
         self.workers = workers
         self.own = own
+        # They come up while the driver loads the model.
+        self._waiting = [Hand(self._actor.remote()) for _ in range(workers)] if early else []
 
     def hire(self) -> Hand:
-        """Ask for one more worker."""
-        return Hand(self._actor.remote())
+        """Return one of the workers that are coming up, or ask for one more."""
+        return self._waiting.pop() if self._waiting else Hand(self._actor.remote())
 
     def put(self, message: Message) -> Any:
         """Put a message where all workers can read it.
@@ -129,7 +132,7 @@ class LostError(Exception):
 
 
 @contextmanager
-def cluster(workers: int | str, threads: int, device: torch.device) -> Iterator[Cluster]:
+def cluster(workers: int | str, threads: int, device: torch.device, *, early: bool) -> Iterator[Cluster]:
     """Start workers on this machine, or reach those of a cluster.
 
     Args:
@@ -137,6 +140,7 @@ def cluster(workers: int | str, threads: int, device: torch.device) -> Iterator[
             cluster, all of which is used.
         threads: of the CPU for each worker.
         device: that each works on.
+        early: whether they are to come up at once, before they are hired.
 
     Raises:
         InputError: the cluster cannot be reached, or it has no room for so many workers.
@@ -156,7 +160,7 @@ def cluster(workers: int | str, threads: int, device: torch.device) -> Iterator[
                 f"workers = {workers!r} asks for {wanted} with {counted(threads, 'CPU thread')} each, and the cluster "
                 f"has room for {room}: ask for fewer, or for fewer worker_threads"
             )
-        yield Cluster(wanted, threads, device, own=own)
+        yield Cluster(wanted, threads, device, own=own, early=early)
     finally:
         if begun:
             ray.shutdown()

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -104,7 +103,8 @@ class Hiring:
         placement = self._request.placement
         precision = str(placement.precision).removeprefix("torch.")  # resolved: `auto` may be another one there
         theirs = Placement(device=placement.target.type, forward_dtype=precision)
-        request = replace(self._request, calibration=Calibration(), evaluation=None, placement=theirs)
+        asked = self._request
+        request = Request(settings=job.settings, placement=theirs, loading=asked.loading, calibration=Calibration())
         return terms.Charge(
             request=to_plain(request),
             model=str(self._source.path.resolve()),
@@ -146,7 +146,9 @@ def hiring(request: Request, source: Source | None, run: RunDirectory | None) ->
     with ExitStack() as stack:  # the folder is removed when the workers that write to it are gone
         folder = Path(mkdtemp(prefix="halve-")) if run is None else run.workers
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        among = stack.enter_context(cluster(placement.workers, torch.get_num_threads(), placement.target))
+        early = request.settings.only_where_faster is None  # they would disturb the times that are taken of matrices
+        count, device = torch.get_num_threads(), placement.target
+        among = stack.enter_context(cluster(placement.workers, count, device, early=early))
         yield Hiring(among, request, source, folder if among.own else None).employ
 
 
