@@ -19,6 +19,7 @@ from halve.errors import HalveError, InputError
 from halve.run.phases import Phase
 from halve.workers import roster
 from models import decoder, save, tokens
+from ray_workers import workers_below
 
 ray = pytest.importorskip("ray", reason="workers need Ray: pip install 'halve[ray]'")
 pytestmark = [
@@ -54,18 +55,22 @@ class Nodes:
 
     def start(self, *options):
         """Start a node with one processor, and return its raylet."""
-        before = set(self.raylets())
+        before = set(self._raylets())
         command = [str(Path(sys.executable).parent / "ray"), "start", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
         command += ["--disable-usage-stats", "--object-store-memory=100000000", *options]
         environment = {**os.environ, "RAY_TMPDIR": str(self._folder)}
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-        (raylet,) = set(self.raylets()) - before
+        (raylet,) = set(self._raylets()) - before
         self._ours.append(raylet)
         return raylet
 
-    @staticmethod
-    def raylets():
-        return [each for each in psutil.process_iter(["name"]) if each.info["name"] == "raylet"]
+    def _raylets(self):
+        found = psutil.process_iter(["name", "cmdline"])
+        return [p for p in found if p.info["name"] == "raylet" and str(self._folder) in " ".join(p.info["cmdline"])]
+
+    def workers(self):
+        """Return the processes of workers on all nodes."""
+        return [worker for raylet in self._ours for worker in workers_below(raylet)]
 
     def stop(self):
         for process in psutil.process_iter(["cmdline"]):
@@ -122,14 +127,11 @@ def test_workers_killed_at_random_cost_nothing_but_time(tmp_path, nodes):
     chance, killed = random.Random(0), []
 
     def listen(step):
-        if step.matrix is None and step.blocks and len(killed) < 4 and chance.random() < 0.3:
-            workers = [
-                p for p in psutil.process_iter(["cmdline"]) if "ray::Worker" in " ".join(p.info["cmdline"] or [])
-            ]
-            if workers:
-                killed.append(chance.choice(workers))
-                time.sleep(chance.random() / 5)
-                killed[-1].kill()
+        chosen = step.matrix is None and step.blocks and len(killed) < 4 and chance.random() < 0.3
+        if chosen and (workers := nodes.workers()):
+            killed.append(chance.choice(workers))
+            time.sleep(chance.random() / 5)
+            killed[-1].kill()
 
     halve.prune(source, tmp_path / "out", listen=listen, workers=nodes.address, worker_threads=1, **ASKED)
     assert killed

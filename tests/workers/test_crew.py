@@ -16,6 +16,7 @@ from halve.run.phases import Phase
 from halve.workers import crew, roster
 from halve.workers.worker import Worker
 from models import decoder, encoder_decoder, pairs, save, tokens
+from ray_workers import workers_below
 
 ray = pytest.importorskip("ray", reason="workers need Ray: pip install 'halve[ray]'")
 pytestmark = [
@@ -52,10 +53,8 @@ def facts(pruned):
 
 
 def workers_at_work():
-    """Processes of workers, as the system names them."""
-    return [
-        each for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [""])[0].startswith("ray::Worker")
-    ]
+    """Return the processes of this test's workers."""
+    return workers_below(psutil.Process())
 
 
 FAMILIES = {
