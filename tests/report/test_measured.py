@@ -8,7 +8,7 @@ from msgspec import to_builtins
 from halve.errors import CorruptFileError, HalveError
 from halve.evaluation.figure import Perplexity
 from halve.report.measured import add_perplexity, measured_json, read_measured, write_measured
-from halve.run.events import RunReport
+from halve.run.events import RunReport, WorkerReport
 from reported import matrix_report
 
 SCORE = Perplexity(12.5, 3, 64, "float32", "a/text.txt", "00ff", 1.0, 2.5, "")
@@ -28,6 +28,7 @@ def report():
         seconds={"solve": 1.5},
         resumed_blocks=1,
         peak_memory={"solve": 1000},
+        workers=(WorkerReport(0, "node", (0, 1), {"collect": 2.5}, 0.5),),
     )
 
 
@@ -36,7 +37,7 @@ def test_what_is_written_is_read(tmp_path):
     write_measured(tmp_path, content)
     assert on_disk(tmp_path) == content
     found = read_measured(tmp_path)
-    assert to_builtins(found) == content | {"perplexity": ()}
+    assert to_builtins(found) == content | {"perplexity": (), "workers": ({**content["workers"][0], "shards": (0, 1)},)}
     assert (found.seconds, found.matrix_seconds) == ({"solve": 1.5}, {"a": 0.25})
     assert content["seconds"] == {"solve": 1.5}
     assert content["peak_memory"] == {"solve": 1000}

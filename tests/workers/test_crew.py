@@ -82,8 +82,11 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, kind):
     for count in (1, 3) if kind == "wanda" else (2,):
         shared = halve.prune(source, tmp_path / f"{count}", workers=count, worker_threads=1, **asked)
         assert written(tmp_path / f"{count}") == written(tmp_path / "alone")
+        page = (tmp_path / f"{count}" / "report.html").read_text()
         assert facts(shared) == facts(alone)
         assert len(shared.report.workers) == count
+        assert page.count('<th scope="row">') > count
+        assert 'id="workers"' in page
         assert not (tmp_path / f"{count}" / ".halve").exists()
 
 

@@ -40,7 +40,7 @@ def measured_json(report: RunReport) -> dict[str, Any]:
     return taken | {
         "resumed_blocks": report.resumed_blocks,
         "matrix_seconds": {m.name: round(m.facts["seconds"], 4) for m in report.matrices if "seconds" in m.facts},
-        "workers": [asdict(worker) for worker in report.workers],
+        "workers": [asdict(worker) | {"shards": list(worker.shards)} for worker in report.workers],
     }
 
 
