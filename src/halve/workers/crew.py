@@ -77,8 +77,11 @@ class Crew:
             shares += [[] for _ in range(self._cluster.workers - holding)]
             self._roster.open({self._roster.hire(): mine for mine in shares}, within=BEGINS)
             self._roster.replace_lost(block)
-        shards = counted(len(self._job.shards), "shard")
-        held = f"{shards}, all held by one of them, which reconstructs" if tuned else shards
+        held, idle = counted(len(self._job.shards), "shard"), self._cluster.workers - holding
+        if tuned:
+            held += ", all held by one of them, which reconstructs"
+        elif idle:
+            held += f", so that {idle} only prune matrices: give more shards, or more samples for them"
         self._job.tell(block, Phase.CAPTURE, note=f"{counted(len(self._roster.alive), 'worker')} for {held}")
 
     def follow(self, block: int, tensors: Mapping[str, Tensor]) -> None:
