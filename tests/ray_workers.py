@@ -5,7 +5,10 @@ import psutil
 
 def workers_below(process):
     """Return the processes below one that have a worker in them."""
-    return [each for each in process.children(recursive=True) if _is_worker(each)]
+    try:
+        return [each for each in process.children(recursive=True) if _is_worker(each)]
+    except psutil.NoSuchProcess:  # it has just ended itself
+        return []
 
 
 def _is_worker(process):

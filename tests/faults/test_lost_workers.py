@@ -66,7 +66,8 @@ class Nodes:
 
     def _raylets(self):
         found = psutil.process_iter(["name", "cmdline"])
-        return [p for p in found if p.info["name"] == "raylet" and str(self._folder) in " ".join(p.info["cmdline"])]
+        named = ((each, each.info["name"] == "raylet", " ".join(each.info["cmdline"] or [])) for each in found)
+        return [each for each, is_raylet, line in named if is_raylet and str(self._folder) in line]
 
     def workers(self):
         """Return the processes of workers on all nodes."""
