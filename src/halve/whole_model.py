@@ -325,7 +325,7 @@ def _record(
         notes=loaded.notes,
         calibration={
             "seed": request.calibration.seed,
-            "shards": done.shards,
+            **({} if data == [] else {"shards": done.shards}),
             **calibration_record(data),
         },
         device=str(request.placement.target),
