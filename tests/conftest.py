@@ -11,6 +11,11 @@ settings.register_profile("halve", deadline=None)
 settings.load_profile("halve")
 
 
+def pytest_collection_modifyitems(items):
+    """Let tests that start Ray come last: its threads would not survive in the forks of others."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A tiny Llama on disk, with a tokenizer."""

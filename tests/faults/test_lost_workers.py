@@ -23,6 +23,7 @@ from ray_workers import workers_below
 
 ray = pytest.importorskip("ray", reason="workers need Ray: pip install 'halve[ray]'")
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

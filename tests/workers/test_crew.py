@@ -20,6 +20,7 @@ from ray_workers import workers_below
 
 ray = pytest.importorskip("ray", reason="workers need Ray: pip install 'halve[ray]'")
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
