@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from halve.errors import HalveError, InputError, counted, one_line
+from halve.errors import InputError, counted, one_line
 from halve.workers import terms
 from halve.workers.messages import Message
 from halve.workers.worker import Worker
@@ -101,34 +101,6 @@ class Cluster:
 
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK, fetch_local=False)
         return ready[0] if ready else None
-
-    def answer(self, pending: Pending) -> Message:
-        """Return an answer that is there.
-
-        Raises:
-            LostError: the worker was lost, or its answer was.
-            HalveError: there is no room for it, or the worker failed by an error of the program.
-        """
-        import ray
-
-        errors = ray.exceptions
-        try:
-            found: Any = ray.get(pending)
-        except (errors.ObjectStoreFullError, errors.OutOfDiskError) as error:
-            raise terms.no_room(error) from error
-        except errors.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, errors.ObjectStoreFullError | errors.OutOfDiskError):
-                raise terms.no_room(cause) from error
-            raise HalveError(f"a worker failed ({one_line(cause)}): this is a fault of the program") from error
-        except errors.RayError as error:
-            raise LostError(one_line(error)) from error
-        message: Message = found
-        return message
-
-
-class LostError(Exception):
-    """A worker does not answer any more; the text says why."""
 
 
 @contextmanager

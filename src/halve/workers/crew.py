@@ -17,7 +17,8 @@ from halve.run.executor import Inputs, Job
 from halve.run.phases import Phase
 from halve.solve.outcome import Outcome
 from halve.workers import terms
-from halve.workers.cluster import Cluster, LostError, Pending
+from halve.workers.cluster import Cluster, Pending
+from halve.workers.fetching import LostError, fetch
 from halve.workers.messages import pack, unpack
 from halve.workers.roster import BEGINS, Files, Member, Roster, dealt, is_late
 
@@ -216,7 +217,7 @@ class Crew:
         Lost sums have been summed again by then.
         """
         try:
-            message = self._cluster.answer(work.call)
+            message = fetch(work.call)
         except LostError as error:
             self._roster.give_up(member, str(error))
             return None

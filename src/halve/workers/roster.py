@@ -9,7 +9,8 @@ from halve.errors import HalveError
 from halve.run.executor import Tell
 from halve.run.phases import Phase
 from halve.workers import terms
-from halve.workers.cluster import Cluster, Hand, LostError, Pending
+from halve.workers.cluster import Cluster, Hand, Pending
+from halve.workers.fetching import LostError, fetch
 from halve.workers.messages import Message, unpack
 
 Files = Mapping[str, Callable[[], Iterator[Message]]]
@@ -185,7 +186,7 @@ class Roster:
                 member = waiting.pop(call)
                 slowest = max(slowest, now)
                 try:
-                    message = self._cluster.answer(call)
+                    message = fetch(call)
                 except LostError as error:
                     self.give_up(member, str(error))
                 else:

@@ -37,6 +37,7 @@ from halve.run.request import Request
 from halve.serial import from_plain
 from halve.whole_model import load_found
 from halve.workers import terms
+from halve.workers.fetching import LostError, fetch
 from halve.workers.messages import Message, pack, unpack
 
 _MAY_DIFFER = ("environment.platform",)
@@ -355,18 +356,10 @@ def _fetched(place: int, message: Any) -> Message:
     """Return a message, which may be a reference to one in Ray's store."""
     if isinstance(message, np.ndarray):
         return message
-    import ray
-
-    errors = ray.exceptions
     try:
-        found: Message = ray.get(message)
-    except (errors.ObjectStoreFullError, errors.OutOfDiskError) as error:
-        raise terms.no_room(error) from error
-    except errors.RayTaskError as error:
-        raise HalveError(f"a worker failed ({one_line(error)}): this is a fault of the program") from error
-    except errors.RayError as error:
+        return fetch(message)
+    except LostError as error:
         raise _NotThereError(str(place)) from error
-    return found
 
 
 def _told(site: _Site, first: int) -> dict[str, Any]:
