@@ -19,7 +19,7 @@ from halve.memory import trim
 from halve.model.blocks import check_finite, working_copy
 from halve.model.calls import Call, to_device
 from halve.model.collect import Collector, Memory, Sums
-from halve.model.plan import Matrix, set_matrix
+from halve.model.plan import Matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.model.stream import Stream
 from halve.model.survey import StackRun
@@ -214,8 +214,7 @@ class LocalExecutor:
                 own = [gradients[matrix.name] for matrix in bundle] if gradients else None
                 outcomes = solve_bundle(job, bundle, statistics, options(bundle), own)
                 yield outcomes
-                for matrix, outcome in zip(bundle, outcomes, strict=True):
-                    set_matrix(at.work.get_parameter(self._local(at, matrix.parameter)), matrix, outcome.weight)
+                for matrix in bundle:  # the weights are put into the block at its end
                     self._statistics.pop(matrix.name, None)  # a Gram matrix may be gigabytes
                 del statistics
 
@@ -224,7 +223,7 @@ class LocalExecutor:
     ) -> tuple[Tuned, dict[str, Tensor]]:
         """See `Executor`."""
         job, at = self._job, self._passage(block)
-        self._put(at, tensors)  # others may have solved them
+        self._put(at, tensors)
         if at.dense is None:
             raise AssertionError
         name = job.plan.blocks[block]
