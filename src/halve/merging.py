@@ -34,6 +34,7 @@ from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import HalveError, InputError, UnsupportedModelError, counted, first_few
 from halve.learning.adapter import CONFIG, WEIGHTS, Adapter, Update, read_adapter
+from halve.maths.linalg import is_finite
 from halve.maths.pattern import Pattern, apply_mask
 from halve.model.layers import Layout, is_conv1d, is_linear, matrix_view
 from halve.option_groups import fill, group
@@ -319,7 +320,7 @@ def _merge_all(
     for target in targets:
         weight = target.view(loaded.model)
         merged = target.update.merged(weight, masked=adapter.masked)
-        if not bool(torch.isfinite(merged).all()):
+        if not is_finite(merged):
             raise InputError(f"{target.name} is not finite with the adapter: train it again with a lower learning rate")
         how, off_mask = EXACT, 0.0
         if target.mask is not None and not adapter.masked:

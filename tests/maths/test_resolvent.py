@@ -28,6 +28,15 @@ def test_solves_the_ridge_problem(problem, rho):
     assert torch.allclose(got.double(), exact(target, point, gram, rho), atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moves_in_place_what_solving_adds(problem, dtype):
+    target, point, gram = problem
+    resolvent, start = Resolvent(gram, dtype), torch.ones_like(target)
+    moved = resolvent.move(start, point - target, 0.5)
+    assert moved is start
+    assert torch.allclose(moved - 1.0, resolvent.solve(target, point, 0.5) - target, atol=1e-5)
+
+
 def test_bfloat16_errs_by_a_share_of_the_difference(problem):
     target, point, gram = problem
     got = Resolvent(gram, torch.bfloat16).solve(target, point, 0.5)

@@ -30,6 +30,20 @@ def test_cg_is_within_a_thousandth_of_the_exact_optimum(seed):
     assert facts["refit_unconverged_rows"] == 0
 
 
+def test_cg_leaves_rows_alone_that_are_within_the_tolerance():
+    weight, original, gram, mask = masked()
+    fitted, _ = refit_cg(weight, original, gram, mask, tolerance=1e-6)
+    mixed = torch.cat([fitted[:20], weight[20:]])
+    again, facts = refit_cg(mixed, original, gram, mask, tolerance=1e-2)
+    assert torch.equal(again[:20], fitted[:20])  # bit for bit
+    assert facts["refit_row_iterations"] < facts["refit_iterations"]
+    before, after = (oracle.row_losses(each, original, gram)[20:] for each in (mixed, again))
+    assert bool((after < before).all())
+    nothing, facts = refit_cg(fitted, original, gram, mask, tolerance=1e-2)
+    assert torch.equal(nothing, fitted)
+    assert facts["refit_iterations"] == facts["refit_kept_rows"] == 0
+
+
 def test_cg_without_tolerance_reaches_the_optimum_and_stops():
     weight, original, gram, mask = masked()
     best = oracle.row_losses(oracle.best_on_mask(original, gram, mask), original, gram)

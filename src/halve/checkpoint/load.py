@@ -33,6 +33,7 @@ from halve.checkpoint.quantised import refuse_quantised
 from halve.checkpoint.shards import read_json, read_shard
 from halve.checkpoint.weight_files import read_weights
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError, first_few, one_line
+from halve.maths.linalg import is_finite
 from halve.transformers_internals import (
     build,
     dequantising,
@@ -241,8 +242,7 @@ def freeze(model: "PreTrainedModel", name: str, weights: Weights | None = None) 
     weights = weights or Weights()
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        parts = torch.split(parameter.flatten(), 1 << 22) if parameter.is_floating_point() else ()  # bounds the memory
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
+        if not is_finite(parameter):
             raise InputError(f"parameter {parameter_name!r} of {name} holds NaN or infinity: mend the checkpoint")
         weights.done_with(parameter)
 

@@ -23,6 +23,7 @@ from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.room import check_destination
 from halve.checkpoint.shards import build_header, read_chunks, read_shard, read_tensor, tensor_bytes
 from halve.errors import InputError, UnsupportedModelError, first_few, one_line
+from halve.maths.linalg import is_finite
 from halve.transformers_internals import build
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def _check_finite(loaded: LoadedModel, changed: Collection[str], dtype: torch.dt
             if name not in changed:
                 continue
             raise InputError(f"tensor {name!r} is {value.dtype}, not floating-point: it cannot have been pruned")
-        if not bool(torch.isfinite(value.to(dtype or target)).all()):
+        if not is_finite(value.to(dtype or target)):
             raise InputError(
                 f"tensor {name!r} holds NaN or infinity as {dtype or target}: nothing was written; prune it again or "
                 "write another dtype"

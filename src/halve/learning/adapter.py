@@ -22,6 +22,7 @@ from halve.checkpoint.durable import filling
 from halve.checkpoint.shards import file_of, read_json, read_shard, read_tensor
 from halve.checkpoint.validated import shown, validated
 from halve.errors import CorruptFileError, InputError, UnsupportedModelError, first_few
+from halve.maths.linalg import is_finite
 from halve.maths.pattern import apply_mask
 
 CONFIG = "adapter_config.json"
@@ -237,7 +238,7 @@ def _updates(kind: Kind, config: _Config, directory: Path, copies: dict[str, Ten
         if match["part"] in found[match["module"]]:
             raise CorruptFileError(f"{path} has {shown(match['module'])}.{match['part']} twice: save the adapter again")
         tensor = read_tensor(entry)
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+        if not tensor.is_floating_point() or not is_finite(tensor):
             raise CorruptFileError(
                 f"tensor {shown(repr(entry.name))} of {path} is not of finite floating-point numbers: save or train "
                 "the adapter again"

@@ -24,6 +24,7 @@ from halve.leaning import Leaning
 from halve.learning.adapter import NON_ZEROS, PREFIX, Kind, Update, write_adapter
 from halve.learning.learner import Learner
 from halve.lookup import find_row
+from halve.maths.linalg import is_finite
 from halve.model.layers import is_conv1d, is_plain_linear
 from halve.model.masked import PrunedParameter
 
@@ -235,7 +236,7 @@ class AdapterLearner(Learner):
         """
         self._keep_updates()
         for module, update in self._updates.items():
-            if not all(bool(torch.isfinite(each).all()) for each in (update.first, update.second)):
+            if not all(is_finite(each) for each in (update.first, update.second)):
                 self.detach()
                 raise UnsupportedModelError(f"the adapter of {module} is not finite: train with a lower learning rate")
         for place in self._places:

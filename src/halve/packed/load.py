@@ -20,6 +20,7 @@ from halve.checkpoint.load import LoadedModel, assemble, freeze, load_model
 from halve.checkpoint.precision import dtype_in_config
 from halve.checkpoint.shards import TensorEntry
 from halve.errors import InputError, UnsupportedModelError, first_few
+from halve.maths.linalg import is_finite
 from halve.model.layers import is_conv1d, is_plain_linear
 from halve.packed.read import PackedCheckpoint, open_packed
 from halve.runtime.compiled import instruction_sets
@@ -156,7 +157,7 @@ def _finite(matrix: PackedMatrix, dtype: torch.dtype, name: str) -> PackedMatrix
     """Return a packed matrix in another dtype, refused if that makes it infinite."""
     if matrix.dtype != dtype:
         matrix = PackedMatrix(matrix.mask, matrix.values.to(dtype), matrix.shape, matrix.pattern)
-    if not bool(torch.isfinite(matrix.values[:-OVERREAD]).all()):
+    if not is_finite(matrix.values[:-OVERREAD]):
         raise InputError(f"tensor {name!r} holds NaN or infinity in {dtype}: mend the checkpoint")
     return matrix
 

@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from halve.checkpoint.directory import (
     INDEX,
     PACKED,
@@ -15,6 +13,7 @@ from halve.checkpoint.durable import hashed, sha256_of
 from halve.checkpoint.shards import read_tensor, tensor_bytes
 from halve.checkpoint.validated import shown
 from halve.errors import HalveError, noting
+from halve.maths.linalg import is_finite
 from halve.packed.read import MASK, VALUES, PackedCheckpoint
 from halve.recorded import Record, read_record
 from halve.runtime.packed_matrix import OVERREAD, PackedMatrix
@@ -59,8 +58,7 @@ def verify(checkpoint: PackedCheckpoint) -> Verified:
         if entry.dtype.is_floating_point and name.removesuffix(VALUES) not in manifest.matrices:
             with noting(found.note):
                 tensor = read_tensor(entry)
-                wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
-                if not bool(torch.isfinite(wide).all()):
+                if not is_finite(tensor):
                     found.problems.append(f"tensor {name!r} holds NaN or infinity")
     return found
 
@@ -69,7 +67,7 @@ def _verify_values(name: str, matrix: PackedMatrix, found: Verified) -> None:
     kept, rest = matrix.values[:-OVERREAD], matrix.values[-OVERREAD:]
     found.weights += math.prod(matrix.shape)
     found.zeros += math.prod(matrix.shape) - int(kept.count_nonzero())
-    if not bool(torch.isfinite(kept).all()):
+    if not is_finite(kept):
         found.problems.append(f"tensor {name!r} holds NaN or infinity")
     if any(tensor_bytes(rest)):
         found.problems.append(f"tensor {name + VALUES!r} does not end in {OVERREAD} zeros")

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from halve.checks import check_count, check_positive
 from halve.device import on_device
 from halve.errors import HalveError, InputError, counted
+from halve.maths.linalg import is_finite
 from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
 from halve.runtime import speed
@@ -202,7 +203,7 @@ def _why_dense(layer: nn.Module, pattern: Pattern, *, shared: bool) -> str:
         return str(error)
     if reason := speed.unfit(matrix.shape[0], matrix.shape[1], weight.dtype, weight.device):
         return reason
-    if not bool(torch.isfinite(matrix).all()):
+    if not is_finite(matrix):
         return "its weight holds NaN or infinity"
     return "" if pattern.satisfied_by(matrix) else f"not at {pattern}"
 

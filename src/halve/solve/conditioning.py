@@ -107,7 +107,7 @@ def checked_gradient(gradient: Gradient, weight: Tensor, name: str) -> Gradient:
             raise InputError(
                 f"{part} of the gradient is on {tensor.device} and weight on {weight.device}: move one of them"
             )
-        if not bool(torch.isfinite(tensor.float()).all()):
+        if not is_finite(tensor.float()):
             raise InputError(f"{part} of the gradient has NaN or infinity in float32: calibrate again")
     if bool((gradient.root < 0.0).any()):
         raise InputError("root of the gradient has a negative entry: it must be the root of a sum of squares")
@@ -135,7 +135,7 @@ def _semidefinite(gram: Tensor, epsilon: float) -> bool:
     shifted = gram / features
     shifted /= features.unsqueeze(-1)
     shifted.diagonal().add_(max(_LEAST_SLACK, 4.0 * len(gram) * epsilon))
-    return bool(torch.isfinite(shifted).all()) and int(torch.linalg.cholesky_ex(shifted).info) == 0
+    return is_finite(shifted) and int(torch.linalg.cholesky_ex(shifted).info) == 0
 
 
 def into_range(weight: Tensor, stats: Statistics | None) -> tuple[Tensor, Statistics | None, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from halve.errors import FactorisationError
 from halve.maths.gram import Statistics
-from halve.maths.linalg import damped_cholesky, full_precision
+from halve.maths.linalg import damped_cholesky, full_precision, is_finite
 from halve.maths.quadratic import feature_scales
 
 
@@ -46,6 +46,6 @@ def dense_target(weight: Tensor, stats: Statistics, blend: float, ridge: float) 
         pull = (weight.float() @ (stats.cross - stats.gram)) / scales
         moved = torch.cholesky_solve(pull.mT, lower).mT / scales
     target = (weight.float() + blend * moved).to(weight.dtype)
-    if not bool(torch.isfinite(target).all()):
+    if not is_finite(target):
         raise FactorisationError(f"the target from the dense model's outputs is not finite with ridge {ridge:g}")
     return target

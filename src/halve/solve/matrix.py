@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import CalibrationError, FactorisationError, InputError
+from halve.maths.active_rows import some_rows
 from halve.maths.gram import Gradient, Statistics
 from halve.maths.linalg import full_precision, in_parts, is_finite
 from halve.maths.pattern import Pattern, apply_mask
@@ -352,7 +353,9 @@ def _fit(task: _Task, aimed: _Task, outcome: Outcome) -> list[Outcome]:
             outcome = replace(outcome, status=Status.FELL_BACK, reason=reason)
             refit_facts = {}
         facts |= refit_facts
-        after = row_losses(weight, aimed.weight, task.stats.gram)
+        rows = some_rows((weight != outcome.weight).any(-1))
+        after = before.clone()
+        after[rows] = row_losses(weight[rows], aimed.weight[rows], task.stats.gram)
     nothing = weight.new_zeros(1, 1).expand_as(weight)
     total = row_losses(nothing, aimed.weight, task.stats.gram)
     losses = []

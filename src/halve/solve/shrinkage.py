@@ -15,9 +15,9 @@ from torch import Tensor
 
 from halve.maths.gram import Statistics
 from halve.maths.linalg import full_precision
-from halve.maths.pattern import Pattern
+from halve.maths.pattern import Pattern, apply_mask
 from halve.maths.quadratic import Scaled, row_losses
-from halve.solve.refit import refit_cg
+from halve.solve.refit import CGOptions, conjugate_gradients
 
 CANDIDATES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Shrinkages that compete; 0 trusts H as it is and 1 trusts only its diagonal."""
@@ -27,6 +27,7 @@ _ROWS = 64
 """Rows that judge, spread evenly over the matrix."""
 _TOLERANCE = 1e-2
 """Of the refits that are only compared: their loss within a per cent."""
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def shrink(gram: Tensor, amount: float) -> Tensor:
@@ -58,12 +59,45 @@ def choose_shrinkage(weight: Tensor, stats: Statistics, pattern: Pattern) -> flo
         return 0.0
     step = -(-weight.shape[0] // _ROWS)
     rows = weight[::step].float()
-    halves = stats.halves
     with full_precision():
         mask = pattern.keep_mask(Scaled.of(rows, stats.gram).weight.abs())
-        best = _lowest(lambda index: _held_out_loss(rows, mask, halves, CANDIDATES[index]), _FIRST, len(CANDIDATES))
+        folds = [_Fold(rows, mask, *each) for each in (stats.halves, stats.halves[::-1])]
+        best = _lowest(lambda index: sum(fold.loss(CANDIDATES[index]) for fold in folds), _FIRST, len(CANDIDATES))
     amount = CANDIDATES[best]
     return amount if amount == 1.0 else amount / 2.0
+
+
+class _Fold:
+    """Weights that are fitted on one half of the tokens and judged on the other.
+
+    Args:
+        rows: (rows, d_in) float32, the dense weights.
+        mask: (rows, d_in) bool, of what is kept.
+        fitted_on: (d_in, d_in) float32, H of one half.
+        judged_on: (d_in, d_in) float32, H of the other.
+    """
+
+    def __init__(self, rows: Tensor, mask: Tensor, fitted_on: Tensor, judged_on: Tensor) -> None:
+        self._rows = rows
+        self._mask = mask
+        self._judged_on = judged_on
+        self._problem = Scaled.of(rows, fitted_on)
+        self._total = row_losses(torch.zeros_like(rows), rows, judged_on).sum().clamp_min(_TINY)
+        self._fitted = apply_mask(self._problem.weight, mask)
+
+    def loss(self, amount: float) -> float:
+        """Return what is lost with a shrinkage, as a share of the dense output on the tokens that judge.
+
+        Each fit begins where the one before ended, for their losses are close.
+        """
+        fitted = apply_mask(self._rows, self._mask)
+        if amount < 1.0:
+            problem = self._problem
+            shrunk = shrink(problem.gram, amount)  # scaled to unit diagonal first: shrinking leaves the diagonal alone
+            limit = CGOptions().max_iterations
+            self._fitted, *_ = conjugate_gradients(self._fitted, problem.weight, shrunk, self._mask, _TOLERANCE, limit)
+            fitted = problem.restore(self._fitted)
+        return float(row_losses(fitted, self._rows, self._judged_on).sum() / self._total)
 
 
 def _lowest(cost: Callable[[int], float], start: int, count: int) -> int:
@@ -75,15 +109,3 @@ def _lowest(cost: Callable[[int], float], start: int, count: int) -> int:
         if best != start:
             break
     return best
-
-
-def _held_out_loss(rows: Tensor, mask: Tensor, halves: tuple[Tensor, Tensor], amount: float) -> float:
-    """Return the loss, summed over both directions, each relative to the dense output on the tokens that judge."""
-    lost = 0.0
-    for fitted_on, judged_on in (halves, halves[::-1]):
-        fitted = rows * mask
-        if amount < 1.0:
-            fitted, _ = refit_cg(fitted, rows, shrink(fitted_on, amount), mask, tolerance=_TOLERANCE)
-        total = row_losses(torch.zeros_like(rows), rows, judged_on).sum().clamp_min(torch.finfo(torch.float64).tiny)
-        lost += float(row_losses(fitted, rows, judged_on).sum() / total)
-    return lost

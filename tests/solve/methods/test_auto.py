@@ -48,7 +48,7 @@ def test_fast_ends_near_the_best_weights_on_its_mask():
     weight, gram = oracle.layer(48, 128, seed=1)
     quick, exact = (prune_weight(weight, gram, effort="fast", **options) for options in ({}, {"refit_tolerance": 1e-7}))
     assert quick.facts["refit_row_iterations"] < exact.facts["refit_row_iterations"]
-    assert quick.facts["relative_loss"] < 1.005 * exact.facts["relative_loss"]
+    assert quick.facts["relative_loss"] < 1.01 * exact.facts["relative_loss"]
     assert quick.facts["relative_loss"] < prune_weight(weight, gram, method="sparsegpt").facts["relative_loss"]
 
 

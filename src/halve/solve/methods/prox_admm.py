@@ -125,7 +125,11 @@ def solve(weight: Tensor, stats: Statistics, pattern: Pattern, options: ProxADMM
 
 
 class _Iteration:
-    """The variables of the rows still under way; all are (rows, d_in) float32."""
+    """The variables of the rows still under way; all are (rows, d_in) float32.
+
+    In place of the dual variable stands ``Q = V0 + U``, with which ``V + U`` is ``Q + (Z - Q) R``, one product
+    (`Resolvent`).
+    """
 
     def __init__(self, target: Tensor, start: Tensor, resolvent: Resolvent, pattern: Pattern) -> None:
         self.count = 0
@@ -135,7 +139,7 @@ class _Iteration:
         self._active = ActiveRows(start.clone(), REPACK_SHARE)
         self._target = target
         self._sparse = start
-        self._dual = torch.zeros_like(start)
+        self._offset = target.clone()
         self._support = start != 0
         self._retire()
 
@@ -145,13 +149,12 @@ class _Iteration:
 
     def rescale_dual(self, factor: float) -> None:
         """Keep ``ρ U`` when ρ changes."""
-        self._dual *= factor
+        self._offset = torch.lerp(self._target, self._offset, factor)
 
     def step(self, rho: float, lam: float) -> None:
-        dense = self._resolvent.solve(self._target, self._sparse - self._dual, rho)
-        moved = dense.add_(self._dual)
+        moved = self._resolvent.move(self._offset, self._sparse - self._offset, rho)
         self._sparse = prox(moved, lam / rho, self._pattern)
-        self._dual = moved.sub_(self._sparse)
+        self._offset = moved.sub_(self._sparse).add_(self._target)
         self.count += 1
         self.row_iterations += len(self._active)
         if self.count % CHECK_EVERY == 0:
@@ -167,6 +170,6 @@ class _Iteration:
         reached = ~self._pattern.violating_groups(self._sparse).any(-1)
         same = (support == self._support).all(-1)
         self._active.finish(reached & same, self._sparse)
-        self._support, self._target, self._sparse, self._dual = self._active.pack(
-            support, self._target, self._sparse, self._dual
+        self._support, self._target, self._sparse, self._offset = self._active.pack(
+            support, self._target, self._sparse, self._offset
         )
