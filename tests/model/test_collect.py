@@ -8,15 +8,15 @@ from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model import blocks, replay
 from halve.model.classify import BYPASSED, make_plan
-from halve.model.collect import Collector, observe
+from halve.model.collect import Collector, Enough, observe
 from halve.model.stacks import find_stack
 from models import DECODERS, MIXTURES, decoder, tokens
 
 CPU = torch.device("cpu")
 
 
-def collect_first_block(model, batches, skip=()):
-    """Statistics of block 0, and the float64 inputs that plain hooks see in the whole model."""
+def collect_first_block(model, batches, skip=(), ended=None):
+    """Plan and statistics of block 0; with a list for them, of batches that may end early, and whether each did."""
     name, stack = find_stack(model)
     members = list(stack)
     short = replay.probe_batches(batches)
@@ -25,11 +25,14 @@ def collect_first_block(model, batches, skip=()):
         observed = observe(model, members, [partial(blocks.run_model, model, batch) for batch in short])
         plan = make_plan(model, Pattern("2:4"), observed, skip)
         stream = blocks.capture(model, members, batches, behaviour)
-        collector = Collector(members[0], plan.blocks[0], plan.of_block(0), CPU)
+        collector = Collector(members[0], plan.blocks[0], plan.of_block(0), CPU, early=ended is not None)
         with collector.watching():
             for batch in range(len(batches)):
                 collector.start_batch(stream.valid[batch])
-                stream.run(0, batch, members[0], CPU)
+                try:
+                    stream.run(0, batch, members[0], CPU)
+                except Enough:
+                    ended.append(batch)
     assert plan.blocks[0] == f"{name}.0"
     return plan, collector.finish()
 
@@ -63,6 +66,26 @@ def test_gram_equals_the_float64_reference(family):
         got = statistics[name]
         assert got.tokens == len(x) == 7 * 24
         torch.testing.assert_close(got.gram.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_batch_ends_once_all_inputs_were_seen_and_the_statistics_are_the_same(family):
+    model, ended = decoder(family), []
+    batches = [{"input_ids": tokens(4, seed=1)}, {"input_ids": tokens(3, seed=2)}]
+    _, expected = collect_first_block(model, batches)
+    plan, statistics = collect_first_block(model, batches, ended=ended)
+    assert ended == ([] if any(m.routed or m.repeated for m in plan.of_block(0)) else [0, 1])
+    assert ended or family in MIXTURES
+    assert statistics.keys() == expected.keys()
+    for name, each in statistics.items():
+        assert (each is None) == (expected[name] is None)
+        assert each is None or torch.equal(each.gram, expected[name].gram)
+
+
+def test_what_is_not_pruned_is_not_awaited():
+    model, ended = decoder("llama"), []
+    collect_first_block(model, [{"input_ids": tokens()}], skip=("*.mlp.*",), ended=ended)
+    assert ended == [0]
 
 
 def test_matrices_with_the_same_input_share_their_statistics():

@@ -269,6 +269,10 @@ def check_called(matrices: Sequence[Matrix], leaders: Collection[str]) -> None:
             )
 
 
+class Enough(BaseException):
+    """Ends a forward pass from which nothing more is wanted; no error, which a model's own code might catch."""
+
+
 class Collector:
     """Accumulate the statistics of a block's matrices over a calibration set.
 
@@ -278,10 +282,19 @@ class Collector:
         matrices: the block's matrices.
         device: where the Gram matrices are accumulated.
         halves: whether to keep statistics of each half of the tokens apart.
+        early: whether a batch ends, by `Enough` out of the block, once the inputs of all matrices have been seen, which
+            spares the last products. Where only some tokens reach a matrix, or one is called several times, none does.
     """
 
     def __init__(
-        self, block: nn.Module, prefix: str, matrices: Sequence[Matrix], device: torch.device, *, halves: bool = False
+        self,
+        block: nn.Module,
+        prefix: str,
+        matrices: Sequence[Matrix],
+        device: torch.device,
+        *,
+        halves: bool = False,
+        early: bool = False,
     ) -> None:
         self._block = block
         self._prefix = f"{prefix}."
@@ -294,6 +307,8 @@ class Collector:
         self._inputs: list[tuple[Tensor, str]] = []
         self._valid: Tensor | None = None
         self._memory: Memory | None = None
+        self._early = early and not any(matrix.routed or matrix.repeated for matrix in matrices)
+        self._awaited: set[str] = set()
         self._dense: defaultdict[str, list[Tensor]] = defaultdict(list)  # one a call of the matrix
         self._in_dense = False
 
@@ -306,7 +321,7 @@ class Collector:
         with ExitStack() as stack:
             for local, matrix in self._plain.items():
                 module = self._block.get_submodule(local.rpartition(".")[0])
-                stack.enter_context(module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True))
+                stack.enter_context(module.register_forward_pre_hook(self._hook(local, matrix), with_kwargs=True))
             if self._experts:
                 fused = {name: self._block.get_parameter(name) for name, _ in self._experts}
                 stack.enter_context(_ProductWatch(fused, self._see_expert))
@@ -327,12 +342,16 @@ class Collector:
             self._dense.clear()
         self._in_dense = dense
         self._inputs.clear()
+        self._awaited = set(self._plain)
         self._valid = valid
         self._memory = memory
 
-    def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _hook(self, local: str, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._see(matrix, args[0] if args else next(iter(kwargs.values())))
+            self._awaited.discard(local)
+            if self._early and not self._in_dense and not self._awaited:
+                raise Enough
 
         return before_forward
 

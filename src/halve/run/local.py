@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,7 +18,7 @@ from halve.maths.gram import Gradient, Statistics
 from halve.memory import trim
 from halve.model.blocks import check_finite, working_copy
 from halve.model.calls import Call, to_device
-from halve.model.collect import Collector, Memory, Sums
+from halve.model.collect import Collector, Enough, Memory, Sums
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.model.stream import Stream
@@ -194,12 +194,13 @@ class LocalExecutor:
         """Sum over the inputs of a block in a shard; a dense stream, if it is to be paired, goes through it too."""
         job = self._job
         halves = job.settings.objective.chooses_shrinkage(job.settings.defaults)
-        collector = Collector(at.work, job.plan.blocks[at.block], matrices, job.device, halves=halves)
+        collector = Collector(at.work, job.plan.blocks[at.block], matrices, job.device, halves=halves, early=True)
         with autocast(at.work, job.precision), collector.watching():
             for batch in shard:
                 if at.dense is not None and job.matching:
                     self._forward(at, batch, at.dense, keep=True, collector=collector)
-                self._forward(at, batch, at.stream, collector=collector)
+                with suppress(Enough):
+                    self._forward(at, batch, at.stream, collector=collector)
         return collector.take()
 
     def solve(
