@@ -73,6 +73,13 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
+def whole_memory(device: torch.device) -> int:
+    """Return the bytes that a device has, free or not."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().total)
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def check_memory(what: str, bytes_needed: int, remedy: str, device: torch.device = _CPU) -> None:
     """Refuse what cannot fit.
 

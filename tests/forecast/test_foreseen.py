@@ -50,6 +50,7 @@ def test_time_follows_the_tokens_and_the_method(tmp_path):
     assert seconds(effort="best", reconstruct="none")["solve"] > 3 * few["solve"]
     assert "reconstruct" in seconds(effort="best")
     assert seconds(effort="fast", time_limit=10_000)["solve"] == 10_000
+    assert seconds(effort="fast", time_limit=1e-3)["solve"] == few["solve"]  # what is begun is finished
     wanda = seconds(method="wanda", refit="none")
     assert wanda["solve"] < 0.1 * few["solve"]
     assert set(seconds(method="magnitude", refit="none")) == {

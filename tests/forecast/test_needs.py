@@ -8,7 +8,7 @@ import torch
 
 from halve.errors import InputError
 from halve.forecast.needs import _LIBRARIES as LIBRARIES
-from halve.forecast.needs import Plan, needs
+from halve.forecast.needs import Plan, needs, sums_of
 from halve.forecast.shapes import BlockShape, Bundle, Shapes
 
 BLOCK = BlockShape((Bundle((100, 100), 50), Bundle((50,), 200)), 0, 20_500, 41_000)
@@ -64,6 +64,14 @@ def test_on_a_gpu_are_one_block_and_its_statistics():
     found = needs(SHAPES, replace(PLAN, device=torch.device("cuda")), 0, 0)
     assert set(found.memory) == {"this process", "the weights", "hidden states"}
     assert "a block in float32" in found.on_device
+
+
+def test_statistics_that_a_gpu_has_no_room_for_are_in_the_memory_of_the_machine_but_for_those_being_solved():
+    plan = replace(PLAN, device=torch.device("cuda"))
+    there, here = (needs(SHAPES, replace(plan, sums_on_host=on_host), 0, 0) for on_host in (False, True))
+    assert here.memory == {**there.memory, "statistics": there.on_device["statistics"]}
+    assert here.on_device == {**there.on_device, "statistics": 200**2 * 4}
+    assert sums_of(BLOCK, PLAN) == (50**2 + 200**2) * 4
 
 
 def test_what_cannot_fit_is_refused_with_what_would_help():

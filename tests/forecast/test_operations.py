@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from halve.forecast import operations
 from halve.forecast.operations import Counts
@@ -16,7 +16,7 @@ BUNDLE = Bundle((96, 32), 64)
 
 
 def counted(work):
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
         work()
     return counter.get_total_flops()
 

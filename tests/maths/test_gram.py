@@ -273,3 +273,17 @@ def test_single_tokens_reach_both_halves():
     first, second = accumulator.finish().halves
     torch.testing.assert_close(first, x[::2].mT @ x[::2] / 5)
     torch.testing.assert_close(second, x[1::2].mT @ x[1::2] / 4)
+
+
+def test_statistics_move_as_a_whole():
+    accumulator = GramAccumulator(8, halves=True)
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    accumulator.add(x, 2 * x)
+    found = accumulator.finish()
+    assert found.to(torch.device("cpu")).gram is found.gram
+    moved = found.to(torch.device("meta"))
+    assert {each.device.type for each in (moved.gram, *moved.halves, moved.cross)} == {"meta"}
+    assert moved.tokens == 6
+    single = GramAccumulator(8)
+    single.add(x)
+    assert single.finish().to(torch.device("meta")).halves is None

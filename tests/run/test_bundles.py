@@ -3,7 +3,8 @@ import torch
 
 from halve.maths.gram import Statistics
 from halve.model.plan import Matrix
-from halve.run.bundles import bundles, operations, prune_bundle
+from halve.run import bundles as run_bundles
+from halve.run.bundles import bundles, home_of_sums, operations, prune_bundle
 from halve.run.settings import Settings
 from halve.solve.outcome import Status
 
@@ -30,6 +31,14 @@ def test_not_too_many_weights_are_solved_together(most, expected):
     found = list(bundles(matrices, {each.name: "a" for each in matrices}, most))
     assert [each for stack in found for each in stack] == matrices
     assert [len(stack) for stack in found] == expected
+
+
+def test_statistics_that_would_take_half_of_a_gpu_stay_in_memory(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert home_of_sums(10**18, cpu) == cpu
+    monkeypatch.setattr(run_bundles, "whole_memory", lambda device: {gpu: 1000}[device])
+    assert home_of_sums(500, gpu) == gpu
+    assert home_of_sums(501, gpu) == cpu
 
 
 def test_the_cost_grows_with_rows_and_with_the_cube_of_the_width():

@@ -7,6 +7,7 @@ from halve.model.reconstruct import Reconstruction
 from halve.model.stacks import find_stack
 from halve.model.stream import HiddenStates
 from halve.model.survey import plan_model
+from halve.run import executor
 from halve.run import loop as run_module
 from halve.run.loop import prune_blocks
 from halve.solve.matrix import prune_weight
@@ -60,6 +61,27 @@ def test_later_blocks_see_what_the_pruned_earlier_ones_give():
     got = model.model.layers[1].self_attn.o_proj.weight
     assert torch.equal(got == 0, expected.weight == 0)
     torch.testing.assert_close(got.data, expected.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda++"])
+def test_a_gpu_solves_from_statistics_that_are_kept_in_memory(method, monkeypatch):
+    here, there = decoder("mixtral"), decoder("mixtral")
+    cuda = torch.device("cuda")
+    prune_blocks(here, batches(), settings(method, min_expert_tokens=1), device=cuda)
+    monkeypatch.setattr(executor, "home_of_sums", lambda _size, _device: CPU)
+    assert_pruned(there, prune_blocks(there, batches(), settings(method, min_expert_tokens=1), device=cuda))
+    for name, parameter in here.named_parameters():
+        torch.testing.assert_close(there.get_parameter(name), parameter, rtol=1e-2, atol=1e-3)
+
+
+def test_where_statistics_are_kept_is_asked_with_their_size(monkeypatch):
+    asked = []
+    monkeypatch.setattr(executor, "home_of_sums", lambda size, device: asked.append(size) or device)
+    prune_blocks(decoder("mixtral"), batches(), settings("wanda", min_expert_tokens=1), device=CPU)
+    model = decoder("mixtral").config
+    experts = model.num_local_experts * (model.hidden_size**2 + model.intermediate_size**2)
+    assert set(asked) == {4 * (experts + model.hidden_size**2)}  # of attention one, for it may be shared
 
 
 def test_two_runs_give_the_same_bytes_in_memory_or_on_disk(tmp_path):

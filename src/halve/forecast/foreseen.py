@@ -14,7 +14,7 @@ from halve.checkpoint.precision import bytes_in, dtype_to_prune_in
 from halve.checkpoint.streamed import ALWAYS, AUTO, NEVER, computed_bytes
 from halve.device import weight_dtype
 from halve.forecast import operations
-from halve.forecast.needs import Needs, Plan, needs
+from halve.forecast.needs import Needs, Plan, needs, sums_of
 from halve.forecast.operations import Counts
 from halve.forecast.rates import Rates, measured_rates
 from halve.forecast.shapes import BlockShape, Shapes
@@ -22,6 +22,7 @@ from halve.memory import free_memory, would_fill
 from halve.model.blocks import Batch
 from halve.model.reconstruct import RATES
 from halve.planner.outline import outline
+from halve.run.bundles import home_of_sums
 from halve.run.executor import cut
 from halve.run.phases import Phase
 from halve.run.request import Request
@@ -192,7 +193,8 @@ def _plan(model: nn.Module, shapes: Shapes, request: Request, *, keeps: bool, st
         device=placement.target,
         shards=len(cut(-(-tokens // max(1, batch)), request.calibration.shards)),
     )
-    return plan, length
+    most_sums = max((sums_of(block, plan) for block in shapes.blocks), default=0)
+    return replace(plan, sums_on_host=home_of_sums(most_sums, plan.device) != plan.device), length
 
 
 def _amount(model: nn.Module, request: Request) -> tuple[int, int]:
@@ -228,6 +230,7 @@ def _seconds(
     solve: Counts | None = Counts()
     for index, block in enumerate(shapes.blocks):
         one_pass = _forward(block, shapes, plan, length)
+        until_seen = _forward(block, shapes, plan, length, collecting=True)
         matched = plan.cross
         for bundle in block.bundles:
             collect += operations.statistics(bundle, plan.tokens, cross=plan.cross) if plan.tokens else Counts()
@@ -235,7 +238,7 @@ def _seconds(
                 bundle, settings.method, settings.refit, settings.all_options, shrinkage=plan.statistics > 1
             )
             solve = None if solve is None or part is None else solve + part
-        collect += one_pass.times(1 + matched)
+        collect += until_seen + one_pass.times(matched)
         replay += one_pass.times(int(index + 1 < len(shapes.blocks)) + (plan.paired and not matched))
         if settings.reconstruction is not None:
             epochs, steps = settings.reconstruction.epochs, plan.tokens / max(1, plan.batch)
@@ -249,7 +252,7 @@ def _seconds(
     found = {
         Phase.LOAD: _STARTS + shapes.size / rates.reading + rates.seconds(Counts(bytes=_LOADED * shapes.size)),
         Phase.COLLECT: rates.seconds(collect),
-        Phase.SOLVE: of_solving if limit is None else float(limit),
+        Phase.SOLVE: max(of_solving, float(limit or 0.0)),  # the first effort is finished, and the rest of it used
         Phase.RECONSTRUCT: rates.seconds(tuning),
         Phase.REPLAY: rates.seconds(replay),
         Phase.COMMIT: _COMMITTED * shapes.inside / rates.writing if output and rates.writing else 0.0,
@@ -259,6 +262,10 @@ def _seconds(
     return {str(phase): value for phase, value in found.items() if value}, notes
 
 
-def _forward(block: BlockShape, shapes: Shapes, plan: Plan, length: int) -> Counts:
-    outputs = float(sum(each.share * each.experts * sum(each.rows) for each in block.bundles))
-    return operations.forward(block.products, plan.tokens, length, shapes.width, outputs)
+def _forward(block: BlockShape, shapes: Shapes, plan: Plan, length: int, *, collecting: bool = False) -> Counts:
+    """Count a pass through a block; one that collects ends before the last matrices, unless some are experts."""
+    products, outputs = block.products, float(sum(each.share * each.experts * sum(each.rows) for each in block.bundles))
+    if collecting and block.bundles and all(each.experts == 1 for each in block.bundles):
+        last = block.bundles[-1]
+        products -= sum(last.rows) * last.d_in
+    return operations.forward(products, plan.tokens, length, shapes.width, outputs)

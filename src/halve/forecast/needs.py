@@ -44,6 +44,7 @@ class Plan:
         offloaded: whether hidden states do.
         device: where blocks run.
         shards: parts of the calibration set that are summed by themselves.
+        sums_on_host: whether a GPU leaves the statistics to the machine's memory (`halve.run.bundles.home_of_sums`).
     """
 
     tokens: int
@@ -59,6 +60,7 @@ class Plan:
     offloaded: bool
     device: torch.device
     shards: int = 1
+    sums_on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,10 @@ def needs(shapes: Shapes, plan: Plan, used: int, output: int, computed: int = 0)
         host["hidden states"] = hidden
     working = _parts(largest, shapes, plan)
     on_cpu = plan.device.type == "cpu"
+    if plan.sums_on_host:  # but those of the bundle that is being solved
+        host["statistics"] = working["statistics"]
+        widest = max(each.d_in for each in largest.bundles)
+        working["statistics"] = (plan.statistics + plan.cross) * widest**2 * _FLOAT
     disk = {"the checkpoint": output, "finished blocks, until it is written": shapes.inside}
     if plan.offloaded:
         disk["hidden states"] = hidden
@@ -130,10 +136,15 @@ def _working(block: BlockShape, shapes: Shapes, plan: Plan) -> int:
     return sum(_parts(block, shapes, plan).values())
 
 
+def sums_of(block: BlockShape, plan: Plan) -> int:
+    """Return the bytes of a block's statistics."""
+    grams = plan.statistics + plan.cross
+    return sum(grams * each.experts * each.d_in**2 for each in block.bundles) * _FLOAT
+
+
 def _parts(block: BlockShape, shapes: Shapes, plan: Plan) -> dict[str, int]:
     """Return what a block takes where it is worked on, in the phase that takes most."""
-    grams = plan.statistics + plan.cross
-    kept = sum(grams * each.experts * each.d_in**2 for each in block.bundles) * _FLOAT
+    kept = sums_of(block, plan)
     copy = block.count * _FLOAT
     widest = max((each.d_in for each in block.bundles), default=0)
     outputs = max((max(each.rows) for each in block.bundles), default=0)

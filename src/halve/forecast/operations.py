@@ -58,12 +58,14 @@ _SEEN = {"fast": Iterations(21, 16), "balanced": Iterations(80, 58), "best": Ite
 """Of prox-admm with the schedules of the efforts."""
 _ALPS = Iterations(60, 45)
 _CG_STEPS = {True: 4.0, False: 15.0}
-"""Of the refit, after a method that ends near the best weights on its mask, and after another."""
+"""Of the refit, after a method that ends near the best weights on its mask, and after another; after the effort
+``fast`` none, for its tolerance is larger than what is left."""
 _AROUND = 140.0
 """Passes over a matrix besides its solver: checks, losses before and after, writing back, the record."""
 _IN_A_MODEL = 1.2
 """How much longer the products of a forward pass take than the same alone, one after the other."""
-_SHRINKAGE_REFITS, _SHRINKAGE_STEPS, _SHRINKAGE_ROWS = 8, 10, 64
+_SHRINKAGE_REFITS, _SHRINKAGE_STEPS, _SHRINKAGE_ROWS = 6, 13, 64
+"""How many fits the search for the shrinkage makes, products in each with those that judge it, and its rows."""
 
 
 def forward(products: float, tokens: float, length: int, width: int, outputs: float) -> Counts:
@@ -108,8 +110,10 @@ def solving(bundle: Bundle, method: str, refit: str, options: Mapping[str, Any],
         return None
     counts += Counts(float32=4.0 * rows * d**2, bytes=_AROUND * _PLANE * rows * d)
     if refit == "cg":
-        steps = _CG_STEPS[method in {"auto", "prox-admm"}]
-        counts += Counts(float32=(steps + 2) * 2.0 * rows * d**2, bytes=steps * 25 * _PLANE * rows * d)
+        near = method in {"auto", "prox-admm"}
+        steps = 0.0 if method == "auto" and options.get("effort") == "fast" else _CG_STEPS[near]
+        products = 1.0 if not steps else steps + 4.0  # of the residual, of the output, and of two losses
+        counts += Counts(float32=products * 2.0 * rows * d**2, bytes=steps * 25 * _PLANE * rows * d)
     if shrinkage:
         products = _SHRINKAGE_REFITS * _SHRINKAGE_STEPS * 2.0 * min(rows, _SHRINKAGE_ROWS) * d**2
         counts += Counts(float32=products, bytes=_SHRINKAGE_REFITS * 6.0 * _PLANE * d**2)

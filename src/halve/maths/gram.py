@@ -1,7 +1,7 @@
 """Streaming statistics of a layer's inputs: the Gram matrix, scaled by the number of tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class Statistics:
     halves: tuple[Tensor, Tensor] | None = None
     cross: Tensor | None = None
     gradient: Gradient | None = None
+
+    def to(self, device: torch.device) -> "Statistics":
+        """Return the same on a device; where they are there already, nothing is copied."""
+        halves = None if self.halves is None else (self.halves[0].to(device), self.halves[1].to(device))
+        cross = None if self.cross is None else self.cross.to(device)
+        return replace(self, gram=self.gram.to(device), halves=halves, cross=cross)
 
 
 class GramAccumulator:

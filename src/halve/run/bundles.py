@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from halve.errors import CalibrationError, InputError, LayerFailedError
 from halve.maths.gram import Gradient, Statistics
 from halve.maths.pattern import apply_mask
+from halve.memory import whole_memory
 from halve.model.gradients import output_gradients
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Example, optimise_in_rounds
@@ -24,8 +25,24 @@ BUNDLE_WEIGHTS = 1 << 26
 
 It decides bytes, since libraries of matrix products round differently by shape: no machine may have another one.
 """
+_MOST_SUMS = 0.5
+"""Share of a GPU's memory that statistics may take."""
 _LEAST_SECONDS = 1e-3
 """What a time limit that is used up counts as."""
+
+
+def home_of_sums(size: int, device: torch.device) -> torch.device:
+    """Return where the statistics of a block are kept, of which each bundle's come to the device as it is solved.
+
+    That is the device itself, but the machine's memory where they would take more than half of all that the device has,
+    as those of many experts do. What is free there does not count: a run that goes on has to find the same place.
+
+    Args:
+        size: of the statistics, in bytes.
+        device: where blocks run and matrices are solved.
+    """
+    on_host = device.type != "cpu" and size > _MOST_SUMS * whole_memory(device)
+    return torch.device("cpu") if on_host else device
 
 
 def bundles(
@@ -164,7 +181,8 @@ def gradients_of_output(
             stats = statistics[matrix.name]
             if stats is None or (matrix.routed and stats.tokens < settings.min_expert_tokens):
                 continue  # such an expert is pruned by magnitude in the end
-            stats, weight = replace(stats, gradient=found[matrix.name]), weight_of(matrix)
+            weight = weight_of(matrix)
+            stats = replace(stats.to(weight.device), gradient=found[matrix.name])
             with suppress(CalibrationError):  # what is wrong is said in the end
                 weight.copy_(method.solve(weight, stats, settings.pattern, options).weight)
 

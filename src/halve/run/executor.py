@@ -22,7 +22,7 @@ from halve.model.gradients import LossGradients
 from halve.model.plan import Matrix, Plan
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.model.survey import StackRun
-from halve.run.bundles import prune_bundle
+from halve.run.bundles import home_of_sums, prune_bundle
 from halve.run.events import WorkerReport
 from halve.run.phases import Phase, Phases
 from halve.run.settings import Settings
@@ -157,6 +157,12 @@ class Job:
         """
         return self.settings.matches_dense and not any(matrix.routed for matrix in self.plan.matrices)
 
+    def home_of_sums(self, block: int) -> torch.device:
+        """Return where the statistics of a block are kept (`halve.run.bundles.home_of_sums`)."""
+        kinds = 1 + 2 * self.settings.objective.chooses_shrinkage(self.settings.defaults) + self.matching
+        inputs = {(m.d_in, m.name if m.routed else "") for m in self.plan.of_block(block)}
+        return home_of_sums(kinds * torch.float32.itemsize * sum(d_in**2 for d_in, _ in inputs), self.device)
+
     @property
     def last(self) -> int:
         """Index of the last block in which something is pruned: beyond it no inputs are needed."""
@@ -193,7 +199,7 @@ def solve_bundle(
     return prune_bundle(
         bundle,
         weights,
-        statistics,
+        None if statistics is None else statistics.to(job.device),
         job.settings,
         options,
         routed=job.collect and bundle[0].routed,

@@ -194,7 +194,8 @@ class LocalExecutor:
         """Sum over the inputs of a block in a shard; a dense stream, if it is to be paired, goes through it too."""
         job = self._job
         halves = job.settings.objective.chooses_shrinkage(job.settings.defaults)
-        collector = Collector(at.work, job.plan.blocks[at.block], matrices, job.device, halves=halves, early=True)
+        prefix, home = job.plan.blocks[at.block], job.home_of_sums(at.block)
+        collector = Collector(at.work, prefix, matrices, home, halves=halves, early=True)
         with autocast(at.work, job.precision), collector.watching():
             for batch in shard:
                 if at.dense is not None and job.matching:
