@@ -13,7 +13,7 @@ from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern
 from halve.model.collect import Collector
 from halve.model.survey import plan_model
-from halve.text.calibration import Calibration, token_batches
+from halve.text.calibration import Calibration, batch_tokens, token_batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def real_matrices(arguments: argparse.Namespace) -> Iterator[tuple[str, Tensor, 
     loaded = checkpoint.load_model(arguments.model)
     calibration = Calibration(arguments.calibration, arguments.samples, arguments.seq_len, arguments.seed)
     tokens = calibration.text_tokens(loaded)
-    model, batches, cpu = loaded.model, token_batches(tokens.ids), torch.device("cpu")
+    cpu = torch.device("cpu")
+    model, batches = loaded.model, token_batches(tokens.ids, batch_tokens(cpu))
     with evaluation_mode(model):
         plan, (run, *_) = plan_model(model, batches, Pattern("2:4"))
         members = [model.get_submodule(name) for name in plan.blocks]

@@ -17,7 +17,7 @@ from halve.maths.pattern import Pattern
 from halve.model import blocks as streams
 from halve.model.plan import Matrix
 from halve.model.survey import plan_model
-from halve.text.calibration import Calibration, token_batches
+from halve.text.calibration import Calibration, batch_tokens, token_batches
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def matrices_of_model(
         RealMatrix: on ``device``.
     """
     target = resolve_device(device)
-    batches = token_batches(ids, 1) if held_out else token_batches(ids)
+    batches = token_batches(ids, 1 if held_out else batch_tokens(target))
     with evaluation_mode(model):
         plan, (run, *_) = plan_model(model, batches, Pattern("2:4"))
         members = [model.get_submodule(name) for name in plan.blocks]

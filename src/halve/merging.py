@@ -50,10 +50,10 @@ from halve.run.settings import Settings
 from halve.solve.objective import AUTO, Objective
 from halve.solve.outcome import Status
 from halve.text.calibration import (
-    BATCH_TOKENS,
     SHARDS,
     Calibration,
     CalibrationData,
+    batch_tokens,
     calibration_batches,
     calibration_record,
 )
@@ -368,7 +368,7 @@ def _fitted(
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=placement.offload)))
         report = prune_blocks(
             model,
-            calibration_batches(data, model, BATCH_TOKENS),
+            calibration_batches(data, model, batch_tokens(placement.target)),
             settings,
             device=placement.target,
             precision=placement.precision,

@@ -35,7 +35,7 @@ from halve.run.local import LocalExecutor
 from halve.run.loop import Employ, Employing, prune_blocks
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
-from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, CalibrationData, calibration_batches, calibration_record
+from halve.text.calibration import CalibrationData, batch_tokens, calibration_batches, calibration_record
 from halve.text.limits import is_encoder_decoder
 from halve.text.tokens import TokenSet
 from halve.verification import check
@@ -278,7 +278,7 @@ def _prune(
         folder = None
         if placement.offload is not None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="halve-", dir=placement.offload)))
-        most = BATCH_TOKENS if settings.reconstruction is None else STEP_TOKENS
+        most = batch_tokens(placement.target, stepping=settings.reconstruction is not None)
         batches = calibration_batches(data, loaded.model, most)
         return prune_blocks(
             loaded.model,

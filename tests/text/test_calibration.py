@@ -6,7 +6,7 @@ from halve.errors import (
     CalibrationError,
     InputError,
 )
-from halve.text.calibration import token_batches
+from halve.text.calibration import batch_tokens, token_batches
 from halve.text.tokens import TokenSet, hash_ids
 from models import decoder, tokens, vit
 
@@ -39,12 +39,17 @@ def test_too_little_text_says_how_many_samples_would_fit(checkpoint, text):
         halve.prune(checkpoint, calibration=text, method="wanda", samples=10_000, seq_len=128)
 
 
-def test_token_batches_hold_at_most_4096_tokens_and_lose_none():
+def test_token_batches_hold_no_more_tokens_than_asked_and_lose_none():
     ids = tokens(30, 512)
-    batches = token_batches(ids)
+    batches = token_batches(ids, 4096)
     assert [len(batch["input_ids"]) for batch in batches] == [8, 8, 8, 6]
     assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), ids)
-    assert len(token_batches(tokens(2, 5000))) == 2
+    assert len(token_batches(tokens(2, 5000), 4096)) == 2
+
+
+def test_batches_are_small_where_a_cache_has_to_hold_them_and_smallest_where_each_is_a_step():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert batch_tokens(cpu, stepping=True) == batch_tokens(gpu, stepping=True) < batch_tokens(cpu) < batch_tokens(gpu)
 
 
 def test_a_token_set_is_taken_as_it_is():

@@ -26,7 +26,7 @@ from halve.run.bundles import home_of_sums
 from halve.run.executor import cut
 from halve.run.phases import Phase
 from halve.run.request import Request
-from halve.text.calibration import BATCH_TOKENS, STEP_TOKENS, default_length
+from halve.text.calibration import batch_tokens, default_length
 from halve.text.tokens import TokenSet
 
 _CPU = torch.device("cpu")
@@ -170,8 +170,8 @@ def _plan(model: nn.Module, shapes: Shapes, request: Request, *, keeps: bool, st
     settings, placement = request.settings, request.placement
     samples, length = _amount(model, request)
     tokens = samples * length if settings.needs_calibration else 0
-    most = BATCH_TOKENS if settings.reconstruction is None else STEP_TOKENS
     matching, tuned = settings.matches_dense, settings.reconstruction is not None
+    most = batch_tokens(placement.target, stepping=tuned)
     chosen = settings.objective.chooses_shrinkage(settings.defaults)
     streamed = streams and (placement.stream == ALWAYS or (placement.stream != NEVER and would_fill(shapes.size)))
     state = round(shapes.inside / max(1, sum(block.count for block in shapes.blocks)))

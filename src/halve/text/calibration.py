@@ -36,10 +36,9 @@ from halve.text.tokens import TokenSet
 
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
-BATCH_TOKENS = 4096
-"""Tokens a batch of the calibration set holds at most (at least one sequence)."""
-STEP_TOKENS = 512
-"""The same where blocks are reconstructed, which takes one optimiser step a batch."""
+_ON_CPU, _ON_GPU, _STEP = 1024, 4096, 512
+"""Tokens of a batch: what the caches of a processor hold of a block's activations, what keeps a GPU busy, and where
+blocks are reconstructed, which takes one optimiser step a batch."""
 
 SHARDS = 8
 """Parts of the calibration set that are summed by themselves."""
@@ -326,13 +325,25 @@ def default_length(loaded: LoadedModel) -> int:
     return min([DEFAULT_SEQ_LEN, *(2 * limit for limit in (*limits, trained) if isinstance(limit, int))])
 
 
-def token_batches(ids: Tensor, most: int = BATCH_TOKENS) -> list[Batch]:
+def batch_tokens(device: torch.device, *, stepping: bool = False) -> int:
+    """Return how many tokens a batch of the calibration set holds at most (at least one sequence).
+
+    Args:
+        device: where blocks run.
+        stepping: whether an optimiser takes a step a batch.
+    """
+    if stepping:
+        return _STEP
+    return _ON_CPU if device.type == "cpu" else _ON_GPU
+
+
+def token_batches(ids: Tensor, most: int) -> list[Batch]:
     """Cut token ids (samples, seq_len) into batches of at most ``most`` tokens (at least one sequence)."""
     rows = max(1, most // ids.shape[1])
     return [{"input_ids": ids[start : start + rows]} for start in range(0, len(ids), rows)]
 
 
-def calibration_batches(data: CalibrationData, model: nn.Module, most: int = BATCH_TOKENS) -> Sequence[Batch]:
+def calibration_batches(data: CalibrationData, model: nn.Module, most: int) -> Sequence[Batch]:
     """Turn calibration data into batches for the model's forward.
 
     Args:
