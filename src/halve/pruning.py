@@ -20,13 +20,14 @@ from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation, overlap
 from halve.forecast.foreseen import Foreseen, foresee
 from halve.memory import available_memory
+from halve.option_groups import OptionError
 from halve.provenance import code_fields
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
 from halve.run.events import Listener, announce, writing_told_to
 from halve.run.phases import Phase, Phases
-from halve.run.request import Request
+from halve.run.request import NO_WORKERS, WORKERS, Request
 from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded, report_notes
 from halve.workers.hiring import check_workers, hiring, threads_of_workers
 
@@ -150,12 +151,22 @@ def prune_as(
         return pruned if judge is None else judge.measure_pruned(pruned)
 
 
-def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | None = None) -> Pruned:
+def resume(
+    out: str | Path,
+    *,
+    fallback: str | None = None,
+    workers: int | str | None = None,
+    worker_threads: int | None = None,
+    listen: Listener | None = None,
+) -> Pruned:
     """Continue the run that was stopped in a directory, from the first block that is not finished.
 
     Args:
         out: the output directory that `prune` was given.
         fallback: method for matrices that the asked one fails on, for a run that was begun without one.
+        workers: who shares the work from here on, as `halve.run.request.Placement` has it, or ``none`` for this process
+            alone; None leaves that as the run began. As many threads have to work on a matrix as before.
+        worker_threads: CPU threads of each of these workers.
         listen: called with a `halve.run.events.Progress` at every step.
 
     Returns:
@@ -163,15 +174,20 @@ def resume(out: str | Path, *, fallback: str | None = None, listen: Listener | N
 
     Raises:
         InputError: there is no unfinished run, or it was given a model or data in memory: then call `prune` again; or
-            it was begun in another directory, with relative paths.
+            it was begun in another directory, with relative paths; or the workers are not such.
         AlreadyCompleteError: nothing was left to do.
         ResumeMismatchError: the model, the data, versions or the machine differ from when it was begun.
         CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
+    if worker_threads is not None and workers is None:
+        raise OptionError("{} is of other workers, and {} is not given: give both, or neither", *WORKERS)
     call = read_back(recorded_call(Path(out)))
     request = call.request
     if fallback is not None:
         request = replace(request, settings=replace(request.settings, fallback=fallback))
+    if workers is not None:
+        others = None if workers == NO_WORKERS else workers
+        request = replace(request, placement=replace(request.placement, workers=others, worker_threads=worker_threads))
     return prune_as(call.model, Path(out), request, listen=listen)
 
 

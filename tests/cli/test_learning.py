@@ -133,6 +133,9 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(checkpoint, tmp_path,
         return
     manifest = out / ".halve" / "training.json"
     assert json.loads(manifest.read_text())["call"]["command"] == "finetune"
+    result = run(app, ["resume", str(out), "--workers", "2"])
+    assert result.exit_code == EXIT_REFUSED
+    assert "--workers is for a run that prunes, and this directory holds a training" in " ".join(result.output.split())
     result = run(app, ["resume", str(out)])
     assert result.exit_code == 0, result.output
     assert run(app, call(checkpoint, tmp_path / "whole", *long)).exit_code == 0

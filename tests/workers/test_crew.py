@@ -175,6 +175,26 @@ def test_a_run_goes_on_with_workers_or_without(tmp_path, llama):
         assert written(out) == written(tmp_path / "alone")
 
 
+def test_a_run_is_resumed_with_other_workers_than_it_began_with(tmp_path, checkpoint, text):
+    asked = {"method": "wanda", "calibration": text, "samples": 6, "seq_len": 32}
+    halve.prune(checkpoint, tmp_path / "alone", **asked)
+    for name, first, then in (
+        ("a", {"workers": 2}, {"workers": "none"}),
+        ("b", {}, {"workers": 2, "worker_threads": 1}),
+        ("c", {"workers": 1, "worker_threads": 1}, {"workers": 2}),
+        ("d", {"workers": 2}, {}),
+    ):
+        out = tmp_path / name
+        with pytest.raises(KeyboardInterrupt):
+            halve.prune(checkpoint, out, listen=stopping_at(2), **asked, **first)
+        done = halve.resume(out, **then)
+        assert done.report.resumed_blocks == 2
+        assert len(done.report.workers) == (0 if name == "a" else 2)
+        assert written(out) == written(tmp_path / "alone")
+    with pytest.raises(InputError, match="worker_threads is of other workers, and workers is not given: give both"):
+        halve.resume(tmp_path / "d", worker_threads=1)
+
+
 def test_shards_of_a_worker_that_nothing_can_replace_go_to_the_others(tmp_path, llama, monkeypatch):
     halve.prune(llama, tmp_path / "alone", **WANDA)
     real = roster.Roster.hire

@@ -1,7 +1,7 @@
 """The commands that train, and those that put what was trained onto a model: masks and adapters."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +34,7 @@ from halve.learning.training.watching import Watch
 from halve.merging import EXACT, WITHOUT, Merged, MergeOptions, mean_of
 from halve.merging import merge as merge_adapter
 from halve.model.plan import place_of
+from halve.option_groups import OptionError
 
 _SHOWN = 50_000
 """Bytes from which a row of the table of needs says something."""
@@ -88,11 +89,21 @@ def apply_masks(
     say(out, f"verified and written: {out_dir}")
 
 
-def resumed(directory: Path) -> bool:
-    """Go on with the training in a directory, and return whether there was one."""
+def resumed(directory: Path, refused: Sequence[str] = ()) -> bool:
+    """Go on with the training in a directory, and return whether there was one.
+
+    Args:
+        directory: of a training, or of a run that prunes.
+        refused: flat names of options that were given and that a training does not have.
+
+    Raises:
+        InputError: there is a training, and such an option was given.
+    """
     call = recorded_training(directory)
     if call is None:
         return False
+    if refused:
+        raise OptionError("{} is for a run that prunes, and this directory holds a training: leave it out", refused[0])
     with _watching() as watch:
         resume = resume_learning if call["command"] == LEARN else resume_finetuning
         done = resume(call, directory, watch)

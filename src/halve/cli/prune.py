@@ -96,15 +96,24 @@ def resume(
         typer.Option(help="magnitude or wanda, where the asked method fails, if the run had none."),
     ] = None,
     no_strict: Annotated[bool, typer.Option("--no-strict", help="As --fallback magnitude.")] = False,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            help="Who works from here on, as for halve prune; none: this process alone. As it was, if not given."
+        ),
+    ] = None,
+    worker_threads: Annotated[int | None, typer.Option(help="CPU threads of each of these workers.")] = None,
 ) -> None:
     """Continue a run that was stopped, from its first unfinished block, to the same bytes."""
     from halve.cli.learning import resumed
 
+    given = {"fallback": fallback, "no_strict": no_strict, "workers": workers, "worker_threads": worker_threads}
     with reporting(directory):
-        if resumed(directory):
+        if resumed(directory, refused=[name for name, value in given.items() if value]):
             return
     with reporting(directory), progress() as listen:
-        pruned = resume_run(directory, fallback=allowed_fallback(fallback, strict=not no_strict), listen=listen)
+        fallback = allowed_fallback(fallback, strict=not no_strict)
+        pruned = resume_run(directory, fallback=fallback, workers=workers, worker_threads=worker_threads, listen=listen)
     _finish(pruned, directory)
 
 

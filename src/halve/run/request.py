@@ -27,7 +27,9 @@ from halve.solve import methods, refit
 from halve.text.calibration import Calibration
 
 _RECONSTRUCT = "reconstruct"
-_WORKERS = ("worker_threads", "workers")
+WORKERS = ("worker_threads", "workers")
+NO_WORKERS = "none"
+"""Instead of workers, where a run goes on that had some."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Placement:
         if self.worker_threads is not None:
             check_count("worker_threads", self.worker_threads)
             if self.workers is None:
-                raise OptionError("{} is of workers, and {} is not given: give it, or neither", *_WORKERS)
+                raise OptionError("{} is of workers, and {} is not given: give it, or neither", *WORKERS)
         forward_precision(self.forward_dtype, self.target)
         check_stream(self.stream)
         for name, place in (("offload", self.offload), ("work", self.work)):
