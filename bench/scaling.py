@@ -1,4 +1,4 @@
-"""Time and peak memory of the methods against d_in, their exponents, and a prediction for whole models on a GPU.
+"""Time and peak memory of the methods against d_in, and their exponents.
 
     python bench/scaling.py [--methods NAME ...] [--sizes D ...] [--json PATH] [--earlier PATH ...]
 
@@ -11,9 +11,6 @@ account for is the cost of the matrix (factorisations, about d³, and reading H)
 d² an iteration). Memory is the growth of the process's peak during the call with many rows, beyond weights and H.
 Methods stop at the d_in of the table below, larger ones at fewer rows: the rest would take this script beyond ten
 minutes on two cores. The exponents are least squares in log-log.
-
-The costs of whole models come from counts of operations and bytes, see ``predicted_cost.py``: a prediction, not
-measurements.
 """
 
 import argparse
@@ -31,7 +28,6 @@ import torch
 from torch import Tensor
 
 from halve import prune_weight
-from predicted_cost import print_prediction
 
 CONTENDERS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "wanda": ("wanda", "none", {}, 8192),
@@ -220,11 +216,8 @@ def main() -> None:
             arguments.json.write_text(json.dumps({**facts, "measured": entries}, indent=1) + "\n")
     entries.sort(key=lambda entry: (list(CONTENDERS).index(entry["method"]), entry["d"]))
     print_exponents(entries)
-    print()
-    prediction = print_prediction(entries)
     if arguments.json:
-        text = json.dumps({**facts, "measured": entries, "predicted": prediction}, indent=1)
-        arguments.json.write_text(text + "\n")
+        arguments.json.write_text(json.dumps({**facts, "measured": entries}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

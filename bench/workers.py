@@ -184,7 +184,7 @@ def simulate(given: argparse.Namespace) -> None:
             if solving is None:
                 raise SystemExit(f"what {given.method} takes is not counted")
             busy = solving.float32 / given.float32 + solving.factorisation / given.factorising
-            solves.append(busy + solving.bytes / given.bandwidth)
+            solves.append(busy + solving.forward / given.flops + solving.bytes / given.bandwidth)
             kept = (2 if chosen else 1) + plan.cross
             sums.append(4.0 * bundle.experts * bundle.d_in**2 * kept)
         passes = (2 + 2 * plan.paired) * forward / given.flops

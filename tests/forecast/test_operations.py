@@ -58,7 +58,10 @@ def test_statistics_take_the_part_of_a_product_that_is_computed(d_in):
     assert operations.statistics(bundle, 512, cross=True).float32 == 2 * 512 * (computed + d_in**2)
 
 
-@pytest.mark.parametrize(("method", "refit"), [("wanda", "cg"), ("auto", "cg"), ("alps", "cg"), ("alps", "none")])
+COUNTED = [("wanda", "cg"), ("auto", "cg"), ("alps", "cg"), ("alps", "none"), ("prox-gradient", "none")]
+
+
+@pytest.mark.parametrize(("method", "refit"), COUNTED)
 def test_products_of_a_solver_are_of_the_counted_order(method, refit):
     weights = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in BUNDLE.rows]
     found = operations.solving(BUNDLE, method, refit, {"effort": "fast"}, shrinkage=False)
@@ -78,6 +81,9 @@ def test_a_slower_schedule_takes_more():
     assert efforts[1].forward > 5 * efforts[0].forward
     slow = operations.solving(BUNDLE, "prox-admm", "none", {"lambda_growth": 1.05}, shrinkage=False)
     default = operations.solving(BUNDLE, "prox-admm", "none", {}, shrinkage=False)
+    paper = {"lambda0": 0.001, "beta": 1.005}  # at 70B
+    gradients = [operations.solving(BUNDLE, "prox-gradient", "none", each, shrinkage=False) for each in ({}, paper)]
+    assert gradients[1].forward == pytest.approx(2.66 * gradients[0].forward, rel=0.02)
     assert slow.forward == pytest.approx(1.95 * default.forward, rel=0.02)
 
 

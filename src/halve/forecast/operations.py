@@ -10,7 +10,7 @@ from typing import Any
 
 from halve.forecast.shapes import Bundle
 from halve.maths.gram import panels
-from halve.solve.methods import prox_admm
+from halve.solve.methods import prox_admm, prox_gradient
 from halve.solve.methods.auto import AutoOptions
 
 _PLANE = 4
@@ -57,6 +57,8 @@ class Iterations:
 _SEEN = {"fast": Iterations(21, 16), "balanced": Iterations(80, 58), "best": Iterations(158, 116)}
 """Of prox-admm with the schedules of the efforts."""
 _ALPS = Iterations(60, 45)
+_REACHED = 10.0
+"""λ of prox-gradient at which a row has the pattern, in the mean over rows."""
 _CG_STEPS = {True: 4.0, False: 15.0}
 """Of the refit, after a method that ends near the best weights on its mask, and after another; after the effort
 ``fast`` none, for its tolerance is larger than what is left."""
@@ -130,6 +132,16 @@ def _of_method(method: str, rows: float, d: float, options: Mapping[str, Any]) -
         seen = _SEEN["balanced"]
         iterations = Iterations(stretched * seen.all, stretched * seen.row)
         return _admm(rows, d, iterations, every=prox_admm.RHO_EVERY, passes=20, forward=True)
+    if method == "prox-gradient":
+        defaults = prox_gradient.ProxGradientOptions()
+        first, growth = options.get("lambda0", defaults.lambda0), options.get("beta", defaults.beta)
+        most = options.get("max_iterations", defaults.max_iterations)
+        steps = min(most, max(1.0, math.log(_REACHED / first) / math.log(growth)))
+        return Counts(
+            forward=steps * 2.0 * rows * d**2,
+            factorisation=2.0 * d**3 / 3.0,  # of the spectral bound, one or two without an inverse
+            bytes=steps * 15 * _PLANE * rows * d,
+        )
     if method == "alps":
         return _admm(rows, d, _ALPS, every=3, passes=35, forward=False)
     if method in {"wanda", "ria", "magnitude"}:
