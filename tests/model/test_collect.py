@@ -8,15 +8,15 @@ from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model import blocks, replay
 from halve.model.classify import BYPASSED, make_plan
-from halve.model.collect import Collector, Enough, observe
+from halve.model.collect import Collector, observe
 from halve.model.stacks import find_stack
 from models import DECODERS, MIXTURES, decoder, tokens
 
 CPU = torch.device("cpu")
 
 
-def collect_first_block(model, batches, skip=(), ended=None):
-    """Plan and statistics of block 0; with a list for them, of batches that may end early, and whether each did."""
+def collect_first_block(model, batches, skip=(), spared=None):
+    """Plan and statistics of block 0; in a list for them, whether the last matrix was left out of each batch."""
     name, stack = find_stack(model)
     members = list(stack)
     short = replay.probe_batches(batches)
@@ -25,14 +25,16 @@ def collect_first_block(model, batches, skip=(), ended=None):
         observed = observe(model, members, [partial(blocks.run_model, model, batch) for batch in short])
         plan = make_plan(model, Pattern("2:4"), observed, skip)
         stream = blocks.capture(model, members, batches, behaviour)
-        collector = Collector(members[0], plan.blocks[0], plan.of_block(0), CPU, early=ended is not None)
+        once = None if spared is None else set()
+        full = [stream.run(0, batch, members[0], CPU) for batch in range(len(batches))]
+        collector = Collector(members[0], plan.blocks[0], plan.of_block(0), CPU, once=once)
         with collector.watching():
             for batch in range(len(batches)):
-                collector.start_batch(stream.valid[batch])
-                try:
-                    stream.run(0, batch, members[0], CPU)
-                except Enough:
-                    ended.append(batch)
+                collector.start_batch(stream.valid[batch], shape=stream.hidden[batch].shape)
+                output = stream.run(0, batch, members[0], CPU)
+                if spared is not None:
+                    spared.append(collector.end_batch())
+                    assert torch.equal(output, full[batch]) != spared[-1]
     assert plan.blocks[0] == f"{name}.0"
     return plan, collector.finish()
 
@@ -69,23 +71,49 @@ def test_gram_equals_the_float64_reference(family):
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_a_batch_ends_once_all_inputs_were_seen_and_the_statistics_are_the_same(family):
-    model, ended = decoder(family), []
-    batches = [{"input_ids": tokens(4, seed=1)}, {"input_ids": tokens(3, seed=2)}]
+def test_the_last_matrix_is_spared_in_batches_like_one_that_called_each_once(family):
+    model, spared = decoder(family), []
+    batches = [{"input_ids": tokens(count, seed=count)} for count in (4, 3, 4, 3, 2)]
     _, expected = collect_first_block(model, batches)
-    plan, statistics = collect_first_block(model, batches, ended=ended)
-    assert ended == ([] if any(m.routed or m.repeated for m in plan.of_block(0)) else [0, 1])
-    assert ended or family in MIXTURES
+    plan, statistics = collect_first_block(model, batches, spared=spared)
+    whole = not any(matrix.routed or matrix.repeated for matrix in plan.of_block(0))
+    assert spared == [False, False, whole, whole, False]
+    assert whole or family in MIXTURES
     assert statistics.keys() == expected.keys()
     for name, each in statistics.items():
         assert (each is None) == (expected[name] is None)
         assert each is None or torch.equal(each.gram, expected[name].gram)
 
 
-def test_what_is_not_pruned_is_not_awaited():
-    model, ended = decoder("llama"), []
-    collect_first_block(model, [{"input_ids": tokens()}], skip=("*.mlp.*",), ended=ended)
-    assert ended == [0]
+class Chunked(nn.Module):
+    """Multiplies with its last layer once for every two sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + torch.cat([self.down(part) for part in self.up(x).relu().split(2)])
+
+
+def test_a_layer_that_longer_batches_call_more_often_is_not_spared():
+    block, once = Chunked(), set()
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    plan = make_plan(model, Pattern("2:4"), observe(model, [block], [lambda: block(torch.randn(1, 5, 8))]))
+    sizes = (2, 6, 2, 6)
+    collector = Collector(block, plan.blocks[0], plan.of_block(0), CPU, once=once)
+    spared = []
+    with collector.watching():
+        for rows in sizes:
+            x = torch.randn(rows, 5, 8)
+            collector.start_batch(None, shape=x.shape)
+            block(x)
+            spared.append(collector.end_batch())
+    assert spared == [False, False, True, False]
+    assert once == {torch.Size((2, 5, 8))}
+    assert {each.tokens for each in collector.finish().values()} == {sum(sizes) * 5}
+    assert "forward" not in block.down.__dict__
 
 
 def test_matrices_with_the_same_input_share_their_statistics():

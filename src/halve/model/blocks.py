@@ -146,11 +146,11 @@ def _recorded(
     recording = Recording(behaviour.living, behaviour.hands_on)
     with ExitStack() as stack:
         for index, (block, template) in enumerate(zip(blocks, behaviour.templates, strict=True)):
-            stack.enter_context(_replaced_forward(block, Recorder(index, template, recording)))
+            stack.enter_context(replaced_forward(block, Recorder(index, template, recording)))
         for later, templates in passing:
             forgotten = Recording(living=False, hands_on=False)
             for index, (block, template) in enumerate(zip(later, templates, strict=True)):
-                stack.enter_context(_replaced_forward(block, Recorder(index, template, forgotten)))
+                stack.enter_context(replaced_forward(block, Recorder(index, template, forgotten)))
         run_model(model, batch)
     return recording
 
@@ -172,17 +172,17 @@ def _check_room(bytes_needed: int, directory: Path | None) -> None:
 
 
 @contextmanager
-def _replaced_forward(block: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Let a recorder shadow a block's forward, and put back what was there: the class's, or one of the instance."""
-    before = block.__dict__.get("forward")
-    block.__dict__["forward"] = recorder
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let something shadow a module's forward, and put back what was there: the class's, or one of the instance."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:
         if before is None:
-            del block.__dict__["forward"]
+            del module.__dict__["forward"]
         else:
-            block.__dict__["forward"] = before
+            module.__dict__["forward"] = before
 
 
 def _valid_positions(batch: Batch, name: str | None) -> Tensor | None:
@@ -215,8 +215,7 @@ def check_finite(hidden: Tensor, what: str) -> None:
         bad = (~hidden.isfinite()).nonzero()
         where = f" at index {tuple(bad[0].tolist())}" if len(bad) else ""
         raise CalibrationError(
-            f"{what} are not finite{where}: the model gives NaN or infinity on this data before anything is pruned; "
-            "check its weights and dtype"
+            f"{what} are not finite{where}: the model gives NaN or infinity on this data; check its weights and dtype"
         )
 
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.gram import GramAccumulator, Statistics
+from halve.model.blocks import replaced_forward
 from halve.model.calls import Call, leaves
 from halve.model.layers import Layout, is_fused, is_linear, layer_matrix
 from halve.model.plan import Matrix, Observed
@@ -269,10 +270,6 @@ def check_called(matrices: Sequence[Matrix], leaders: Collection[str]) -> None:
             )
 
 
-class Enough(BaseException):
-    """Ends a forward pass from which nothing more is wanted; no error, which a model's own code might catch."""
-
-
 class Collector:
     """Accumulate the statistics of a block's matrices over a calibration set.
 
@@ -282,8 +279,9 @@ class Collector:
         matrices: the block's matrices.
         device: where the Gram matrices are accumulated.
         halves: whether to keep statistics of each half of the tokens apart.
-        early: whether a batch ends, by `Enough` out of the block, once the inputs of all matrices have been seen, which
-            spares the last products. Where only some tokens reach a matrix, or one is called several times, none does.
+        once: shapes of hidden states for which the block is known to call each of its matrices once; those for which it
+            turns out to are added. In further batches of such a shape the last matrix is not multiplied with, and what
+            the block returns is not to be used. None multiplies with all of them.
     """
 
     def __init__(
@@ -294,7 +292,7 @@ class Collector:
         device: torch.device,
         *,
         halves: bool = False,
-        early: bool = False,
+        once: set[torch.Size] | None = None,
     ) -> None:
         self._block = block
         self._prefix = f"{prefix}."
@@ -307,8 +305,9 @@ class Collector:
         self._inputs: list[tuple[Tensor, str]] = []
         self._valid: Tensor | None = None
         self._memory: Memory | None = None
-        self._early = early and not any(matrix.routed or matrix.repeated for matrix in matrices)
-        self._awaited: set[str] = set()
+        self._once = once
+        self._shape: torch.Size | None = None
+        self._calls: Counter[str] = Counter()
         self._dense: defaultdict[str, list[Tensor]] = defaultdict(list)  # one a call of the matrix
         self._in_dense = False
 
@@ -321,7 +320,9 @@ class Collector:
         with ExitStack() as stack:
             for local, matrix in self._plain.items():
                 module = self._block.get_submodule(local.rpartition(".")[0])
-                stack.enter_context(module.register_forward_pre_hook(self._hook(local, matrix), with_kwargs=True))
+                stack.enter_context(module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True))
+                if self._once is not None:
+                    stack.enter_context(replaced_forward(module, self._sparing(matrix, module.forward)))
             if self._experts:
                 fused = {name: self._block.get_parameter(name) for name, _ in self._experts}
                 stack.enter_context(_ProductWatch(fused, self._see_expert))
@@ -329,7 +330,14 @@ class Collector:
         self._inputs.clear()
         self._dense.clear()
 
-    def start_batch(self, valid: Tensor | None, memory: "Memory | None" = None, *, dense: bool = False) -> None:
+    def start_batch(
+        self,
+        valid: Tensor | None,
+        memory: "Memory | None" = None,
+        *,
+        dense: bool = False,
+        shape: torch.Size | None = None,
+    ) -> None:
         """Begin a batch.
 
         Args:
@@ -337,21 +345,41 @@ class Collector:
             memory: what a decoder's cross-attention sees besides, whose positions count by themselves.
             dense: whether the block is about to be run on the dense model's hidden states: the inputs are then only
                 kept, and paired with those of the next batch, the same tokens in the pruned model.
+            shape: of the hidden state that the block is about to be given; None lets all matrices be multiplied with.
         """
         if dense or not self._in_dense:  # what the last dense batch left has been paired
             self._dense.clear()
         self._in_dense = dense
         self._inputs.clear()
-        self._awaited = set(self._plain)
+        self._calls.clear()
+        self._shape = shape
         self._valid = valid
         self._memory = memory
 
-    def _hook(self, local: str, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def end_batch(self) -> bool:
+        """Learn from a batch that the block has been run on, and return whether the last matrix was left out."""
+        if self._once is None or self._shape is None or self._in_dense:
+            return False
+        spared = self._shape in self._once
+        routed = bool(self._experts) or any(matrix.routed for matrix in self._plain.values())
+        if not routed and all(self._calls[matrix.name] == 1 for matrix in self._plain.values()):
+            self._once.add(self._shape)
+        return spared
+
+    def _sparing(self, matrix: Matrix, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def spare(*args: Any, **kwargs: Any) -> Tensor:
+            last = self._once is not None and self._shape in self._once and len(self._calls) == len(self._plain)
+            if not last or self._in_dense:
+                return forward(*args, **kwargs)
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            return x.new_zeros(*x.shape[:-1], matrix.d_out)
+
+        return spare
+
+    def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._see(matrix, args[0] if args else next(iter(kwargs.values())))
-            self._awaited.discard(local)
-            if self._early and not self._in_dense and not self._awaited:
-                raise Enough
+            self._calls[matrix.name] += 1
 
         return before_forward
 

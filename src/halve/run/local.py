@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,7 +18,7 @@ from halve.maths.gram import Gradient, Statistics
 from halve.memory import trim
 from halve.model.blocks import check_finite, working_copy
 from halve.model.calls import Call, to_device
-from halve.model.collect import Collector, Enough, Memory, Sums
+from halve.model.collect import Collector, Memory, Sums
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.model.stream import Stream
@@ -75,6 +75,7 @@ class LocalExecutor:
         self._dense: Stream | None = None
         self._later: dict[str, Stream] = {}
         self._at: _Passage | None = None
+        self._once: set[torch.Size] = set()
         self._statistics: dict[str, Statistics | None] = {}
         self._roots: dict[str, Tensor] = {}
         self._loss = job.loss
@@ -96,6 +97,7 @@ class LocalExecutor:
             raise AssertionError
         goes_on = block < job.last and place < len(self._run.blocks) - 1
         self._at = _Passage(block, place, work, self._stream, self._dense, goes_on)
+        self._once = set()
 
     def _enter(self, block: int, run: StackRun) -> None:
         """Record what enters a stack.
@@ -195,13 +197,12 @@ class LocalExecutor:
         job = self._job
         halves = job.settings.objective.chooses_shrinkage(job.settings.defaults)
         prefix, home = job.plan.blocks[at.block], job.home_of_sums(at.block)
-        collector = Collector(at.work, prefix, matrices, home, halves=halves, early=True)
+        collector = Collector(at.work, prefix, matrices, home, halves=halves, once=self._once)
         with autocast(at.work, job.precision), collector.watching():
             for batch in shard:
                 if at.dense is not None and job.matching:
                     self._forward(at, batch, at.dense, keep=True, collector=collector)
-                with suppress(Enough):
-                    self._forward(at, batch, at.stream, collector=collector)
+                self._forward(at, batch, at.stream, collector=collector)
         return collector.take()
 
     def solve(
@@ -293,11 +294,13 @@ class LocalExecutor:
         def begin(hidden: Tensor, call: Call) -> None:
             if collector is not None:
                 seen = Memory.of(call, stream.memory_valid[batch], hidden) if stream.has_memory else None
-                collector.start_batch(stream.valid[batch], seen, dense=stream is at.dense)
+                collector.start_batch(stream.valid[batch], seen, dense=stream is at.dense, shape=hidden.shape)
 
         name = self._job.plan.blocks[at.block]
         with self._lowered(f"{name} fails", _IN_FLOAT32):
             output = stream.run(at.place, batch, at.work, self._job.device, keep=keep, before=begin)
+        if collector is not None and collector.end_batch():
+            return
         check_finite(output, f"the outputs of {name} on calibration batch {self._job.numbers[batch]}")
 
     @contextmanager
