@@ -179,8 +179,8 @@ def resume(
         ResumeMismatchError: the model, the data, versions or the machine differ from when it was begun.
         CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
-    if worker_threads is not None and workers is None:
-        raise OptionError("{} is of other workers, and {} is not given: give both, or neither", *WORKERS)
+    if worker_threads is not None and workers in (None, NO_WORKERS):
+        raise OptionError("{} is of other workers, and {} names none: give both, or neither", *WORKERS)
     call = read_back(recorded_call(Path(out)))
     request = call.request
     if fallback is not None:

@@ -69,9 +69,24 @@ def test_on_a_gpu_are_one_block_and_its_statistics():
 def test_statistics_that_a_gpu_has_no_room_for_are_in_the_memory_of_the_machine_but_for_those_being_solved():
     plan = replace(PLAN, device=torch.device("cuda"))
     there, here = (needs(SHAPES, replace(plan, sums_on_host=on_host), 0, 0) for on_host in (False, True))
-    assert here.memory == {**there.memory, "statistics": there.on_device["statistics"]}
-    assert here.on_device == {**there.on_device, "statistics": 200**2 * 4}
-    assert sums_of(BLOCK, PLAN) == (50**2 + 200**2) * 4
+    assert here.memory == {**there.memory, "statistics": (50**2 + 200**2) * 4}
+    assert here.on_device["statistics"] == 200**2 * 4
+    assert "the solver" in here.on_device
+    solving = replace(plan, sums_on_host=True, statistics=3, method="alps", refit="cg", batch=1, shards=4)
+    here = needs(SHAPES, solving, 0, 0)
+    assert here.memory["statistics"] == 2 * 2 * (50**2 + 200**2) * 4  # both halves, of two parts
+    assert here.on_device["statistics"] == 3 * 200**2 * 4
+    there = needs(SHAPES, replace(solving, sums_on_host=False), 0, 0)
+    assert here.on_device["the solver"] == there.on_device["the solver"]
+
+
+def test_the_sums_over_inputs_are_of_every_expert_and_twice_where_parts_are_added_up():
+    mixture = replace(BLOCK, bundles=(Bundle((100, 100), 50, 0.5, 4), Bundle((50,), 200)))
+    one = 4 * 50**2 + 200**2
+    assert sums_of(mixture, PLAN) == 4 * one
+    assert sums_of(mixture, replace(PLAN, shards=8)) == 8 * one
+    assert sums_of(mixture, replace(PLAN, statistics=3, cross=True)) == 12 * one
+    assert sums_of(mixture, replace(PLAN, statistics=0)) == 0
 
 
 def test_what_cannot_fit_is_refused_with_what_would_help():

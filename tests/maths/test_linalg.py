@@ -5,7 +5,7 @@ import torch
 
 from halve.errors import FactorisationError, InputError
 from halve.maths import linalg
-from halve.maths.linalg import damped_cholesky, definite_inverse, full_precision, is_finite, lower_inverse
+from halve.maths.linalg import damped_cholesky, full_precision, is_finite, lower_inverse
 
 RUNGS = [(step, dtype) for step in (1.0, 10.0, 100.0) for dtype in (torch.float32, torch.float64)]
 
@@ -167,32 +167,6 @@ def test_the_inverse_by_halves_is_the_inverse(d, dtype, tolerance):
     assert inverse.dtype == dtype
     assert torch.equal(inverse, inverse.tril())
     assert float((inverse - exact).abs().max() / exact.abs().max()) < tolerance
-
-
-def definite(d, ridge):
-    rows = torch.randn(2 * d, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
-    return rows.mT @ rows / (2 * d) + ridge * torch.eye(d, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("d", [1, 7, 256, 257, 640])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
-def test_the_inverse_of_a_definite_matrix(d, dtype, tolerance):
-    matrix = definite(d, 0.05)
-    given = matrix.to(dtype)
-    inverse = definite_inverse(given)
-    assert inverse.dtype == dtype
-    assert torch.equal(given, matrix.to(dtype))  # what was given is left alone
-    exact = torch.linalg.inv(given.double())
-    assert float((inverse - exact).abs().max() / exact.abs().max()) < tolerance
-
-
-@pytest.mark.parametrize("at", [0, 100, 300, 639])
-def test_no_inverse_of_what_is_not_definite(at):
-    matrix = definite(640, 0.05)
-    matrix[at, at] = -1.0
-    assert definite_inverse(matrix) is None
-    matrix[at, at] = math.nan
-    assert definite_inverse(matrix) is None
 
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]

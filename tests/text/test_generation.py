@@ -133,7 +133,7 @@ def test_batches_are_as_equal_as_they_can_be(monkeypatch, samples, expected):
     assert [min(batch, samples - start) for start in range(0, samples, batch)] == expected
     monkeypatch.setattr(generation, "_CACHE_BYTES", 1 << 40)
     assert generation._batch_size(300, 10, torch.device("cpu"), 128) == 100
-    monkeypatch.setattr(generation, "virtual_memory", lambda: SimpleNamespace(total=120))
+    monkeypatch.setattr(generation, "whole_memory", lambda _device: 120)
     assert generation._batch_size(300, 10, torch.device("cpu"), 128) == 3
 
 

@@ -111,7 +111,7 @@ def test_translators_read_one_language_and_say_another(build, read, fed, text):
     model.config.pad_token_id = 1
     model.resize_token_embeddings(len(tokenizer))
     data = Calibration(text, samples=1, seq_len=128).data(LoadedModel(model, tokenizer, None))
-    (batch,) = calibration_batches(data, model)
+    (batch,) = calibration_batches(data, model, 4096)
     for name, (before, after) in (("input_ids", read), ("decoder_input_ids", fed)):
         found = tokenizer.convert_ids_to_tokens(batch[name][0].tolist())
         assert len(found) == 64

@@ -155,7 +155,9 @@ def test_a_model_that_takes_no_mask_of_the_decoder_gets_none(file, monkeypatch):
         """Takes one mask only."""
 
     monkeypatch.setattr(model.model.model, "forward", forward)
-    assert all(batch.keys() == {"input_ids", "decoder_input_ids"} for batch in calibration_batches(found, model.model))
+    assert all(
+        batch.keys() == {"input_ids", "decoder_input_ids"} for batch in calibration_batches(found, model.model, 4096)
+    )
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_a_run_is_resumed_with_other_workers_than_it_began_with(tmp_path, checkp
         assert done.report.resumed_blocks == 2
         assert len(done.report.workers) == (0 if name == "a" else 2)
         assert written(out) == written(tmp_path / "alone")
-    with pytest.raises(InputError, match="worker_threads is of other workers, and workers is not given: give both"):
+    with pytest.raises(InputError, match="worker_threads is of other workers, and workers names none: give both"):
         halve.resume(tmp_path / "d", worker_threads=1)
 
 

@@ -122,6 +122,11 @@ def foresee(
         plan = replace(plan, streamed=True)
         wanted = needs(shapes, plan, used, output, computed)
     notes = _not_in_it(request)
+    if plan.sums_on_host:
+        notes.append(
+            "the statistics of a block would fill the GPU: its inputs are summed by the processor, in the machine's "
+            "memory, which takes longer than is foreseen"
+        )
     if rates is None and measured:
         sides = [side for block in shapes.blocks for each in block.bundles for side in (each.d_in, *each.rows)]
         rates = measured_rates(
@@ -170,7 +175,8 @@ def _plan(model: nn.Module, shapes: Shapes, request: Request, *, keeps: bool, st
     settings, placement = request.settings, request.placement
     samples, length = _amount(model, request)
     tokens = samples * length if settings.needs_calibration else 0
-    matching, tuned = settings.matches_dense, settings.reconstruction is not None
+    experts = any(each.experts > 1 or each.share < 1 for block in shapes.blocks for each in block.bundles)
+    matching, tuned = settings.matches_dense and not experts, settings.reconstruction is not None
     most = batch_tokens(placement.target, stepping=tuned)
     chosen = settings.objective.chooses_shrinkage(settings.defaults)
     streamed = streams and (placement.stream == ALWAYS or (placement.stream != NEVER and would_fill(shapes.size)))
@@ -265,7 +271,7 @@ def _seconds(
 def _forward(block: BlockShape, shapes: Shapes, plan: Plan, length: int, *, collecting: bool = False) -> Counts:
     """Count a pass through a block; one that collects ends before the last matrices, unless some are experts."""
     products, outputs = block.products, float(sum(each.share * each.experts * sum(each.rows) for each in block.bundles))
-    if collecting and block.bundles and all(each.experts == 1 for each in block.bundles):
+    if collecting and block.bundles and all(each.experts == each.share == 1 for each in block.bundles):
         last = block.bundles[-1]
         products -= sum(last.rows) * last.d_in
     return operations.forward(products, plan.tokens, length, shapes.width, outputs)

@@ -1,13 +1,13 @@
 """What a run takes of memory and disk: the parts that can be counted, of the moment that takes most."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from halve.errors import InputError
 from halve.forecast.shapes import BlockShape, Bundle, Shapes
-from halve.run.bundles import BUNDLE_WEIGHTS
+from halve.run.bundles import BUNDLE_WEIGHTS, bytes_of_sums
 from halve.solve import methods
 
 _FLOAT = 4
@@ -44,7 +44,8 @@ class Plan:
         offloaded: whether hidden states do.
         device: where blocks run.
         shards: parts of the calibration set that are summed by themselves.
-        sums_on_host: whether a GPU leaves the statistics to the machine's memory (`halve.run.bundles.home_of_sums`).
+        sums_on_host: whether a GPU leaves the sums over inputs to the machine (`halve.run.bundles.home_of_sums`), but
+            for the statistics of what is being solved.
     """
 
     tokens: int
@@ -120,10 +121,8 @@ def needs(shapes: Shapes, plan: Plan, used: int, output: int, computed: int = 0)
         host["hidden states"] = hidden
     working = _parts(largest, shapes, plan)
     on_cpu = plan.device.type == "cpu"
-    if plan.sums_on_host:  # but those of the bundle that is being solved
-        host["statistics"] = working["statistics"]
-        widest = max(each.d_in for each in largest.bundles)
-        working["statistics"] = (plan.statistics + plan.cross) * widest**2 * _FLOAT
+    if plan.sums_on_host:
+        host["statistics"] = max(sums_of(largest, plan), _kept(largest.bundles, plan))
     disk = {"the checkpoint": output, "finished blocks, until it is written": shapes.inside}
     if plan.offloaded:
         disk["hidden states"] = hidden
@@ -137,21 +136,31 @@ def _working(block: BlockShape, shapes: Shapes, plan: Plan) -> int:
 
 
 def sums_of(block: BlockShape, plan: Plan) -> int:
-    """Return the bytes of a block's statistics."""
-    grams = plan.statistics + plan.cross
-    return sum(grams * each.experts * each.d_in**2 for each in block.bundles) * _FLOAT
+    """Return the bytes of the sums over a block's inputs while they are made, at most."""
+    if not plan.statistics:
+        return 0
+    widths = (each.d_in for each in block.bundles for _ in range(each.experts))
+    return bytes_of_sums(widths, halves=plan.statistics > 1, cross=plan.cross, shards=plan.shards)
+
+
+def _kept(bundles: Sequence[Bundle], plan: Plan) -> int:
+    """Return the bytes of the statistics of some bundles."""
+    return sum((plan.statistics + plan.cross) * each.experts * each.d_in**2 for each in bundles) * _FLOAT
 
 
 def _parts(block: BlockShape, shapes: Shapes, plan: Plan) -> dict[str, int]:
     """Return what a block takes where it is worked on, in the phase that takes most."""
-    kept = sums_of(block, plan)
+    sums, kept = sums_of(block, plan), _kept(block.bundles, plan)
+    if plan.sums_on_host:
+        widest_alone = [replace(max(block.bundles, key=lambda each: each.d_in), experts=1)]
+        sums, kept = 0, _kept(widest_alone, plan)
     copy = block.count * _FLOAT
     widest = max((each.d_in for each in block.bundles), default=0)
     outputs = max((max(each.rows) for each in block.bundles), default=0)
     passing = 2 * plan.batch * (shapes.width + max(outputs, widest)) * _FLOAT
     solver = max((_solver(each, plan) for each in block.bundles), default=0)
     phases = [
-        {"a block in float32": copy, "statistics": kept * min(plan.shards, 2), "a forward pass": passing},
+        {"a block in float32": copy, "statistics": sums, "a forward pass": passing},
         {"a block in float32": copy, "statistics": kept, "the solver": solver},
     ]
     if plan.tuned:
@@ -167,5 +176,5 @@ def _solver(bundle: Bundle, plan: Plan) -> int:
         return 2 * weights * plan.state + min(_BY_ROWS, 6 * _FLOAT * weights)
     together = min(weights, max(BUNDLE_WEIGHTS, max(bundle.rows) * bundle.d_in))
     planes = max(_PLANES.get(plan.method, 0.0 if by_rows else _FEW), _REFIT_PLANES if refitted else 0.0)
-    squares = max(_SQUARES.get(plan.method, 0.0), 1.0 if refitted else 0.0)
+    squares = max(_SQUARES.get(plan.method, 0.0), 1.0 if refitted else 0.0, 3.0 if plan.statistics > 1 else 0.0)
     return int(_FLOAT * (planes * together + squares * bundle.d_in**2))

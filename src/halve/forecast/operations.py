@@ -60,8 +60,10 @@ _ALPS = Iterations(60, 45)
 _REACHED = 10.0
 """λ of prox-gradient at which a row has the pattern, in the mean over rows."""
 _CG_STEPS = {True: 4.0, False: 15.0}
-"""Of the refit, after a method that ends near the best weights on its mask, and after another; after the effort
-``fast`` none, for its tolerance is larger than what is left."""
+"""Of the refit, after a method that ends near the best weights on its mask, and after another."""
+_LEFT = 5e-3
+"""Share of the loss that the former leaves to the refit: with a larger tolerance, as of effort ``fast``, there is none.
+"""
 _AROUND = 140.0
 """Passes over a matrix besides its solver: checks, losses before and after, writing back, the record."""
 _IN_A_MODEL = 1.2
@@ -113,7 +115,7 @@ def solving(bundle: Bundle, method: str, refit: str, options: Mapping[str, Any],
     counts += Counts(float32=4.0 * rows * d**2, bytes=_AROUND * _PLANE * rows * d)
     if refit == "cg":
         near = method in {"auto", "prox-admm"}
-        steps = 0.0 if method == "auto" and options.get("effort") == "fast" else _CG_STEPS[near]
+        steps = 0.0 if near and options.get("refit_tolerance", 0.0) >= _LEFT else _CG_STEPS[near]
         products = 1.0 if not steps else steps + 4.0  # of the residual, of the output, and of two losses
         counts += Counts(float32=products * 2.0 * rows * d**2, bytes=steps * 25 * _PLANE * rows * d)
     if shrinkage:

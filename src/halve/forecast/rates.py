@@ -13,7 +13,7 @@ import torch
 from halve.checkpoint.durable import write_file
 from halve.checkpoint.shards import CHUNK
 from halve.forecast.operations import Counts
-from halve.maths.linalg import definite_inverse, full_precision
+from halve.maths.linalg import full_precision
 
 _LARGEST = 2048
 """Side of the matrices that are measured: larger ones are no slower for their size."""
@@ -81,7 +81,7 @@ def measured_rates(
     forward = 2.0 * x.numel() * side / took(lambda: narrow_x @ narrow)
     with full_precision():
         float32 = 2.0 * side**3 / took(lambda: square @ square)
-        factorisation = side**3 / took(lambda: definite_inverse(gram))
+        factorisation = side**3 / took(lambda: torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L))
     planes = torch.zeros(4, side, side, device=device)
     passes = 3.0 * planes.nbytes / took(lambda: planes.add_(planes))
     writing = _writing(out, lasting)

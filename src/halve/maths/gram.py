@@ -55,7 +55,7 @@ class Statistics:
     gradient: Gradient | None = None
 
     def to(self, device: torch.device) -> "Statistics":
-        """Return the same on a device; where they are there already, nothing is copied."""
+        """Return the same, but for the gradient, on a device; where they are there already, nothing is copied."""
         halves = None if self.halves is None else (self.halves[0].to(device), self.halves[1].to(device))
         cross = None if self.cross is None else self.cross.to(device)
         return replace(self, gram=self.gram.to(device), halves=halves, cross=cross)

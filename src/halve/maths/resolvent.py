@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import FactorisationError
-from halve.maths.linalg import definite_inverse
+from halve.maths.linalg import is_finite
 
 
 class Resolvent:
@@ -49,9 +49,11 @@ def _scaled_inverse(gram: Tensor, rho: float) -> Tensor:
     for dtype in (torch.float32, torch.float64):
         shifted = gram.to(dtype) / rho
         shifted.diagonal().add_(1.0)
-        inverse = definite_inverse(shifted)
-        if inverse is not None:
-            return inverse.float()
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0:
+            inverse = torch.cholesky_inverse(lower)
+            if is_finite(inverse.diagonal()):  # no entry is larger than the largest of these
+                return inverse.float()
     raise FactorisationError(
         f"a {gram.shape[0]}x{gram.shape[1]} Gram matrix with {rho:g} added to its diagonal is not positive definite: "
         "check that it is XᵀX / tokens, or use more calibration tokens"

@@ -1,6 +1,6 @@
 """Which matrices of a block are solved together, what that costs, and how it is done; and what it takes beforehand."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
@@ -26,19 +26,33 @@ BUNDLE_WEIGHTS = 1 << 26
 It decides bytes, since libraries of matrix products round differently by shape: no machine may have another one.
 """
 _MOST_SUMS = 0.5
-"""Share of a GPU's memory that statistics may take."""
+"""Share of a GPU's memory that the sums over a block's inputs may take."""
 _LEAST_SECONDS = 1e-3
 """What a time limit that is used up counts as."""
 
 
-def home_of_sums(size: int, device: torch.device) -> torch.device:
-    """Return where the statistics of a block are kept, of which each bundle's come to the device as it is solved.
-
-    That is the device itself, but the machine's memory where they would take more than half of all that the device has,
-    as those of many experts do. What is free there does not count: a run that goes on has to find the same place.
+def bytes_of_sums(widths: Iterable[int], *, halves: bool, cross: bool, shards: int) -> int:
+    """Return how much the sums over a block's inputs take while they are made, at most.
 
     Args:
-        size: of the statistics, in bytes.
+        widths: d_in of each distinct input.
+        halves: whether each half of the tokens is summed by itself.
+        cross: whether products of the dense model's inputs with the pruned model's are summed too.
+        shards: that the calibration set is cut into: of several, one is added to those before it.
+    """
+    planes = (1 + halves + cross) * min(2, max(1, shards))
+    return planes * torch.float32.itemsize * sum(width**2 for width in widths)
+
+
+def home_of_sums(size: int, device: torch.device) -> torch.device:
+    """Return where the inputs of a block are summed, and their statistics kept.
+
+    That is the device, but the machine's memory, and its processor, where the sums would take more than half of all
+    that the device has, as those of many experts do; each bundle's statistics come to the device as it is solved. What
+    is free there does not count: a run that goes on has to find the same place.
+
+    Args:
+        size: of the sums, in bytes (`bytes_of_sums`).
         device: where blocks run and matrices are solved.
     """
     on_host = device.type != "cpu" and size > _MOST_SUMS * whole_memory(device)

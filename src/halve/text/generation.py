@@ -7,11 +7,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-from psutil import virtual_memory
 from torch import Tensor, nn
 
 from halve.device import autocast, compute_dtype, evaluation_mode, model_device
 from halve.errors import CalibrationError, UnsupportedModelError
+from halve.memory import whole_memory
 from halve.transformers_internals import DynamicCache, DynamicLayer, queries_packed
 
 Listen = Callable[[int, int, float], None]
@@ -70,8 +70,7 @@ def _batch_size(samples: int, cache_bytes: int, device: torch.device, batch: int
 
     It follows the memory there is, not what is free of it, so that the same machine always writes the same text.
     """
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
-    most = max(1, min(batch, min(_CACHE_BYTES, total // 4) // max(1, cache_bytes)))
+    most = max(1, min(batch, min(_CACHE_BYTES, whole_memory(device) // 4) // max(1, cache_bytes)))
     batches = -(-samples // most)
     return -(-samples // batches)
 
