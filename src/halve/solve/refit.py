@@ -59,7 +59,8 @@ def refit_cg(
     Returns:
         tuple[Tensor, dict[str, float]]: weights in the dtype of ``weight``, +0.0 outside ``mask``, and facts:
             ``refit_iterations`` (of the slowest row), ``refit_row_iterations`` (mean), ``refit_kept_rows`` (rows
-            whose steps did not improve them and that were left as given), ``refit_unconverged_rows`` (stopped by the limit).
+            whose steps did not improve them and that were left as given), ``refit_unconverged_rows`` (those that the
+            limit stopped).
 
     Raises:
         InputError: an option is out of range.
