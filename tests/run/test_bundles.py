@@ -37,8 +37,8 @@ def test_statistics_that_would_take_half_of_a_gpu_stay_in_memory(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert home_of_sums(10**18, cpu) == cpu
     monkeypatch.setattr(run_bundles, "whole_memory", lambda device: {gpu: 1000}[device])
-    assert home_of_sums(500, gpu) == gpu
-    assert home_of_sums(501, gpu) == cpu
+    assert home_of_sums(250, gpu) == gpu
+    assert home_of_sums(251, gpu) == cpu
 
 
 def test_the_cost_grows_with_rows_and_with_the_cube_of_the_width():

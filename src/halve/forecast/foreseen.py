@@ -269,7 +269,7 @@ def _seconds(
 
 
 def _forward(block: BlockShape, shapes: Shapes, plan: Plan, length: int, *, collecting: bool = False) -> Counts:
-    """Count a pass through a block; one that collects ends before the last matrices, unless some are experts."""
+    """Count a pass through a block; one that collects leaves out the last matrices, unless some are experts."""
     products, outputs = block.products, float(sum(each.share * each.experts * sum(each.rows) for each in block.bundles))
     if collecting and block.bundles and all(each.experts == each.share == 1 for each in block.bundles):
         last = block.bundles[-1]

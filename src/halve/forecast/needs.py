@@ -122,7 +122,7 @@ def needs(shapes: Shapes, plan: Plan, used: int, output: int, computed: int = 0)
     working = _parts(largest, shapes, plan)
     on_cpu = plan.device.type == "cpu"
     if plan.sums_on_host:
-        host["statistics"] = max(sums_of(largest, plan), _kept(largest.bundles, plan))
+        host["statistics"] = max(min(plan.shards, 2) * sums_of(largest, plan), _kept(largest.bundles, plan))
     disk = {"the checkpoint": output, "finished blocks, until it is written": shapes.inside}
     if plan.offloaded:
         disk["hidden states"] = hidden
@@ -136,11 +136,11 @@ def _working(block: BlockShape, shapes: Shapes, plan: Plan) -> int:
 
 
 def sums_of(block: BlockShape, plan: Plan) -> int:
-    """Return the bytes of the sums over a block's inputs while they are made, at most."""
+    """Return the bytes of the sums of one shard over a block's inputs."""
     if not plan.statistics:
         return 0
     widths = (each.d_in for each in block.bundles for _ in range(each.experts))
-    return bytes_of_sums(widths, halves=plan.statistics > 1, cross=plan.cross, shards=plan.shards)
+    return bytes_of_sums(widths, halves=plan.statistics > 1, cross=plan.cross)
 
 
 def _kept(bundles: Sequence[Bundle], plan: Plan) -> int:
@@ -150,7 +150,7 @@ def _kept(bundles: Sequence[Bundle], plan: Plan) -> int:
 
 def _parts(block: BlockShape, shapes: Shapes, plan: Plan) -> dict[str, int]:
     """Return what a block takes where it is worked on, in the phase that takes most."""
-    sums, kept = sums_of(block, plan), _kept(block.bundles, plan)
+    sums, kept = min(plan.shards, 2) * sums_of(block, plan), _kept(block.bundles, plan)
     if plan.sums_on_host:
         widest_alone = [replace(max(block.bundles, key=lambda each: each.d_in), experts=1)]
         sums, kept = 0, _kept(widest_alone, plan)

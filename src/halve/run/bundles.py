@@ -26,36 +26,35 @@ BUNDLE_WEIGHTS = 1 << 26
 It decides bytes, since libraries of matrix products round differently by shape: no machine may have another one.
 """
 _MOST_SUMS = 0.5
-"""Share of a GPU's memory that the sums over a block's inputs may take."""
+"""Share of a GPU's memory that the sums over a block's inputs may take, those of two shards."""
 _LEAST_SECONDS = 1e-3
 """What a time limit that is used up counts as."""
 
 
-def bytes_of_sums(widths: Iterable[int], *, halves: bool, cross: bool, shards: int) -> int:
-    """Return how much the sums over a block's inputs take while they are made, at most.
+def bytes_of_sums(widths: Iterable[int], *, halves: bool, cross: bool) -> int:
+    """Return how much the sums over a block's inputs take, in bytes; twice that while one shard's are added to others.
 
     Args:
         widths: d_in of each distinct input.
         halves: whether each half of the tokens is summed by itself.
         cross: whether products of the dense model's inputs with the pruned model's are summed too.
-        shards: that the calibration set is cut into: of several, one is added to those before it.
     """
-    planes = (1 + halves + cross) * min(2, max(1, shards))
-    return planes * torch.float32.itemsize * sum(width**2 for width in widths)
+    return (1 + halves + cross) * torch.float32.itemsize * sum(width**2 for width in widths)
 
 
 def home_of_sums(size: int, device: torch.device) -> torch.device:
     """Return where the inputs of a block are summed, and their statistics kept.
 
-    That is the device, but the machine's memory, and its processor, where the sums would take more than half of all
-    that the device has, as those of many experts do; each bundle's statistics come to the device as it is solved. What
-    is free there does not count: a run that goes on has to find the same place.
+    That is the device, but the machine's memory, and its processor, where two shards' sums would take more than half of
+    all that the device has, as those of many experts do; each bundle's statistics come to the device as it is solved.
+    Neither what is free there counts nor how many shards there are: every worker, and a run that goes on, has to find
+    the same place.
 
     Args:
-        size: of the sums, in bytes (`bytes_of_sums`).
+        size: of the sums of one shard, in bytes (`bytes_of_sums`).
         device: where blocks run and matrices are solved.
     """
-    on_host = device.type != "cpu" and size > _MOST_SUMS * whole_memory(device)
+    on_host = device.type != "cpu" and 2 * size > _MOST_SUMS * whole_memory(device)
     return torch.device("cpu") if on_host else device
 
 

@@ -165,8 +165,7 @@ class Job:
         modules = [(m.d_in, m.parameter.rsplit(".", 2)[0], m.expert) for m in self.plan.of_block(block)]
         halves = self.settings.objective.chooses_shrinkage(self.settings.defaults)
         widths = [d_in for d_in, *_ in dict.fromkeys(modules)]
-        size = bytes_of_sums(widths, halves=halves, cross=self.matching, shards=len(self.shards))
-        return home_of_sums(size, self.device)
+        return home_of_sums(bytes_of_sums(widths, halves=halves, cross=self.matching), self.device)
 
     @property
     def last(self) -> int:
