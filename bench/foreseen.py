@@ -18,7 +18,9 @@ from halve.forecast.foreseen import Foreseen, foresee
 from halve.forecast.needs import needs
 from halve.forecast.rates import Rates
 from halve.run.request import Request
+from halve.text.calibration import batch_tokens
 
+_CUDA = torch.device("cuda")
 GPU = Rates(forward=400e12, float32=40e12, factorisation=10e12, bytes=2.5e12, reading=2e9, writing=1e9)
 """Assumed of an H100 and a good disk: operations and bytes a second."""
 WAYS: dict[str, dict[str, Any]] = {
@@ -35,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def shown(name: str, found: Foreseen, *, gpu: bool) -> str:
     """Return a line of the table."""
-    plan = replace(found.plan, device=torch.device("cuda")) if gpu else found.plan
+    plan = replace(found.plan, device=_CUDA, batch=max(found.plan.batch, batch_tokens(_CUDA))) if gpu else found.plan
     wanted = needs(found.shapes, plan, found.used, 0)
     hours = {phase: seconds / 3600 for phase, seconds in found.seconds.items()}
     passing = hours["collect"] + hours.get("replay", 0.0)
@@ -59,6 +61,7 @@ def main() -> None:
         print("| method | memory, GB | GPU memory, GB | disk, GB | passes, h | solving, h | the rest, h | all, h |")
         for name, options in WAYS.items():
             asked = {"calibration": "c4", "samples": given.samples, "seq_len": given.seq_len, "device": "cpu"}
+            asked |= {"stream": "always"}
             precision = {} if given.here else {"forward_dtype": "bfloat16"}
             request = Request.of({**asked, **precision, **options})
             found = foresee(model, Path.cwd() / "pruned", request, rates=rates)

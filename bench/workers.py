@@ -187,7 +187,7 @@ def simulate(given: argparse.Namespace) -> None:
             solves.append(busy + solving.forward / given.flops + solving.bytes / given.bandwidth)
             kept = (2 if chosen else 1) + plan.cross
             sums.append(4.0 * bundle.experts * bundle.d_in**2 * kept)
-        passes = (2 + 2 * plan.paired) * forward / given.flops
+        passes = (2 + plan.paired) * forward / given.flops
         blocks.append(_Block(passes, gram / given.float32, solves, sums, float(block.size)))
     print(f"{given.model}, {given.method} with refit {given.refit}, {given.samples} x {given.seq_len} tokens")
     alone = sum(each.forward + each.statistics + sum(each.solves) for each in blocks)

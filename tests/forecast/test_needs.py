@@ -80,6 +80,12 @@ def test_statistics_that_a_gpu_has_no_room_for_are_in_the_memory_of_the_machine_
     assert here.on_device["the solver"] == there.on_device["the solver"]
 
 
+def test_a_block_in_which_nothing_is_pruned_needs_no_statistics():
+    shapes = replace(SHAPES, blocks=(BLOCK, replace(BLOCK, bundles=())))
+    for plan in (PLAN, replace(PLAN, device=torch.device("cuda"), sums_on_host=True)):
+        assert needs(shapes, plan, 0, 0).memory["statistics"] > 0
+
+
 def test_the_sums_over_inputs_are_of_every_expert():
     mixture = replace(BLOCK, bundles=(Bundle((100, 100), 50, 0.5, 4), Bundle((50,), 200)))
     one = 4 * 50**2 + 200**2

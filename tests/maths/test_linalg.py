@@ -186,6 +186,18 @@ def test_finite_is_what_has_no_nan_and_no_infinity(dtype, shape):
         assert dtype == torch.float8_e4m3fn or not is_finite(spoilt)
 
 
+def test_every_part_and_every_view_is_looked_at(monkeypatch):
+    monkeypatch.setattr(linalg, "_AT_ONCE", 5)
+    matrix = torch.zeros(6, 4)
+    assert is_finite(matrix)
+    assert is_finite(matrix.mT)
+    for place in range(24):
+        spoilt = matrix.clone()
+        spoilt.view(-1)[place] = math.nan
+        assert not is_finite(spoilt)
+        assert not is_finite(spoilt.mT)
+
+
 def test_infinities_that_cancel_are_not_finite():
     assert not is_finite(torch.tensor([[math.inf, -math.inf]]))
     assert is_finite(torch.empty(0, 3))

@@ -34,7 +34,8 @@ def test_moves_in_place_what_solving_adds(problem, dtype):
     resolvent, start = Resolvent(gram, dtype), torch.ones_like(target)
     moved = resolvent.move(start, point - target, 0.5)
     assert moved is start
-    assert torch.allclose(moved - 1.0, resolvent.solve(target, point, 0.5) - target, atol=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02 * float((point - target).abs().max())
+    assert torch.allclose(moved.double() - 1.0, exact(target, point, gram, 0.5) - target.double(), atol=tolerance)
 
 
 def test_bfloat16_errs_by_a_share_of_the_difference(problem):

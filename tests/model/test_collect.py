@@ -116,6 +116,33 @@ def test_a_layer_that_longer_batches_call_more_often_is_not_spared():
     assert "forward" not in block.down.__dict__
 
 
+def test_a_layer_that_is_called_again_after_all_is_refused():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.again = nn.Linear(8, 16), nn.Linear(16, 8), False
+
+        def forward(self, x):
+            once = self.down(self.up(x))
+            return x + (self.down(self.up(once)) if self.again else once)
+
+    block, x = Fickle(), torch.randn(2, 5, 8)
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    plan = make_plan(model, Pattern("2:4"), observe(model, [block], [lambda: block(x)]))
+    collector = Collector(block, plan.blocks[0], plan.of_block(0), CPU, once=set())
+    with collector.watching():
+        for block.again in (False, True):
+            collector.start_batch(None, shape=x.shape)
+            block(x)
+            if not block.again:
+                assert not collector.end_batch()
+        with pytest.raises(
+            CalibrationError, match=r"layers\.0\.up\.weight was called 2 times in one batch"
+        ):
+            collector.end_batch()
+
+
 def test_matrices_with_the_same_input_share_their_statistics():
     _, statistics = collect_first_block(decoder("llama"), [{"input_ids": tokens()}, {"input_ids": tokens(seed=1)}])
     by_leaf = {name.split(".")[-2]: value for name, value in statistics.items()}
@@ -350,7 +377,7 @@ def collector_of(model, *, halves=False):
     members = list(model.layers)
     observed = observe(model, members, [lambda: model(torch.randn(2, 5, 8))])
     plan = make_plan(model, Pattern("2:4"), observed, ())
-    return Collector(members[0], plan.blocks[0], plan.of_block(0), CPU, halves=halves)
+    return Collector(members[0], plan.blocks[0], plan.of_block(0), CPU, halves=halves, once=set())
 
 
 def branches():
@@ -376,10 +403,12 @@ def two_streams(batches=3):
 def collect_both(block, collector, dense, pruned, valid=None):
     with collector.watching():
         for x, noisy in zip(dense, pruned, strict=True):
-            collector.start_batch(valid, dense=True)
+            collector.start_batch(valid, dense=True, shape=x.shape)
             block(x)
-            collector.start_batch(valid)
+            assert not collector.end_batch()
+            collector.start_batch(valid, shape=noisy.shape)
             block(noisy)
+            collector.end_batch()
     return collector.finish()
 
 

@@ -81,7 +81,8 @@ def test_where_statistics_are_kept_is_asked_with_their_size(monkeypatch):
     prune_blocks(decoder("mixtral"), batches(), settings("wanda", min_expert_tokens=1), device=CPU)
     model = decoder("mixtral").config
     experts = model.num_local_experts * (model.hidden_size**2 + model.intermediate_size**2)
-    assert set(asked) == {4 * (experts + model.hidden_size**2)}  # query and output are taken to share one
+    heads = model.num_attention_heads * (model.hidden_size // model.num_attention_heads)
+    assert set(asked) == {4 * (experts + model.hidden_size**2 + heads**2)}
 
 
 def test_two_runs_give_the_same_bytes_in_memory_or_on_disk(tmp_path):

@@ -236,7 +236,7 @@ def _seconds(
     solve: Counts | None = Counts()
     for index, block in enumerate(shapes.blocks):
         one_pass = _forward(block, shapes, plan, length)
-        until_seen = _forward(block, shapes, plan, length, collecting=True)
+        collecting_pass = _forward(block, shapes, plan, length, collecting=True)
         matched = plan.cross
         for bundle in block.bundles:
             collect += operations.statistics(bundle, plan.tokens, cross=plan.cross) if plan.tokens else Counts()
@@ -244,7 +244,7 @@ def _seconds(
                 bundle, settings.method, settings.refit, settings.all_options, shrinkage=plan.statistics > 1
             )
             solve = None if solve is None or part is None else solve + part
-        collect += until_seen + one_pass.times(matched)
+        collect += collecting_pass + one_pass.times(matched)
         replay += one_pass.times(int(index + 1 < len(shapes.blocks)) + (plan.paired and not matched))
         if settings.reconstruction is not None:
             epochs, steps = settings.reconstruction.epochs, plan.tokens / max(1, plan.batch)
@@ -269,9 +269,11 @@ def _seconds(
 
 
 def _forward(block: BlockShape, shapes: Shapes, plan: Plan, length: int, *, collecting: bool = False) -> Counts:
-    """Count a pass through a block; one that collects leaves out the last matrices, unless some are experts."""
+    """Count a pass through a block; one that collects leaves out the last matrix, unless some are experts.
+
+    The last one that is defined stands for the last one that is called.
+    """
     products, outputs = block.products, float(sum(each.share * each.experts * sum(each.rows) for each in block.bundles))
     if collecting and block.bundles and all(each.experts == each.share == 1 for each in block.bundles):
-        last = block.bundles[-1]
-        products -= sum(last.rows) * last.d_in
+        products -= block.bundles[-1].rows[-1] * block.bundles[-1].d_in
     return operations.forward(products, plan.tokens, length, shapes.width, outputs)

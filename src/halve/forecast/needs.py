@@ -152,8 +152,8 @@ def _parts(block: BlockShape, shapes: Shapes, plan: Plan) -> dict[str, int]:
     """Return what a block takes where it is worked on, in the phase that takes most."""
     sums, kept = min(plan.shards, 2) * sums_of(block, plan), _kept(block.bundles, plan)
     if plan.sums_on_host:
-        widest_alone = [replace(max(block.bundles, key=lambda each: each.d_in), experts=1)]
-        sums, kept = 0, _kept(widest_alone, plan)
+        widest_alone = sorted(block.bundles, key=lambda each: each.d_in)[-1:]
+        sums, kept = 0, _kept([replace(each, experts=1) for each in widest_alone], plan)
     copy = block.count * _FLOAT
     widest = max((each.d_in for each in block.bundles), default=0)
     outputs = max((max(each.rows) for each in block.bundles), default=0)

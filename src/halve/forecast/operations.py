@@ -116,7 +116,7 @@ def solving(bundle: Bundle, method: str, refit: str, options: Mapping[str, Any],
     if refit == "cg":
         near = method in {"auto", "prox-admm"}
         steps = 0.0 if near and options.get("refit_tolerance", 0.0) >= _LEFT else _CG_STEPS[near]
-        products = 1.0 if not steps else steps + 4.0  # of the residual, of the output, and of two losses
+        products = 1.0 if not steps else steps + 5.0  # of the residual, of the output, and of three losses
         counts += Counts(float32=products * 2.0 * rows * d**2, bytes=steps * 25 * _PLANE * rows * d)
     if shrinkage:
         products = _SHRINKAGE_REFITS * _SHRINKAGE_STEPS * 2.0 * min(rows, _SHRINKAGE_ROWS) * d**2

@@ -1,6 +1,6 @@
 """The shapes that decide what a run takes: blocks, their matrices, and which of these see the same inputs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -10,10 +10,8 @@ from torch import nn
 from halve.checkpoint.precision import bytes_in
 from halve.model.layers import is_fused, is_linear, layer_matrix
 from halve.model.stacks import default_stacks
+from halve.run.bundles import likely_input
 from halve.text.generation import text_config
-
-_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out_lin", "fc2", "fc_out", "down_proj", "w2")
-"""What layers are called that read what their siblings have made."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +157,17 @@ def _expert(leaf: str, shape: torch.Size, width: int) -> tuple[int, int, int]:
 def _linear(name: str, module: nn.Module, skip: Sequence[str]) -> tuple[list[Bundle], int]:
     """Return the bundles among a module's own linear layers, and the weights of those that stay dense.
 
-    Nothing is run, so that names and widths have to tell which layers read the same: siblings of one width do, but for
-    those that are called like the last of them.
+    Nothing is run, so that names and widths have to tell which layers read the same (`likely_input`).
     """
-    together: dict[tuple[int, str], list[int]] = {}
+    together: dict[Hashable, Bundle] = {}
     dense = 0
     for leaf, (d_out, d_in) in _matrices(module):
         if any(fnmatchcase(f"{name}.{leaf}.weight", each) for each in skip):
             dense += d_out * d_in
         else:
-            together.setdefault((d_in, leaf if leaf in _OUTPUTS else ""), []).append(d_out)
-    return [Bundle(tuple(rows), d_in) for (d_in, _), rows in together.items()], dense
+            key = likely_input(f"{name}.{leaf}.weight", d_in)
+            together[key] = Bundle((*together.get(key, Bundle((), d_in)).rows, d_out), d_in)
+    return list(together.values()), dense
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:

@@ -18,7 +18,7 @@ from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.gram import GramAccumulator, Statistics
 from halve.model.blocks import replaced_forward
 from halve.model.calls import Call, leaves
-from halve.model.layers import Layout, is_fused, is_linear, layer_matrix
+from halve.model.layers import Layout, is_fused, is_linear, is_plain_linear, layer_matrix
 from halve.model.plan import Matrix, Observed
 
 _LINEAR = {torch.nn.functional.linear}
@@ -308,6 +308,7 @@ class Collector:
         self._once = once
         self._shape: torch.Size | None = None
         self._calls: Counter[str] = Counter()
+        self._spared = False
         self._dense: defaultdict[str, list[Tensor]] = defaultdict(list)  # one a call of the matrix
         self._in_dense = False
 
@@ -321,7 +322,7 @@ class Collector:
             for local, matrix in self._plain.items():
                 module = self._block.get_submodule(local.rpartition(".")[0])
                 stack.enter_context(module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True))
-                if self._once is not None:
+                if self._once is not None and is_plain_linear(module):
                     stack.enter_context(replaced_forward(module, self._sparing(matrix, module.forward)))
             if self._experts:
                 fused = {name: self._block.get_parameter(name) for name, _ in self._experts}
@@ -352,25 +353,35 @@ class Collector:
         self._in_dense = dense
         self._inputs.clear()
         self._calls.clear()
+        self._spared = False
         self._shape = shape
         self._valid = valid
         self._memory = memory
 
     def end_batch(self) -> bool:
-        """Learn from a batch that the block has been run on, and return whether the last matrix was left out."""
+        """Learn from a batch that the block has been run on, and return whether the last matrix was left out.
+
+        Raises:
+            CalibrationError: it was, and some matrix was called again, on what was left out.
+        """
         if self._once is None or self._shape is None or self._in_dense:
             return False
-        spared = self._shape in self._once
-        routed = bool(self._experts) or any(matrix.routed for matrix in self._plain.values())
-        if not routed and all(self._calls[matrix.name] == 1 for matrix in self._plain.values()):
+        others = [matrix.name for matrix in self._plain.values() if self._calls[matrix.name] != 1]
+        if self._spared and others:
+            raise CalibrationError(
+                f"{others[0]} was called {self._calls[others[0]]} times in one batch and once in another of the same "
+                "shape: Halve cannot tell which statistics it needs; leave it dense with skip"
+            )
+        if not (others or self._experts or any(matrix.routed for matrix in self._plain.values())):
             self._once.add(self._shape)
-        return spared
+        return self._spared
 
     def _sparing(self, matrix: Matrix, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def spare(*args: Any, **kwargs: Any) -> Tensor:
             last = self._once is not None and self._shape in self._once and len(self._calls) == len(self._plain)
             if not last or self._in_dense:
                 return forward(*args, **kwargs)
+            self._spared = True
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             return x.new_zeros(*x.shape[:-1], matrix.d_out)
 

@@ -1,6 +1,6 @@
 """Which matrices of a block are solved together, what that costs, and how it is done; and what it takes beforehand."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
@@ -25,10 +25,28 @@ BUNDLE_WEIGHTS = 1 << 26
 
 It decides bytes, since libraries of matrix products round differently by shape: no machine may have another one.
 """
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out_lin", "fc2", "fc_out", "down_proj", "w2")
+"""What layers are called that read what their siblings have made."""
 _MOST_SUMS = 0.5
 """Share of a GPU's memory that the sums over a block's inputs may take, those of two shards."""
 _LEAST_SECONDS = 1e-3
 """What a time limit that is used up counts as."""
+
+
+def likely_input(parameter: str, d_in: int, expert: int | None = None) -> Hashable:
+    """Return what is equal for matrices that are going to read the same input, as far as names and widths can tell.
+
+    Siblings of one width do, but for those that are called like the last of them; fused experts do not.
+
+    Args:
+        parameter: full name.
+        d_in: inputs of the matrix.
+        expert: its index in a fused parameter.
+    """
+    if expert is not None:
+        return parameter, expert
+    module, _, leaf = parameter.removesuffix(".weight").rpartition(".")
+    return module, d_in, leaf if leaf in _OUTPUTS else ""
 
 
 def bytes_of_sums(widths: Iterable[int], *, halves: bool, cross: bool) -> int:

@@ -22,7 +22,7 @@ from halve.model.gradients import LossGradients
 from halve.model.plan import Matrix, Plan
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.model.survey import StackRun
-from halve.run.bundles import bytes_of_sums, home_of_sums, prune_bundle
+from halve.run.bundles import bytes_of_sums, home_of_sums, likely_input, prune_bundle
 from halve.run.events import WorkerReport
 from halve.run.phases import Phase, Phases
 from halve.run.settings import Settings
@@ -158,14 +158,10 @@ class Job:
         return self.settings.matches_dense and not any(matrix.routed for matrix in self.plan.matrices)
 
     def home_of_sums(self, block: int) -> torch.device:
-        """Return where the inputs of a block are summed (`halve.run.bundles.home_of_sums`).
-
-        Who shares an input is known only afterwards: matrices of one width in one module are taken to.
-        """
-        modules = [(m.d_in, m.parameter.rsplit(".", 2)[0], m.expert) for m in self.plan.of_block(block)]
+        """Return where the inputs of a block are summed (`halve.run.bundles.home_of_sums`)."""
+        inputs = {likely_input(m.parameter, m.d_in, m.expert): m.d_in for m in self.plan.of_block(block)}
         halves = self.settings.objective.chooses_shrinkage(self.settings.defaults)
-        widths = [d_in for d_in, *_ in dict.fromkeys(modules)]
-        return home_of_sums(bytes_of_sums(widths, halves=halves, cross=self.matching), self.device)
+        return home_of_sums(bytes_of_sums(inputs.values(), halves=halves, cross=self.matching), self.device)
 
     @property
     def last(self) -> int:

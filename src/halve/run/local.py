@@ -197,7 +197,8 @@ class LocalExecutor:
         job = self._job
         halves = job.settings.objective.chooses_shrinkage(job.settings.defaults)
         prefix, home = job.plan.blocks[at.block], job.home_of_sums(at.block)
-        collector = Collector(at.work, prefix, matrices, home, halves=halves, once=self._once)
+        once = self._once if at.goes_on else None  # the last block is not run again, and its outputs are looked at here
+        collector = Collector(at.work, prefix, matrices, home, halves=halves, once=once)
         with autocast(at.work, job.precision), collector.watching():
             for batch in shard:
                 if at.dense is not None and job.matching:
