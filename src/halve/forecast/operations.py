@@ -68,7 +68,7 @@ _AROUND = 140.0
 """Passes over a matrix besides its solver: checks, losses before and after, writing back, the record."""
 _IN_A_MODEL = 1.2
 """How much longer the products of a forward pass take than the same alone, one after the other."""
-_SHRINKAGE_REFITS, _SHRINKAGE_STEPS, _SHRINKAGE_ROWS = 6, 13, 64
+_SHRINKAGE_REFITS, _SHRINKAGE_STEPS, _SHRINKAGE_ROWS = 6, 13, 32
 """How many fits the search for the shrinkage makes, products in each with those that judge it, and its rows."""
 
 

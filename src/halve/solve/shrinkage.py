@@ -23,7 +23,7 @@ CANDIDATES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Shrinkages that compete; 0 trusts H as it is and 1 trusts only its diagonal."""
 _FIRST = CANDIDATES.index(0.1)
 """Where the search begins: it goes to smaller or larger candidates while that helps."""
-_ROWS = 64
+_ROWS = 32
 """Rows that judge, spread evenly over the matrix."""
 _TOLERANCE = 1e-2
 """Of the refits that are only compared: their loss within a per cent."""
