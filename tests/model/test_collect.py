@@ -137,9 +137,7 @@ def test_a_layer_that_is_called_again_after_all_is_refused():
             block(x)
             if not block.again:
                 assert not collector.end_batch()
-        with pytest.raises(
-            CalibrationError, match=r"layers\.0\.up\.weight was called 2 times in one batch"
-        ):
+        with pytest.raises(CalibrationError, match=r"layers\.0\.up\.weight was called 2 times in one batch"):
             collector.end_batch()
 
 
