@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -19,6 +20,7 @@ import sweep_masks as masks
 import sweep_oracle as oracle
 import tiny_inputs
 import tiny_models
+from halve.model.collect import Collector
 from tiny_families import EXPERTS
 from tiny_models import Case
 
@@ -181,9 +183,16 @@ class _Judge:
 
 def _prune_listening(dense: Any, batches: Sequence[Any], **options: Any) -> tuple[halve.Pruned, oracle.Listening]:
     model = copy.deepcopy(dense)
-    listening = oracle.Listening(model)
+    listening, real = oracle.Listening(model), Collector.end_batch
+
+    def end_batch(collector: Collector) -> bool:
+        if spared := real(collector):  # a product was left out
+            listening.forget()
+        return spared
+
     try:
-        done = halve.prune(model, calibration=list(batches), **_COMMON, **options)
+        with patch.object(Collector, "end_batch", end_batch):
+            done = halve.prune(model, calibration=list(batches), **_COMMON, **options)
     finally:
         listening.close()
     return done, listening

@@ -74,6 +74,7 @@ class Listening:
         self.calls: dict[str, list[Call]] = {}
         self._hooks = ExitStack()
         self._copies_running = 0
+        self._latest: tuple[list[Call], Call] | None = None
         for name, member in members_of(model).items():
             self.calls[name] = []
             self._listen(name, member)
@@ -96,11 +97,20 @@ class Listening:
             running.append(call)
 
         def after(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            running.pop().output = next((tensor for _, tensor in _tensors(output)), None)
+            call = running.pop()
+            call.output = next((tensor for _, tensor in _tensors(output)), None)
             self._copies_running -= module is not original
+            if call.on_its_own:
+                self._latest = calls, call
 
         self._hooks.callback(original.register_forward_pre_hook(before, with_kwargs=True).remove)
         self._hooks.callback(original.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+
+    def forget(self) -> None:
+        """Leave out the latest call of a block on its own, whose output is not what the block gives."""
+        if self._latest is not None:
+            calls, call = self._latest
+            calls[:] = [each for each in calls if each is not call]
 
     def close(self) -> None:
         """Take the hooks off the model."""

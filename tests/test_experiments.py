@@ -182,7 +182,7 @@ def test_which_layers_judges_on_tokens_that_no_method_saw(model, text, tmp_path,
         losses = matrix["losses"]
         for contender in which_layers.CONTENDERS[1:-1]:  # an exact refit is best where it looks
             assert losses[contender]["seen"] < losses["wanda"]["seen"]
-        assert losses["auto+cg"]["seen"] <= losses["wanda"]["seen"] * (1 + 1e-6)  # shrinkage 1 ends at Wanda
+        assert losses["auto+cg"]["seen"] <= losses["wanda"]["seen"] * (1 + 1e-4)  # shrinkage 1 ends at Wanda
     assert [point["tokens_per_input"] for point in numbers["sweep"] if point["kind"] == "q_proj"] == [0.25, 0.5, 1.0]
     assert {point["kind"] for point in numbers["sweep"]} == set(which_layers.SWEPT)
     assert all(-1 <= row["diagonal_share"] <= 1 for row in numbers["correlations"])
