@@ -230,16 +230,14 @@ class GramAccumulator:
         return whole, (one, other)
 
     def _check_finite(self, rows: Tensor) -> None:
-        # One cheap reduction decides almost always; finite inputs whose sum overflows take the second look.
-        if bool(torch.isfinite(rows.sum())):
+        if is_finite(rows):
             return
         bad = ~torch.isfinite(rows).all(-1)
-        if bool(bad.any()):
-            token = self.tokens + int(bad.to(torch.uint8).argmax())
-            raise CalibrationError(
-                f"inputs of {self.name} have NaN or infinity, first at token {token} of those summed together: "
-                "check the model in this dtype, or use other text"
-            )
+        token = self.tokens + int(bad.to(torch.uint8).argmax())
+        raise CalibrationError(
+            f"inputs of {self.name} have NaN or infinity, first at token {token} of those summed together: "
+            "check the model in this dtype, or use other text"
+        )
 
 
 def _slices(count: int, middle: int) -> Iterator[tuple[int, int]]:

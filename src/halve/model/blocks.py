@@ -20,6 +20,7 @@ from halve.checkpoint.durable import make_directory
 from halve.checkpoint.room import check_space
 from halve.device import own_settings, weight_dtype
 from halve.errors import CalibrationError, InputError
+from halve.maths.linalg import is_finite
 from halve.memory import check_memory, would_fill
 from halve.model.calls import Behaviour, Recorder, Recording, Template
 from halve.model.stream import HiddenStates, Stream
@@ -210,12 +211,11 @@ def check_batches(batches: Sequence[Batch]) -> None:
 
 def check_finite(hidden: Tensor, what: str) -> None:
     """Raise `CalibrationError` naming ``what`` and the first position where ``hidden`` is NaN or infinite."""
-    # A sum is finite only if every term is, and costs one pass; float64 keeps large float16 values from overflowing.
-    if not bool(hidden.sum(dtype=torch.float64).isfinite()):
-        bad = (~hidden.isfinite()).nonzero()
-        where = f" at index {tuple(bad[0].tolist())}" if len(bad) else ""
+    if not is_finite(hidden):
+        first = tuple((~hidden.isfinite()).nonzero()[0].tolist())
         raise CalibrationError(
-            f"{what} are not finite{where}: the model gives NaN or infinity on this data; check its weights and dtype"
+            f"{what} are not finite at index {first}: the model gives NaN or infinity on this data; check its weights "
+            "and dtype"
         )
 
 

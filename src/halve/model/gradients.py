@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
 from halve.device import own_settings
 from halve.errors import CalibrationError, InputError
+from halve.maths.linalg import is_finite
 from halve.memory import check_memory
 from halve.model.blocks import Batch
 from halve.model.calls import hidden_of, to_device
@@ -96,7 +97,7 @@ class SquaredGradients:
             CalibrationError: one is not finite.
         """
         for name, total in self._sums.items():
-            if not bool(total.sum(dtype=torch.float64).isfinite()):
+            if not is_finite(total):
                 raise CalibrationError(
                     f"the gradients of {name} are not finite, or overflow float32: check the model, or use other text"
                 )
