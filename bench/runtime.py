@@ -5,16 +5,16 @@
 The shapes are those of an 8B Llama, (d_out)x(d_in). In a model a matrix is read once a token and long gone from the
 caches when its turn comes again, so every contender goes round copies that together are four times the last-level
 cache. Contenders take turns in one process; medians are reported, and the best turn beside them, which says more on a
-machine that is not idle. The dense kernel of ours has the loops of the packed one: what lies between the two is
-sparsity's, what lies between it and PyTorch is the code's. "read" sums a tensor larger than the caches on as many
-threads: what the memory gives.
+machine that is not idle. The dense kernels of ours have the loops of the packed ones: what lies between the two is
+sparsity's, what lies between them and PyTorch is the code's. "int8" and "int4" are quantised weights, for which x is
+quantised too. "read" sums a tensor larger than the caches on as many threads: what the memory gives.
 """
 
 import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
@@ -26,14 +26,17 @@ from torch.nn.functional import linear
 
 from halve.maths.pattern import Pattern
 from halve.runtime import native
-from halve.runtime.compiled import instruction_sets
+from halve.runtime.compiled import instruction_sets, library, quantised_instruction_sets
 from halve.runtime.native import REFERENCE, dense_linear, sparse_linear
-from halve.runtime.packed_matrix import PackedMatrix, pack
+from halve.runtime.packed_matrix import OVERREAD, WORD, PackedMatrix, pack
+from halve.runtime.quantised_matrix import Bits, quantise
 from halve.runtime.timing import copies_beyond_cache, last_level_cache, take_turns
 
 SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")
 BATCHES = (1, 2, 3, 4, 8, 12, 16, 17, 24, 32, 48, 64, 128, 256, 512)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""As the compiled functions name them."""
 PATTERN = "2:4"
 DENSE_ROWS = 16
 """Rows of x up to which our dense kernel takes part."""
@@ -83,9 +86,11 @@ class Matrix:
         shape: (d_out, d_in), as written in the options.
         dtype: name of what it holds.
         cache: bytes of the last-level cache.
+        all_sets: whether quantised products are measured with every instruction set there is, not the best alone.
     """
 
-    def __init__(self, shape: str, dtype: str, cache: int) -> None:
+    def __init__(self, shape: str, dtype: str, cache: int, *, all_sets: bool) -> None:
+        self.all_sets = all_sets
         d_out, self.d_in = (int(size) for size in shape.split("x"))
         self.dtype = DTYPES[dtype]
         dense = torch.randn(d_out, self.d_in, generator=torch.Generator().manual_seed(0))
@@ -97,7 +102,34 @@ class Matrix:
             PackedMatrix(packed.mask.clone(), packed.values.clone(), packed.shape, packed.pattern)
             for _ in range(copies_beyond_cache(packed.nbytes, cache))
         ]
+        self.cache = cache
         self.memory = torch.zeros(2, READ_BYTES // 8, dtype=torch.int64)
+
+    def quantised(self, bits: Bits, x: Tensor, names: list[str]) -> dict[str, tuple[int, Calls]]:
+        """Return products with quantised weights, dense and packed, by each of some instruction sets."""
+        one = quantise(self.packed[0], bits)
+        parts = [
+            replace(one, mask=one.mask.clone(), codes=one.codes.clone(), scales=one.scales.clone())
+            for _ in range(copies_beyond_cache(one.nbytes, self.cache))
+        ]
+        weights = one.d_out * one.words * WORD
+        codes = torch.randint(1, 255, (weights * bits // 8 + OVERREAD,), dtype=torch.uint8)
+        nbytes = codes.nbytes + one.scales.nbytes
+        dense = [(codes.clone(), one.scales.clone()) for _ in range(copies_beyond_cache(nbytes, self.cache))]
+        y = x.new_empty(len(x), one.d_out)
+
+        def multiply_dense(name: str, codes: Tensor, scales: Tensor) -> Tensor:
+            weight = (0, codes.data_ptr(), scales.data_ptr(), *one.shape, WORD, bits, False)
+            rows = (x.data_ptr(), len(x), 0, y.data_ptr(), torch.get_num_threads())
+            library.multiply_quantised(name, DTYPE_NUMBERS[x.dtype], *weight, *rows)
+            return y
+
+        found: dict[str, tuple[int, Calls]] = {}
+        for name in names:
+            found[f"int{bits} dense, {name}"] = nbytes, [partial(multiply_dense, name, *pair) for pair in dense]
+            packs: Calls = [partial(sparse_linear, x, part, None, name) for part in parts]
+            found[f"int{bits} packed, {name}"] = one.nbytes, packs
+        return found
 
     def contenders(self, batch: int) -> dict[str, tuple[int, Calls]]:
         """Return, by name, the bytes that one call reads and the calls."""
@@ -119,6 +151,11 @@ class Matrix:
                 found[f"dense, {name}"] = nbytes, dense
             packs: Calls = [partial(sparse_linear, x, packed, None, name) for packed in self.packed]
             found[f"packed, {name}"] = packed_bytes, packs
+        if batch <= DENSE_ROWS and self.d_in % WORD == 0:
+            names = quantised_instruction_sets()
+            chosen = list(names[:-1] if self.all_sets else names[:1])
+            for bits in (8, 4):
+                found |= self.quantised(bits, x, chosen)
         found["read"] = READ_BYTES, [part.sum for part in self.memory]
         return found
 
@@ -146,7 +183,7 @@ def show(rows: list[Row]) -> None:
     peer = next(row for row in rows if row.contender == TORCH)
     for row in rows:
         print(
-            f"{row.shape:>10} {row.batch:>5} {row.contender:>17} {row.milliseconds:>9.3f} "
+            f"{row.shape:>10} {row.batch:>5} {row.contender:>20} {row.milliseconds:>9.3f} "
             f"{row.gigabytes_per_second:>7.1f} {peer.milliseconds / row.milliseconds:>8.2f} "
             f"{row.best_milliseconds:>9.3f} {peer.best_milliseconds / row.best_milliseconds:>8.2f}",
             flush=True,
@@ -161,7 +198,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     over_torch, over_dense, over_read = {}, [], []
     for case, by_name in cases.items():
         packed = next(row for name, row in by_name.items() if name.startswith("packed"))  # what the package would take
-        dense = [row for name, row in by_name.items() if not name.startswith(("packed", "read"))]
+        dense = [row for name, row in by_name.items() if not name.startswith(("packed", "read", "int"))]
         over_torch[case] = by_name[TORCH].milliseconds / packed.milliseconds
         over_dense.append(min(row.milliseconds for row in dense) / packed.milliseconds)
         if packed.batch == 1:
@@ -187,6 +224,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21, help="turns at most")
     parser.add_argument("--seconds", type=float, default=5, help=f"after which, and {LEAST} turns, none is begun")
     parser.add_argument("--cache", type=int, default=last_level_cache(), help="bytes of the last-level cache")
+    parser.add_argument("--all-sets", action="store_true", help="quantised products by every instruction set")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
     facts: dict[str, Any] = {
@@ -203,14 +241,14 @@ def main() -> None:
         for threads in options.threads:
             torch.set_num_threads(threads)
             for dtype in options.dtypes:
-                print(f"\n{dtype}, threads: {threads}\n{'':34} {'median':^26} {'best':^18}")
+                print(f"\n{dtype}, threads: {threads}\n{'':37} {'median':^26} {'best':^18}")
                 print(
-                    f"{'shape':>10} {'batch':>5} {'':17} {'ms':>9} {'GB/s':>7} {'x torch':>8} {'ms':>9} {'x torch':>8}"
+                    f"{'shape':>10} {'batch':>5} {'':20} {'ms':>9} {'GB/s':>7} {'x torch':>8} {'ms':>9} {'x torch':>8}"
                 )
                 labels = {"threads": threads, "dtype": dtype}
                 these: list[Row] = []
                 for shape in options.shapes:
-                    matrix = Matrix(shape, dtype, options.cache)
+                    matrix = Matrix(shape, dtype, options.cache, all_sets=options.all_sets)
                     for batch in options.batches:
                         measured = measure(matrix, batch, {**labels, "shape": shape}, options)
                         show(measured)

@@ -12,17 +12,18 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, dynamic_module
 
 import models
 from halve.checkpoint.load import has_tokenizer, load_model
-from halve.errors import InputError, UnsupportedModelError
+from halve.errors import CorruptFileError, InputError, UnsupportedModelError
 from halve.evaluation.perplexity import perplexity
 from halve.maths.pattern import Pattern
 from halve.packed import load as loading
 from halve.packed.load import load
-from halve.packed.read import PackedCheckpoint, open_packed
+from halve.packed.read import PackedCheckpoint, open_packed, unpack_checkpoint
 from halve.packed.write import pack_checkpoint
 from halve.pruning import prune
 from halve.runtime.linear import SparseLinear
+from halve.verification import check
 from own_code import CONFIGURATION, MODELLING, some_tokens
-from packed_models import packed, pruned, record_again, sums
+from packed_models import edit_tensor, packed, pruned, record_again, sums
 
 
 def same_state(model, other):
@@ -278,3 +279,33 @@ def test_memory_stays_well_below_the_dense_size(tmp_path):
     assert found["dense"][0] > 0.95 * size  # the measurement sees what it should
     assert max(found["packed"]) < 0.8 * size, found
     assert max(found["packed"]) < found["dense"][0] - 0.4 * size, found  # of the 0.44 that are saved
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_quantised_one_is_the_model_with_rounded_weights(family, values, tmp_path):
+    directory = pack_checkpoint(pruned(tmp_path, family), tmp_path / "packed", values=values).out
+    unpack_checkpoint(directory, tmp_path / "back")
+    ours, plain = load(directory), load_model(tmp_path / "back")
+    same_state(ours.model, plain.model)
+    layers = [module for module in ours.model.modules() if isinstance(module, SparseLinear)]
+    assert layers
+    assert {layer.bits for layer in layers} == {int(values.removeprefix("int"))}
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        got, expected = (loaded.model(ids).logits.float() for loaded in (ours, plain))
+    assert (got - expected).norm() < 0.05 * expected.norm()  # inputs are rounded too
+    wide = load(directory, dtype=torch.float32)
+    with torch.inference_mode():
+        assert (wide.model(ids).logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_scales_that_mean_nothing_are_refused_by_the_name_of_their_matrix(tmp_path):
+    directory = pack_checkpoint(pruned(tmp_path), tmp_path / "packed", values="int8").out
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensor(directory / "packed.safetensors", f"{name}.scales", lambda scales: scales * float("nan"))
+    with pytest.raises(CorruptFileError, match=rf"tensor '{name}' .* is corrupt: a scale .* is negative or not finite"):
+        load(directory)
+    checked = check(directory)
+    assert not checked.ok
+    assert any("a scale of a packed matrix" in problem for problem in checked.problems)

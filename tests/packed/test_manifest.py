@@ -101,8 +101,8 @@ def test_anything_else_is_refused_in_one_sentence(changes, says, tmp_path):
 
 
 def test_a_newer_version_asks_for_a_newer_halve(tmp_path):
-    with pytest.raises(UnsupportedModelError, match=r"version 2 of the packed format, .* reads 1: upgrade"):
-        read_manifest(written(tmp_path, manifest(), version=2, anything=None))
+    with pytest.raises(UnsupportedModelError, match=r"version 3 of the packed format, .* reads 2: upgrade"):
+        read_manifest(written(tmp_path, manifest(), version=3, anything=None))
 
 
 def test_half_of_a_surrogate_pair_is_refused(tmp_path):

@@ -24,6 +24,8 @@ from halve.packed import write as packing
 from halve.packed.read import unpack_checkpoint
 from halve.packed.write import pack_checkpoint
 from halve.runtime.packed_matrix import PackedMatrix, pack, unpack
+from halve.runtime.quantised_matrix import quantise
+from halve.verification import check
 from packed_models import edit_tensor, pruned, record_again, sums
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -238,10 +240,11 @@ def test_the_manifest_is_written_last(plain, tmp_path, monkeypatch):
 
 
 def test_a_source_that_changes_meanwhile_is_refused(plain, tmp_path, monkeypatch):
+    data = bytearray((plain / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+
     def change(name):
         if name == "companion.start":
-            data = bytearray((plain / "model.safetensors").read_bytes())
-            data[-1] ^= 1
             (plain / "model.safetensors").write_bytes(data)
 
     monkeypatch.setattr(durable, "crash_point", change)
@@ -364,3 +367,73 @@ def test_a_damaged_record_is_refused_by_its_field(plain, tmp_path):
     (plain / "halve.json").write_text(json.dumps(record))
     with pytest.raises(CorruptFileError, match=r"`matrices\[3\]\.tensors\[0\]`: expected `str`, got `int`; restore it"):
         pack_checkpoint(plain, tmp_path / "packed")
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_quantised_weights_come_back_rounded_and_the_record_is_theirs(family, values, tmp_path):
+    plain = pruned(tmp_path, family)
+    result = pack_checkpoint(plain, tmp_path / "packed", values=values)
+    assert result.error == pytest.approx({"int8": 0.004, "int4": 0.08}[values], rel=0.6)
+    assert result.matrix_bytes_after < result.matrix_bytes_before
+    back = tmp_path / "back"
+    restored = unpack_checkpoint(tmp_path / "packed", back)
+    before, after = sums(plain), sums(back)
+    assert restored == after
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors", "halve.json"}
+    record = json.loads((back / "halve.json").read_text())
+    assert record["files"]["model.safetensors"] == after["model.safetensors"]
+    (how,) = record["quantised"]
+    assert how == {"values": values, "weights_before": {"model.safetensors": before["model.safetensors"]}}
+    for directory in (tmp_path / "packed", back):
+        checked = check(directory)
+        assert checked.ok, checked.problems
+    exact, rounded = load_file(plain / "model.safetensors"), load_file(back / "model.safetensors")
+    for name, tensor in exact.items():
+        if name not in result.matrices:
+            assert torch.equal(rounded[name], tensor)
+            continue
+        assert not rounded[name][tensor == 0].any()
+        off = (rounded[name].float() - tensor.float()).norm() / tensor.float().norm()
+        assert 0 < off < {"int8": 0.01, "int4": 0.15}[values]
+
+
+def test_quantised_parts_lie_where_the_format_says(plain, tmp_path):
+    pack_checkpoint(plain, tmp_path / "packed", values="int4")
+    matrix = load_file(plain / "model.safetensors")[UP]
+    expected = quantise(pack(matrix, "2:4"), 4)
+    found = load_file(tmp_path / "packed" / "packed.safetensors")
+    for part in ("mask", "scales", "codes"):
+        assert torch.equal(found[f"{UP}.{part}"], getattr(expected, part))
+    assert f"{UP}.values" not in found
+    manifest = json.loads((tmp_path / "packed" / "halve-packed.json").read_text())
+    assert manifest["version"] == 2
+    assert manifest["matrices"][UP]["values"] == "int4"
+    pack_checkpoint(plain, tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "halve-packed.json").read_text())["version"] == 1
+
+
+def test_quantising_without_a_record_and_twice(plain, tmp_path):
+    pack_checkpoint(plain, tmp_path / "packed", values="int8")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "back")
+    pack_checkpoint(tmp_path / "back", tmp_path / "again", values="int4")
+    record = json.loads((tmp_path / "again" / "halve.json").read_text())
+    assert [how["values"] for how in record["quantised"]] == ["int8", "int4"]
+    (plain / "halve.json").unlink()
+    pack_checkpoint(plain, tmp_path / "alone", "2:4", values="int8")
+    assert check(tmp_path / "alone").ok
+
+
+def test_what_cannot_be_quantised_is_refused_before_anything_is_written(tmp_path):
+    plain = pruned(tmp_path, dtype=torch.float32)
+    with pytest.raises(InputError, match=r"values is 'int2': give own, bf16, int8 or int4"):
+        pack_checkpoint(plain, tmp_path / "packed", values="int2")
+    with pytest.raises(InputError, match=r"is float32, not bfloat16: leave its weights as they are"):
+        pack_checkpoint(plain, tmp_path / "packed", values="bf16")
+    edit_weights(plain, lambda tensor: tensor * 1e9)
+    with pytest.raises(InputError, match=rf"tensor '{UP}': weights are too large to be quantised"):
+        pack_checkpoint(plain, tmp_path / "packed", values="int8")
+    (plain / "halve.json").unlink()
+    with pytest.raises(InputError, match=r"M divides 64, such as 2:4 or 4:8, not at 50%"):
+        pack_checkpoint(plain, tmp_path / "packed", "50%", values="int8")
+    assert not (tmp_path / "packed").exists()

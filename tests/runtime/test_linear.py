@@ -1,5 +1,6 @@
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from halve.errors import InputError
 from halve.runtime.linear import SparseLinear
-from halve.runtime.packed_matrix import pack
+from halve.runtime.native import quantised_input
+from halve.runtime.packed_matrix import DTYPES, pack, unpack
+from halve.runtime.quantised_matrix import QuantisedMatrix
 from packed_matrices import assert_close, every_dtype, pruned, same_bits
 
 every_pattern = pytest.mark.parametrize("pattern", ["2:4", "1:4", "60%"])
@@ -57,9 +60,9 @@ def test_the_operator_passes_torchs_own_checks():
     _, sparse = layers(dtype=torch.float32)
     for x in (torch.randn(5, 96), torch.randn(2, 3, 96, requires_grad=True), torch.randn(96)):
         for bias in (None, torch.randn(24, requires_grad=True)):
-            arguments = (x, sparse.mask, sparse.values, bias, 96, "2:4")
+            arguments = (x, bias, sparse.mask, sparse.values, None, 96, "2:4", 0, DTYPES.index(torch.float32))
             torch.library.opcheck(torch.ops.halve.sparse_linear.default, arguments)
-    torch.library.opcheck(torch.ops.halve.unpack.default, (sparse.mask, sparse.values, 96, "2:4"))
+    torch.library.opcheck(torch.ops.halve.unpack.default, arguments[2:])
 
 
 @pytest.mark.parametrize("shape", [(96,), (5, 96), (2, 20, 96)])
@@ -182,3 +185,56 @@ def test_weight_is_the_dense_matrix():
     dense, sparse = layers()
     x = torch.randn(2, 96)
     torch.testing.assert_close(linear(x, sparse.weight, sparse.bias), dense(x))
+
+
+def quantised_layer(bits, dtype=torch.bfloat16):
+    dense = nn.Linear(96, 24, dtype=dtype)
+    dense.weight.data = pruned(24, 96, "2:4", dtype)
+    return SparseLinear.of(dense.requires_grad_(False), "2:4", bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_layer_is_a_linear_one_with_its_dequantised_weight(bits):
+    sparse = quantised_layer(bits)
+    x = torch.randn(3, 96, dtype=torch.bfloat16)
+    exact = unpack(replace(sparse.packed, dtype=torch.float32).dequantised())
+    expected = linear(quantised_input(x), exact, sparse.bias.float())
+    torch.testing.assert_close(sparse(x).float(), expected, rtol=0.02, atol=0.02)
+    assert same_bits(sparse.state_dict()["weight"], sparse.weight)
+    assert same_bits(sparse.plain().weight, sparse.weight)
+    assert sparse.nbytes < 24 * 96 * 2
+    assert f"dtype=torch.bfloat16, values=int{bits})" in repr(sparse)
+    other = quantised_layer(bits)
+    other.load_state_dict({"weight": sparse.weight, "bias": sparse.bias})
+    torch.testing.assert_close(other.weight, sparse.weight, rtol=0.02, atol=0.02)
+    assert isinstance(other.packed, QuantisedMatrix)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_layer_keeps_its_scales_when_it_is_converted(bits):
+    sparse = quantised_layer(bits, torch.float32)
+    x = torch.randn(3, 96)
+    half = copy.deepcopy(sparse).to(torch.bfloat16)
+    assert torch.equal(half.packed.scales, sparse.packed.scales)
+    assert half.weight.dtype == torch.bfloat16
+    expected = linear(quantised_input(x.bfloat16()), sparse.weight, half.bias.float())
+    torch.testing.assert_close(half(x.bfloat16()).float(), expected, rtol=0.02, atol=0.02)
+    assert torch.equal(copy.deepcopy(sparse)(x), sparse(x))
+    with pytest.raises(InputError, match=r"packed matrices multiply bfloat16, float16 or float32, not torch.float64"):
+        copy.deepcopy(sparse).double()(x.double())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_layer_is_traced_and_gives_gradients(bits):
+    torch._dynamo.reset()
+    sparse = quantised_layer(bits, torch.float32)
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (1, 5):
+        x = torch.randn(batch, 96, requires_grad=True)
+        torch.testing.assert_close(compiled(x), sparse(x))
+        compiled(x).sum().backward()
+        torch.testing.assert_close(x.grad, sparse.weight.sum(0).expand(batch, -1))
+    packed = sparse.packed
+    arguments = (packed.mask, packed.codes, packed.scales, 96, "2:4", bits, DTYPES.index(torch.float32))
+    torch.library.opcheck(torch.ops.halve.sparse_linear.default, (x.detach(), None, *arguments))
+    torch.library.opcheck(torch.ops.halve.unpack.default, arguments)

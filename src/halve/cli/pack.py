@@ -1,7 +1,7 @@
 """The commands ``halve pack`` and ``halve unpack``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Column, Table
@@ -13,20 +13,27 @@ from halve.cli.terminal import out, say
 from halve.errors import counted, first_few
 
 if TYPE_CHECKING:
-    from halve.packed.write import PackResult
+    from halve.packed.write import PackResult, Values
 
 
 def pack(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint.")],
     out_dir: Annotated[Path, typer.Option("--out", help="The packed checkpoint to write; new or empty.")],
     pattern: Annotated[str | None, typer.Option(help="For a checkpoint that has no halve.json.")] = None,
+    values: Annotated[
+        str, typer.Option(help="What kept weights are stored as: own (as they are), bf16, int8 or int4 (rounded).")
+    ] = "own",
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Pack the pruned matrices of a checkpoint: one bit a weight, and the kept values; `halve unpack` restores it."""
+    """Pack the pruned matrices of a checkpoint: one bit a weight, and the kept values; `halve unpack` restores it.
+
+    With --values int8 or int4 the kept values are rounded, and what is restored are the rounded ones.
+    """
     from halve.packed.write import pack_checkpoint
 
     with reporting():
-        result = pack_checkpoint(directory, out_dir, pattern, trust_remote_code=trust_remote_code)
+        asked = cast("Values", values)
+        result = pack_checkpoint(directory, out_dir, pattern, values=asked, trust_remote_code=trust_remote_code)
     out.print(_sizes(result))
     reasons: dict[str, list[str]] = {}
     for name, reason in result.left_dense.items():
@@ -35,6 +42,8 @@ def pack(
         say(out, f"left dense, {reason}: {first_few(names)}", label="note")
     if result.left_out:
         say(out, f"not taken along, no files of a model: {', '.join(result.left_out)}", label="note")
+    if result.error:
+        say(out, f"rounding to {values} has moved the kept weights by {result.error:.2%} of their size", label="note")
     matrices = counted(len(result.matrices), "matrix", "matrices")
     say(
         out,

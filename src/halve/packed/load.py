@@ -25,8 +25,9 @@ from halve.model.layers import is_conv1d, is_plain_linear
 from halve.packed.read import PackedCheckpoint, open_packed
 from halve.runtime.compiled import instruction_sets
 from halve.runtime.linear import SparseLinear
-from halve.runtime.native import describe
+from halve.runtime.native import AnyPacked, describe
 from halve.runtime.packed_matrix import DTYPES, OVERREAD, PackedMatrix
+from halve.runtime.quantised_matrix import LARGEST, QuantisedMatrix
 
 _NO_PLACE = "the model has no plain linear layer for each of them alone"
 
@@ -153,16 +154,21 @@ def _is_plain(module: nn.Module, stand_in: _StandIn) -> bool:
     )
 
 
-def _finite(matrix: PackedMatrix, dtype: torch.dtype, name: str) -> PackedMatrix:
+def _finite(matrix: AnyPacked, dtype: torch.dtype, name: str) -> AnyPacked:
     """Return a packed matrix in another dtype, refused if that makes it infinite."""
-    if matrix.dtype != dtype:
-        matrix = PackedMatrix(matrix.mask, matrix.values.to(dtype), matrix.shape, matrix.pattern)
-    if not is_finite(matrix.values[:-OVERREAD]):
+    if isinstance(matrix, QuantisedMatrix):
+        matrix = replace(matrix, dtype=dtype)
+        finite = float(matrix.scales.max()) * LARGEST[matrix.bits] <= torch.finfo(dtype).max
+    else:
+        if matrix.dtype != dtype:
+            matrix = PackedMatrix(matrix.mask, matrix.values.to(dtype), matrix.shape, matrix.pattern)
+        finite = is_finite(matrix.values[:-OVERREAD])
+    if not finite:
         raise InputError(f"tensor {name!r} holds NaN or infinity in {dtype}: mend the checkpoint")
     return matrix
 
 
-def _swap(model: nn.Module, place: str, matrix: PackedMatrix) -> None:
+def _swap(model: nn.Module, place: str, matrix: AnyPacked) -> None:
     layer = model.get_submodule(place)
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     sparse = SparseLinear(matrix, bias, "in_out" if is_conv1d(layer) else "out_in")

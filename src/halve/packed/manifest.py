@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from halve.checkpoint.directory import INDEX, PACKED, WEIGHTS, is_plain_name
 from halve.checkpoint.shards import DTYPE_NAMES, LARGEST, Shard, parse_header, parse_object, read_json
@@ -22,9 +22,13 @@ from halve.errors import CorruptFileError, PatternError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
 from halve.runtime.packed_matrix import DTYPES, kept_per_row
+from halve.runtime.quantised_matrix import Bits, why_not
 
 FORMAT = "halve-packed"
-VERSION = 1
+VERSION = 2
+"""The newest; a directory without quantised matrices is written as version 1, which older versions of Halve read."""
+QUANTISED: dict[str, Bits] = {"int8": 8, "int4": 4}
+"""Kinds of integers, by their names."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, Meta(ge=0, lt=LARGEST)]
 Dimension = Annotated[int, Meta(ge=1, lt=LARGEST)]
@@ -41,14 +45,16 @@ class PackedTensor:
     Attributes:
         pattern: ``N:M`` or ``S%``.
         shape: (d_out, d_in) of the packed matrix; the matrices of experts that are one tensor lie one below the other.
-        dtype: of its values, one of `halve.runtime.packed_matrix.DTYPES`.
+        dtype: of its values, one of `halve.runtime.packed_matrix.DTYPES`; where they are quantised, of those unpacked.
         layout: how the tensor has it: its last two dimensions are (d_out, d_in), or the other way round.
+        bits: of the integers that the kept weights are; None where they are numbers of ``dtype``.
     """
 
     pattern: str
     shape: tuple[int, int]
     dtype: torch.dtype
     layout: Layout
+    bits: Bits | None = None
 
 
 class File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,9 +136,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the file."""
+        quantised = any(matrix.bits for matrix in self.matrices.values())
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": 2 if quantised else 1,
             "halve": version("halve"),
             "matrices": {
                 name: {
@@ -141,6 +148,7 @@ class Manifest:
                     "dtype": DTYPE_NAMES[matrix.dtype],
                     "layout": matrix.layout,
                 }
+                | ({"values": f"int{matrix.bits}"} if matrix.bits else {})
                 for name, matrix in self.matrices.items()
             },
             "left_dense": dict(self.left_dense),
@@ -178,6 +186,7 @@ class _Matrix(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     shape: tuple[Dimension, Dimension]
     dtype: Literal["F32", "F16", "BF16"]
     layout: Layout
+    values: Literal["int8", "int4"] | UnsetType = UNSET
 
 
 class _Content(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -235,7 +244,11 @@ def _matrix(path: Path, name: str, entry: object) -> PackedTensor:
         kept_per_row(Pattern(found.pattern), found.shape[1])
     except PatternError as error:
         raise _malformed(path, f"matrix {name!r}: {error}") from error
-    return PackedTensor(pattern=found.pattern, shape=found.shape, dtype=_DTYPES[found.dtype], layout=found.layout)
+    bits = None if found.values is UNSET else QUANTISED[found.values]
+    if bits is not None and (reason := why_not(Pattern(found.pattern))):
+        raise _malformed(path, f"matrix {name!r}: {reason}")
+    dtype = _DTYPES[found.dtype]
+    return PackedTensor(pattern=found.pattern, shape=found.shape, dtype=dtype, layout=found.layout, bits=bits)
 
 
 def _shard(path: Path, entry: _Shard) -> PlainShard:

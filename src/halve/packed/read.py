@@ -32,12 +32,16 @@ from halve.errors import CorruptFileError, HalveError, InputError, first_few, no
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
 from halve.packed.manifest import Manifest, PackedTensor, read_manifest
-from halve.runtime.native import expand
+from halve.runtime.native import AnyPacked, expand
 from halve.runtime.packed_matrix import PackedMatrix, kept_per_row, part_shapes
+from halve.runtime.quantised_matrix import QuantisedMatrix, quantised_part_shapes
 
 MASK = ".mask"
 VALUES = ".values"
-"""What is added to the name of a packed tensor for the names of its two parts."""
+CODES, SCALES = ".codes", ".scales"
+PARTS = (MASK, VALUES, CODES, SCALES)
+"""What is added to the name of a packed tensor for the names of its parts: a mask and values, or, where it is
+quantised, a mask, scales and codes."""
 _OTHERS = (RECORD, MEASURED, PAGE, "README.md")
 
 
@@ -65,17 +69,24 @@ class PackedCheckpoint:
         packed = tuple(self.directory / shard.packed for shard in self.manifest.shards)
         return Source("packed", self.directory, str(self.directory), None, packed, self.trust_remote_code)
 
-    def matrix(self, name: str) -> PackedMatrix:
-        """Read one packed tensor as the matrix that it is multiplied as, its mask checked.
+    def matrix(self, name: str) -> AnyPacked:
+        """Read one packed tensor as the matrix that it is multiplied as, its mask and its scales checked.
 
         Raises:
-            CorruptFileError: the mask does not keep what the pattern keeps.
+            CorruptFileError: the mask does not keep what the pattern keeps; scales or integers are out of range.
         """
         packed = self.manifest.matrices[name]
-        mask, values = (read_tensor(self.entries[name + part]) for part in (MASK, VALUES))
+        parts = {part.removeprefix(name): read_tensor(self.entries[part]) for part in parts_of(name, packed)}
+        pattern = Pattern(packed.pattern).text
+        matrix: AnyPacked
         try:
-            matrix = PackedMatrix(mask, values, packed.shape, Pattern(packed.pattern).text)
-            matrix.check_mask()
+            if packed.bits is None:
+                matrix = PackedMatrix(parts[MASK], parts[VALUES], packed.shape, pattern)
+                matrix.check_mask()
+            else:
+                of_words = parts[MASK], parts[CODES], parts[SCALES]
+                matrix = QuantisedMatrix(*of_words, packed.shape, pattern, packed.bits, packed.dtype)
+                matrix.check()
         except InputError as error:
             raise CorruptFileError(
                 f"tensor {name!r} in {self.directory} is corrupt: {error}; fetch it again"
@@ -258,8 +269,8 @@ def _agreed(
     left = dict(found)
     for entry in plain.tensors:
         with noting(faults.append):
-            for part in (entry.name, entry.name + MASK, entry.name + VALUES):  # one message is enough
-                left.pop(part, None)
+            for part in ("", *PARTS):  # one message is enough
+                left.pop(entry.name + part, None)
             parts = _expected(path.parent, entry, manifest)
             if again := expected.keys() & parts.keys():
                 raise CorruptFileError(f"{path.parent / PACKED} has tensor {min(again)!r} twice: fetch it again")
@@ -288,8 +299,15 @@ def _agreed(
 def parts_of(name: str, packed: PackedTensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of the tensors that take a packed one's place, by name, in their order in a file."""
     d_out, d_in = packed.shape
-    mask, values = part_shapes(d_out, d_in, kept_per_row(Pattern(packed.pattern), d_in))
-    return {name + MASK: (torch.uint8, mask), name + VALUES: (packed.dtype, values)}
+    if packed.bits is None:
+        mask, values = part_shapes(d_out, d_in, kept_per_row(Pattern(packed.pattern), d_in))
+        return {name + MASK: (torch.uint8, mask), name + VALUES: (packed.dtype, values)}
+    mask, codes, scales = quantised_part_shapes(d_out, d_in, Pattern(packed.pattern), packed.bits)
+    return {
+        name + MASK: (torch.uint8, mask),
+        name + SCALES: (torch.float16, scales),
+        name + CODES: (torch.uint8, codes),
+    }
 
 
 def _expected(place: Path, entry: TensorEntry, manifest: Manifest) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -14,9 +14,11 @@ from halve.checkpoint.shards import read_tensor, tensor_bytes
 from halve.checkpoint.validated import shown
 from halve.errors import HalveError, noting
 from halve.maths.linalg import is_finite
-from halve.packed.read import MASK, VALUES, PackedCheckpoint
+from halve.packed.read import CODES, SCALES, VALUES, PackedCheckpoint, parts_of
 from halve.recorded import Record, read_record
-from halve.runtime.packed_matrix import OVERREAD, PackedMatrix
+from halve.runtime.native import AnyPacked
+from halve.runtime.packed_matrix import OVERREAD
+from halve.runtime.quantised_matrix import QuantisedMatrix
 
 
 @dataclass
@@ -50,12 +52,13 @@ def verify(checkpoint: PackedCheckpoint) -> Verified:
             path = place / name
             if path.is_file() and path.stat().st_size == file.size and sha256_of(path) != file.sha256:
                 found.problems.append(f"{name} does not have the sha256 in {PACKED}: it has been changed")
-    for name in manifest.matrices:
-        if {name + MASK, name + VALUES} <= checkpoint.entries.keys():
+    for name, packed in manifest.matrices.items():
+        if parts_of(name, packed).keys() <= checkpoint.entries.keys():
             with noting(found.note):
                 _verify_values(name, checkpoint.matrix(name), found)
     for name, entry in checkpoint.entries.items():
-        if entry.dtype.is_floating_point and name.removesuffix(VALUES) not in manifest.matrices:
+        of_packed = {name.removesuffix(VALUES), name.removesuffix(SCALES)} & manifest.matrices.keys()
+        if entry.dtype.is_floating_point and not of_packed:
             with noting(found.note):
                 tensor = read_tensor(entry)
                 if not is_finite(tensor):
@@ -63,14 +66,20 @@ def verify(checkpoint: PackedCheckpoint) -> Verified:
     return found
 
 
-def _verify_values(name: str, matrix: PackedMatrix, found: Verified) -> None:
-    kept, rest = matrix.values[:-OVERREAD], matrix.values[-OVERREAD:]
+def _verify_values(name: str, matrix: AnyPacked, found: Verified) -> None:
     found.weights += math.prod(matrix.shape)
-    found.zeros += math.prod(matrix.shape) - int(kept.count_nonzero())
-    if not is_finite(kept):
-        found.problems.append(f"tensor {name!r} holds NaN or infinity")
-    if any(tensor_bytes(rest)):
-        found.problems.append(f"tensor {name + VALUES!r} does not end in {OVERREAD} zeros")
+    if isinstance(matrix, QuantisedMatrix):  # whose scales and integers reading it has checked
+        found.zeros += math.prod(matrix.shape) - int(matrix.integers().count_nonzero())
+        ends = {CODES: matrix.codes[-OVERREAD:], SCALES: matrix.scales[-OVERREAD:]}
+    else:
+        kept = matrix.values[:-OVERREAD]
+        found.zeros += math.prod(matrix.shape) - int(kept.count_nonzero())
+        ends = {VALUES: matrix.values[-OVERREAD:]}
+        if not is_finite(kept):
+            found.problems.append(f"tensor {name!r} holds NaN or infinity")
+    for part, end in ends.items():
+        if any(tensor_bytes(end)):
+            found.problems.append(f"tensor {name + part!r} does not end in {OVERREAD} zeros")
 
 
 def restoring_problems(checkpoint: PackedCheckpoint) -> Iterator[str]:

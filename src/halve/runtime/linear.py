@@ -1,4 +1,4 @@
-"""`SparseLinear`: a linear layer whose weight is packed, in place of ``torch.nn.Linear``.
+"""`SparseLinear`: a linear layer whose weight is packed, quantised or not, in place of ``torch.nn.Linear``.
 
 It is a custom operator, ``halve::sparse_linear``, so that ``torch.compile`` traces through it; gradients flow to the
 inputs and the bias, never to the weights, which are frozen.
@@ -13,51 +13,85 @@ from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
-from halve.runtime.native import expand, sparse_linear
-from halve.runtime.packed_matrix import PackedMatrix, pack
+from halve.runtime.native import AnyPacked, expand, sparse_linear
+from halve.runtime.packed_matrix import DTYPES, PackedMatrix, pack
+from halve.runtime.quantised_matrix import Bits, QuantisedMatrix, quantise
 from halve.torch_internals import has_tangent, is_recorded
+
+Parts = tuple[Tensor, Tensor, Tensor | None, int, str, int, int]
+"""What operators take of a packed matrix: mask, values or codes, scales, d_in, pattern, bits (0 where it is not
+quantised), and the number of its dtype in `DTYPES`."""
+
+
+def _parts(packed: AnyPacked) -> Parts:
+    held = DTYPES.index(packed.dtype)
+    if isinstance(packed, QuantisedMatrix):
+        return packed.mask, packed.codes, packed.scales, packed.d_in, packed.pattern, packed.bits, held
+    return packed.mask, packed.values, None, packed.d_in, packed.pattern, 0, held
+
+
+def _matrix(
+    mask: Tensor, values: Tensor, scales: Tensor | None, d_in: int, pattern: str, bits: int, held: int
+) -> AnyPacked:
+    """Return the packed matrix of its parts."""
+    if scales is None:
+        return PackedMatrix(mask, values, (len(mask), d_in), pattern)
+    return QuantisedMatrix(mask, values, scales, (len(mask), d_in), pattern, cast("Bits", bits), DTYPES[held])
 
 
 @torch.library.custom_op("halve::sparse_linear", mutates_args=(), device_types="cpu")
-def _operator(x: Tensor, mask: Tensor, values: Tensor, bias: Tensor | None, d_in: int, pattern: str) -> Tensor:
+def _operator(
+    x: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    d_in: int,
+    pattern: str,
+    bits: int,
+    held: int,
+) -> Tensor:
     with torch.no_grad():
-        return sparse_linear(x, PackedMatrix(mask, values, (len(mask), d_in), pattern), bias)
+        return sparse_linear(x, _matrix(mask, values, scales, d_in, pattern, bits, held), bias)
 
 
 @_operator.register_fake
-def _fake(x: Tensor, mask: Tensor, values: Tensor, bias: Tensor | None, d_in: int, pattern: str) -> Tensor:
-    del values, bias, d_in, pattern
+def _fake(x: Tensor, bias: Tensor | None, mask: Tensor, *rest: Any) -> Tensor:
+    del bias, rest
     return x.new_empty(*x.shape[:-1], mask.shape[0])
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    _, mask, values, _, ctx.d_in, ctx.pattern = inputs
-    ctx.save_for_backward(mask, values)
+    _, _, mask, values, scales, *ctx.rest = inputs
+    ctx.save_for_backward(mask, values, scales)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
-    mask, values = ctx.saved_tensors
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        to_x = gradient @ torch.ops.halve.unpack(mask, values, ctx.d_in, ctx.pattern)
-    if ctx.needs_input_grad[3]:
-        to_bias = gradient.reshape(-1, len(mask)).sum(0)
-    return to_x, None, None, to_bias, None, None
+        to_x = gradient @ torch.ops.halve.unpack(*ctx.saved_tensors, *ctx.rest)
+    if ctx.needs_input_grad[1]:
+        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
+    return to_x, to_bias, *[None] * 7
 
 
 _operator.register_autograd(_backward, setup_context=_remember)
 
 
 @torch.library.custom_op("halve::unpack", mutates_args=(), device_types="cpu")
-def _unpack_operator(mask: Tensor, values: Tensor, d_in: int, pattern: str) -> Tensor:
-    return expand(PackedMatrix(mask, values, (len(mask), d_in), pattern), 0, len(mask))
+def _unpack_operator(
+    mask: Tensor, values: Tensor, scales: Tensor | None, d_in: int, pattern: str, bits: int, held: int
+) -> Tensor:
+    return expand(_matrix(mask, values, scales, d_in, pattern, bits, held), 0, len(mask))
 
 
 @_unpack_operator.register_fake
-def _fake_unpack(mask: Tensor, values: Tensor, d_in: int, pattern: str) -> Tensor:
-    del pattern
-    return values.new_empty(mask.shape[0], d_in)
+def _fake_unpack(
+    mask: Tensor, values: Tensor, scales: Tensor | None, d_in: int, pattern: str, bits: int, held: int
+) -> Tensor:
+    del scales, pattern, bits
+    return values.new_empty(mask.shape[0], d_in, dtype=DTYPES[held])
 
 
 def _watched(x: Tensor) -> bool:
@@ -79,40 +113,61 @@ class SparseLinear(CompressedLinear):
 
     mask: Tensor
     values: Tensor
+    scales: Tensor | None
+    """The bits of the scales, int16: to what converts a module to another dtype they are no numbers."""
+    empty: Tensor
+    """Nothing, in the dtype of the products: converted when the module is."""
 
-    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None, layout: Layout = "out_in") -> None:
+    def __init__(self, packed: AnyPacked, bias: Tensor | None = None, layout: Layout = "out_in") -> None:
         super().__init__(packed.shape, bias, layout)
         if bias is not None and (bias.shape != (packed.d_out,) or bias.dtype != packed.dtype):
             raise InputError(
                 f"a bias of {bias.dtype} and shape {tuple(bias.shape)} does not go with a packed matrix of shape "
                 f"{packed.shape} in {packed.dtype}"
             )
-        self.pattern = packed.pattern
-        self.register_buffer("mask", packed.mask, persistent=False)
-        self.register_buffer("values", packed.values, persistent=False)
-        self._packed = packed
+        for name in ("mask", "values", "scales", "empty"):
+            self.register_buffer(name, None, persistent=False)
+        self._hold(packed)
 
     @classmethod
-    def of(cls, layer: nn.Module, pattern: str | Pattern) -> "SparseLinear":
-        """Pack a ``Linear`` or ``Conv1D``; the bias is shared, not copied.
+    def of(cls, layer: nn.Module, pattern: str | Pattern, bits: Bits | None = None) -> "SparseLinear":
+        """Pack a ``Linear`` or ``Conv1D``, and quantise it to so many bits; the bias is shared, not copied.
 
         Raises:
-            InputError: as `halve.runtime.packed_matrix.pack`.
+            InputError: as `halve.runtime.packed_matrix.pack` and `halve.runtime.quantised_matrix.quantise`.
         """
         packed = pack(layer_matrix(layer), pattern)
-        return cls(packed, cast("Tensor | None", layer.bias), "in_out" if is_conv1d(layer) else "out_in")
+        layout: Layout = "in_out" if is_conv1d(layer) else "out_in"
+        return cls(packed if bits is None else quantise(packed, bits), cast("Tensor | None", layer.bias), layout)
+
+    def _hold(self, packed: AnyPacked) -> None:
+        self.mask, self.values, scales, _, self.pattern, self.bits, _ = _parts(packed)
+        self.scales = None if scales is None else scales.view(torch.int16)
+        self.empty = torch.empty(0, dtype=packed.dtype)
+        self._packed, self._made_of = packed, self._held()
+
+    def _held(self) -> tuple[Tensor | None, ...]:
+        return self.mask, self.values, self.scales, self.empty
+
+    def _operand(self) -> Parts:
+        """Return what the operators take, made of nothing but buffers, as whatever records a module wants it."""
+        if self.empty.dtype not in DTYPES:
+            raise InputError(f"packed matrices multiply bfloat16, float16 or float32, not {self.empty.dtype}")
+        scales = None if self.scales is None else self.scales.view(torch.float16)
+        held = DTYPES.index(self.empty.dtype)
+        return self.mask, self.values, scales, self.in_features, self.pattern, self.bits, held
 
     @property
-    def packed(self) -> PackedMatrix:
+    def packed(self) -> AnyPacked:
         """The packed weight.
 
         Raises:
             InputError: the layer has been moved or converted to where there are no packed matrices.
         """
-        known, mask, values = self._packed, self.mask, self.values
-        if known.mask is not mask or known.values is not values:
-            known = self._packed = PackedMatrix(mask, values, (self.out_features, self.in_features), self.pattern)
-        return known
+        held = self._held()
+        if any(one is not other for one, other in zip(held, self._made_of, strict=True)):
+            self._packed, self._made_of = _matrix(*self._operand()), held
+        return self._packed
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +181,7 @@ class SparseLinear(CompressedLinear):
             InputError: as `halve.runtime.native.sparse_linear`.
         """
         if torch.is_autocast_enabled("cpu"):
-            return self._multiply(x.to(self.values.dtype)).to(torch.get_autocast_dtype("cpu"))
+            return self._multiply(x.to(self.empty.dtype)).to(torch.get_autocast_dtype("cpu"))
         return self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
@@ -135,19 +190,20 @@ class SparseLinear(CompressedLinear):
         bias = self.bias
         wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if wanted or _watched(x):
-            return cast("Tensor", _operator(x, self.mask, self.values, bias, self.in_features, self.pattern))
+            return cast("Tensor", _operator(x, bias, *self._operand()))
         return sparse_linear(x, self.packed, bias)  # beside a small product, the operator would cost as much again
 
     def extra_repr(self) -> str:
         """Return what is printed between the brackets."""
+        values = f", values=int{self.bits}" if self.bits else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"pattern={self.pattern}, dtype={self.values.dtype}"
+            f"pattern={self.pattern}, dtype={self.empty.dtype}{values}"
         )
 
     def _dense(self) -> Tensor:
         return expand(self.packed, 0, self.out_features)
 
     def _take(self, matrix: Tensor) -> None:
-        packed = pack(matrix.to("cpu", self.values.dtype), self.pattern)
-        self.mask, self.values = packed.mask, packed.values
+        packed = pack(matrix.to("cpu", self.empty.dtype), self.pattern)
+        self._hold(quantise(packed, cast("Bits", self.bits)) if self.bits else packed)

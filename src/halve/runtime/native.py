@@ -4,6 +4,9 @@ The kernels, built from ``src/native``, read packed weights once for a few rows 
 rows than `register_rows` says are for PyTorch's dense product, to which the weights are handed unpacked, a tile of rows
 at a time; in float32 where the processor has no product of the 16 bits. Without the compiled module everything is
 computed by `reference`, slowly, and `describe` says so.
+
+With quantised weights the kernels quantise x too: every 32 columns to integers from -127 to 127, the largest of them
+the largest number. Products of integers are exact, and scaled and summed in float32.
 """
 
 import warnings
@@ -14,27 +17,36 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError
-from halve.runtime.compiled import broken, instruction_sets, library
+from halve.runtime.compiled import broken, instruction_sets, library, quantised_instruction_sets
 from halve.runtime.packed_matrix import DTYPES, PackedMatrix, unpack
+from halve.runtime.quantised_matrix import QuantisedMatrix
 from halve.torch_internals import has_dense_products, processor_has
 
+AnyPacked = PackedMatrix | QuantisedMatrix
+"""A matrix that can be multiplied with packed."""
 REFERENCE = "reference"
 """In place of an instruction set: compute with PyTorch what the kernels are held to."""
+X_BLOCK = 32
+"""Columns of x that are quantised together."""
+_SMALLEST = 1e-30
+"""What is smaller than that in all columns of a block of x is taken for 0."""
 _TILE = 1 << 21
 """Weights unpacked at a time for larger batches: few enough to stay in a cache until they are multiplied, and so many
 that threads seldom wait for each other, which on a busy machine takes them milliseconds."""
 
 
-def register_rows(instruction_set: str, dtype: torch.dtype, amx: bool) -> int:
+def register_rows(instruction_set: str, dtype: torch.dtype | None, amx: bool) -> int:
     """Return up to how many rows of x the kernels multiply; with more, unpacking for a dense product is faster.
 
     Found by measurement on two cores of each kind, and never while running: the same call always takes the same way.
 
     Args:
-        instruction_set: one of `instruction_sets`.
-        dtype: of the matrix, one of `DTYPES`.
+        instruction_set: one of `instruction_sets`, or of `quantised_instruction_sets`.
+        dtype: of the matrix, one of `DTYPES`; None where it is quantised.
         amx: whether the processor multiplies tiles of this dtype.
     """
+    if dtype is None:
+        return 8 if instruction_set == "portable" else 64
     if amx and dtype != torch.float32:
         return 4
     if instruction_set == "avx2":
@@ -51,17 +63,19 @@ def describe() -> str:
 
 
 def sparse_linear(
-    x: Tensor, packed: PackedMatrix, bias: Tensor | None = None, instruction_set: str | None = None
+    x: Tensor, packed: AnyPacked, bias: Tensor | None = None, instruction_set: str | None = None
 ) -> Tensor:
     """Return ``x Wᵀ + bias`` for a packed W, summed in float32, on as many threads as torch uses.
 
-    On processors with AVX-512 products of bfloat16 take subnormal numbers for zeros.
+    On processors with AVX-512 products of bfloat16 take subnormal numbers for zeros. Where W is quantised, a few rows
+    of x are too, see above, and one that holds NaN or infinity makes its row of the result NaN.
 
     Args:
         x: (..., d_in), of the matrix's dtype.
         packed: W, (d_out, d_in).
         bias: (d_out,), of the matrix's dtype.
-        instruction_set: one of `instruction_sets`, or `REFERENCE`; None takes the best there is.
+        instruction_set: one of `instruction_sets`, of `quantised_instruction_sets` where W is quantised, or
+            `REFERENCE`; None takes the best there is.
 
     Returns:
         Tensor: (..., d_out), of the matrix's dtype.
@@ -71,7 +85,7 @@ def sparse_linear(
             instruction set.
     """
     _check(x, packed, bias)
-    name = _choose(instruction_set)
+    name = _choose(instruction_set, packed)
     if torch.is_autocast_enabled("cpu"):  # which would lower the products of what is unpacked
         with torch.autocast("cpu", enabled=False):
             return sparse_linear(x, packed, bias, name)
@@ -79,40 +93,51 @@ def sparse_linear(
         return reference(x, packed, bias)
     flat = x.reshape(-1, packed.d_in).contiguous()
     rows = flat.shape[0]
-    if rows > _register_rows_here(name, packed.dtype):
+    if rows > _register_rows_here(name, None if isinstance(packed, QuantisedMatrix) else packed.dtype):
         return _tile_by_tile(flat, packed, bias, name).view(*x.shape[:-1], packed.d_out)
     y = flat.new_empty(rows, packed.d_out)
     if rows:
         bias = None if bias is None else bias.contiguous()
-        library.multiply(
-            name,
-            *_operand(packed),
-            flat.data_ptr(),
-            rows,
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            torch.get_num_threads(),
-        )
+        start = 0 if bias is None else bias.data_ptr()
+        rest = flat.data_ptr(), rows, start, y.data_ptr(), torch.get_num_threads()
+        if isinstance(packed, QuantisedMatrix):
+            library.multiply_quantised(name, *_quantised_operand(packed), *rest)
+        else:
+            library.multiply(name, *_operand(packed), *rest)
     return y.view(*x.shape[:-1], packed.d_out)
 
 
-def reference(x: Tensor, packed: PackedMatrix, bias: Tensor | None = None) -> Tensor:
-    """Compute `sparse_linear` with PyTorch: unpack, multiply in float32, round."""
-    weight = unpack(packed).float()
+def reference(x: Tensor, packed: AnyPacked, bias: Tensor | None = None) -> Tensor:
+    """Compute `sparse_linear` with PyTorch: unpack, multiply in float32, round; x is not quantised."""
+    weight = unpack(_in_floats(packed)).float()
     return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(packed.dtype)
 
 
-def expand(packed: PackedMatrix, start: int, stop: int, instruction_set: str | None = None) -> Tensor:
+def quantised_input(x: Tensor) -> Tensor:
+    """Return x, (..., d_in), as the kernels quantise it for quantised weights, in float32: what tests hold them to."""
+    d_in = x.shape[-1]
+    padded = torch.nn.functional.pad(x.float(), (0, -d_in % X_BLOCK))
+    blocks = padded.view(*x.shape[:-1], padded.shape[-1] // X_BLOCK, X_BLOCK)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    steps = torch.where(largest < _SMALLEST, 0.0, torch.full_like(largest, 127.0) / largest)
+    integers = (blocks.double() * steps.double()).round()
+    found: Tensor = (integers.float() * (largest / 127.0)).flatten(-2)[..., :d_in]
+    return found
+
+
+def expand(packed: AnyPacked, start: int, stop: int, instruction_set: str | None = None) -> Tensor:
     """Return the rows ``[start, stop)`` unpacked, (stop - start, d_in); bit for bit what `unpack` gives.
+
+    Where the matrix is quantised, of what `QuantisedMatrix.dequantised` returns.
 
     Raises:
         InputError: there are no such rows, or the processor lacks the instruction set.
     """
     if not 0 <= start <= stop <= packed.d_out:
         raise InputError(f"rows {start} to {stop} do not exist in a matrix of {packed.d_out}")
-    name = _choose(instruction_set)
+    name = _choose(instruction_set, packed)
     if name == REFERENCE:
-        return unpack(packed)[start:stop]
+        return unpack(_in_floats(packed))[start:stop]
     out = torch.empty(stop - start, packed.d_in, dtype=packed.dtype)
     _expand_into(out, packed, start, name)
     return out
@@ -164,42 +189,47 @@ def dense_linear(x: Tensor, weight: Tensor, instruction_set: str | None = None) 
 
 def _operand(packed: PackedMatrix) -> tuple[int, int, int, int, int, int, bool]:
     """Return a packed matrix as the compiled functions take it."""
-    return (
-        DTYPES.index(packed.dtype),
-        packed.mask.data_ptr(),
-        packed.values.data_ptr(),
-        packed.d_out,
-        packed.d_in,
-        packed.kept,
-        packed.half_of_every_byte,
-    )
+    parts = DTYPES.index(packed.dtype), packed.mask.data_ptr(), packed.values.data_ptr()
+    return *parts, packed.d_out, packed.d_in, packed.kept, packed.half_of_every_byte
 
 
-def _choose(instruction_set: str | None) -> str:
+def _quantised_operand(packed: QuantisedMatrix) -> tuple[int, int, int, int, int, int, int, int, bool]:
+    """Return a quantised matrix as the compiled functions take it."""
+    parts = packed.mask.data_ptr(), packed.codes.data_ptr(), packed.scales.data_ptr()
+    kept = packed.kept, packed.bits, packed.half_of_every_byte
+    return DTYPES.index(packed.dtype), *parts, packed.d_out, packed.d_in, *kept
+
+
+def _in_floats(packed: AnyPacked) -> PackedMatrix:
+    return packed.dequantised() if isinstance(packed, QuantisedMatrix) else packed
+
+
+def _choose(instruction_set: str | None, packed: AnyPacked | None = None) -> str:
+    found = quantised_instruction_sets() if isinstance(packed, QuantisedMatrix) else instruction_sets()
     if instruction_set is None:
-        return _best()
-    names = (*instruction_sets(), REFERENCE)
+        return _best(found)
+    names = (*found, REFERENCE)
     if instruction_set not in names:
         raise InputError(f"this processor has no instruction set called {instruction_set!r}, only {', '.join(names)}")
     return instruction_set
 
 
 @cache
-def _best() -> str:
+def _best(found: tuple[str, ...]) -> str:
     """Return what multiplies unless something else is asked for; where that is slow, say so, once."""
-    if instruction_sets():
-        return instruction_sets()[0]
+    if found:
+        return found[0]
     warnings.warn(describe(), RuntimeWarning, stacklevel=2)
     return REFERENCE
 
 
-def _check(x: Tensor, packed: PackedMatrix, bias: Tensor | None) -> None:
+def _check(x: Tensor, packed: AnyPacked, bias: Tensor | None) -> None:
     _check_one("x", x, packed, fits=x.ndim > 0 and x.shape[-1] == packed.d_in)
     if bias is not None:
         _check_one("bias", bias, packed, fits=bias.shape == (packed.d_out,))
 
 
-def _check_one(name: str, given: Tensor, packed: PackedMatrix, *, fits: bool) -> None:
+def _check_one(name: str, given: Tensor, packed: AnyPacked, *, fits: bool) -> None:
     if not fits or given.dtype != packed.dtype or not given.is_cpu:
         raise InputError(
             f"{name} is {given.dtype} of shape {tuple(given.shape)} on {given.device}, which does not go with "
@@ -224,11 +254,11 @@ def _amx(dtype: torch.dtype) -> bool:
 
 
 @cache
-def _register_rows_here(name: str, dtype: torch.dtype) -> int:
-    return register_rows(name, dtype, _amx(dtype))
+def _register_rows_here(name: str, dtype: torch.dtype | None) -> int:
+    return register_rows(name, dtype, dtype is not None and _amx(dtype))
 
 
-def _tile_by_tile(x: Tensor, packed: PackedMatrix, bias: Tensor | None, name: str) -> Tensor:
+def _tile_by_tile(x: Tensor, packed: AnyPacked, bias: Tensor | None, name: str) -> Tensor:
     """Compute `sparse_linear` with PyTorch's product; x is (batch, d_in)."""
     dtype = packed.dtype if _multiplies(packed.dtype) else torch.float32
     x, y = x.detach().to(dtype), x.new_empty(len(x), packed.d_out, dtype=dtype)
@@ -244,7 +274,7 @@ def _tile_by_tile(x: Tensor, packed: PackedMatrix, bias: Tensor | None, name: st
     return y.to(packed.dtype)
 
 
-def _tiles(packed: PackedMatrix, name: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def _tiles(packed: AnyPacked, name: str, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """Yield tiles of rows unpacked to ``dtype``, each with the number of its first row; the next overwrites it."""
     step = min(packed.d_out, max(1, _TILE // packed.d_in))
     buffer = torch.empty(step, packed.d_in, dtype=packed.dtype)
@@ -255,12 +285,9 @@ def _tiles(packed: PackedMatrix, name: str, dtype: torch.dtype) -> Iterator[tupl
         yield start, tile if wide is buffer else wide[: len(tile)].copy_(tile)
 
 
-def _expand_into(out: Tensor, packed: PackedMatrix, start: int, name: str) -> None:
-    library.expand(
-        name,
-        *_operand(packed),
-        start,
-        start + len(out),
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
+def _expand_into(out: Tensor, packed: AnyPacked, start: int, name: str) -> None:
+    rest = start, start + len(out), out.data_ptr(), torch.get_num_threads()
+    if isinstance(packed, QuantisedMatrix):
+        library.expand_quantised(name, *_quantised_operand(packed), *rest)
+    else:
+        library.expand(name, *_operand(packed), *rest)

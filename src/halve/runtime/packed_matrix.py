@@ -22,7 +22,7 @@ from halve.runtime.compiled import library
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OVERREAD = 64
 """Values after the last kept one that mean nothing: a vector may be loaded whole wherever a kept value starts."""
-_WORD = 64
+WORD = 64
 """Columns in a word of the mask; rows of the mask are padded with zero bits to whole words."""
 _FOLDS = {2: ((1, 0x55),), 4: ((1, 0x55), (2, 0x33)), 8: ((1, 0x55), (2, 0x33), (4, 0x0F))}
 """For groups that fill bytes evenly: the shifts and masks that add up the bits of each."""
@@ -57,26 +57,12 @@ class PackedMatrix:
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise InputError(f"a packed matrix has two dimensions of at least 1, not shape {tuple(self.shape)}")
         mask, values = part_shapes(self.d_out, self.d_in, self.kept)
-        _check_part("mask", self.mask, (torch.uint8,), mask)
-        _check_part("values", self.values, DTYPES, values)
+        check_part("mask", self.mask, (torch.uint8,), mask)
+        check_part("values", self.values, DTYPES, values)
 
     def check_mask(self) -> None:
-        """Check that the mask keeps exactly what the pattern allows of every group, and nothing beyond the row.
-
-        Raises:
-            InputError: it does not: the products would be finite, and wrong.
-        """
-        pattern = Pattern(self.pattern)
-        keep, group = pattern.budget(self.d_in)
-        whole = self.d_in // 8 if group in _FOLDS else 0
-        for start, stop in _chunks(self.shape):
-            mask = self.mask[start:stop]
-            wrong = (_counts(mask[:, :whole], group) != keep * _ONE_EACH[group]).any() if whole else False
-            bits = _spread(mask[:, whole:])
-            rest = self.d_in - 8 * whole
-            short = rest > 0 and bool((pattern.groups(bits[:, :rest]).sum(-1) != keep).any())
-            if wrong or short or bits[:, rest:].any():
-                raise InputError(f"the mask of a packed matrix does not keep what pattern {pattern} keeps of a group")
+        """Check the mask, see the function `check_mask`."""
+        check_mask(self.mask, self.shape, Pattern(self.pattern))
 
     @property
     def d_out(self) -> int:
@@ -101,8 +87,7 @@ class PackedMatrix:
     @cached_property
     def half_of_every_byte(self) -> bool:
         """Whether each byte of the mask keeps four of its eight weights, so that their values need no counting."""
-        pattern = Pattern(self.pattern)
-        return pattern.group is not None and 8 % pattern.group == 0 and pattern.sparsity == 0.5
+        return halves_every_byte(Pattern(self.pattern))
 
     @property
     def nbytes(self) -> int:
@@ -110,9 +95,38 @@ class PackedMatrix:
         return self.mask.nbytes + self.values.nbytes
 
 
+def check_mask(mask: Tensor, shape: tuple[int, int], pattern: Pattern) -> None:
+    """Check that a mask keeps exactly what the pattern allows of every group, and nothing beyond the row.
+
+    Args:
+        mask: uint8, (d_out, `mask_bytes`).
+        shape: (d_out, d_in) of the matrix.
+        pattern: that it has.
+
+    Raises:
+        InputError: it does not: the products would be finite, and wrong.
+    """
+    d_in = shape[1]
+    keep, group = pattern.budget(d_in)
+    whole = d_in // 8 if group in _FOLDS else 0
+    for start, stop in row_chunks(shape):
+        rows = mask[start:stop]
+        wrong = (_counts(rows[:, :whole], group) != keep * _ONE_EACH[group]).any() if whole else False
+        bits = spread(rows[:, whole:])
+        rest = d_in - 8 * whole
+        short = rest > 0 and bool((pattern.groups(bits[:, :rest]).sum(-1) != keep).any())
+        if wrong or short or bits[:, rest:].any():
+            raise InputError(f"the mask of a packed matrix does not keep what pattern {pattern} keeps of a group")
+
+
+def halves_every_byte(pattern: Pattern) -> bool:
+    """Return whether each byte of a mask keeps four of its eight weights."""
+    return pattern.group is not None and 8 % pattern.group == 0 and pattern.sparsity == 0.5
+
+
 def mask_bytes(d_in: int) -> int:
     """Return the bytes of mask for a row of ``d_in`` weights."""
-    return -(-d_in // _WORD) * _WORD // 8
+    return -(-d_in // WORD) * WORD // 8
 
 
 def kept_per_row(pattern: Pattern, d_in: int) -> int:
@@ -194,7 +208,7 @@ def _check_pattern(weight: Tensor, pattern: Pattern) -> None:
 def _pack_slowly(weight: Tensor, pattern: Pattern, mask: Tensor, values: Tensor) -> None:
     """Fill mask and values with PyTorch: what the compiled function is held to."""
     used = 0
-    for start, stop in _chunks((weight.shape[0], weight.shape[1])):
+    for start, stop in row_chunks((weight.shape[0], weight.shape[1])):
         rows = weight[start:stop]
         keep = pattern.keep_mask((rows != 0).to(torch.uint8) * 2 + torch.signbit(rows).to(torch.uint8))
         mask[start:stop] = _gather_bits(keep, mask.shape[1])
@@ -207,15 +221,20 @@ def unpack(packed: PackedMatrix) -> Tensor:
     """Return the matrix, (d_out, d_in) in ``packed.dtype``, with +0.0 wherever nothing is kept."""
     weight = torch.zeros(packed.shape, dtype=packed.dtype)
     used = 0
-    for start, stop in _chunks(packed.shape):
-        keep = _spread(packed.mask[start:stop])[:, : packed.d_in]
+    for start, stop in row_chunks(packed.shape):
+        keep = spread(packed.mask[start:stop])[:, : packed.d_in]
         count = (stop - start) * packed.kept
         weight[start:stop][keep] = packed.values[used : used + count]
         used += count
     return weight
 
 
-def _check_part(name: str, part: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+def check_part(name: str, part: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
+    """Check one tensor of a packed matrix.
+
+    Raises:
+        InputError: it has another dtype or shape, or lies elsewhere than contiguous on the CPU.
+    """
     if part.dtype in dtypes and part.shape == shape and part.is_contiguous() and part.device.type == "cpu":
         return
     raise InputError(
@@ -228,7 +247,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _chunks(shape: tuple[int, int]) -> list[tuple[int, int]]:
+def row_chunks(shape: tuple[int, int]) -> list[tuple[int, int]]:
     """Return the row ranges to work on one after the other."""
     d_out, d_in = shape
     step = max(1, _CHUNK // d_in)
@@ -242,7 +261,7 @@ def _counts(mask: Tensor, group: int) -> Tensor:
     return mask
 
 
-def _spread(mask: Tensor) -> Tensor:
+def spread(mask: Tensor) -> Tensor:
     """Turn (rows, bytes) of mask into bool, (rows, 8 bytes)."""
     return (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).bool().flatten(1)
 

@@ -13,12 +13,15 @@
 #include "../choosing.hpp"
 #include "crew.hpp"
 #include "packing.hpp"
+#include "quantised.hpp"
 #include "sparse_linear.hpp"
 
 namespace {
 
 using halve::Kernels;
 using halve::Matrix;
+using halve::QuantisedKernels;
+using halve::QuantisedMatrix;
 using halve::Values;
 
 constexpr std::size_t PART_BYTES = 1 << 17;  // of weights: what a thread takes at a time
@@ -29,22 +32,53 @@ struct InstructionSet {
     Kernels (*kernels)(Values held);
 };
 
+struct QuantisedInstructionSet {
+    const char* name;
+    QuantisedKernels (*kernels)();
+};
+
+#ifdef HALVE_X86
+bool has_avx2() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("popcnt");
+}
+
+// With what both kinds of kernels take beside the products themselves.
+[[maybe_unused]] bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi2");
+}
+#endif
+
 // Best first; the last runs everywhere.
 std::vector<InstructionSet> supported() {
     std::vector<InstructionSet> rows;
 #ifdef HALVE_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
 #ifdef HALVE_BF16
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+    if (has_avx512() && __builtin_cpu_supports("avx512bf16"))
         rows.push_back({"avx512", halve::avx512::sparse_linear_kernels});
 #endif
-    if (avx2) rows.push_back({"avx2", halve::avx2::sparse_linear_kernels});
+    if (has_avx2()) rows.push_back({"avx2", halve::avx2::sparse_linear_kernels});
 #endif
     rows.push_back({"portable", halve::portable::sparse_linear_kernels});
+    return rows;
+}
+
+std::vector<QuantisedInstructionSet> supported_quantised() {
+    std::vector<QuantisedInstructionSet> rows;
+#ifdef HALVE_X86
+#ifdef HALVE_VNNI
+    if (has_avx512() && __builtin_cpu_supports("avx512vnni"))
+        rows.push_back({"avx512", halve::avx512::quantised_kernels});
+#endif
+#ifdef HALVE_AVXVNNI
+    if (has_avx2() && __builtin_cpu_supports("avxvnni")) rows.push_back({"avxvnni", halve::avxvnni::quantised_kernels});
+#endif
+    if (has_avx2()) rows.push_back({"avx2", halve::avx2::quantised_kernels});
+#endif
+    rows.push_back({"portable", halve::portable::quantised_kernels});
     return rows;
 }
 
@@ -53,8 +87,17 @@ const std::vector<InstructionSet>& instruction_sets() {
     return rows;
 }
 
-Kernels find(const std::string& name, int held) {
+const std::vector<QuantisedInstructionSet>& quantised_instruction_sets() {
+    static const std::vector<QuantisedInstructionSet> rows = supported_quantised();
+    return rows;
+}
+
+void check_held(int held) {
     if (held < 0 || held > int(Values::fp32)) throw std::invalid_argument("no such kind of values");
+}
+
+Kernels find(const std::string& name, int held) {
+    check_held(held);
     return halve::find_row(instruction_sets(), name).kernels(Values(held));
 }
 
@@ -79,9 +122,16 @@ class Workspace {
     }
 };
 
-std::size_t rows_of_part(const Matrix& w, std::size_t value_bytes) {
-    const std::size_t row_bytes = w.kept * value_bytes + (w.mask ? halve::words(w.d_in) * 8 : 0);
+std::size_t rows_of_part(std::size_t row_bytes) {
     return std::max<std::size_t>(1, PART_BYTES / row_bytes / PART_ROWS) * PART_ROWS;
+}
+
+std::size_t rows_of_part(const Matrix& w, std::size_t value_bytes) {
+    return rows_of_part(w.kept * value_bytes + (w.mask ? halve::words(w.d_in) * 8 : 0));
+}
+
+std::size_t rows_of_part(const QuantisedMatrix& w) {
+    return rows_of_part(halve::words(w.d_in) * (w.word_bytes() + (w.mask ? 8 : 0) + 2));
 }
 
 Matrix matrix(std::uintptr_t mask, std::uintptr_t values, std::size_t d_out, std::size_t d_in, std::size_t kept,
@@ -118,6 +168,41 @@ void expand(const std::string& name, int held, std::uintptr_t mask, std::uintptr
     });
 }
 
+QuantisedMatrix quantised(std::uintptr_t mask, std::uintptr_t codes, std::uintptr_t scales, std::size_t d_out,
+                          std::size_t d_in, std::size_t kept, int bits, bool half) {
+    return {reinterpret_cast<const std::uint8_t*>(mask), reinterpret_cast<const std::uint8_t*>(codes),
+            reinterpret_cast<const std::uint16_t*>(scales), d_out, d_in, kept, bits, half};
+}
+
+void multiply_quantised(const std::string& name, int held, std::uintptr_t mask, std::uintptr_t codes,
+                        std::uintptr_t scales, std::size_t d_out, std::size_t d_in, std::size_t kept, int bits, bool half,
+                        std::uintptr_t x, std::size_t batch, std::uintptr_t bias, std::uintptr_t y, std::size_t threads) {
+    check_held(held);
+    const QuantisedKernels kernels = halve::find_row(quantised_instruction_sets(), name).kernels();
+    const QuantisedMatrix w = quantised(mask, codes, scales, d_out, d_in, kept, bits, half);
+    nanobind::gil_scoped_release unlocked;
+    thread_local Workspace workspace;
+    void* const arranged = workspace.get(kernels.arranged(batch, d_in));
+    kernels.arrange(Values(held), bits, reinterpret_cast<const void*>(x), batch, d_in, arranged);
+    halve::share_work(d_out, rows_of_part(w), threads, [&](std::size_t first, std::size_t last) {
+        kernels.multiply(w, arranged, batch, Values(held), reinterpret_cast<const void*>(bias),
+                         reinterpret_cast<void*>(y), first, last);
+    });
+}
+
+void expand_quantised(const std::string& name, int held, std::uintptr_t mask, std::uintptr_t codes,
+                      std::uintptr_t scales, std::size_t d_out, std::size_t d_in, std::size_t kept, int bits, bool half,
+                      std::size_t first, std::size_t last, std::uintptr_t out, std::size_t threads) {
+    check_held(held);
+    const QuantisedKernels kernels = halve::find_row(quantised_instruction_sets(), name).kernels();
+    const QuantisedMatrix w = quantised(mask, codes, scales, d_out, d_in, kept, bits, half);
+    const std::size_t row_bytes = d_in * bytes_of(held);
+    nanobind::gil_scoped_release unlocked;
+    halve::share_work(last - first, rows_of_part(w), threads, [&](std::size_t begin, std::size_t end) {
+        kernels.expand(w, Values(held), first + begin, first + end, reinterpret_cast<char*>(out) + begin * row_bytes);
+    });
+}
+
 // Returns whether every group has room for its non-zeros.
 bool pack(int held, std::uintptr_t weight, std::size_t d_out, std::size_t d_in, std::size_t keep, std::size_t group,
           std::uintptr_t mask, std::uintptr_t values, std::size_t threads) {
@@ -134,6 +219,8 @@ bool pack(int held, std::uintptr_t weight, std::size_t d_out, std::size_t d_in, 
 
 nanobind::tuple names() { return halve::names_of(instruction_sets()); }
 
+nanobind::tuple quantised_names() { return halve::names_of(quantised_instruction_sets()); }
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -141,4 +228,7 @@ NB_MODULE(_native, module) {
     module.def("multiply", &multiply);
     module.def("expand", &expand);
     module.def("pack", &pack);
+    module.def("quantised_instruction_sets", &quantised_names);
+    module.def("multiply_quantised", &multiply_quantised);
+    module.def("expand_quantised", &expand_quantised);
 }

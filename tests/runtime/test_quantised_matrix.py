@@ -1,0 +1,255 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from halve.errors import InputError
+from halve.maths.pattern import Pattern
+from halve.runtime import native
+from halve.runtime.compiled import quantised_instruction_sets
+from halve.runtime.native import REFERENCE, expand, quantised_input, register_rows, sparse_linear
+from halve.runtime.packed_matrix import DTYPES, OVERREAD, pack, unpack
+from halve.runtime.quantised_matrix import QuantisedMatrix, nearest, quantise, quantised_bytes, why_not
+from packed_matrices import UNIT, every_dtype, pruned, same_bits
+
+PATTERNS = {"2:4": 4, "1:2": 2, "1:4": 4, "3:4": 4, "4:8": 8, "7:8": 8, "8:16": 16, "1:32": 32, "31:32": 32}
+ALL = ("avx512", "avxvnni", "avx2", "portable")
+needs_kernel = pytest.mark.skipif(not quantised_instruction_sets(), reason=native.describe())
+every_set = pytest.mark.parametrize(
+    "instruction_set",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(name not in quantised_instruction_sets(), reason=f"no {name} here"))
+        for name in ALL
+    ],
+)
+every_width = pytest.mark.parametrize("bits", [8, 4])
+
+
+@st.composite
+def matrices(draw):
+    pattern, group = draw(st.sampled_from(sorted(PATTERNS.items())))
+    d_in, d_out = draw(st.integers(1, 300 // group)) * group, draw(st.integers(1, 13))
+    dtype, seed, empty = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 999)), draw(st.sampled_from([0, 0.3, 1]))
+    return quantise(pack(pruned(d_out, d_in, pattern, dtype, seed, empty), pattern), draw(st.sampled_from([8, 4])))
+
+
+def read_by_hand(matrix):
+    """The dense matrix in float64, its bytes read as docs/packed-format.md says, one weight after the other."""
+    words, kept = -(-matrix.d_in // 64), 64 * Pattern(matrix.pattern).keep // Pattern(matrix.pattern).group
+    dense = torch.zeros(matrix.shape, dtype=torch.float64)
+    for row in range(matrix.d_out):
+        for word in range(words):
+            used = 0
+            at = (row * words + word) * kept
+            for column in range(64 * word, min(64 * word + 64, matrix.d_in)):
+                if not matrix.mask[row, column // 8] >> column % 8 & 1:
+                    continue
+                if matrix.bits == 8:
+                    byte = int(matrix.codes[at + used])
+                    integer = byte - 256 if byte > 127 else byte
+                else:
+                    integer = (int(matrix.codes[(at + used) // 2]) >> 4 * (used % 2) & 15) - 8
+                dense[row, column] = integer * float(matrix.scales[row * words + word])
+                used += 1
+    return dense
+
+
+@given(matrix=matrices())
+def test_the_bytes_mean_what_the_format_says(matrix):
+    matrix.check()
+    assert torch.equal(unpack(matrix.dequantised()), read_by_hand(matrix).to(matrix.dtype))
+    assert matrix.nbytes == quantised_bytes(*matrix.shape, Pattern(matrix.pattern), matrix.bits)
+
+
+@every_dtype
+def test_eight_bits_are_the_nearest_of_their_scale(dtype):
+    weight = pruned(7, 192, "2:4", dtype)
+    matrix = quantise(pack(weight, "2:4"), 8)
+    for row, word in ((0, 0), (3, 1), (6, 2)):
+        part = weight[row, 64 * word : 64 * word + 64].double()
+        scale = matrix.scales[row * 3 + word]
+        assert scale == (part.abs().max().float() / 127).half()
+        off = (unpack(replace(matrix, dtype=torch.float32).dequantised())[row, 64 * word : 64 * word + 64] - part).abs()
+        slack = part.abs().max() * 2**-10  # the largest weight's integer is at most 127, whatever float16 made of it
+        assert (off <= float(scale) / 2 + slack).all()
+
+
+def test_four_bits_are_never_further_off_than_with_the_plain_scale():
+    weight = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    integers, scales = nearest(weight, 4)
+    assert integers.min() >= -8
+    assert integers.max() <= 7
+    off = (integers * scales.unsqueeze(-1).float() - weight).square().sum(-1)
+    plain = (weight.abs().amax(-1, keepdim=True) / 7).half().float()
+    assert (off <= ((weight / plain).round() * plain - weight).square().sum(-1) * (1 + 1e-3)).all()
+    assert off.mean() < 0.9 * ((weight / plain).round() * plain - weight).square().sum(-1).mean()
+
+
+@every_width
+def test_what_is_on_the_grid_already_stays(bits):
+    weight = pruned(5, 128, "2:4", torch.float32, empty=0)
+    once = quantise(pack(weight, "2:4"), bits)
+    dense = unpack(once.dequantised())
+    off = (unpack(quantise(pack(dense, "2:4"), bits).dequantised()) - dense).norm() / dense.norm()
+    assert off < (1e-3 if bits == 8 else 1e-2)
+
+
+@every_width
+def test_a_word_of_zeros_has_no_scale(bits):
+    matrix = quantise(pack(torch.zeros(2, 64), "2:4"), bits)
+    assert not matrix.scales.any()
+    assert not unpack(matrix.dequantised()).any()
+
+
+@every_width
+def test_sizes_at_two_of_four(bits):
+    matrix = quantise(pack(pruned(64, 4096, "2:4"), "2:4"), bits)
+    assert len(matrix.codes) % 8 == len(matrix.scales) % 4 == 0
+    assert (matrix.nbytes - 3 * OVERREAD) * 8 / (64 * 4096) == (5.25 if bits == 8 else 3.25)
+
+
+@pytest.mark.parametrize("pattern", ["50%", "3:5", "5:12", "2:6"])
+def test_other_patterns_are_refused(pattern):
+    with pytest.raises(InputError, match=rf"M divides 64, such as 2:4 or 4:8, not at {pattern}"):
+        quantise(pack(pruned(4, 60, pattern), pattern), 8)
+    assert why_not(Pattern(pattern))
+
+
+@every_width
+def test_weights_beyond_a_scale_are_refused(bits):
+    with pytest.raises(InputError, match=r"too large to be quantised"):
+        quantise(pack(torch.tensor([[1e9, 0.0, 0.0, 0.0]]), "2:4"), bits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": (4, 128)},
+        {"shape": (0, 64)},
+        {"shape": (4, 64, 1)},
+        {"pattern": "1:4"},
+        {"pattern": "50%"},
+        {"bits": 4},
+        {"bits": 3},
+        {"dtype": torch.float64},
+        {"mask": torch.full((4, 8), 0x33, dtype=torch.int8)},
+        {"codes": torch.zeros(4 * 32 + OVERREAD, dtype=torch.int8)},
+        {"codes": torch.zeros(4 * 32 + OVERREAD - 1, dtype=torch.uint8)},
+        {"scales": torch.zeros(4 + OVERREAD)},
+        {"scales": torch.zeros(4 + OVERREAD - 1, dtype=torch.float16)},
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(change):
+    with pytest.raises(InputError):
+        replace(sound(), **change)
+
+
+def sound():
+    mask, codes = torch.full((4, 8), 0x33, dtype=torch.uint8), torch.zeros(4 * 32 + OVERREAD, dtype=torch.uint8)
+    scales = torch.ones(4 + OVERREAD, dtype=torch.float16)
+    return QuantisedMatrix(mask, codes, scales, (4, 64), "2:4", 8, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value", "complaint"),
+    [
+        ("mask", 9, 0x37, "does not keep what pattern"),
+        ("codes", 5, 0x80, "is -128"),
+        ("scales", 1, float("nan"), "negative or not finite"),
+        ("scales", 1, float("inf"), "negative or not finite"),
+        ("scales", 1, -1.0, "negative or not finite"),
+    ],
+)
+def test_parts_that_mean_nothing_are_found(part, place, value, complaint):
+    matrix = sound()
+    matrix.check()
+    getattr(matrix, part).view(-1)[place] = value
+    with pytest.raises(InputError, match=complaint):
+        matrix.check()
+
+
+def inputs(matrix, batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, matrix.d_in, generator=generator) * torch.rand(matrix.d_in, generator=generator) ** 4
+    return x.to(matrix.dtype), torch.randn(matrix.d_out, generator=generator).to(matrix.dtype)
+
+
+def assert_close(got, x, weight, bias):
+    """Hold `got` to float64, within what summing in float32 in any order and rounding once may miss."""
+    exact, magnitude = x.double() @ weight.T + bias.double(), x.double().abs() @ weight.T.abs() + bias.double().abs()
+    summed = (weight.shape[1] + 3) * 2**-24 * magnitude
+    assert ((got.double() - exact).abs() <= summed + UNIT[got.dtype] * (exact.abs() + summed) + 1e-7).all()
+
+
+@needs_kernel
+@every_set
+@given(matrix=matrices(), batch=st.integers(0, 8))
+def test_products_are_those_of_quantised_inputs_in_float64(instruction_set, matrix, batch):
+    x, bias = inputs(matrix, batch)
+    assert batch <= register_rows(instruction_set, None, amx=False)
+    got = sparse_linear(x, matrix, bias, instruction_set)
+    assert (got.shape, got.dtype) == ((batch, matrix.d_out), matrix.dtype)
+    assert_close(got, quantised_input(x), read_by_hand(matrix), bias)
+
+
+@needs_kernel
+@every_set
+@every_width
+@every_dtype
+def test_many_rows_are_multiplied_unpacked_and_not_quantised(instruction_set, bits, dtype):
+    matrix = quantise(pack(pruned(12, 192, "2:4", dtype), "2:4"), bits)
+    x, bias = inputs(matrix, register_rows(instruction_set, None, amx=False) + 1)
+    expected = sparse_linear(x, matrix.dequantised(), bias, REFERENCE)
+    torch.testing.assert_close(sparse_linear(x, matrix, bias, instruction_set), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(sparse_linear(x, matrix, bias, REFERENCE), expected)
+
+
+@needs_kernel
+@every_set
+@given(matrix=matrices(), places=st.tuples(st.integers(0, 13), st.integers(0, 13)))
+def test_expanded_rows_have_the_bits_of_the_matrix(instruction_set, matrix, places):
+    start, stop = sorted(min(place, matrix.d_out) for place in places)
+    expected = unpack(matrix.dequantised())[start:stop]
+    assert torch.equal(expand(matrix, start, stop, instruction_set), expected)
+    assert same_bits(expand(matrix, start, stop, REFERENCE), expected)
+
+
+@needs_kernel
+@every_set
+@every_width
+def test_every_instruction_set_quantises_alike(instruction_set, bits):
+    matrix = quantise(pack(pruned(16, 1028, "2:4", torch.float32), "2:4"), bits)
+    for seed in range(50):
+        x, bias = inputs(matrix, 4, seed)
+        got = sparse_linear(x, matrix, bias, instruction_set)
+        assert_close(got, quantised_input(x), unpack(matrix.dequantised()).double(), bias)
+
+
+@needs_kernel
+@every_set
+@every_width
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_own_row_alone(instruction_set, bits, bad):
+    matrix = quantise(pack(pruned(5, 72, "2:4", torch.float32), "2:4"), bits)
+    x, bias = inputs(matrix, 3)
+    sound_rows = sparse_linear(x, matrix, bias, instruction_set)
+    x[1, 70] = bad
+    got = sparse_linear(x, matrix, bias, instruction_set)
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2]], sound_rows[[0, 2]])
+
+
+@needs_kernel
+@every_set
+def test_tiny_inputs_count_for_nothing_and_large_ones_do_not_overflow(instruction_set):
+    matrix = quantise(pack(pruned(5, 64, "2:4", torch.float32, empty=0), "2:4"), 8)
+    assert not sparse_linear(torch.full((1, 64), 1e-35), matrix, None, instruction_set).any()
+    large = sparse_linear(torch.full((1, 64), 1e30), matrix, None, instruction_set)
+    torch.testing.assert_close(large, 1e30 * unpack(matrix.dequantised()).sum(-1)[None], rtol=1e-5, atol=1e26)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match=r"no instruction set called 'avx999'"):
+        sparse_linear(torch.ones(1, 64), sound(), None, "avx999")
