@@ -231,7 +231,7 @@ def test_a_wrong_product_is_noticed_and_everything_is_put_back(monkeypatch, rows
             return y
 
         @classmethod
-        def of(cls, layer, pattern):
+        def of(cls, layer, pattern, bits=None):
             made.append(layer)
             return super().of(layer, pattern)
 
@@ -473,4 +473,55 @@ def test_a_model_that_is_random_or_no_model_is_refused():
 def test_a_weight_that_is_not_finite_stays_dense():
     model = prune_layers(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}))
     model.b.weight.data[0, 0] = float("nan")
-    assert module._candidates(model, Pattern("2:4")) == ({"a": model.a}, {"b": "its weight holds NaN or infinity"})
+    found = module._candidates(model, Pattern("2:4"), "own")
+    assert found == ({"a": model.a}, {"b": "its weight holds NaN or infinity"})
+
+
+@pytest.mark.usefixtures("ratios")
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_a_quantised_model_runs_nearly_the_same_and_its_checkpoint_is_rounded(family, values):
+    model = pruned(family, torch.bfloat16)
+    before = state_of(model)
+    done = accelerate(model, values=values)
+    bits = int(values.removeprefix("int"))
+    assert {model.get_submodule(name).bits for name in done.swapped} == {bits}
+    assert done.kernel == speed.describe(torch.device("cpu"), bits)
+    assert 0 < done.difference < {8: 0.1, 4: 0.5}[bits]
+    assert done.bytes_after < {8: 0.7, 4: 0.5}[bits] * done.bytes_before
+    after = model.state_dict()
+    for name, value in before.items():
+        if name.removesuffix(".weight") not in done.swapped:
+            assert same_bits(after[name], value)
+            continue
+        assert not after[name][value == 0].any()
+        assert 0 < (after[name].float() - value.float()).norm() < {8: 0.01, 4: 0.15}[bits] * value.float().norm()
+    name = done.swapped[0]
+    rounded = model.get_submodule(name).weight
+    restore(model, name)
+    assert same_bits(model.get_submodule(name).weight, rounded)
+
+
+@pytest.mark.usefixtures("ratios")
+def test_what_fails_leaves_the_weights_that_were_not_rounded(monkeypatch):
+    model = pruned(dtype=torch.bfloat16)
+    before = state_of(model)
+    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
+    monkeypatch.setattr(module, "_QUANTISED_OUTPUT", {8: 1e-9, 4: 1e-9})
+    with pytest.raises(HalveError, match=r"output differs from the dense one's by"):
+        accelerate(model, values="int8")
+    assert same_state(model.state_dict(), before)
+    assert {name: layer for name, layer in model.named_modules() if is_linear(layer)} == layers
+    monkeypatch.setattr(module, "quantised_input", lambda x: 1.1 * x.float())
+    with pytest.raises(HalveError, match=r"the sparse product of .* is wrong in"):
+        accelerate(model, values="int4")
+    assert same_state(model.state_dict(), before)
+
+
+def test_quantised_values_that_cannot_be_had_are_refused():
+    with pytest.raises(InputError, match=r"values is 'int3': give own, bf16, int8 or int4"):
+        accelerate(pruned(), values="int3")
+    with pytest.raises(InputError, match=r"M divides 64, such as 2:4 or 4:8, not at 50%"):
+        accelerate(pruned(pattern="50%"), pattern="50%", values="int8")
+    with pytest.raises(InputError, match=r"its weight is float32, not bfloat16"):
+        accelerate(pruned(), values="bf16")

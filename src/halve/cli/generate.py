@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -15,6 +15,7 @@ from halve.errors import InputError, counted
 
 if TYPE_CHECKING:
     from halve.checkpoint.load import LoadedModel
+    from halve.runtime.quantised_matrix import Bits, Values
 
 
 def generate(
@@ -25,6 +26,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Do not run pruned layers sparse, for comparison.")] = False,
+    values: Annotated[
+        str, typer.Option(help="What pruned layers hold: own (as they are), bf16, int8 or int4 (rounded, on the CPU).")
+    ] = "own",
     threads: ThreadsOption = None,
     dtype: Annotated[
         str | None,
@@ -43,13 +47,14 @@ def generate(
 
         place = resolve_device(_device_of(model, device, dense=dense))
         check_asked(prompt, max_new_tokens, temperature)
+        _check_values(model, values, dense=dense)
         say(err, "loading …")
         loaded = load(model, dtype=None if dtype is None else parse_dtype(dtype), trust_remote_code=trust_remote_code)
         loaded.model.to(place)  # type: ignore[arg-type]
         for note in loaded.notes:
             say(err, note, label="note", style="yellow")
         check_prompt(loaded, prompt, max_new_tokens=max_new_tokens, raw=raw)
-        how = "dense, as asked" if dense else _accelerate(loaded)
+        how = "dense, as asked" if dense else _accelerate(loaded, values)
 
         def write(text: str) -> None:
             sys.stdout.write(text)
@@ -97,7 +102,27 @@ def _device_of(model: str, device: str, *, dense: bool) -> str:
     return "cpu"
 
 
-def _accelerate(loaded: "LoadedModel") -> str:
+def _check_values(model: str, values: str, *, dense: bool) -> None:
+    """Check what was asked of a model's values, before it is loaded.
+
+    Raises:
+        InputError: there is no such kind; the model runs dense, or is packed and has the values that it was packed
+            with.
+    """
+    from halve.checkpoint.directory import PACKED
+    from halve.maths.pattern import Pattern
+    from halve.runtime.quantised_matrix import bits_of
+
+    bits_of(values, Pattern("2:4"))
+    if values == "own":
+        return
+    if dense:
+        raise InputError("--dense runs no layer sparse: leave --values out")
+    if (Path(model).expanduser() / PACKED).exists():
+        raise InputError(f"{model} is packed, and runs with the values that it was packed with: leave --values out")
+
+
+def _accelerate(loaded: "LoadedModel", values: str) -> str:
     """Run a model's pruned layers sparse, and return what came of it."""
     from halve.runtime.accelerate import accelerate
     from halve.runtime.linear import SparseLinear
@@ -105,10 +130,13 @@ def _accelerate(loaded: "LoadedModel") -> str:
 
     layers = [module for module in loaded.model.modules() if isinstance(module, SparseLinear)]
     if layers:
-        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device)}"
+        bits = cast("Bits | None", layers[0].bits or None)
+        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}"
     try:
-        done = accelerate(loaded.model, pattern=_pattern(loaded))
+        done = accelerate(loaded.model, pattern=_pattern(loaded), values=cast("Values", values))
     except InputError as error:
+        if values != "own":  # which was asked for in so many words
+            raise
         return f"dense: {error}"
     saved = 1 - done.bytes_after / done.bytes_before
     dense = f", {len(done.slower)} left dense that would be no faster" if done.slower else ""

@@ -13,7 +13,8 @@ from halve.cli.terminal import out, say
 from halve.errors import counted, first_few
 
 if TYPE_CHECKING:
-    from halve.packed.write import PackResult, Values
+    from halve.packed.write import PackResult
+    from halve.runtime.quantised_matrix import Values
 
 
 def pack(

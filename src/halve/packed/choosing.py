@@ -19,7 +19,7 @@ from halve.packed.manifest import PackedTensor
 from halve.packed.read import PARTS, as_matrix, matrix_shape
 from halve.recorded import REMEDY, Record, pattern_of
 from halve.runtime.packed_matrix import DTYPES
-from halve.runtime.quantised_matrix import Bits, why_not
+from halve.runtime.quantised_matrix import Bits
 
 BITS = {2: torch.int16, 4: torch.int32}
 """By the bytes of a number, what shows its bits."""
@@ -110,10 +110,8 @@ def choose(
         bits: of the integers that weights are rounded to; None leaves them as they are.
 
     Raises:
-        InputError: a tensor on record is not in the pattern; the pattern cannot be quantised.
+        InputError: a tensor on record is not in the pattern.
     """
-    if bits is not None and (reason := why_not(asked.pattern)):
-        raise InputError(reason)
     chosen, left = {}, dict(asked.left)
     for name, layouts in asked.layouts.items():
         entry = entries[name]

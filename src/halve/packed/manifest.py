@@ -22,13 +22,11 @@ from halve.errors import CorruptFileError, PatternError, UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
 from halve.runtime.packed_matrix import DTYPES, kept_per_row
-from halve.runtime.quantised_matrix import Bits, why_not
+from halve.runtime.quantised_matrix import QUANTISED, Bits, why_not
 
 FORMAT = "halve-packed"
 VERSION = 2
 """The newest; a directory without quantised matrices is written as version 1, which older versions of Halve read."""
-QUANTISED: dict[str, Bits] = {"int8": 8, "int4": 4}
-"""Kinds of integers, by their names."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, Meta(ge=0, lt=LARGEST)]
 Dimension = Annotated[int, Meta(ge=1, lt=LARGEST)]

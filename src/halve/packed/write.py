@@ -10,7 +10,6 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from halve.checkpoint.weight_files import refuse_copies
 from halve.errors import CorruptFileError, InputError
 from halve.maths.pattern import Pattern
 from halve.packed.choosing import BITS, asked_for, choose
-from halve.packed.manifest import QUANTISED, File, Manifest, PackedTensor, PlainShard
+from halve.packed.manifest import File, Manifest, PackedTensor, PlainShard
 from halve.packed.read import (
     PackedCheckpoint,
     as_matrix,
@@ -45,10 +44,7 @@ from halve.packed.read import (
 from halve.recorded import Record, change_of, read_record
 from halve.runtime.native import AnyPacked, expand
 from halve.runtime.packed_matrix import PackedMatrix, pack
-from halve.runtime.quantised_matrix import QuantisedMatrix, quantise
-
-Values = Literal["own", "bf16", "int8", "int4"]
-"""What kept weights are stored as: numbers of their own dtype, of bfloat16, which they must have, or integers."""
+from halve.runtime.quantised_matrix import QuantisedMatrix, Values, bits_of, quantise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +109,6 @@ def pack_checkpoint(
             a file; the input changes meanwhile.
         HalveError: the volume is full, or failed.
     """
-    if values not in get_args(Values):
-        raise InputError(f"values is {values!r}: give {', '.join(get_args(Values)[:-1])} or {get_args(Values)[-1]}")
-    bits = QUANTISED.get(values)
     place, target = Path(directory).expanduser(), Path(out).expanduser()
     if not place.is_dir():
         raise InputError(f"{directory} is not a directory: give the directory of a pruned checkpoint")
@@ -131,7 +124,8 @@ def pack_checkpoint(
     if record is not None:
         _refuse_changed(record, source.path, (record.files or {}).keys() - weights)
     wanted = None if pattern is None else Pattern.parse(pattern)
-    chosen, left = choose(asked_for(source, record, entries, wanted), entries, bits)
+    asked = asked_for(source, record, entries, wanted)
+    chosen, left = choose(asked, entries, bits_of(values, asked.pattern))
     if record is not None:  # the large files last: a matrix that is not in the pattern says more
         _refuse_changed(record, source.path, weights)
     if not chosen:

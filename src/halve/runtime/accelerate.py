@@ -1,13 +1,13 @@
 """Swap the pruned linear layers of a model for sparse ones, where they are faster, and check that nothing else changed.
 
-On the CPU they become `SparseLinear`, on a GPU `SemiStructuredLinear`. Every swapped layer's product is held to the
-dense one before the dense weight is let go, and the model's output to what it was; if either fails, everything is put
-back.
+On the CPU they become `SparseLinear`, quantised if asked, on a GPU `SemiStructuredLinear`. Every swapped layer's
+product is held to the dense one before the dense weight is let go, and the model's output to what it was; if either
+fails, everything is put back. Dense weights that are rounded are let go at the end alone.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,10 @@ from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_lin
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
 from halve.runtime.linear import SparseLinear
+from halve.runtime.native import multiplies_integers, quantised_input
+from halve.runtime.packed_matrix import unpack
 from halve.runtime.probe import Probe, difference, noting_calls
+from halve.runtime.quantised_matrix import Bits, QuantisedMatrix, Values, bits_of
 from halve.runtime.semi_structured import SemiStructuredLinear
 from halve.runtime.speed import Speed
 from halve.torch_internals import children_with_repeats, has_hooks
@@ -33,6 +36,9 @@ _PRODUCT = {torch.float32: 2.0**-14, torch.float16: 2.0**-10, torch.bfloat16: 2.
 _OUTPUT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """Relative difference of a whole model's output that rounding explains, by the dtype of the swapped layers. It grows
 from layer to layer, so that wrong kernels are left to the products: this finds a layer in the wrong place."""
+
+_QUANTISED_OUTPUT: dict[Bits, float] = {8: 0.2, 4: 0.7}
+"""The same where weights are rounded, which changes the output for good: this finds what is no rounding."""
 
 Sparse = SparseLinear | SemiStructuredLinear
 
@@ -78,6 +84,7 @@ def accelerate(
     batch: int = 1,
     only_where_faster: float | None = 1.0,
     probe: Tensor | Mapping[str, Any] | None = None,
+    values: Values = "own",
 ) -> Acceleration:
     """Swap, in place, the linear layers of a model that are in a pattern and whose products are measured to be faster.
 
@@ -93,6 +100,9 @@ def accelerate(
             counted; on a GPU with and without what launching costs. None swaps all of them, and measures nothing.
         probe: keyword arguments of the model's call, or its ``input_ids``, to compare outputs on; None takes 16 tokens
             from all over the vocabulary.
+        values: what the kept weights are held as. ``int8`` and ``int4`` round them, see
+            `halve.runtime.quantised_matrix.quantise`, and with few rows what they are multiplied with: on the CPU
+            alone, at N:M where M divides 64. The model's ``state_dict`` is then that of the rounded weights.
 
     Returns:
         Acceleration: what was swapped, what was not and why.
@@ -103,11 +113,12 @@ def accelerate(
         HalveError: a sparse product, or the model's output, was wrong; plain layers with the weights are put back.
     """
     pattern = Pattern.parse(pattern)
+    bits = bits_of(values, pattern)
     check_count("batch", batch)
     if only_where_faster is not None:
         check_positive("only_where_faster", only_where_faster)
     _check_model(model)
-    chosen, left = _candidates(model, pattern)
+    chosen, left = _candidates(model, pattern, values)
     if not chosen:
         raise InputError(
             f"no linear layer of this {type(model).__name__} can run sparse at {pattern} ({_most_common(left)}): prune "
@@ -115,24 +126,37 @@ def accelerate(
         )
     asked = Probe.of(model, probe)
     before = _dense_output(asked, chosen, left)
-    measured = ((), ()) if only_where_faster is None else _keep_faster(chosen, left, pattern, batch, only_where_faster)
-    kernel = speed.describe(layer_matrix(next(iter(chosen.values()))).device)
+    how = _How(pattern, batch, bits)
+    measured = ((), ()) if only_where_faster is None else _keep_faster(chosen, left, how, only_where_faster)
+    kernel = speed.describe(layer_matrix(next(iter(chosen.values()))).device, bits)
     sizes = {name: layer_matrix(layer).nbytes for name, layer in chosen.items()}
-    allowed = _allowed(chosen)
-    trained = {name: bool(layer.weight.requires_grad) for name, layer in chosen.items()}
+    allowed = _allowed(chosen) if bits is None else _QUANTISED_OUTPUT[bits]
+    plain = {
+        name: _Plain(bool(layer.weight.requires_grad), None if bits is None else layer)
+        for name, layer in chosen.items()
+    }
     swapped: dict[str, Sparse] = {}
     try:
-        swapped.update(_swap(model, chosen, pattern, batch))
-        off = _check_output(asked, before, allowed, swapped, trained)
+        swapped.update(_swap(model, chosen, how))
+        off = _check_output(asked, before, allowed, swapped, plain)
     except BaseException:
-        _put_back(model, swapped, trained)
+        _put_back(model, swapped, plain)
         raise
-    readers = [name for name in trained if name not in swapped]
+    readers = [name for name in plain if name not in swapped]
     left |= dict.fromkeys(readers, "the model reads its weight, which would be expanded each time")
     bytes_before = sum(sizes[name] for name in swapped)
     bytes_after = sum(sparse.nbytes for sparse in swapped.values())
     speeds, slower = measured
     return Acceleration(tuple(swapped), left, slower, speeds, bytes_before, bytes_after, off, kernel)
+
+
+@dataclass(frozen=True)
+class _How:
+    """The pattern of the layers, the rows of a product that counts, and the bits of integers, if there are any."""
+
+    pattern: Pattern
+    batch: int
+    bits: Bits | None
 
 
 def restore(model: nn.Module, name: str) -> None:
@@ -147,10 +171,22 @@ def restore(model: nn.Module, name: str) -> None:
     _replace(model, sparse, sparse.plain())
 
 
-def _put_back(model: nn.Module, names: Iterable[str], trained: Mapping[str, bool]) -> None:
+@dataclass(frozen=True)
+class _Plain:
+    """Whether the weight of a layer was trained, and the layer, where its sparse one has not the same weight."""
+
+    trained: bool
+    layer: nn.Module | None
+
+
+def _put_back(model: nn.Module, names: Iterable[str], plain: Mapping[str, _Plain]) -> None:
     for name in names:
-        restore(model, name)
-        model.get_parameter(f"{name}.weight").requires_grad_(trained[name])
+        layer = plain[name].layer
+        if layer is not None:
+            _replace(model, model.get_submodule(name), layer)
+        else:
+            restore(model, name)
+            model.get_parameter(f"{name}.weight").requires_grad_(plain[name].trained)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -164,7 +200,7 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _candidates(model: nn.Module, pattern: Pattern) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _candidates(model: nn.Module, pattern: Pattern, values: Values) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return the layers that can run sparse, and why the others cannot."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     chosen: dict[str, nn.Module] = {}
@@ -177,14 +213,14 @@ def _candidates(model: nn.Module, pattern: Pattern) -> tuple[dict[str, nn.Module
         }
         if not is_linear(module):
             continue
-        if reason := _why_dense(module, pattern, shared=owners[id(module.weight)] > 1):
+        if reason := _why_dense(module, pattern, values, shared=owners[id(module.weight)] > 1):
             left[name] = reason
         else:
             chosen[name] = module
     return chosen, left
 
 
-def _why_dense(layer: nn.Module, pattern: Pattern, *, shared: bool) -> str:
+def _why_dense(layer: nn.Module, pattern: Pattern, values: Values, *, shared: bool) -> str:
     """Return why a layer cannot run sparse, empty if it can."""
     weight = layer.weight
     assert isinstance(weight, Tensor)  # noqa: S101 - is_linear
@@ -198,13 +234,15 @@ def _why_dense(layer: nn.Module, pattern: Pattern, *, shared: bool) -> str:
     if not pattern.fits(matrix.shape[1]):
         return f"d_in = {matrix.shape[1]} is not divisible by {pattern.group}"
     try:
-        speed.check_measurable(pattern, weight.dtype, weight.device)
+        speed.check_measurable(pattern, weight.dtype, weight.device, bits_of(values, pattern))
     except InputError as error:
         return str(error)
     if reason := speed.unfit(matrix.shape[0], matrix.shape[1], weight.dtype, weight.device):
         return reason
     if not is_finite(matrix):
         return "its weight holds NaN or infinity"
+    if values == "bf16" and weight.dtype != torch.bfloat16:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not bfloat16"
     return "" if pattern.satisfied_by(matrix) else f"not at {pattern}"
 
 
@@ -246,7 +284,7 @@ def _allowed(layers: Mapping[str, nn.Module]) -> float:
 
 
 def _keep_faster(
-    chosen: dict[str, nn.Module], left: dict[str, str], pattern: Pattern, batch: int, factor: float
+    chosen: dict[str, nn.Module], left: dict[str, str], how: _How, factor: float
 ) -> tuple[tuple[Speed, ...], tuple[str, ...]]:
     """Measure every shape, and move the layers that are not fast enough from ``chosen`` to ``left``, with the reason.
 
@@ -260,41 +298,47 @@ def _keep_faster(
     for key in dict.fromkeys(_key(layer) for layer in chosen.values()):
         (d_out, d_in), dtype, device = key
         remedy = "free some, or give only_where_faster=None, which measures nothing"
-        speed.check_room(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device, remedy=remedy)
-        speeds[key] = speed.measure(d_out, d_in, [batch], pattern=pattern, dtype=dtype, device=device)[0]
+        pattern, batch, bits = how.pattern, how.batch, how.bits
+        speed.check_room(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device, bits=bits, remedy=remedy)
+        measured = speed.measure(d_out, d_in, [batch], pattern=pattern, dtype=dtype, device=device, bits=bits)
+        speeds[key] = measured[0]
     ratios = {key: round(min(row.ratio, row.call_ratio), 2) for key, row in speeds.items()}
     slower = tuple(name for name, layer in chosen.items() if ratios[_key(layer)] < factor)
     for name in slower:
         ratio = ratios[_key(chosen.pop(name))]
-        left[name] = f"{ratio:.2f} times as fast as dense at batch {batch}, less than {factor:g}"
+        left[name] = f"{ratio:.2f} times as fast as dense at batch {how.batch}, less than {factor:g}"
     if not chosen:
         best = max(ratios.values())
         wanted = "faster sparse" if factor == 1 else f"{factor:g} times as fast sparse"
         raise InputError(
-            f"no layer is {wanted} at batch {batch} here, the best {best:.2f} times as fast: the model stays dense; "
-            "see halve plan for other batches, or give halve.accelerate only_where_faster=None to save memory alone"
+            f"no layer is {wanted} at batch {how.batch} here, the best {best:.2f} times as fast: the model stays "
+            "dense; see halve plan for other batches, or give halve.accelerate only_where_faster=None to save memory "
+            "alone"
         )
     return tuple(speeds.values()), slower
 
 
-def _swap(model: nn.Module, chosen: dict[str, nn.Module], pattern: Pattern, batch: int) -> Iterator[tuple[str, Sparse]]:
-    """Take layers out of ``chosen`` and replace them one by one; each dense weight goes before the next is packed."""
+def _swap(model: nn.Module, chosen: dict[str, nn.Module], how: _How) -> Iterator[tuple[str, Sparse]]:
+    """Take layers out of ``chosen`` and replace them one by one.
+
+    Each dense weight is let go before the next is packed, unless it is rounded.
+    """
     while chosen:
         name = next(iter(chosen))
         layer = chosen.pop(name)
         with on_device(layer_matrix(layer).device):
-            sparse = _sparse(layer, pattern, batch)
-            for rows in sorted({1, 3, batch}):  # each may take another way through the kernels
+            sparse = _sparse(layer, how)
+            for rows in sorted({1, 3, how.batch}):  # each may take another way through the kernels
                 _check_product(name, layer, sparse, rows)
         _replace(model, layer, sparse)
         del layer
         yield name, sparse
 
 
-def _sparse(layer: nn.Module, pattern: Pattern, batch: int) -> Sparse:
+def _sparse(layer: nn.Module, how: _How) -> Sparse:
     if _is_on_gpu(layer):
-        return SemiStructuredLinear.of(layer, batch)
-    return SparseLinear.of(layer, pattern)
+        return SemiStructuredLinear.of(layer, how.batch)
+    return SparseLinear.of(layer, how.pattern, how.bits)
 
 
 def _is_on_gpu(layer: nn.Module) -> bool:
@@ -304,6 +348,8 @@ def _is_on_gpu(layer: nn.Module) -> bool:
 def _check_product(name: str, layer: nn.Module, sparse: Sparse, rows: int) -> None:
     """Hold every element of a sparse product of random inputs to the dense layer's.
 
+    Of a quantised layer, to that of a dense one with the rounded weights and inputs.
+
     Raises:
         HalveError: one is off by more than rounding explains.
     """
@@ -311,7 +357,7 @@ def _check_product(name: str, layer: nn.Module, sparse: Sparse, rows: int) -> No
     x = torch.randn(rows, matrix.shape[1], generator=torch.Generator().manual_seed(rows)).to(matrix)
     share = _PRODUCT[matrix.dtype]
     with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
-        expected, got = layer(x).float(), sparse(x).float()
+        expected, got = _expected(layer, sparse, x), sparse(x).float()
         magnitude = linear(x.abs(), matrix.abs(), None if bias is None else bias.abs()).float()
     wrong = ~((got - expected).abs() <= share * expected.abs() + share / 16 * magnitude)
     if bool(wrong.any()):
@@ -320,8 +366,17 @@ def _check_product(name: str, layer: nn.Module, sparse: Sparse, rows: int) -> No
         )
 
 
+def _expected(layer: nn.Module, sparse: Sparse, x: Tensor) -> Tensor:
+    """Return what a sparse product should be, float32."""
+    if not isinstance(sparse, SparseLinear) or not isinstance(sparse.packed, QuantisedMatrix):
+        return cast("Tensor", layer(x)).float()
+    weight = unpack(replace(sparse.packed, dtype=torch.float32).dequantised())
+    bias = None if sparse.bias is None else sparse.bias.float()
+    return linear(quantised_input(x) if multiplies_integers(len(x), sparse.packed) else x.float(), weight, bias)
+
+
 def _check_output(
-    probe: Probe, before: Tensor, allowed: float, swapped: dict[str, Sparse], trained: Mapping[str, bool]
+    probe: Probe, before: Tensor, allowed: float, swapped: dict[str, Sparse], plain: Mapping[str, _Plain]
 ) -> float:
     """Hold the model's output to the dense one's; layers whose weights its code reads are put back, out of ``swapped``.
 
@@ -340,7 +395,7 @@ def _check_output(
             f"{type(probe.model).__name__} reads the weights of all its pruned layers itself, which would expand them "
             "each time: it stays dense"
         )
-    _put_back(probe.model, readers, trained)
+    _put_back(probe.model, readers, plain)
     for name in readers:
         del swapped[name]
     off = difference(before, probe.sparse_output() if readers else output)

@@ -54,8 +54,10 @@ def register_rows(instruction_set: str, dtype: torch.dtype | None, amx: bool) ->
     return 8 if instruction_set == "portable" else 16
 
 
-def describe() -> str:
-    """Return what multiplies packed matrices on this machine, or why it is slow."""
+def describe(bits: int | None = None) -> str:
+    """Return what multiplies packed matrices on this machine, or why it is slow; quantised ones of so many bits."""
+    if bits is not None and quantised_instruction_sets():
+        return f"native, {quantised_instruction_sets()[0]}, int{bits}"
     if instruction_sets():
         return f"native, {instruction_sets()[0]}"
     why = f"cannot be loaded ({broken})" if broken else "are not built (no C++ compiler at installation?)"
@@ -123,6 +125,12 @@ def quantised_input(x: Tensor) -> Tensor:
     integers = (blocks.double() * steps.double()).round()
     found: Tensor = (integers.float() * (largest / 127.0)).flatten(-2)[..., :d_in]
     return found
+
+
+def multiplies_integers(rows: int, packed: QuantisedMatrix) -> bool:
+    """Return whether so many rows of x are quantised to be multiplied with a matrix here."""
+    name = _choose(None, packed)
+    return name != REFERENCE and rows <= _register_rows_here(name, None)
 
 
 def expand(packed: AnyPacked, start: int, stop: int, instruction_set: str | None = None) -> Tensor:

@@ -8,7 +8,7 @@ of 8 bits are from -127 to 127, those of 4 bits from -8 to 7.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from halve.runtime.packed_matrix import (
 )
 
 Bits = Literal[8, 4]
+Values = Literal["own", "bf16", "int8", "int4"]
+"""What kept weights are held as: numbers of their own dtype; the same, which must be bfloat16; or integers."""
+QUANTISED: dict[str, Bits] = {"int8": 8, "int4": 4}
+"""The kinds that are integers."""
 LOWEST: dict[int, int] = {8: -127, 4: -8}
 LARGEST: dict[int, int] = {8: 127, 4: 7}
 """The integers of so many bits."""
@@ -139,6 +143,25 @@ class QuantisedMatrix:
     def kept_of_row(self) -> int:
         """Number of weights that a row keeps."""
         return kept_per_row(Pattern(self.pattern), self.d_in)
+
+
+def bits_of(values: str, pattern: Pattern) -> Bits | None:
+    """Return the bits of the integers that a kind of `Values` stands for; None where it stands for none.
+
+    Args:
+        values: the kind.
+        pattern: of the matrices.
+
+    Raises:
+        InputError: there is no such kind, or the pattern cannot be quantised.
+    """
+    if values not in get_args(Values):
+        *others, last = get_args(Values)
+        raise InputError(f"values is {values!r}: give {', '.join(others)} or {last}")
+    bits = QUANTISED.get(values)
+    if bits is not None and (reason := why_not(pattern)):
+        raise InputError(reason)
+    return bits
 
 
 def why_not(pattern: Pattern) -> str:

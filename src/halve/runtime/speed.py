@@ -1,7 +1,7 @@
 """How much faster a sparse product is than a dense one, on this machine, measured: for the planner and `accelerate`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,8 @@ from halve.device import on_device
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.memory import check_memory
-from halve.runtime import native, packed_matrix, semi_structured
+from halve.runtime import native, packed_matrix, quantised_matrix, semi_structured
+from halve.runtime.quantised_matrix import Bits
 from halve.runtime.timing import copies_beyond_cache, take_turns
 
 _SLAB = 64
@@ -54,13 +55,25 @@ class Speed:
         return self.dense_call_seconds / self.sparse_call_seconds
 
 
-def check_measurable(pattern: str | Pattern, dtype: torch.dtype, device: torch.device) -> None:
+def check_measurable(
+    pattern: str | Pattern, dtype: torch.dtype, device: torch.device, bits: Bits | None = None
+) -> None:
     """Check that there are sparse products of this kind on this machine.
+
+    Args:
+        pattern: of the weights.
+        dtype: of what is multiplied, and of the weights unless they are quantised.
+        device: where.
+        bits: of the integers that the weights are quantised to; None where they are not.
 
     Raises:
         InputError: there are none.
     """
     pattern = Pattern.parse(pattern)
+    if bits is not None and device.type != "cpu":
+        raise InputError(f"quantised products are computed on the CPU, not on {device}: use --device cpu")
+    if bits is not None and (reason := quantised_matrix.why_not(pattern)):
+        raise InputError(reason)
     if device.type == "cpu":
         if dtype not in packed_matrix.DTYPES:
             raise InputError(f"packed products are bfloat16, float16 or float32, not {dtype}")
@@ -76,29 +89,40 @@ def unfit(d_out: int, d_in: int, dtype: torch.dtype, device: torch.device) -> st
     return "" if device.type == "cpu" else semi_structured.unfit(d_out, d_in, dtype)
 
 
-def sparse_bytes(d_out: int, d_in: int, pattern: Pattern, dtype: torch.dtype, device: torch.device) -> int:
+def sparse_bytes(
+    d_out: int, d_in: int, pattern: Pattern, dtype: torch.dtype, device: torch.device, bits: Bits | None = None
+) -> int:
     """Return the bytes of a matrix as it is multiplied sparse there."""
     if device.type == "cuda":
         return semi_structured.compressed_bytes(d_out, d_in, dtype)
+    if bits is not None:
+        return quantised_matrix.quantised_bytes(d_out, d_in, pattern, bits)
     return packed_matrix.packed_bytes(d_out, d_in, pattern, dtype)
 
 
-def describe(device: torch.device) -> str:
+def describe(device: torch.device, bits: Bits | None = None) -> str:
     """Return what multiplies sparse matrices there."""
     if device.type == "cpu":
-        return native.describe()
+        return native.describe(bits)
     library = "cuSPARSELt, algorithm searched" if torch.backends.cusparselt.is_available() else "CUTLASS"
     return f"{library}, on {torch.cuda.get_device_name(device)}"
 
 
 def needed_bytes(
-    d_out: int, d_in: int, batch: int, *, pattern: str | Pattern, dtype: torch.dtype, device: torch.device
+    d_out: int,
+    d_in: int,
+    batch: int,
+    *,
+    pattern: str | Pattern,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: Bits | None = None,
 ) -> int:
     """Return the memory that `measure` takes for one shape and batch, in bytes, on the device."""
     weight, rows = d_out * d_in * dtype.itemsize, batch * (d_in + 2 * d_out) * dtype.itemsize
     if device.type == "cuda":
         return rows + 2 * weight + _GPU_WORK * d_out * d_in
-    both = (weight, packed_matrix.packed_bytes(d_out, d_in, Pattern.parse(pattern), dtype))
+    both = (weight, sparse_bytes(d_out, d_in, Pattern.parse(pattern), dtype, device, bits))
     copies = sum(copies_beyond_cache(size) * size for size in both)
     wide = 4 * batch * (d_in + d_out)  # where 16 bits are multiplied in 32
     return rows + wide + weight + copies  # and what they are copies of
@@ -112,6 +136,7 @@ def check_room(
     pattern: str | Pattern,
     dtype: torch.dtype,
     device: torch.device,
+    bits: Bits | None = None,
     remedy: str,
 ) -> None:
     """Check that `measure` has the memory for one shape and batch.
@@ -119,7 +144,7 @@ def check_room(
     Raises:
         InputError: it has not; the message ends with the remedy.
     """
-    needed = needed_bytes(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device)
+    needed = needed_bytes(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device, bits=bits)
     check_memory(f"the matrices of {d_out} x {d_in} to measure at batch {batch}", needed, remedy, device)
 
 
@@ -131,6 +156,7 @@ def measure(
     pattern: str | Pattern = "2:4",
     dtype: torch.dtype,
     device: torch.device,
+    bits: Bits | None = None,
     seconds: float = 0.5,
 ) -> list[Speed]:
     """Time products of one shape, dense by ``torch.nn.functional.linear`` and sparse, in turns, on random values.
@@ -144,6 +170,7 @@ def measure(
         pattern: on a GPU only 2:4.
         dtype: of weights and inputs.
         device: where.
+        bits: of the integers that the sparse weights are quantised to; None where they are not.
         seconds: for one batch, at least 5 turns whatever they take.
 
     Returns:
@@ -152,11 +179,10 @@ def measure(
     Raises:
         InputError: as `check_measurable`, or the pattern does not fit ``d_in``.
     """
-    check_measurable(pattern, dtype, device)
+    check_measurable(pattern, dtype, device, bits)
     slab = random_slab(d_out, d_in, pattern, dtype)
     weight = slab.repeat(-(-d_out // len(slab)), 1)[:d_out].to(device)
-    prepare = _on_gpu if device.type == "cuda" else _on_cpu
-    multiply = prepare(weight, slab, str(pattern))
+    multiply = _on_gpu(weight) if device.type == "cuda" else _on_cpu(weight, slab, str(pattern), bits)
     found = []
     with torch.inference_mode(), on_device(device):
         for batch in batches:
@@ -195,13 +221,12 @@ def repeated(one: packed_matrix.PackedMatrix, d_out: int) -> packed_matrix.Packe
     return packed_matrix.PackedMatrix(mask, torch.cat((values, rest)), (d_out, one.d_in), one.pattern)
 
 
-def _on_cpu(weight: Tensor, slab: Tensor, pattern: str) -> Callable[[Tensor], _Contenders]:
-    first = repeated(packed_matrix.pack(slab, pattern), len(weight))
+def _on_cpu(weight: Tensor, slab: Tensor, pattern: str, bits: Bits | None) -> Callable[[Tensor], _Contenders]:
+    first: native.AnyPacked = repeated(packed_matrix.pack(slab, pattern), len(weight))
+    if isinstance(first, packed_matrix.PackedMatrix) and bits is not None:
+        first = quantised_matrix.quantise(first, bits)
     dense = [weight.clone() for _ in range(copies_beyond_cache(weight.nbytes))]
-    sparse = [first] + [
-        packed_matrix.PackedMatrix(first.mask.clone(), first.values.clone(), first.shape, first.pattern)
-        for _ in range(copies_beyond_cache(first.nbytes) - 1)
-    ]
+    sparse = [first] + [_copy(first) for _ in range(copies_beyond_cache(first.nbytes) - 1)]
 
     def contenders(x: Tensor) -> _Contenders:
         return {
@@ -212,9 +237,13 @@ def _on_cpu(weight: Tensor, slab: Tensor, pattern: str) -> Callable[[Tensor], _C
     return contenders
 
 
-def _on_gpu(weight: Tensor, slab: Tensor, pattern: str) -> Callable[[Tensor], _Contenders]:
-    del slab, pattern
+def _copy(one: native.AnyPacked) -> native.AnyPacked:
+    if isinstance(one, packed_matrix.PackedMatrix):
+        return replace(one, mask=one.mask.clone(), values=one.values.clone())
+    return replace(one, mask=one.mask.clone(), codes=one.codes.clone(), scales=one.scales.clone())
 
+
+def _on_gpu(weight: Tensor) -> Callable[[Tensor], _Contenders]:
     def contenders(x: Tensor) -> _Contenders:
         sparse = semi_structured.compress(weight, len(x))
         return {"dense": [partial(linear, x, weight)], "sparse": [partial(linear, x, sparse)]}
