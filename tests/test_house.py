@@ -20,7 +20,7 @@ FLOORS = (
     ("model",),
     ("text", "recorded", "provenance", "serial"),
     ("evaluation", "runtime"),
-    ("packed", "planner"),
+    ("packed", "planner", "engines"),
     ("run",),
     ("report", "verification", "forecast"),
     ("whole_model", "learning"),

@@ -205,6 +205,16 @@ def load_feature_extractor(source: Source) -> Any:
             ) from error
 
 
+def load_tokenizer(source: Source) -> Any | None:
+    """Load the tokenizer of a model that is no GGUF file; None where it has none.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    with _validated_files(source) as directory:
+        return _load_tokenizer(source, directory, {})
+
+
 def assemble(
     source: Source,
     tensors: Mapping[str, Tensor],

@@ -1,4 +1,4 @@
-"""The commands ``halve pack`` and ``halve unpack``."""
+"""The commands that write a checkpoint in another form: ``halve pack``, ``unpack`` and ``export``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -64,6 +64,22 @@ def unpack(
     with reporting():
         sums = unpack_checkpoint(directory, out_dir, trust_remote_code=trust_remote_code)
     say(out, f"restored: {counted(len(sums), 'file')}, each with the sha256 that it had before packing, in {out_dir}")
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.")],
+    gguf: Annotated[Path, typer.Option(help="The GGUF file to write.")],
+    kind: Annotated[str, typer.Option(help="What matrices are stored as: bf16, f16 or q8_0.")] = "bf16",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Write a checkpoint as a GGUF file, for llama.cpp and what is built on it; zeros stay zeros."""
+    from halve.engines.gguf_export import export_gguf
+
+    with reporting():
+        result = export_gguf(directory, gguf, kind, trust_remote_code=trust_remote_code)
+    for note in result.notes:
+        say(out, note, label="note")
+    say(out, f"written: {counted(result.tensors, 'tensor')}, {_megabytes(result.nbytes)} MB, in {result.path}")
 
 
 def _sizes(result: "PackResult") -> Table:

@@ -19,8 +19,10 @@ _PLANES = {"prox-admm": 11.0, "auto": 11.0, "alps": 12.0, "sparsegpt": 7.0}
 """Copies of the matrices that a method has at once, in float32; of others that are not solved by rows `_FEW`."""
 _BY_ROWS = 6 << 25
 """Bytes of the rows that a method which is solved by rows has at once (`halve.maths.linalg.in_parts`)."""
-_SQUARES = {"prox-admm": 7.0, "auto": 7.0, "alps": 7.0, "sparsegpt": 4.0}
+_SQUARES = {"prox-admm": 5.0, "auto": 5.0, "alps": 7.0, "sparsegpt": 4.0}
 """Copies of H that a method has at once besides the statistics; of others none."""
+_CROSS_SQUARES = 2.0
+"""So many more where the dense model's outputs are the targets."""
 _FEW, _REFIT_PLANES = 5.0, 8.0
 _DOUBT = 1.25
 """How far the memory may be foreseen too high: a run is refused only where that much more than is free is needed."""
@@ -176,5 +178,7 @@ def _solver(bundle: Bundle, plan: Plan) -> int:
         return 2 * weights * plan.state + min(_BY_ROWS, 6 * _FLOAT * weights)
     together = min(weights, max(BUNDLE_WEIGHTS, max(bundle.rows) * bundle.d_in))
     planes = max(_PLANES.get(plan.method, 0.0 if by_rows else _FEW), _REFIT_PLANES if refitted else 0.0)
-    squares = max(_SQUARES.get(plan.method, 0.0), 1.0 if refitted else 0.0, 3.0 if plan.statistics > 1 else 0.0)
+    own = _SQUARES.get(plan.method, 0.0)
+    own += _CROSS_SQUARES if own and plan.cross else 0.0
+    squares = max(own, 1.0 if refitted else 0.0, 3.0 if plan.statistics > 1 else 0.0)
     return int(_FLOAT * (planes * together + squares * bundle.d_in**2))
