@@ -28,8 +28,8 @@ from halve.maths.pattern import Pattern
 from halve.runtime import native
 from halve.runtime.compiled import instruction_sets, library, quantised_instruction_sets
 from halve.runtime.native import REFERENCE, dense_linear, sparse_linear
-from halve.runtime.packed_matrix import OVERREAD, WORD, PackedMatrix, pack
-from halve.runtime.quantised_matrix import Bits, quantise
+from halve.runtime.packed_matrix import PackedMatrix, pack
+from halve.runtime.quantised_matrix import STRIP, Bits, quantise
 from halve.runtime.timing import copies_beyond_cache, last_level_cache, take_turns
 
 SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")
@@ -109,17 +109,16 @@ class Matrix:
         """Return products with quantised weights, dense and packed, by each of some instruction sets."""
         one = quantise(self.packed[0], bits)
         parts = [
-            replace(one, mask=one.mask.clone(), codes=one.codes.clone(), scales=one.scales.clone())
+            replace(one, places=one.places.clone(), codes=one.codes.clone(), scales=one.scales.clone())
             for _ in range(copies_beyond_cache(one.nbytes, self.cache))
         ]
-        weights = one.d_out * one.words * WORD
-        codes = torch.randint(1, 255, (weights * bits // 8 + OVERREAD,), dtype=torch.uint8)
+        codes = torch.randint(1, 255, (one.d_out * one.strips * STRIP * bits // 8,), dtype=torch.uint8)
         nbytes = codes.nbytes + one.scales.nbytes
         dense = [(codes.clone(), one.scales.clone()) for _ in range(copies_beyond_cache(nbytes, self.cache))]
         y = x.new_empty(len(x), one.d_out)
 
         def multiply_dense(name: str, codes: Tensor, scales: Tensor) -> Tensor:
-            weight = (0, codes.data_ptr(), scales.data_ptr(), *one.shape, WORD, bits, False)
+            weight = (0, codes.data_ptr(), scales.data_ptr(), *one.shape, bits)
             rows = (x.data_ptr(), len(x), 0, y.data_ptr(), torch.get_num_threads())
             library.multiply_quantised(name, DTYPE_NUMBERS[x.dtype], *weight, *rows)
             return y
@@ -151,7 +150,7 @@ class Matrix:
                 found[f"dense, {name}"] = nbytes, dense
             packs: Calls = [partial(sparse_linear, x, packed, None, name) for packed in self.packed]
             found[f"packed, {name}"] = packed_bytes, packs
-        if batch <= DENSE_ROWS and self.d_in % WORD == 0:
+        if batch <= DENSE_ROWS:
             names = quantised_instruction_sets()
             chosen = list(names[:-1] if self.all_sets else names[:1])
             for bits in (8, 4):

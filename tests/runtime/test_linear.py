@@ -235,6 +235,6 @@ def test_a_quantised_layer_is_traced_and_gives_gradients(bits):
         compiled(x).sum().backward()
         torch.testing.assert_close(x.grad, sparse.weight.sum(0).expand(batch, -1))
     packed = sparse.packed
-    arguments = (packed.mask, packed.codes, packed.scales, 96, "2:4", bits, DTYPES.index(torch.float32))
+    arguments = (packed.places, packed.codes, packed.scales, 96, "2:4", bits, DTYPES.index(torch.float32))
     torch.library.opcheck(torch.ops.halve.sparse_linear.default, (x.detach(), None, *arguments))
     torch.library.opcheck(torch.ops.halve.unpack.default, arguments)

@@ -38,10 +38,10 @@ from halve.runtime.quantised_matrix import QuantisedMatrix, quantised_part_shape
 
 MASK = ".mask"
 VALUES = ".values"
-CODES, SCALES = ".codes", ".scales"
-PARTS = (MASK, VALUES, CODES, SCALES)
+PLACES, SCALES, CODES = ".places", ".scales", ".codes"
+PARTS = (MASK, VALUES, PLACES, SCALES, CODES)
 """What is added to the name of a packed tensor for the names of its parts: a mask and values, or, where it is
-quantised, a mask, scales and codes."""
+quantised, places, scales and codes."""
 _OTHERS = (RECORD, MEASURED, PAGE, "README.md")
 
 
@@ -84,8 +84,8 @@ class PackedCheckpoint:
                 matrix = PackedMatrix(parts[MASK], parts[VALUES], packed.shape, pattern)
                 matrix.check_mask()
             else:
-                of_words = parts[MASK], parts[CODES], parts[SCALES]
-                matrix = QuantisedMatrix(*of_words, packed.shape, pattern, packed.bits, packed.dtype)
+                quantised = parts[PLACES], parts[CODES], parts[SCALES]
+                matrix = QuantisedMatrix(*quantised, packed.shape, packed.bits, packed.dtype)
                 matrix.check()
         except InputError as error:
             raise CorruptFileError(
@@ -302,9 +302,9 @@ def parts_of(name: str, packed: PackedTensor) -> dict[str, tuple[torch.dtype, tu
     if packed.bits is None:
         mask, values = part_shapes(d_out, d_in, kept_per_row(Pattern(packed.pattern), d_in))
         return {name + MASK: (torch.uint8, mask), name + VALUES: (packed.dtype, values)}
-    mask, codes, scales = quantised_part_shapes(d_out, d_in, Pattern(packed.pattern), packed.bits)
+    places, codes, scales = quantised_part_shapes(d_out, d_in, packed.bits)
     return {
-        name + MASK: (torch.uint8, mask),
+        name + PLACES: (torch.uint8, places),
         name + SCALES: (torch.float16, scales),
         name + CODES: (torch.uint8, codes),
     }

@@ -14,7 +14,7 @@ from halve.checkpoint.shards import read_tensor, tensor_bytes
 from halve.checkpoint.validated import shown
 from halve.errors import HalveError, noting
 from halve.maths.linalg import is_finite
-from halve.packed.read import CODES, SCALES, VALUES, PackedCheckpoint, parts_of
+from halve.packed.read import SCALES, VALUES, PackedCheckpoint, parts_of
 from halve.recorded import Record, read_record
 from halve.runtime.native import AnyPacked
 from halve.runtime.packed_matrix import OVERREAD
@@ -70,7 +70,7 @@ def _verify_values(name: str, matrix: AnyPacked, found: Verified) -> None:
     found.weights += math.prod(matrix.shape)
     if isinstance(matrix, QuantisedMatrix):  # whose scales and integers reading it has checked
         found.zeros += math.prod(matrix.shape) - int(matrix.integers().count_nonzero())
-        ends = {CODES: matrix.codes[-OVERREAD:], SCALES: matrix.scales[-OVERREAD:]}
+        ends = {SCALES: matrix.scales[-OVERREAD:]}
     else:
         kept = matrix.values[:-OVERREAD]
         found.zeros += math.prod(matrix.shape) - int(kept.count_nonzero())

@@ -310,12 +310,10 @@ def _packed_bytes(
             yield from read_chunks(entry)
             continue
         packed = _packed(entry, chosen[entry.name], moved)
-        yield tensor_bytes(packed.mask)
         if isinstance(packed, QuantisedMatrix):
-            yield tensor_bytes(packed.scales)
-            yield tensor_bytes(packed.codes)
+            yield from map(tensor_bytes, (packed.places, packed.scales, packed.codes))
         else:
-            yield tensor_bytes(packed.values)
+            yield from map(tensor_bytes, (packed.mask, packed.values))
 
 
 def _packed(entry: TensorEntry, how: PackedTensor, moved: _Moved) -> AnyPacked:

@@ -19,14 +19,14 @@ from halve.runtime.quantised_matrix import Bits, QuantisedMatrix, quantise
 from halve.torch_internals import has_tangent, is_recorded
 
 Parts = tuple[Tensor, Tensor, Tensor | None, int, str, int, int]
-"""What operators take of a packed matrix: mask, values or codes, scales, d_in, pattern, bits (0 where it is not
-quantised), and the number of its dtype in `DTYPES`."""
+"""What operators take of a packed matrix: mask, values, None, d_in, pattern, 0 and the number of its dtype in `DTYPES`;
+of a quantised one places, codes, scales, d_in, pattern, bits and that number."""
 
 
 def _parts(packed: AnyPacked) -> Parts:
     held = DTYPES.index(packed.dtype)
     if isinstance(packed, QuantisedMatrix):
-        return packed.mask, packed.codes, packed.scales, packed.d_in, packed.pattern, packed.bits, held
+        return packed.places, packed.codes, packed.scales, packed.d_in, packed.pattern, packed.bits, held
     return packed.mask, packed.values, None, packed.d_in, packed.pattern, 0, held
 
 
@@ -36,7 +36,7 @@ def _matrix(
     """Return the packed matrix of its parts."""
     if scales is None:
         return PackedMatrix(mask, values, (len(mask), d_in), pattern)
-    return QuantisedMatrix(mask, values, scales, (len(mask), d_in), pattern, cast("Bits", bits), DTYPES[held])
+    return QuantisedMatrix(mask, values, scales, (len(mask), d_in), cast("Bits", bits), DTYPES[held])
 
 
 @torch.library.custom_op("halve::sparse_linear", mutates_args=(), device_types="cpu")

@@ -201,11 +201,10 @@ def _operand(packed: PackedMatrix) -> tuple[int, int, int, int, int, int, bool]:
     return *parts, packed.d_out, packed.d_in, packed.kept, packed.half_of_every_byte
 
 
-def _quantised_operand(packed: QuantisedMatrix) -> tuple[int, int, int, int, int, int, int, int, bool]:
+def _quantised_operand(packed: QuantisedMatrix) -> tuple[int, int, int, int, int, int, int]:
     """Return a quantised matrix as the compiled functions take it."""
-    parts = packed.mask.data_ptr(), packed.codes.data_ptr(), packed.scales.data_ptr()
-    kept = packed.kept, packed.bits, packed.half_of_every_byte
-    return DTYPES.index(packed.dtype), *parts, packed.d_out, packed.d_in, *kept
+    parts = packed.places.data_ptr(), packed.codes.data_ptr(), packed.scales.data_ptr()
+    return DTYPES.index(packed.dtype), *parts, packed.d_out, packed.d_in, packed.bits
 
 
 def _in_floats(packed: AnyPacked) -> PackedMatrix:

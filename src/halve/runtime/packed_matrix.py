@@ -22,7 +22,7 @@ from halve.runtime.compiled import library
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OVERREAD = 64
 """Values after the last kept one that mean nothing: a vector may be loaded whole wherever a kept value starts."""
-WORD = 64
+_WORD = 64
 """Columns in a word of the mask; rows of the mask are padded with zero bits to whole words."""
 _FOLDS = {2: ((1, 0x55),), 4: ((1, 0x55), (2, 0x33)), 8: ((1, 0x55), (2, 0x33), (4, 0x0F))}
 """For groups that fill bytes evenly: the shifts and masks that add up the bits of each."""
@@ -61,8 +61,22 @@ class PackedMatrix:
         check_part("values", self.values, DTYPES, values)
 
     def check_mask(self) -> None:
-        """Check the mask, see the function `check_mask`."""
-        check_mask(self.mask, self.shape, Pattern(self.pattern))
+        """Check that the mask keeps exactly what the pattern allows of every group, and nothing beyond the row.
+
+        Raises:
+            InputError: it does not: the products would be finite, and wrong.
+        """
+        pattern = Pattern(self.pattern)
+        keep, group = pattern.budget(self.d_in)
+        whole = self.d_in // 8 if group in _FOLDS else 0
+        for start, stop in row_chunks(self.shape):
+            mask = self.mask[start:stop]
+            wrong = (_counts(mask[:, :whole], group) != keep * _ONE_EACH[group]).any() if whole else False
+            bits = spread(mask[:, whole:])
+            rest = self.d_in - 8 * whole
+            short = rest > 0 and bool((pattern.groups(bits[:, :rest]).sum(-1) != keep).any())
+            if wrong or short or bits[:, rest:].any():
+                raise InputError(f"the mask of a packed matrix does not keep what pattern {pattern} keeps of a group")
 
     @property
     def d_out(self) -> int:
@@ -87,7 +101,8 @@ class PackedMatrix:
     @cached_property
     def half_of_every_byte(self) -> bool:
         """Whether each byte of the mask keeps four of its eight weights, so that their values need no counting."""
-        return halves_every_byte(Pattern(self.pattern))
+        pattern = Pattern(self.pattern)
+        return pattern.group is not None and 8 % pattern.group == 0 and pattern.sparsity == 0.5
 
     @property
     def nbytes(self) -> int:
@@ -95,38 +110,9 @@ class PackedMatrix:
         return self.mask.nbytes + self.values.nbytes
 
 
-def check_mask(mask: Tensor, shape: tuple[int, int], pattern: Pattern) -> None:
-    """Check that a mask keeps exactly what the pattern allows of every group, and nothing beyond the row.
-
-    Args:
-        mask: uint8, (d_out, `mask_bytes`).
-        shape: (d_out, d_in) of the matrix.
-        pattern: that it has.
-
-    Raises:
-        InputError: it does not: the products would be finite, and wrong.
-    """
-    d_in = shape[1]
-    keep, group = pattern.budget(d_in)
-    whole = d_in // 8 if group in _FOLDS else 0
-    for start, stop in row_chunks(shape):
-        rows = mask[start:stop]
-        wrong = (_counts(rows[:, :whole], group) != keep * _ONE_EACH[group]).any() if whole else False
-        bits = spread(rows[:, whole:])
-        rest = d_in - 8 * whole
-        short = rest > 0 and bool((pattern.groups(bits[:, :rest]).sum(-1) != keep).any())
-        if wrong or short or bits[:, rest:].any():
-            raise InputError(f"the mask of a packed matrix does not keep what pattern {pattern} keeps of a group")
-
-
-def halves_every_byte(pattern: Pattern) -> bool:
-    """Return whether each byte of a mask keeps four of its eight weights."""
-    return pattern.group is not None and 8 % pattern.group == 0 and pattern.sparsity == 0.5
-
-
 def mask_bytes(d_in: int) -> int:
     """Return the bytes of mask for a row of ``d_in`` weights."""
-    return -(-d_in // WORD) * WORD // 8
+    return -(-d_in // _WORD) * _WORD // 8
 
 
 def kept_per_row(pattern: Pattern, d_in: int) -> int:
@@ -211,7 +197,7 @@ def _pack_slowly(weight: Tensor, pattern: Pattern, mask: Tensor, values: Tensor)
     for start, stop in row_chunks((weight.shape[0], weight.shape[1])):
         rows = weight[start:stop]
         keep = pattern.keep_mask((rows != 0).to(torch.uint8) * 2 + torch.signbit(rows).to(torch.uint8))
-        mask[start:stop] = _gather_bits(keep, mask.shape[1])
+        mask[start:stop] = gather_bits(keep, mask.shape[1])
         kept = rows[keep]
         values[used : used + len(kept)] = kept
         used += len(kept)
@@ -266,7 +252,7 @@ def spread(mask: Tensor) -> Tensor:
     return (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).bool().flatten(1)
 
 
-def _gather_bits(keep: Tensor, row_bytes: int) -> Tensor:
+def gather_bits(keep: Tensor, row_bytes: int) -> Tensor:
     """Turn bool, (rows, d_in), into (rows, row_bytes) of mask."""
     bits = keep.new_zeros(len(keep), 8 * row_bytes, dtype=torch.uint8)
     bits[:, : keep.shape[1]] = keep

@@ -1,14 +1,15 @@
-"""Packed matrices whose kept weights are integers of 8 or 4 bits, and a float16 scale for every word of 64 columns.
+"""Packed matrices at 2:4 whose kept weights are integers of 8 or 4 bits, with a float16 scale for every 64 columns.
 
-Beside `halve.runtime.packed_matrix`: the same mask, one bit a weight, but what a word of it keeps are integers. Of N:M
-a word keeps 64 N / M weights, wherever it lies, so that its integers begin at a known place; at 2:4 these are 32, and a
-weight takes 5.25 bits in all with integers of 8 bits, and 3.25 with 4. A kept weight is ``integer · scale``. Integers
-of 8 bits are from -127 to 127, those of 4 bits from -8 to 7.
+A kept weight is ``integer · scale``; integers of 8 bits are from -127 to 127, those of 4 bits from -8 to 7. Where the
+two kept weights of a group are, two bits for each tell, which is as much as a mask of one bit a weight, and what the
+kernels gather the inputs by. A weight takes 5.25 bits in all with integers of 8 bits, and 3.25 with 4.
+
+Rows are worked on in strips of 128 columns, which keep 64 weights, and are filled up to whole strips with zeros.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,14 +19,12 @@ from halve.maths.pattern import Pattern
 from halve.runtime.packed_matrix import (
     DTYPES,
     OVERREAD,
-    WORD,
     PackedMatrix,
-    check_mask,
     check_part,
-    halves_every_byte,
-    kept_per_row,
+    gather_bits,
     mask_bytes,
     row_chunks,
+    spread,
 )
 
 Bits = Literal[8, 4]
@@ -33,50 +32,54 @@ Values = Literal["own", "bf16", "int8", "int4"]
 """What kept weights are held as: numbers of their own dtype; the same, which must be bfloat16; or integers."""
 QUANTISED: dict[str, Bits] = {"int8": 8, "int4": 4}
 """The kinds that are integers."""
+PATTERN = "2:4"
+"""The only one at which weights are quantised."""
 LOWEST: dict[int, int] = {8: -127, 4: -8}
 LARGEST: dict[int, int] = {8: 127, 4: 7}
 """The integers of so many bits."""
+STRIP, KEPT, STRIP_PLACES = 128, 64, 16
+"""Columns of a strip, weights that it keeps, and bytes that tell where."""
+WORD_KEPT = 32
+"""Kept weights that share a scale."""
 _SHARES = tuple(1.0 - 0.025 * step for step in range(15))
 """Scales of 4 bits that are tried, as shares of the one that the largest weight of a word needs whatever its sign."""
 
 
 @dataclass(frozen=True, eq=False)
 class QuantisedMatrix:
-    """A matrix of shape (d_out, d_in) at N:M whose kept weights are quantised; made by `quantise`, or of parts.
+    """A matrix of shape (d_out, d_in) at 2:4 whose kept weights are quantised; made by `quantise`, or of parts.
 
-    Shapes and dtypes are checked however it is made, so that no product reads outside its parts. Masks and scales are
-    left to `check`: it reads every byte.
+    Shapes and dtypes are checked however it is made, so that no product reads outside its parts. What they hold is left
+    to `check`: it reads every byte.
 
     Raises:
-        InputError: the parts do not go together, or the pattern cannot be quantised, see `why_not`.
+        InputError: the parts do not go together.
     """
 
-    mask: Tensor
-    """uint8, (d_out, 8 ⌈d_in / 64⌉): as in `PackedMatrix`."""
+    places: Tensor
+    """uint8, (d_out, 16 strips): byte i of a strip has the places in their groups of its kept weights i, 16 + i, 32 + i
+    and 48 + i, two bits each from the lowest on."""
     codes: Tensor
-    """uint8, flat: the integers of word after word, those beyond d_in of no meaning; filled up to a multiple of 8
-    bytes, and 64 bytes of no meaning. 8 bits: two's complement; 4 bits: the integer plus 8, the first of a byte in its
-    lower half."""
+    """uint8, (d_out, 8 bits · strips): the integers of the kept weights, strip after strip. 8 bits: two's complement; 4
+    bits: the integer plus 8, byte i of a strip that of kept weight i in its lower half, that of 32 + i in its upper."""
     scales: Tensor
-    """float16, flat: one for each word; filled up to a multiple of 4, then 64 of no meaning."""
+    """float16, (2 d_out strips + 64,): one for each 64 columns of row after row, then 64 of no meaning."""
     shape: tuple[int, int]
-    """(d_out, d_in), both at least 1."""
-    pattern: str
-    """``N:M``, M a divisor of 64."""
+    """(d_out, d_in): d_out at least 1, d_in a multiple of 4."""
     bits: Bits
     """Of an integer."""
     dtype: torch.dtype
     """Of x, of the products, and of the matrix unpacked."""
+    pattern: ClassVar[str] = PATTERN
+    """The same for all."""
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 2 or min(self.shape) < 1:
-            raise InputError(f"a packed matrix has two dimensions of at least 1, not shape {tuple(self.shape)}")
-        if reason := why_not(Pattern(self.pattern)):
-            raise InputError(reason)
+        if len(self.shape) != 2 or min(self.shape) < 1 or self.d_in % 4:
+            raise InputError(f"a quantised matrix has rows whose length is a multiple of 4, not shape {self.shape}")
         if self.bits not in LARGEST or self.dtype not in DTYPES:
             raise InputError(f"a packed matrix has integers of 8 or 4 bits, not {self.bits}, in {self.dtype}")
-        mask, codes, scales = quantised_part_shapes(self.d_out, self.d_in, Pattern(self.pattern), self.bits)
-        check_part("mask", self.mask, (torch.uint8,), mask)
+        places, codes, scales = quantised_part_shapes(self.d_out, self.d_in, self.bits)
+        check_part("places", self.places, (torch.uint8,), places)
         check_part("codes", self.codes, (torch.uint8,), codes)
         check_part("scales", self.scales, (torch.float16,), scales)
 
@@ -90,59 +93,56 @@ class QuantisedMatrix:
         """Number of weights in a row."""
         return self.shape[1]
 
-    @cached_property
-    def kept(self) -> int:
-        """Number of weights that a word keeps."""
-        return kept_per_row(Pattern(self.pattern), WORD)
-
-    @cached_property
-    def half_of_every_byte(self) -> bool:
-        """Whether each byte of the mask keeps four of its eight weights."""
-        return halves_every_byte(Pattern(self.pattern))
-
     @property
-    def words(self) -> int:
-        """Number of words in a row."""
-        return -(-self.d_in // WORD)
+    def strips(self) -> int:
+        """Number of strips in a row."""
+        return -(-self.d_in // STRIP)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of mask, codes and scales; the matrix unpacked has ``d_out * d_in * dtype.itemsize``."""
-        return self.mask.nbytes + self.codes.nbytes + self.scales.nbytes
+        """Bytes of places, codes and scales; the matrix unpacked has ``d_out * d_in * dtype.itemsize``."""
+        return self.places.nbytes + self.codes.nbytes + self.scales.nbytes
+
+    @cached_property
+    def scales_of_rows(self) -> Tensor:
+        """The scales, float16, (d_out, 2 strips): a view."""
+        return self.scales[:-OVERREAD].view(self.d_out, 2 * self.strips)
 
     def check(self) -> None:
-        """Check that the mask keeps what the pattern says, that scales are finite and no integer is -128.
+        """Check that places rise in every group, that scales are finite, and what fills up a row means nothing.
 
         Raises:
-            InputError: one of them is not: the products would be wrong.
+            InputError: a part holds what it must not: the products would be wrong.
         """
-        check_mask(self.mask, self.shape, Pattern(self.pattern))
-        scales = self.scales[: self.d_out * self.words]
-        if not bool(scales.isfinite().all()) or bool((scales < 0).any()):
+        if not bool(self.scales[:-OVERREAD].isfinite().all()) or bool((self.scales < 0).any()):
             raise InputError("a scale of a packed matrix is negative or not finite")
         if self.bits == 8 and bool((self.codes == 0x80).any()):
             raise InputError("an integer of a packed matrix is -128, beyond what 8 bits are used for")
+        for start, stop in row_chunks(self.shape):
+            groups = _kept_places(self.places[start:stop]).view(stop - start, -1, 2)
+            if bool((groups[..., 0] >= groups[..., 1]).any()):
+                raise InputError("the places of a packed matrix do not rise in every group of four")
+            if bool(_integers(self.codes[start:stop], self.bits)[:, self.d_in // 2 :].any()):
+                raise InputError("what fills up a row of a packed matrix is not 0")
 
     def integers(self) -> Tensor:
-        """Return the integers, int8, (d_out, words, kept)."""
-        codes = self.codes[: self.d_out * self.words * self.kept * self.bits // 8].view(self.d_out, self.words, -1)
-        if self.bits == 8:
-            return codes.view(torch.int8)
-        pairs = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-        return pairs.to(torch.int8) - 8
+        """Return the integers of the kept weights in the order of their columns, int8, (d_out, d_in / 2)."""
+        return _integers(self.codes, self.bits)[:, : self.d_in // 2]
 
     def dequantised(self) -> PackedMatrix:
         """Return the matrix with its weights in ``dtype``, each integer times its scale, rounded once."""
-        values = torch.zeros(self.d_out * self.kept_of_row + OVERREAD, dtype=self.dtype)
-        scales = self.scales[: self.d_out * self.words].view(self.d_out, self.words, 1)
-        weights = self.integers().float() * scales.float()
-        values[:-OVERREAD] = weights.flatten(1)[:, : self.kept_of_row].flatten().to(self.dtype)
-        return PackedMatrix(self.mask, values, self.shape, self.pattern)
-
-    @cached_property
-    def kept_of_row(self) -> int:
-        """Number of weights that a row keeps."""
-        return kept_per_row(Pattern(self.pattern), self.d_in)
+        kept = self.d_in // 2
+        values = torch.zeros(self.d_out * kept + OVERREAD, dtype=self.dtype)
+        mask = torch.empty(self.d_out, mask_bytes(self.d_in), dtype=torch.uint8)
+        for start, stop in row_chunks(self.shape):
+            integers = _integers(self.codes[start:stop], self.bits).view(stop - start, -1, WORD_KEPT)
+            weights = integers.float() * self.scales_of_rows[start:stop].unsqueeze(-1).float()
+            values[start * kept : stop * kept] = weights.flatten(1)[:, :kept].flatten().to(self.dtype)
+            places = _kept_places(self.places[start:stop])[:, :kept].view(stop - start, -1, 2)
+            columns = torch.zeros(stop - start, self.d_in // 4, 4, dtype=torch.bool)
+            columns.scatter_(-1, places.long(), value=True)
+            mask[start:stop] = gather_bits(columns.flatten(1), mask.shape[1])
+        return PackedMatrix(mask, values, self.shape, PATTERN)
 
 
 def bits_of(values: str, pattern: Pattern) -> Bits | None:
@@ -166,38 +166,29 @@ def bits_of(values: str, pattern: Pattern) -> Bits | None:
 
 def why_not(pattern: Pattern) -> str:
     """Return why matrices in a pattern cannot be quantised; empty if they can."""
-    if pattern.group is not None and WORD % pattern.group == 0:
-        return ""
-    return f"weights are quantised at N:M where M divides {WORD}, such as 2:4 or 4:8, not at {pattern}"
+    return "" if pattern.text == PATTERN else f"weights are quantised at {PATTERN} alone, not at {pattern}"
 
 
-def quantised_part_shapes(
-    d_out: int, d_in: int, pattern: Pattern, bits: int
-) -> tuple[tuple[int, int], tuple[int], tuple[int]]:
-    """Return the shapes of mask, codes and scales of a quantised matrix."""
-    words = d_out * -(-d_in // WORD)
-    codes = words * kept_per_row(pattern, WORD) * bits // 8
-    return (d_out, mask_bytes(d_in)), (_filled_up(codes, 8) + OVERREAD,), (_filled_up(words, 4) + OVERREAD,)
+def quantised_part_shapes(d_out: int, d_in: int, bits: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int]]:
+    """Return the shapes of places, codes and scales of a quantised matrix."""
+    strips = -(-d_in // STRIP)
+    return (d_out, STRIP_PLACES * strips), (d_out, KEPT * bits // 8 * strips), (2 * d_out * strips + OVERREAD,)
 
 
-def _filled_up(count: int, unit: int) -> int:
-    return -(-count // unit) * unit
-
-
-def quantised_bytes(d_out: int, d_in: int, pattern: Pattern, bits: int) -> int:
-    """Return the bytes of mask, codes and scales of a matrix, quantised."""
-    mask, codes, scales = quantised_part_shapes(d_out, d_in, pattern, bits)
-    return mask[0] * mask[1] + codes[0] + 2 * scales[0]
+def quantised_bytes(d_out: int, d_in: int, bits: int) -> int:
+    """Return the bytes of places, codes and scales of a matrix, quantised."""
+    places, codes, scales = quantised_part_shapes(d_out, d_in, bits)
+    return places[0] * places[1] + codes[0] * codes[1] + 2 * scales[0]
 
 
 def quantise(packed: PackedMatrix, bits: Bits) -> QuantisedMatrix:
-    """Quantise the kept weights of a matrix, each to the nearest integer of its word's scale.
+    """Quantise the kept weights of a matrix, each to the nearest integer of the scale of its 64 columns.
 
-    With 8 bits the scale is what the largest weight of the word needs; with 4 bits the one of some shares of that which
-    leaves the least squared error in the word.
+    With 8 bits the scale is what the largest weight of these columns needs; with 4 bits the one of some shares of that
+    which leaves the least squared error in them.
 
     Args:
-        packed: finite, at N:M, M a divisor of 64.
+        packed: finite, at 2:4.
         bits: of an integer.
 
     Raises:
@@ -205,34 +196,34 @@ def quantise(packed: PackedMatrix, bits: Bits) -> QuantisedMatrix:
     """
     if reason := why_not(Pattern(packed.pattern)):
         raise InputError(reason)
-    words, kept = -(-packed.d_in // WORD), kept_per_row(Pattern(packed.pattern), WORD)
-    integers = torch.zeros(packed.d_out, words * kept, dtype=torch.int8)
-    scales = torch.zeros(packed.d_out, words, dtype=torch.float16)
+    filled, kept = -(-packed.d_in // STRIP) * KEPT, packed.kept
+    integers = torch.zeros(packed.d_out, filled, dtype=torch.int8)
+    scales = torch.zeros(packed.d_out, filled // WORD_KEPT, dtype=torch.float16)
     for start, stop in row_chunks(packed.shape):
-        rows = packed.values[start * packed.kept : stop * packed.kept].view(stop - start, packed.kept).float()
-        rows = torch.nn.functional.pad(rows, (0, words * kept - packed.kept)).view(stop - start, words, kept)
-        found, scale = nearest(rows, bits)
-        integers[start:stop], scales[start:stop] = found.flatten(1), scale
-    return assembled(packed.mask, integers, scales, packed.shape, packed.pattern, bits, packed.dtype)
+        rows = packed.values[start * kept : stop * kept].view(stop - start, kept).float()
+        rows = torch.nn.functional.pad(rows, (0, filled - kept)).view(stop - start, -1, WORD_KEPT)
+        found, scales[start:stop] = nearest(rows, bits)
+        integers[start:stop] = found.flatten(1)
+    return assembled(packed, integers, scales, bits)
 
 
 def nearest(weights: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     """Round weights to integers and scales.
 
     Args:
-        weights: (..., kept), float32, of one word along the last dimension.
+        weights: (..., 32), float32, those that share a scale along the last dimension.
         bits: of an integer.
 
     Returns:
-        tuple[Tensor, Tensor]: integers, int8, (..., kept); scales, float16, (...), 0 where all weights are 0.
+        tuple[Tensor, Tensor]: integers, int8, (..., 32); scales, float16, (...), 0 where all weights are 0.
 
     Raises:
         InputError: a weight is too large for a float16 scale.
     """
+    needed = weights.abs().amax(-1) / LARGEST[bits]
     if bits == 8:
-        scales = _half(weights.abs().amax(-1) / LARGEST[8])
+        scales = _half(needed)
         return rounded(weights, scales, bits), scales
-    needed = weights.abs().amax(-1) / LARGEST[4]
     best = weights.new_full(needed.shape, float("inf"))
     scales = torch.zeros_like(needed, dtype=torch.float16)
     for share in _SHARES:
@@ -244,7 +235,7 @@ def nearest(weights: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weights: Tensor, scales: Tensor, bits: Bits) -> Tensor:
-    """Return the nearest integers, int8, of weights (..., kept) on the grid of scales, float16, (...)."""
+    """Return the nearest integers, int8, of weights (..., 32) on the grid of scales, float16, (...)."""
     steps = scales.unsqueeze(-1).float()
     found = torch.where(steps > 0, weights / steps, 0.0).round_()
     return found.clamp_(LOWEST[bits], LARGEST[bits]).to(torch.int8)
@@ -257,25 +248,43 @@ def _half(scales: Tensor) -> Tensor:
     return found
 
 
-def assembled(
-    mask: Tensor,
-    integers: Tensor,
-    scales: Tensor,
-    shape: tuple[int, int],
-    pattern: str,
-    bits: Bits,
-    dtype: torch.dtype,
-) -> QuantisedMatrix:
-    """Return the matrix of integers, int8, (d_out, words · kept), and scales, float16, (d_out, words)."""
-    _, (code_bytes,), (count,) = quantised_part_shapes(*shape, Pattern(pattern), bits)
-    codes = _padded((integers.view(torch.uint8) if bits == 8 else _in_pairs(integers)).flatten(), code_bytes)
-    return QuantisedMatrix(mask, codes, _padded(scales.flatten(), count), shape, pattern, bits, dtype)
+def assembled(packed: PackedMatrix, integers: Tensor, scales: Tensor, bits: Bits) -> QuantisedMatrix:
+    """Return a quantised matrix that keeps what a packed one keeps.
+
+    Args:
+        packed: at 2:4; its values are not looked at.
+        integers: int8, (d_out, 64 strips), 0 beyond d_in / 2.
+        scales: float16, (d_out, 2 strips).
+        bits: of an integer.
+    """
+    places = torch.empty(packed.d_out, integers.shape[1] // 4, dtype=torch.uint8)
+    for start, stop in row_chunks(packed.shape):
+        columns = spread(packed.mask[start:stop])[:, : packed.d_in].view(stop - start, -1, 4).to(torch.uint8)
+        first = columns.argmax(-1).to(torch.uint8)
+        last = 3 - columns.flip(-1).argmax(-1).to(torch.uint8)
+        kept = torch.stack((first, last), dim=-1).flatten(1)
+        fill = torch.tensor([0, 1], dtype=torch.uint8).repeat((integers.shape[1] - kept.shape[1]) // 2)
+        kept = torch.cat((kept, fill.expand(len(kept), -1)), dim=-1).view(stop - start, -1, 4, STRIP_PLACES)
+        shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
+        places[start:stop] = (kept << shifts).sum(-2, dtype=torch.uint8).flatten(1)
+    if bits == 8:
+        codes = integers.view(torch.uint8)
+    else:
+        halves = (integers + 8).view(torch.uint8).view(packed.d_out, -1, 2, WORD_KEPT)
+        codes = (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+    padded = torch.cat((scales.flatten(), scales.new_zeros(OVERREAD)))
+    return QuantisedMatrix(places, codes.contiguous(), padded, packed.shape, bits, packed.dtype)
 
 
-def _padded(part: Tensor, length: int) -> Tensor:
-    return torch.cat((part, part.new_zeros(length - len(part))))
+def _kept_places(places: Tensor) -> Tensor:
+    """Return the places of kept weights in their groups, uint8, (rows, 64 strips), of (rows, 16 strips) bytes."""
+    bytes_of_strips = places.view(len(places), -1, 1, STRIP_PLACES)
+    return (bytes_of_strips >> torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)).bitwise_and_(3).flatten(1)
 
 
-def _in_pairs(integers: Tensor) -> Tensor:
-    found = (integers + 8).view(torch.uint8)
-    return found[..., 0::2] | found[..., 1::2] << 4
+def _integers(codes: Tensor, bits: int) -> Tensor:
+    """Return the integers of kept weights, int8, (rows, 64 strips), of codes (rows, bytes)."""
+    if bits == 8:
+        return codes.view(torch.int8)
+    words = codes.view(len(codes), -1, WORD_KEPT)
+    return torch.stack((words & 15, words >> 4), dim=-2).to(torch.int8).sub_(8).flatten(1)

@@ -96,7 +96,7 @@ def sparse_bytes(
     if device.type == "cuda":
         return semi_structured.compressed_bytes(d_out, d_in, dtype)
     if bits is not None:
-        return quantised_matrix.quantised_bytes(d_out, d_in, pattern, bits)
+        return quantised_matrix.quantised_bytes(d_out, d_in, bits)
     return packed_matrix.packed_bytes(d_out, d_in, pattern, dtype)
 
 
@@ -240,7 +240,7 @@ def _on_cpu(weight: Tensor, slab: Tensor, pattern: str, bits: Bits | None) -> Ca
 def _copy(one: native.AnyPacked) -> native.AnyPacked:
     if isinstance(one, packed_matrix.PackedMatrix):
         return replace(one, mask=one.mask.clone(), values=one.values.clone())
-    return replace(one, mask=one.mask.clone(), codes=one.codes.clone(), scales=one.scales.clone())
+    return replace(one, places=one.places.clone(), codes=one.codes.clone(), scales=one.scales.clone())
 
 
 def _on_gpu(weight: Tensor) -> Callable[[Tensor], _Contenders]:

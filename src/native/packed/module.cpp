@@ -131,7 +131,7 @@ std::size_t rows_of_part(const Matrix& w, std::size_t value_bytes) {
 }
 
 std::size_t rows_of_part(const QuantisedMatrix& w) {
-    return rows_of_part(halve::words(w.d_in) * (w.word_bytes() + (w.mask ? 8 : 0) + 2));
+    return rows_of_part(w.strips() * (w.strip_codes() + (w.places ? halve::STRIP_PLACES : 0) + 4));
 }
 
 Matrix matrix(std::uintptr_t mask, std::uintptr_t values, std::size_t d_out, std::size_t d_in, std::size_t kept,
@@ -168,34 +168,35 @@ void expand(const std::string& name, int held, std::uintptr_t mask, std::uintptr
     });
 }
 
-QuantisedMatrix quantised(std::uintptr_t mask, std::uintptr_t codes, std::uintptr_t scales, std::size_t d_out,
-                          std::size_t d_in, std::size_t kept, int bits, bool half) {
-    return {reinterpret_cast<const std::uint8_t*>(mask), reinterpret_cast<const std::uint8_t*>(codes),
-            reinterpret_cast<const std::uint16_t*>(scales), d_out, d_in, kept, bits, half};
+QuantisedMatrix quantised(std::uintptr_t places, std::uintptr_t codes, std::uintptr_t scales, std::size_t d_out,
+                          std::size_t d_in, int bits) {
+    if (bits != 8 && bits != 4) throw std::invalid_argument("no such number of bits");
+    return {reinterpret_cast<const std::uint8_t*>(places), reinterpret_cast<const std::uint8_t*>(codes),
+            reinterpret_cast<const std::uint16_t*>(scales), d_out, d_in, bits};
 }
 
-void multiply_quantised(const std::string& name, int held, std::uintptr_t mask, std::uintptr_t codes,
-                        std::uintptr_t scales, std::size_t d_out, std::size_t d_in, std::size_t kept, int bits, bool half,
-                        std::uintptr_t x, std::size_t batch, std::uintptr_t bias, std::uintptr_t y, std::size_t threads) {
+void multiply_quantised(const std::string& name, int held, std::uintptr_t places, std::uintptr_t codes,
+                        std::uintptr_t scales, std::size_t d_out, std::size_t d_in, int bits, std::uintptr_t x,
+                        std::size_t batch, std::uintptr_t bias, std::uintptr_t y, std::size_t threads) {
     check_held(held);
     const QuantisedKernels kernels = halve::find_row(quantised_instruction_sets(), name).kernels();
-    const QuantisedMatrix w = quantised(mask, codes, scales, d_out, d_in, kept, bits, half);
+    const QuantisedMatrix w = quantised(places, codes, scales, d_out, d_in, bits);
     nanobind::gil_scoped_release unlocked;
     thread_local Workspace workspace;
-    void* const arranged = workspace.get(kernels.arranged(batch, d_in));
-    kernels.arrange(Values(held), bits, reinterpret_cast<const void*>(x), batch, d_in, arranged);
+    void* const arranged = workspace.get(kernels.arranged(w, batch));
+    kernels.arrange(w, Values(held), reinterpret_cast<const void*>(x), batch, arranged);
     halve::share_work(d_out, rows_of_part(w), threads, [&](std::size_t first, std::size_t last) {
         kernels.multiply(w, arranged, batch, Values(held), reinterpret_cast<const void*>(bias),
                          reinterpret_cast<void*>(y), first, last);
     });
 }
 
-void expand_quantised(const std::string& name, int held, std::uintptr_t mask, std::uintptr_t codes,
-                      std::uintptr_t scales, std::size_t d_out, std::size_t d_in, std::size_t kept, int bits, bool half,
-                      std::size_t first, std::size_t last, std::uintptr_t out, std::size_t threads) {
+void expand_quantised(const std::string& name, int held, std::uintptr_t places, std::uintptr_t codes,
+                      std::uintptr_t scales, std::size_t d_out, std::size_t d_in, int bits, std::size_t first,
+                      std::size_t last, std::uintptr_t out, std::size_t threads) {
     check_held(held);
     const QuantisedKernels kernels = halve::find_row(quantised_instruction_sets(), name).kernels();
-    const QuantisedMatrix w = quantised(mask, codes, scales, d_out, d_in, kept, bits, half);
+    const QuantisedMatrix w = quantised(places, codes, scales, d_out, d_in, bits);
     const std::size_t row_bytes = d_in * bytes_of(held);
     nanobind::gil_scoped_release unlocked;
     halve::share_work(last - first, rows_of_part(w), threads, [&](std::size_t begin, std::size_t end) {

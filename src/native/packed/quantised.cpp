@@ -11,9 +11,21 @@ constexpr std::size_t LINE = 64;
 constexpr float LARGEST = 127.0f;    // of a quantised x; -128 is not used
 constexpr float SMALLEST = 1e-30f;   // what is smaller than that in all columns of a block is 0
 
+template <bool DENSE>
+struct OfForm {  // at 2:4
+    using Input = Gathered;
+    using Weights = Kept;
+};
+
+template <>
+struct OfForm<true> {
+    using Input = Straight;
+    using Weights = Dense;
+};
+
 struct Job {
     const QuantisedMatrix& w;
-    const Input* x;
+    const void* x;
     std::size_t batch;
     Values held;
     const void* bias;
@@ -50,42 +62,49 @@ void prefetch(const void* from, std::uintptr_t ahead) {
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + ahead), 0, 2);
 }
 
+template <int BITS, bool DENSE>
+typename OfForm<DENSE>::Weights load(const std::uint8_t* codes, const std::uint8_t* places) {
+    if constexpr (DENSE) return load_dense<BITS>(codes);
+    else return load_kept<BITS>(codes, places);
+}
+
 // ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`.
-template <int BITS, Form FORM, int ROWS, int BATCH>
+template <int BITS, bool DENSE, int ROWS, int BATCH>
 void block(const Job& job, std::size_t row, std::size_t start) {
-    const std::size_t count = words(job.w.d_in), word_bytes = job.w.word_bytes(), mask_row = count * (WORD / 8);
+    constexpr std::size_t CODES = (DENSE ? STRIP : KEPT) * BITS / 8, SOME = SCALES / 2;
+    const std::size_t count = job.w.strips();
     // The same place in the next rows, whose beginning the processor itself would not have foreseen.
-    const std::uintptr_t ahead = ROWS * count * word_bytes;
-    const std::uint8_t *codes[ROWS], *mask[ROWS];
+    const std::uintptr_t ahead = ROWS * count * CODES, places_ahead = ROWS * count * STRIP_PLACES;
+    const std::uint8_t *codes[ROWS], *places[ROWS];
     const std::uint16_t* scales[ROWS];
     Sum sums[ROWS][BATCH];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-        codes[r] = job.w.codes + (row + r) * count * word_bytes;
-        mask[r] = FORM == Form::dense ? nullptr : job.w.mask + (row + r) * mask_row;
-        scales[r] = job.w.scales + (row + r) * count;
+        codes[r] = job.w.codes + (row + r) * count * CODES;
+        places[r] = DENSE ? nullptr : job.w.places + (row + r) * count * STRIP_PLACES;
+        scales[r] = job.w.scales + (row + r) * count * 2;
 #pragma GCC unroll 8
         for (int n = 0; n < BATCH; ++n) sums[r][n] = Sum{};
     }
-    const Input* x = job.x + start * count;
-    for (std::size_t word = 0; word < count;) {
+    const auto* x = static_cast<const typename OfForm<DENSE>::Input*>(job.x) + start * count;
+    for (std::size_t strip = 0; strip < count;) {
         alignas(64) float wide[ROWS][SCALES];
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) widen_scales(scales[r] + word, wide[r]);
-        const std::size_t some = count - word < SCALES ? count - word : SCALES;
+        for (int r = 0; r < ROWS; ++r) widen_scales(scales[r] + 2 * strip, wide[r]);
+        const std::size_t some = count - strip < SOME ? count - strip : SOME;
         for (std::size_t i = 0; i < some; ++i, x += BATCH) {
-            if (FORM != Form::dense) prefetch(mask[0], (ROWS + i % 8) * mask_row);  // a line holds eight words
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
-                prefetch(codes[r], ahead);
-                const Weights weights = expand<BITS, FORM>(codes[r], mask[r]);
+                for (std::size_t line = 0; line < CODES; line += LINE) prefetch(codes[r], ahead + line);
+                if (!DENSE && i % 4 == 0) prefetch(places[r], places_ahead);  // a line holds those of four strips
+                const auto weights = load<BITS, DENSE>(codes[r], places[r]);
 #pragma GCC unroll 8
-                for (int n = 0; n < BATCH; ++n) add<BITS>(sums[r][n], weights, x[n], wide[r][i]);
-                codes[r] += word_bytes;
-                if (FORM != Form::dense) mask[r] += WORD / 8;
+                for (int n = 0; n < BATCH; ++n) add<BITS>(sums[r][n], weights, x[n], wide[r] + 2 * i);
+                codes[r] += CODES;
+                if (!DENSE) places[r] += STRIP_PLACES;
             }
         }
-        word += some;
+        strip += some;
     }
 #pragma GCC unroll 8  // else the sums would have to lie in memory, where the next rows' loads wait for them
     for (int r = 0; r < ROWS; ++r) {
@@ -96,43 +115,43 @@ void block(const Job& job, std::size_t row, std::size_t start) {
     }
 }
 
-template <int BITS, Form FORM, int BATCH>
+template <int BITS, bool DENSE, int BATCH>
 void rows(const Job& job, std::size_t row, std::size_t last, std::size_t start) {
     constexpr int ROWS = BATCH == 1 ? ROWS_FOR_ONE : ROWS_FOR_MORE;
-    for (; row + ROWS <= last; row += ROWS) block<BITS, FORM, ROWS, BATCH>(job, row, start);
-    for (; row < last; ++row) block<BITS, FORM, 1, BATCH>(job, row, start);
+    for (; row + ROWS <= last; row += ROWS) block<BITS, DENSE, ROWS, BATCH>(job, row, start);
+    for (; row < last; ++row) block<BITS, DENSE, 1, BATCH>(job, row, start);
 }
 
-template <int BITS, Form FORM>
+template <int BITS, bool DENSE>
 void multiply_form(const Job& job, std::size_t row, std::size_t last) {
     for (std::size_t start = 0; start < job.batch; start += BLOCK) switch (job.batch - start) {
-            case 1: rows<BITS, FORM, 1>(job, row, last, start); break;
-            case 2: rows<BITS, FORM, 2>(job, row, last, start); break;
-            case 3: rows<BITS, FORM, 3>(job, row, last, start); break;
-            default: rows<BITS, FORM, BLOCK>(job, row, last, start);
+            case 1: rows<BITS, DENSE, 1>(job, row, last, start); break;
+            case 2: rows<BITS, DENSE, 2>(job, row, last, start); break;
+            case 3: rows<BITS, DENSE, 3>(job, row, last, start); break;
+            default: rows<BITS, DENSE, BLOCK>(job, row, last, start);
         }
 }
 
 template <int BITS>
 void multiply_bits(const Job& job, std::size_t first, std::size_t last) {
-    if (!job.w.mask)
-        multiply_form<BITS, Form::dense>(job, first, last);
-    else if (job.w.half)
-        multiply_form<BITS, Form::half>(job, first, last);
+    if (job.w.places)
+        multiply_form<BITS, false>(job, first, last);
     else
-        multiply_form<BITS, Form::counted>(job, first, last);
+        multiply_form<BITS, true>(job, first, last);
 }
 
 void multiply(const QuantisedMatrix& w, const void* arranged, std::size_t batch, Values held, const void* bias, void* y,
               std::size_t first, std::size_t last) {
-    const Job job{w, static_cast<const Input*>(arranged), batch, held, bias, y};
+    const Job job{w, arranged, batch, held, bias, y};
     if (w.bits == 4)
         multiply_bits<4>(job, first, last);
     else
         multiply_bits<8>(job, first, last);
 }
 
-std::size_t arranged(std::size_t batch, std::size_t d_in) { return batch * words(d_in) * sizeof(Input); }
+std::size_t arranged(const QuantisedMatrix& w, std::size_t batch) {
+    return batch * w.strips() * (w.places ? sizeof(Gathered) : sizeof(Straight));
+}
 
 // The integer nearest to the exact product, ties to even: the same on every processor.
 inline int nearest(float x, float steps) {
@@ -161,68 +180,74 @@ float quantise(const float* x, std::int8_t* q) {
 }
 
 // Blocks of x one after the other; within a block, what is multiplied with the same weights lies together.
-template <Values V>
-void arrange(int bits, const void* from, std::size_t batch, std::size_t d_in, Input* out) {
+template <Values V, bool DENSE>
+void arrange_form(const QuantisedMatrix& w, const void* from, std::size_t batch, void* to) {
+    auto* out = static_cast<typename OfForm<DENSE>::Input*>(to);
     for (std::size_t start = 0; start < batch; start += BLOCK) {
         const std::size_t end = batch - start < BLOCK ? batch : start + BLOCK;
-        for (std::size_t column = 0; column < d_in; column += WORD)
+        for (std::size_t column = 0; column < w.d_in; column += STRIP)
             for (std::size_t n = start; n < end; ++n, ++out) {
-                float x[WORD];
-                std::int8_t q[WORD];
-                float scales[2];
-                const std::size_t width = d_in - column < WORD ? d_in - column : WORD;
-                for (std::size_t i = 0; i < width; ++i) x[i] = widen<V>(from, n * d_in + column + i);
-                for (std::size_t i = width; i < WORD; ++i) x[i] = 0.0f;
-                for (std::size_t half = 0; half < 2; ++half) scales[half] = quantise(x + X_BLOCK * half, q + X_BLOCK * half);
-                out->put(q, scales, bits);
+                float x[STRIP];
+                std::int8_t q[STRIP];
+                float scales[BLOCKS];
+                const std::size_t width = w.d_in - column < STRIP ? w.d_in - column : STRIP;
+                for (std::size_t i = 0; i < width; ++i) x[i] = widen<V>(from, n * w.d_in + column + i);
+                for (std::size_t i = width; i < STRIP; ++i) x[i] = 0.0f;
+                for (std::size_t block = 0; block < BLOCKS; ++block)
+                    scales[block] = quantise(x + X_BLOCK * block, q + X_BLOCK * block);
+                out->put(q, scales, w.bits);
             }
     }
 }
 
-void arrange(Values held, int bits, const void* x, std::size_t batch, std::size_t d_in, void* to) {
-    Input* const out = static_cast<Input*>(to);
+template <Values V>
+void arrange_held(const QuantisedMatrix& w, const void* x, std::size_t batch, void* to) {
+    if (w.places)
+        arrange_form<V, false>(w, x, batch, to);
+    else
+        arrange_form<V, true>(w, x, batch, to);
+}
+
+void arrange(const QuantisedMatrix& w, Values held, const void* x, std::size_t batch, void* to) {
     switch (held) {
-        case Values::bf16: return arrange<Values::bf16>(bits, x, batch, d_in, out);
-        case Values::fp16: return arrange<Values::fp16>(bits, x, batch, d_in, out);
-        default: return arrange<Values::fp32>(bits, x, batch, d_in, out);
+        case Values::bf16: return arrange_held<Values::bf16>(w, x, batch, to);
+        case Values::fp16: return arrange_held<Values::fp16>(w, x, batch, to);
+        default: return arrange_held<Values::fp32>(w, x, batch, to);
     }
 }
 
-template <Values V, int BITS, Form FORM>
-void expand_form(const QuantisedMatrix& w, std::size_t first, std::size_t last, void* to) {
-    using Stored = typename Number<V>::Stored;
-    const std::size_t count = words(w.d_in), word_bytes = w.word_bytes();
-    auto* out = static_cast<Stored*>(to);
-    for (std::size_t row = first; row < last; ++row)
-        for (std::size_t word = 0; word < count; ++word) {
-            const std::size_t at = row * count + word, left = w.d_in - word * WORD, width = left < WORD ? left : WORD;
-            const std::uint8_t* const mask = FORM == Form::dense ? nullptr : w.mask + at * (WORD / 8);
-            const float scale = Number<Values::fp16>::widen(w.scales[at]);
-            std::int8_t integers[WORD];
-            place<BITS, FORM>(w.codes + at * word_bytes, mask, integers);
-            Stored whole[WORD];
-            for (std::size_t i = 0; i < WORD; ++i) whole[i] = Number<V>::narrow(float(integers[i]) * scale);
-            std::memcpy(out, whole, width * sizeof(Stored));
-            out += width;
-        }
-}
-
-template <Values V, int BITS>
-void expand_bits(const QuantisedMatrix& w, std::size_t first, std::size_t last, void* out) {
-    if (!w.mask)
-        expand_form<V, BITS, Form::dense>(w, first, last, out);
-    else if (w.half)
-        expand_form<V, BITS, Form::half>(w, first, last, out);
-    else
-        expand_form<V, BITS, Form::counted>(w, first, last, out);
+// The weights of a strip as integers, in the order of its columns.
+void spread(const QuantisedMatrix& w, std::size_t strip, std::int8_t* out) {
+    const std::uint8_t* const codes = w.codes + strip * w.strip_codes();
+    if (!w.places) {
+        for (std::size_t i = 0; i < STRIP; ++i)
+            out[i] = std::int8_t(integer(codes + i / WORD * 8 * w.bits, w.bits, i % WORD, WORD));
+        return;
+    }
+    std::memset(out, 0, STRIP);
+    const std::uint8_t* const places = w.places + strip * STRIP_PLACES;
+    for (std::size_t i = 0; i < KEPT; ++i) out[column_of(places, i)] = std::int8_t(integer(codes, w.bits, i, KEPT));
 }
 
 template <Values V>
-void expand_held(const QuantisedMatrix& w, std::size_t first, std::size_t last, void* out) {
-    if (w.bits == 4)
-        expand_bits<V, 4>(w, first, last, out);
-    else
-        expand_bits<V, 8>(w, first, last, out);
+void expand_held(const QuantisedMatrix& w, std::size_t first, std::size_t last, void* to) {
+    using Stored = typename Number<V>::Stored;
+    auto* out = static_cast<Stored*>(to);
+    for (std::size_t row = first; row < last; ++row)
+        for (std::size_t column = 0; column < w.d_in; column += STRIP) {
+            const std::size_t strip = row * w.strips() + column / STRIP, left = w.d_in - column;
+            std::int8_t integers[STRIP];
+            Stored whole[STRIP];
+            spread(w, strip, integers);
+            for (std::size_t word = 0; word < 2; ++word) {
+                const float scale = Number<Values::fp16>::widen(w.scales[2 * strip + word]);
+                for (std::size_t i = WORD * word; i < WORD * (word + 1); ++i)
+                    whole[i] = Number<V>::narrow(float(integers[i]) * scale);
+            }
+            const std::size_t width = left < STRIP ? left : STRIP;
+            std::memcpy(out, whole, width * sizeof(Stored));
+            out += width;
+        }
 }
 
 void expand(const QuantisedMatrix& w, Values held, std::size_t first, std::size_t last, void* out) {

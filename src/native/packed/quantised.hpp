@@ -1,7 +1,7 @@
-// Products of a few vectors with a matrix whose kept weights are integers of 8 or 4 bits and a float16 scale for every
-// word of 64 columns. The vectors are quantised too, to 8 bits and a scale for every 32 columns; what is summed over
-// these is exact. The format is that of halve/runtime/quantised_matrix.py. The same source is compiled once for each
-// instruction set.
+// Products of a few vectors with a matrix whose weights are integers of 8 or 4 bits, with a float16 scale for every word
+// of 64 columns: at 2:4, or dense. The vectors are quantised too, to 8 bits and a scale for every 32 columns; what is
+// summed over these is exact. The format is that of halve/runtime/quantised_matrix.py. The same source is compiled once
+// for each instruction set.
 #pragma once
 
 #include <cstddef>
@@ -11,34 +11,35 @@
 
 namespace halve {
 
-struct QuantisedMatrix {
-    const std::uint8_t* mask;     // one bit a column, rows padded to whole words; null if dense
-    const std::uint8_t* codes;    // of the kept ones, word after word; of 4 bits, the first of a byte is the lower half
-    const std::uint16_t* scales;  // float16, one a word, OVERREAD of no meaning at the end
-    std::size_t d_out, d_in;
-    std::size_t kept;  // weights of a word, an even number; WORD if dense
-    int bits;          // 8: two's complement; 4: the integer plus 8
-    bool half;         // four are kept of every eight columns
+constexpr std::size_t STRIP = 128;        // columns that are multiplied at a time, two words
+constexpr std::size_t KEPT = STRIP / 2;   // weights that a strip keeps at 2:4
+constexpr std::size_t STRIP_PLACES = 16;  // bytes
 
-    std::size_t word_bytes() const { return kept * std::size_t(bits) / 8; }
+struct QuantisedMatrix {
+    const std::uint8_t* places;   // two bits a kept weight: where it is in its group; null if dense
+    const std::uint8_t* codes;    // of strip after strip, of word after word if dense
+    const std::uint16_t* scales;  // float16, one a word, OVERREAD of no meaning at the end
+    std::size_t d_out, d_in;      // rows are filled up to whole strips
+    int bits;                     // 8: two's complement; 4: the integer plus 8
+
+    std::size_t strips() const { return (d_in + STRIP - 1) / STRIP; }
+    std::size_t strip_codes() const { return (places ? KEPT : STRIP) * std::size_t(bits) / 8; }
 };
 
 struct QuantisedKernels {
     // Bytes for x as the kernels want it, aligned to 64.
-    std::size_t (*arranged)(std::size_t batch, std::size_t d_in);
-    // Quantise x, (batch, d_in), and put it there, for codes of so many bits. A vector with NaN or infinity in it makes
-    // its sums NaN.
-    void (*arrange)(Values held, int bits, const void* x, std::size_t batch, std::size_t d_in, void* arranged);
-    // Compute the columns [first, last) of y, (batch, d_out); bias, (d_out,), may be null. Whatever the mask holds,
-    // nothing outside the matrix and its OVERREAD bytes of codes is read.
+    std::size_t (*arranged)(const QuantisedMatrix& w, std::size_t batch);
+    // Quantise x, (batch, d_in), and put it there. A vector with NaN or infinity in it makes its sums NaN.
+    void (*arrange)(const QuantisedMatrix& w, Values held, const void* x, std::size_t batch, void* arranged);
+    // Compute the columns [first, last) of y, (batch, d_out); bias, (d_out,), may be null.
     void (*multiply)(const QuantisedMatrix& w, const void* arranged, std::size_t batch, Values held, const void* bias,
                      void* y, std::size_t first, std::size_t last);
     // Write the rows [first, last) as dense ones, (last - first, d_in), each weight its integer times the scale.
     void (*expand)(const QuantisedMatrix& w, Values held, std::size_t first, std::size_t last, void* out);
 };
 
-#define HALVE_DECLARE(isa) \
-    namespace isa {        \
+#define HALVE_DECLARE(isa)                \
+    namespace isa {                       \
     QuantisedKernels quantised_kernels(); \
     }
 

@@ -8,51 +8,61 @@ namespace {
 
 constexpr int ROWS_FOR_ONE = 1, ROWS_FOR_MORE = 1;  // rows of W at a time, for one row of x and for several
 
-struct alignas(64) Input {
-    std::int8_t q[WORD];
-    float scale[2];
+struct Straight {
+    std::int8_t q[STRIP];
+    float scale[BLOCKS];
 
     void put(const std::int8_t* from, const float* scales, int) {
-        std::memcpy(q, from, WORD);
-        scale[0] = scales[0];
-        scale[1] = scales[1];
+        std::memcpy(q, from, STRIP);
+        std::memcpy(scale, scales, sizeof(scale));
     }
 };
 
+using Gathered = Straight;
 using Sum = float;
 
-struct Weights {
-    std::int8_t of[WORD];
+struct Kept {
+    std::int8_t weights[KEPT];
+    std::uint8_t columns[KEPT];
 };
 
-template <int BITS, Form FORM>
-inline void place(const std::uint8_t* codes, const std::uint8_t* mask, std::int8_t* out) {
-    for (std::size_t column = 0, used = 0; column < WORD; ++column) {
-        if (FORM != Form::dense && !(mask[column / 8] >> column % 8 & 1)) {
-            out[column] = 0;
-            continue;
-        }
-        if (BITS == 8)
-            out[column] = std::int8_t(codes[used]);
-        else
-            out[column] = std::int8_t((codes[used / 2] >> 4 * (used % 2) & 15) - ZERO_OF_FOUR_BITS);
-        ++used;
+template <int BITS>
+inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
+    Kept kept;
+    for (std::size_t i = 0; i < KEPT; ++i) {
+        kept.weights[i] = std::int8_t(integer(codes, BITS, i, KEPT));
+        kept.columns[i] = std::uint8_t(column_of(places, i));
+    }
+    return kept;
+}
+
+template <int BITS>
+inline void add(Sum& sum, const Kept& kept, const Gathered& x, const float* scales) {
+    for (std::size_t block = 0; block < BLOCKS; ++block) {
+        std::int32_t dot = 0;
+        for (std::size_t i = 16 * block; i < 16 * block + 16; ++i) dot += kept.weights[i] * x.q[kept.columns[i]];
+        sum += float(dot) * x.scale[block] * scales[block / 2];
     }
 }
 
-template <int BITS, Form FORM>
-inline Weights expand(const std::uint8_t* codes, const std::uint8_t* mask) {
-    Weights found;
-    place<BITS, FORM>(codes, mask, found.of);
+struct Dense {
+    std::int8_t weights[STRIP];
+};
+
+template <int BITS>
+inline Dense load_dense(const std::uint8_t* codes) {
+    Dense found;
+    for (std::size_t i = 0; i < STRIP; ++i)
+        found.weights[i] = std::int8_t(integer(codes + i / WORD * 8 * BITS, BITS, i % WORD, WORD));
     return found;
 }
 
 template <int BITS>
-inline void add(Sum& sum, const Weights& weights, const Input& x, float scale) {
-    for (std::size_t half = 0; half < 2; ++half) {
+inline void add(Sum& sum, const Dense& weights, const Straight& x, const float* scales) {
+    for (std::size_t block = 0; block < BLOCKS; ++block) {
         std::int32_t dot = 0;
-        for (std::size_t i = X_BLOCK * half; i < X_BLOCK * (half + 1); ++i) dot += weights.of[i] * x.q[i];
-        sum += float(dot) * x.scale[half] * scale;
+        for (std::size_t i = X_BLOCK * block; i < X_BLOCK * (block + 1); ++i) dot += weights.weights[i] * x.q[i];
+        sum += float(dot) * x.scale[block] * scales[block / 2];
     }
 }
 
