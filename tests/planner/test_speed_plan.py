@@ -13,6 +13,7 @@ from halve.planner import speed_plan as planner
 from halve.planner.rest import Rest
 from halve.runtime import speed
 from halve.runtime.packed_matrix import pack
+from halve.runtime.quantised_matrix import quantised_bytes
 from halve.runtime.speed import Speed
 from models import decoder
 
@@ -101,6 +102,7 @@ def test_the_json_holds_it_all_in_the_same_order():
         "format",
         "model",
         "pattern",
+        "values",
         "dtype",
         "device",
         "batches",
@@ -205,12 +207,17 @@ def test_only_what_will_be_measured_is_announced(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_caches")
+@pytest.mark.parametrize("values", ["own", "int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_tiny_model_measured_for_real(family, monkeypatch):
+def test_a_tiny_model_measured_for_real(family, values, monkeypatch):
     measure, measure_rest = speed.measure, planner.rest.measure_rest
     monkeypatch.setattr(planner.speed, "measure", lambda *a, **k: measure(*a, **k, seconds=0))
     monkeypatch.setattr(planner.rest, "measure_rest", lambda *a, **k: measure_rest(*a, **k, seconds=0))
-    found = halve.plan(decoder(family), batches=[1, 65], dtype=torch.float32, device="cpu")
+    found = halve.plan(decoder(family), batches=[1, 65], dtype=torch.float32, device="cpu", values=values)
+    assert found.as_json()["values"] == values
+    if values != "own":
+        kind = found.kinds[0]
+        assert found.packed_bytes(kind) == kind.count * quantised_bytes(*kind.shape, int(values.removeprefix("int")))
     assert {kind.count for kind in found.kinds} == {3}
     for kind, batch in itertools.product(found.kinds, (1, 65)):
         row = found.speed(kind, batch)
@@ -234,6 +241,9 @@ def test_a_tiny_model_measured_for_real(family, monkeypatch):
         ({"pattern": "5:4"}, "pattern '5:4' is not understood"),
         ({"device": "tpu"}, "device 'tpu' is not understood"),
         ({"pattern": "1:7"}, r"nothing to prune: .* is not divisible by 7"),
+        ({"values": "int5"}, "values is 'int5': give own, bf16, int8 or int4"),
+        ({"values": "int8", "pattern": "1:4"}, "weights are quantised at 2:4 alone, not at 1:4"),
+        ({"values": "bf16", "dtype": torch.float32}, "values is 'bf16', and the model is float32"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_before_anything_is_measured(made_up, changes, message):

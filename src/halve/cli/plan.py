@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Column, Table
@@ -18,6 +18,7 @@ from halve.errors import InputError
 
 if TYPE_CHECKING:
     from halve.planner.speed_plan import PlanListener, SpeedPlan
+    from halve.runtime.quantised_matrix import Values
 
 
 def plan_command(
@@ -37,6 +38,9 @@ def plan_command(
         typer.Option(help="float32, bfloat16 or float16.", show_default="the model's own, bfloat16 for presets"),
     ] = None,
     pattern: PatternOption = "2:4",
+    values: Annotated[
+        str, typer.Option(help="What sparse weights hold: own (the dtype's numbers), bf16, int8 or int4.")
+    ] = "own",
     threads: ThreadsOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -54,6 +58,7 @@ def plan_command(
                 pattern=pattern,
                 device=device,
                 dtype=parsed,
+                values=cast("Values", values),
                 trust_remote_code=trust_remote_code,
                 listen=listen,
             )

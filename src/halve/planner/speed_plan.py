@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from halve.planner.conclusion import conclusion
 from halve.planner.outline import PAPER, PAPER_BATCHES, Kind, LeftDense, Outline, outline
 from halve.planner.rest import Rest
 from halve.runtime import speed
+from halve.runtime.quantised_matrix import Bits, Values, bits_of
 from halve.runtime.speed import Speed
 
 FORMAT = 1
@@ -90,7 +92,8 @@ class SpeedPlan:
     Attributes:
         model: what was planned for.
         pattern: of the sparse matrices.
-        dtype: of weights and inputs.
+        values: what they hold: ``own``, ``bf16``, ``int8`` or ``int4``.
+        dtype: of dense weights and of inputs.
         device: where it was measured.
         batches: rows of the products, in order.
         kinds: the prunable matrices.
@@ -103,6 +106,7 @@ class SpeedPlan:
 
     model: str
     pattern: str
+    values: Values
     dtype: torch.dtype
     device: torch.device
     batches: tuple[int, ...]
@@ -142,7 +146,9 @@ class SpeedPlan:
 
     def packed_bytes(self, kind: Kind) -> int:
         """Return the bytes of all matrices of a kind, packed as this device multiplies them."""
-        return kind.count * speed.sparse_bytes(*kind.shape, Pattern(self.pattern), self.dtype, self.device)
+        pattern = Pattern(self.pattern)
+        bits = bits_of(self.values, pattern)
+        return kind.count * speed.sparse_bytes(*kind.shape, pattern, self.dtype, self.device, bits)
 
     @property
     def sentence(self) -> str:
@@ -170,6 +176,7 @@ class SpeedPlan:
             "format": FORMAT,
             "model": self.model,
             "pattern": self.pattern,
+            "values": self.values,
             "dtype": _name(self.dtype),
             "device": str(self.device),
             "batches": list(self.batches),
@@ -194,6 +201,7 @@ def plan(
     pattern: str | Pattern = "2:4",
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    values: Values = "own",
     trust_remote_code: bool = False,
     listen: PlanListener | None = None,
 ) -> SpeedPlan:
@@ -209,6 +217,8 @@ def plan(
         pattern: ``N:M`` or ``S%``; on a GPU only ``2:4``.
         device: ``auto``, ``cpu``, ``cuda``, …
         dtype: of weights and inputs; None takes the model's own, float32 for GGUF, bfloat16 for a preset.
+        values: what sparse weights hold: numbers of ``dtype`` (``own``, or ``bf16``, which ``dtype`` must then be), or
+            integers, ``int8`` or ``int4``, at 2:4 on the CPU; dense ones hold ``dtype`` whatever it is.
         trust_remote_code: whether to run Python code that comes with the model.
         listen: called before every measurement.
 
@@ -219,25 +229,31 @@ def plan(
         CorruptFileError: a file of the model is damaged.
     """
     parsed, place = Pattern.parse(pattern), resolve_device(device)
+    bits = bits_of(values, parsed)
     rows = _checked(batches, model)
-    speed.check_measurable(parsed, dtype or torch.bfloat16, place)  # what depends on the model's dtype comes later
+    speed.check_measurable(
+        parsed, dtype or torch.bfloat16, place, bits
+    )  # what depends on the model's dtype comes later
     found = outline(model, trust_remote_code=trust_remote_code)
     dtype = found.dtype if dtype is None else dtype
-    speed.check_measurable(parsed, dtype, place)
-    machine = describe_machine(place)  # before our own work is load
+    speed.check_measurable(parsed, dtype, place, bits)
+    if values == "bf16" and dtype != torch.bfloat16:
+        raise InputError(f"values is 'bf16', and the model is {_name(dtype)}: leave it out, or give dtype bfloat16")
+    machine = describe_machine(place, bits)  # before our own work is load
     kinds, left_dense = found.kinds(parsed, dtype, place)
     shapes = list(dict.fromkeys(kind.shape for kind in kinds))
-    fits = {shape: _fitting(*shape, rows, parsed, dtype, place) for shape in shapes}
+    fits = {shape: _fitting(*shape, rows, parsed, dtype, place, bits) for shape in shapes}
     products = {shape: fitting for shape, (fitting, _) in fits.items() if fitting}
     whole = [batch for batch in rows if any(batch in fitting for fitting in products.values())]
     steps = _Steps(listen, len(products) + (len(whole) if len(found.skeletons) == 1 else 0))
     speeds: list[Speed] = []
     for (d_out, d_in), fitting in products.items():
         steps.next(f"{d_out} x {d_in}")
-        speeds += speed.measure(d_out, d_in, fitting, pattern=parsed, dtype=dtype, device=place)
+        speeds += speed.measure(d_out, d_in, fitting, pattern=parsed, dtype=dtype, device=place, bits=bits)
     return SpeedPlan(
         model=found.name,
         pattern=parsed.text,
+        values=values,
         dtype=dtype,
         device=place,
         batches=rows,
@@ -250,7 +266,7 @@ def plan(
     )
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device, bits: Bits | None = None) -> dict[str, Any]:
     """Return what decides the times, as plain JSON values; ``load`` is what else is running, if that is known."""
     return {
         "cpu": _cpu_name(),
@@ -259,7 +275,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
-        "sparse_products": speed.describe(device),
+        "sparse_products": speed.describe(device, bits),
     }
 
 
@@ -288,13 +304,18 @@ def _checked(batches: Sequence[int] | None, model: nn.Module | str | Path) -> tu
 
 
 def _fitting(
-    d_out: int, d_in: int, batches: Sequence[int], pattern: Pattern, dtype: torch.dtype, device: torch.device
+    d_out: int,
+    d_in: int,
+    batches: Sequence[int],
+    pattern: Pattern,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: Bits | None,
 ) -> tuple[list[int], list[LeftOut]]:
     """Return the batches at which a shape can be measured in the memory there is, and the others."""
     free = free_memory(device)
-    needs = {
-        batch: speed.needed_bytes(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device) for batch in batches
-    }
+    needed_for = partial(speed.needed_bytes, d_out, d_in, pattern=pattern, dtype=dtype, device=device, bits=bits)
+    needs = {batch: needed_for(batch) for batch in batches}
     return (
         [batch for batch, needed in needs.items() if needed <= free],
         [
