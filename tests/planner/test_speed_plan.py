@@ -36,7 +36,8 @@ def made_up(monkeypatch):
     """Replace every measurement by numbers known beforehand; return the shapes that were asked for."""
     asked = []
 
-    def measure(d_out, d_in, batches, *, pattern, dtype, device):
+    def measure(d_out, d_in, batches, *, pattern, dtype, device, bits):
+        assert bits is None
         asked.append((d_out, d_in, tuple(batches), str(pattern), dtype, device.type))
         return [
             Speed(

@@ -231,9 +231,7 @@ def plan(
     parsed, place = Pattern.parse(pattern), resolve_device(device)
     bits = bits_of(values, parsed)
     rows = _checked(batches, model)
-    speed.check_measurable(
-        parsed, dtype or torch.bfloat16, place, bits
-    )  # what depends on the model's dtype comes later
+    speed.check_measurable(parsed, dtype or torch.bfloat16, place, bits)  # what depends on its dtype comes later
     found = outline(model, trust_remote_code=trust_remote_code)
     dtype = found.dtype if dtype is None else dtype
     speed.check_measurable(parsed, dtype, place, bits)
