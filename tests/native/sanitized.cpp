@@ -19,6 +19,7 @@
 
 #include "../../src/native/packed/crew.hpp"
 #include "../../src/native/packed/packing.hpp"
+#include "../../src/native/packed/quantised.hpp"
 #include "../../src/native/packed/sparse_linear.hpp"
 
 namespace {
@@ -123,6 +124,84 @@ bool all(const char* name, Kernels (*kernels_of)(Values)) {
     return right;
 }
 
+// A quantised matrix, at 2:4 or dense, of random integers and scales of 1/64.
+bool run_quantised(const char* name, const QuantisedKernels& kernels, int bits, std::size_t d_out, std::size_t d_in,
+                   bool dense, bool wild, std::size_t batch) {
+    const std::size_t strips = (d_in + STRIP - 1) / STRIP, kept = dense ? STRIP : KEPT;
+    Exact places(d_out * strips * STRIP_PLACES, 1), codes(d_out * strips * kept * bits / 8, 1);
+    Exact scales((2 * d_out * strips + OVERREAD) * 2, 2);
+    Exact x(batch * d_in * 4, 4), y(batch * d_out * 4, 4), rows(d_out * d_in * 4, 4);
+    std::vector<double> matrix(d_out * d_in, 0.0);
+    for (std::size_t i = 0; i < 2 * d_out * strips; ++i) std::memcpy(scales.data + 2 * i, "\x00\x24", 2);  // 1/64
+    for (std::size_t row = 0; row < d_out; ++row)
+        for (std::size_t i = 0; i < strips * kept; ++i) {
+            const std::size_t strip = i / kept, in_strip = i % kept, per = dense ? WORD : KEPT;
+            const int first = int(random_bits() % 3);
+            if (!dense && i % 2 == 0)
+                for (std::size_t k = in_strip, place = first; k < in_strip + 2; ++k, place = first + 1 + random_bits() % (3 - first))
+                    places.data[(row * strips + strip) * STRIP_PLACES + k % 16] |= char(place << k / 16 * 2);
+            std::size_t column = i;
+            if (!dense)
+                column = i / 2 * 4 + (places.data[(row * strips + strip) * STRIP_PLACES + in_strip % 16] >> in_strip / 16 * 2 & 3);
+            const int value = column < d_in ? int(random_bits() % 15) - 7 : 0;
+            const std::size_t at = (row * strips + strip) * kept * bits / 8 + in_strip / per * per * bits / 8, k = in_strip % per;
+            if (bits == 8)
+                codes.data[at + k] = char(value);
+            else
+                codes.data[at + k % (per / 2)] |= char((value + 8) << (k < per / 2 ? 0 : 4));
+            if (column < d_in) matrix[row * d_in + column] = value / 64.0;
+        }
+    if (wild) {
+        std::memset(places.data, 0xff, d_out * strips * STRIP_PLACES);
+        std::memset(codes.data, 0xff, d_out * strips * kept * bits / 8);
+    }
+    for (std::size_t n = 0; n < batch; ++n)
+        for (std::size_t i = 0; i < d_in; i += 1 + random_bits() % 40) {
+            const float value = float(number()) / 8;
+            std::memcpy(x.data + (n * d_in + i) * 4, &value, 4);
+        }
+    const QuantisedMatrix w{dense ? nullptr : reinterpret_cast<std::uint8_t*>(places.data),
+                            reinterpret_cast<std::uint8_t*>(codes.data), reinterpret_cast<std::uint16_t*>(scales.data), d_out,
+                            d_in, bits};
+    const std::size_t bytes = kernels.arranged(w, batch);
+    std::unique_ptr<void, void (*)(void*)> arranged(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
+    kernels.arrange(w, Values::fp32, x.data, batch, arranged.get());
+    share_work(d_out, 4, 3, [&](std::size_t first, std::size_t last) {
+        kernels.multiply(w, arranged.get(), batch, Values::fp32, nullptr, y.data, first, last);
+        kernels.expand(w, Values::fp32, first, last, rows.data + first * d_in * 4);
+    });
+    if (wild) return true;
+    for (std::size_t i = 0; i < d_out * d_in; ++i)
+        if (widened(Values::fp32, rows.data + i * 4) != matrix[i]) return false;
+    for (std::size_t row = 0; row < d_out; ++row)
+        for (std::size_t n = 0; n < batch; ++n) {
+            double sum = 0, size = 0;
+            for (std::size_t i = 0; i < d_in; ++i) {
+                sum += matrix[row * d_in + i] * widened(Values::fp32, x.data + (n * d_in + i) * 4);
+                size += std::fabs(matrix[row * d_in + i]);
+            }
+            const double got = widened(Values::fp32, y.data + (n * d_out + row) * 4);
+            if (std::fabs(got - sum) > size * (31.0 / 8 / 254) + 1e-5) {  // half a step of the largest x there may be
+                std::printf("%s, %d bits: %g instead of %g\n", name, bits, got, sum);
+                return false;
+            }
+        }
+    return true;
+}
+
+bool all_quantised(const char* name, const QuantisedKernels& kernels) {
+    bool right = true;
+    for (const int bits : {8, 4})
+        for (const std::size_t d_in : {4, 60, 64, 128, 132, 384, 1156})
+            for (const std::size_t d_out : {1, 3, 13})
+                for (const std::size_t batch : {1, 2, 3, 4, 7, 16})
+                    for (const bool dense : {false, true})
+                        for (const bool wild : {false, true})
+                            right &= run_quantised(name, kernels, bits, d_out, d_in, dense, wild, batch);
+    std::printf("%s, quantised: %s\n", name, right ? "right" : "WRONG");
+    return right;
+}
+
 bool callers() {  // several at once, some of which find the waiting threads taken
     std::vector<std::thread> threads;
     std::vector<int> counts(4 * 1000, 0);
@@ -191,16 +270,25 @@ int main() {
     bool right = callers() && waiting_callers() && packs<std::uint16_t>() && packs<std::uint32_t>();
     alarm(0);
     right &= all("portable", halve::portable::sparse_linear_kernels);
+    right &= all_quantised("portable", halve::portable::quantised_kernels());
 #ifdef HALVE_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        right &= all("avx2", halve::avx2::sparse_linear_kernels);
+        right &= all("avx2", halve::avx2::sparse_linear_kernels) & all_quantised("avx2", halve::avx2::quantised_kernels());
     else
         std::puts("avx2: not on this processor");
     if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
         right &= all("avx512", halve::avx512::sparse_linear_kernels);
     else
         std::puts("avx512: not on this processor");
+    if (__builtin_cpu_supports("avxvnni"))
+        right &= all_quantised("avxvnni", halve::avxvnni::quantised_kernels());
+    else
+        std::puts("avxvnni: not on this processor");
+    if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
+        right &= all_quantised("avx512", halve::avx512::quantised_kernels());
+    else
+        std::puts("avx512, quantised: not on this processor");
 #endif
     return right ? 0 : 1;
 }
