@@ -89,9 +89,8 @@ def test_every_option_is_documented_with_its_default(owner):
 def test_every_argument_of_a_plan_is_documented_with_its_default():
     table = [[cell.strip() for cell in line.split("|")] for line in (DOCS / "options.md").read_text().splitlines()]
     for name, parameter in inspect.signature(plan).parameters.items():
-        rows = [
-            row for row in table if f"`{name}`" in row and f"`--{name.replace('_', '-').removesuffix('es')}`" in row
-        ]
+        flag = f"`--{'batch' if name == 'batches' else name.replace('_', '-')}`"
+        rows = [row for row in table if f"`{name}`" in row and flag in row]
         if name not in {"model", "listen"}:
             assert any(f"`{parameter.default}`" in row for row in rows), name
     for field in fields(WhereFaster):

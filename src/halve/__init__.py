@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halve.comparison import Comparison, compare
+    from halve.engines.gguf_export import export_gguf as export
     from halve.errors import HalveError
     from halve.evaluation.figure import Perplexity
     from halve.evaluation.perplexity import evaluate
@@ -70,6 +71,7 @@ _HOMES = {
     "check": "verification",
     "compare": "comparison",
     "evaluate": "evaluation.perplexity",
+    "export": "engines.gguf_export:export_gguf",
     "finetune": "learning.finetuning",
     "apply_masks": "learned_masks",
     "learn": "learned_masks",
@@ -118,6 +120,7 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "export",
     "finetune",
     "keep_masks",
     "learn",

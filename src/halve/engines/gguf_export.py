@@ -4,28 +4,22 @@ No engine that reads GGUF gains from the zeros: the file is for running a pruned
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from halve.checkpoint.durable import sync_directory, writing
 from halve.checkpoint.load import Source, has_tokenizer, load_tokenizer, resolve, skeleton
 from halve.checkpoint.room import check_space
-from halve.checkpoint.shards import TensorEntry, read_shard, read_tensor
-from halve.engines.gguf_families import FREQUENCIES, Shape, as_rotated, frequencies, write_shape
+from halve.engines.gguf_families import Shape, write_shape
+from halve.engines.gguf_tensors import Planned, contents, planned
 from halve.engines.gguf_tokenizer import Vocabulary, read_vocabulary, write_vocabulary
-from halve.errors import InputError, UnsupportedModelError
-from halve.maths.linalg import is_finite
+from halve.errors import InputError
 
 KINDS = ("bf16", "f16", "q8_0")
 """What matrices can be stored as; vectors are float32."""
-_BLOCK = 32
-"""Weights that share a scale in q8_0: other rows are stored in float16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,67 +77,19 @@ def export_gguf(
             f"the tokenizer of {source.name} has {len(tokens.tokens)} tokens and the model's embedding "
             f"{shape.vocabulary} rows: mend one of them"
         )
-    planned = _planned(source, shape, kind)
-    check_space(target.parent, sum(each.nbytes for each in planned) + (1 << 24), f"{target.name}")
-    _write(target, source, shape, tokens, planned, kind)
+    tensors = planned(source, shape, kind)
+    check_space(target.parent, sum(each.nbytes for each in tensors) + (1 << 24), f"{target.name}")
+    _write(target, source, shape, tokens, tensors, kind)
     notes = []
     if shape.window is not None and shape.window < shape.context:
         notes.append(
             f"the model's attention reaches back {shape.window} tokens, and llama.cpp's as far as a text goes: beyond "
             "that length they differ"
         )
-    return ExportResult(path=target, tensors=len(planned), nbytes=target.stat().st_size, notes=tuple(notes))
+    return ExportResult(path=target, tensors=len(tensors), nbytes=target.stat().st_size, notes=tuple(notes))
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """One tensor of the file: its name there, the one that it comes from, if one, its shape, and how it is stored."""
-
-    name: str
-    entry: TensorEntry | None
-    shape: tuple[int, ...]
-    stored: Any
-
-    @property
-    def nbytes(self) -> int:
-        from gguf import GGML_QUANT_SIZES
-
-        block, size = GGML_QUANT_SIZES[self.stored]
-        return torch.Size(self.shape).numel() // block * int(size)
-
-
-def _planned(source: Source, shape: Shape, kind: str) -> list[_Planned]:
-    """Return the tensors of the file in their order.
-
-    Raises:
-        UnsupportedModelError: the checkpoint has one that has no place in it.
-    """
-    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
-
-    stored = GGMLQuantizationType
-    names = get_tensor_name_map(getattr(MODEL_ARCH, shape.family.architecture.upper()), shape.blocks)
-    found = []
-    if frequencies(shape) is not None:
-        found.append(_Planned(FREQUENCIES, None, (shape.head_width // 2,), stored.F32))
-    for entry in (entry for path in source.shards for entry in read_shard(path).tensors):
-        if entry.name.endswith("rotary_emb.inv_freq") or (shape.tied and entry.name == "lm_head.weight"):
-            continue
-        name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
-        if name is None or not entry.dtype.is_floating_point:
-            raise UnsupportedModelError(
-                f"tensor {entry.name!r} of {source.name} ({entry.dtype}) has no place in a GGUF file of a "
-                f"{shape.family.architecture}: convert the model with llama.cpp's own script"
-            )
-        how = {"bf16": stored.BF16, "f16": stored.F16, "q8_0": stored.Q8_0}[kind]
-        if len(entry.shape) < 2:
-            how = stored.F32
-        elif kind == "q8_0" and entry.shape[-1] % _BLOCK:
-            how = stored.F16
-        found.append(_Planned(name, entry, entry.shape, how))
-    return found
-
-
-def _write(target: Path, source: Source, shape: Shape, tokens: Vocabulary, planned: list[_Planned], kind: str) -> None:
+def _write(target: Path, source: Source, shape: Shape, tokens: Vocabulary, tensors: list[Planned], kind: str) -> None:
     """Write the file so that it is whole or absent."""
     from gguf import GGUFWriter, LlamaFileType
 
@@ -155,7 +101,7 @@ def _write(target: Path, source: Source, shape: Shape, tokens: Vocabulary, plann
         writer.add_quantization_version(2)
     write_shape(writer, shape)
     write_vocabulary(writer, tokens)
-    for each in planned:
+    for each in tensors:
         writer.add_tensor_info(each.name, each.shape, torch.zeros(0).numpy().dtype, each.nbytes, raw_dtype=each.stored)
     try:
         with writing(target):
@@ -163,7 +109,7 @@ def _write(target: Path, source: Source, shape: Shape, tokens: Vocabulary, plann
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for content in _contents(planned, shape):
+            for content in contents(tensors, shape):
                 writer.write_tensor_data(content)
             writer.close()
             with temporary.open("rb+") as file:
@@ -174,38 +120,3 @@ def _write(target: Path, source: Source, shape: Shape, tokens: Vocabulary, plann
         writer.close()
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _contents(planned: list[_Planned], shape: Shape) -> Iterator[Any]:
-    """Yield the tensors as they are stored, NumPy arrays.
-
-    Raises:
-        InputError: one is not finite, or would not be.
-    """
-    from gguf import GGMLQuantizationType, quantize
-
-    for each in planned:
-        if each.entry is None:
-            factors = frequencies(shape)
-            assert factors is not None  # noqa: S101 - or it would not be planned
-            yield factors.numpy()
-            continue
-        tensor = as_rotated(each.entry.name, read_tensor(each.entry), shape).contiguous()
-        stored = {
-            GGMLQuantizationType.BF16: torch.bfloat16,
-            GGMLQuantizationType.F16: torch.float16,
-        }.get(each.stored, torch.float32)
-        numbers = tensor.to(stored)
-        if not is_finite(numbers):
-            raise InputError(
-                f"tensor {each.entry.name!r} holds NaN or infinity in {str(stored).removeprefix('torch.')}: mend the "
-                "checkpoint, or choose another kind"
-            )
-        if each.stored == GGMLQuantizationType.Q8_0:
-            yield quantize(numbers.numpy(), each.stored)
-        else:
-            yield _array(numbers)
-
-
-def _array(tensor: Tensor) -> Any:
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,110 @@
+"""The tensors of a GGUF file: which of a checkpoint's go into it, how each is stored, and their numbers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.checkpoint.load import Source
+from halve.checkpoint.shards import TensorEntry, read_shard, read_tensor
+from halve.engines.gguf_families import FREQUENCIES, Shape, as_rotated, frequencies
+from halve.errors import InputError, UnsupportedModelError
+from halve.maths.linalg import is_finite
+
+_BLOCK = 32
+"""Weights that share a scale in q8_0: other rows are stored in float16."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file: its name there, the one that it comes from, if one, its shape, and how it is stored."""
+
+    name: str
+    entry: TensorEntry | None
+    shape: tuple[int, ...]
+    stored: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it in the file."""
+        from gguf import GGML_QUANT_SIZES
+
+        block, size = GGML_QUANT_SIZES[self.stored]
+        return torch.Size(self.shape).numel() // block * int(size)
+
+
+def planned(source: Source, shape: Shape, kind: str) -> list[Planned]:
+    """Return the tensors of the file in their order.
+
+    Args:
+        source: the checkpoint.
+        shape: of its model.
+        kind: what matrices are stored as.
+
+    Raises:
+        UnsupportedModelError: the checkpoint has one that has no place in it.
+    """
+    from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+
+    stored = GGMLQuantizationType
+    names = get_tensor_name_map(getattr(MODEL_ARCH, shape.family.architecture.upper()), shape.blocks)
+    found = []
+    if frequencies(shape) is not None:
+        found.append(Planned(FREQUENCIES, None, (shape.head_width // 2,), stored.F32))
+    for entry in (entry for path in source.shards for entry in read_shard(path).tensors):
+        if entry.name.endswith("rotary_emb.inv_freq") or (shape.tied and entry.name == "lm_head.weight"):
+            continue
+        name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
+        if name is None or not entry.dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"tensor {entry.name!r} of {source.name} ({entry.dtype}) has no place in a GGUF file of a "
+                f"{shape.family.architecture}: convert the model with llama.cpp's own script"
+            )
+        how = {"bf16": stored.BF16, "f16": stored.F16, "q8_0": stored.Q8_0}[kind]
+        if len(entry.shape) < 2:
+            how = stored.F32
+        elif kind == "q8_0" and entry.shape[-1] % _BLOCK:
+            how = stored.F16
+        found.append(Planned(name, entry, entry.shape, how))
+    return found
+
+
+def contents(tensors: list[Planned], shape: Shape) -> Iterator[Any]:
+    """Yield the tensors as they are stored, NumPy arrays.
+
+    Args:
+        tensors: what `planned` returns.
+        shape: of the model.
+
+    Raises:
+        InputError: one is not finite, or would not be.
+    """
+    from gguf import GGMLQuantizationType, quantize
+
+    for each in tensors:
+        if each.entry is None:
+            factors = frequencies(shape)
+            assert factors is not None  # noqa: S101 - or it would not be planned
+            yield factors.numpy()
+            continue
+        tensor = as_rotated(each.entry.name, read_tensor(each.entry), shape).contiguous()
+        stored = {
+            GGMLQuantizationType.BF16: torch.bfloat16,
+            GGMLQuantizationType.F16: torch.float16,
+        }.get(each.stored, torch.float32)
+        numbers = tensor.to(stored)
+        if not is_finite(numbers):
+            raise InputError(
+                f"tensor {each.entry.name!r} holds NaN or infinity in {str(stored).removeprefix('torch.')}: mend the "
+                "checkpoint, or choose another kind"
+            )
+        if each.stored == GGMLQuantizationType.Q8_0:
+            yield quantize(numbers.numpy(), each.stored)
+        else:
+            yield _array(numbers)
+
+
+def _array(tensor: Tensor) -> Any:
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
