@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.runtime import native
 from halve.runtime.compiled import instruction_sets, library, quantised_instruction_sets
 from halve.runtime.native import REFERENCE, dense_linear, sparse_linear
 from halve.runtime.packed_matrix import PackedMatrix, pack
-from halve.runtime.quantised_matrix import STRIP, Bits, quantise
+from halve.runtime.quantised_matrix import STRIP, quantise
 from halve.runtime.timing import copies_beyond_cache, last_level_cache, take_turns
 
 SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")

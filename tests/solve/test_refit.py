@@ -196,7 +196,7 @@ def test_the_limit_is_reported():
 
 
 def test_table_and_options():
-    assert list(refits.REFITS) == ["none", "cg", "gd", "swap"]
+    assert list(refits.REFITS) == ["none", "cg", "gd", "swap", "int4"]
     assert refits.get("cg").solve is refit_cg
     assert refits.make_options("gd", steps=7).steps == 7
     with pytest.raises(InputError, match=r"unknown refit 'cgs': did you mean 'cg'\? choose one of none, cg, gd"):

@@ -15,7 +15,8 @@ from halve.errors import InputError, counted
 
 if TYPE_CHECKING:
     from halve.checkpoint.load import LoadedModel
-    from halve.runtime.quantised_matrix import Bits, Values
+    from halve.maths.grid import Bits
+    from halve.runtime.quantised_matrix import Values
 
 
 def generate(

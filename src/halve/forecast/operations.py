@@ -10,8 +10,10 @@ from typing import Any
 
 from halve.forecast.shapes import Bundle
 from halve.maths.gram import panels
+from halve.maths.grid import COLUMNS
 from halve.solve.methods import prox_admm, prox_gradient
 from halve.solve.methods.auto import AutoOptions
+from halve.solve.refit import IntegerOptions
 
 _PLANE = 4
 """Bytes of a number in float32."""
@@ -110,10 +112,13 @@ def solving(bundle: Bundle, method: str, refit: str, options: Mapping[str, Any],
     """
     rows, d = float(sum(bundle.rows)), float(bundle.d_in)
     counts = _of_method(method, rows, d, options)
-    if counts is None or refit not in {"none", "cg"}:
+    if counts is None or refit not in {"none", "cg", "int4"}:
         return None
     counts += Counts(float32=4.0 * rows * d**2, bytes=_AROUND * _PLANE * rows * d)
-    if refit == "cg":
+    if refit == "int4":
+        sweeps = options.get("refit_sweeps", IntegerOptions.sweeps)
+        counts += Counts(float32=(sweeps + 3) * 2.0 * rows * d**2, bytes=sweeps * 2 * COLUMNS * _PLANE * rows * d)
+    if refit != "none":
         near = method in {"auto", "prox-admm"}
         steps = 0.0 if near and options.get("refit_tolerance", 0.0) >= _LEFT else _CG_STEPS[near]
         products = 1.0 if not steps else steps + 5.0  # of the residual, of the output, and of three losses

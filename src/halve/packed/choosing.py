@@ -12,6 +12,7 @@ from halve.checkpoint.load import Source, skeleton
 from halve.checkpoint.shards import TensorEntry, read_tensor
 from halve.checkpoint.validated import wrong
 from halve.errors import InputError
+from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, is_conv1d, is_fused, is_linear
 from halve.model.stacks import find_stacks
@@ -19,7 +20,6 @@ from halve.packed.manifest import PackedTensor
 from halve.packed.read import PARTS, as_matrix, matrix_shape
 from halve.recorded import REMEDY, Record, pattern_of
 from halve.runtime.packed_matrix import DTYPES
-from halve.runtime.quantised_matrix import Bits
 
 BITS = {2: torch.int16, 4: torch.int32}
 """By the bytes of a number, what shows its bits."""

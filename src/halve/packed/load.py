@@ -20,6 +20,7 @@ from halve.checkpoint.load import LoadedModel, assemble, freeze, load_model
 from halve.checkpoint.precision import dtype_in_config
 from halve.checkpoint.shards import TensorEntry
 from halve.errors import InputError, UnsupportedModelError, first_few
+from halve.maths.grid import LARGEST
 from halve.maths.linalg import is_finite
 from halve.model.layers import is_conv1d, is_plain_linear
 from halve.packed.read import PackedCheckpoint, open_packed
@@ -27,7 +28,7 @@ from halve.runtime.compiled import instruction_sets
 from halve.runtime.linear import SparseLinear
 from halve.runtime.native import AnyPacked, describe
 from halve.runtime.packed_matrix import DTYPES, OVERREAD, PackedMatrix
-from halve.runtime.quantised_matrix import LARGEST, QuantisedMatrix
+from halve.runtime.quantised_matrix import QuantisedMatrix
 
 _NO_PLACE = "the model has no plain linear layer for each of them alone"
 

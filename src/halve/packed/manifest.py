@@ -19,10 +19,11 @@ from halve.checkpoint.shards import DTYPE_NAMES, LARGEST, Shard, parse_header, p
 from halve.checkpoint.validated import validated, wrong
 from halve.checkpoint.weight_files import check_weight_map, disagreements
 from halve.errors import CorruptFileError, PatternError, UnsupportedModelError
+from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
 from halve.runtime.packed_matrix import DTYPES, kept_per_row
-from halve.runtime.quantised_matrix import QUANTISED, Bits, why_not
+from halve.runtime.quantised_matrix import QUANTISED, why_not
 
 FORMAT = "halve-packed"
 VERSION = 2

@@ -19,6 +19,7 @@ from torch import nn
 from halve.checks import check_count
 from halve.device import resolve_device
 from halve.errors import InputError
+from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.memory import free_memory
 from halve.planner import rest
@@ -26,7 +27,7 @@ from halve.planner.conclusion import conclusion
 from halve.planner.outline import PAPER, PAPER_BATCHES, Kind, LeftDense, Outline, outline
 from halve.planner.rest import Rest
 from halve.runtime import speed
-from halve.runtime.quantised_matrix import Bits, Values, bits_of
+from halve.runtime.quantised_matrix import Values, bits_of
 from halve.runtime.speed import Speed
 
 FORMAT = 1

@@ -38,7 +38,7 @@ class Settings:
     Attributes:
         pattern: ``N:M`` keeps N of every M consecutive weights; ``S%`` zeroes S percent of each row.
         method: what chooses the weights to keep; see ``halve methods``.
-        refit: re-adjustment of the kept weights: ``none``, ``cg``, ``gd`` or ``swap``.
+        refit: re-adjustment of the kept weights: ``none``, ``cg``, ``gd``, ``swap`` or ``int4``.
         options: further options of method and refit.
         skip: shell-style patterns of parameters that stay dense, such as ``*.down_proj.*``.
         fallback: ``magnitude`` or ``wanda``, where the asked method fails; without one the run stops there, also at an
@@ -95,8 +95,14 @@ class Settings:
         """Refuse an objective of which a part would have no effect.
 
         Raises:
-            InputError: shrinkage where nothing looks at H, or a ridge where no target comes from the dense model.
+            InputError: shrinkage where nothing looks at H, a ridge where no target comes from the dense model, or a
+                reconstruction that would move weights off the grid that a refit has put them on.
         """
+        if self.refit == "int4" and self.reconstruction is not None:
+            raise InputError(
+                "refit int4 makes integers of the kept weights, and reconstructing blocks would move them: prune with "
+                "refit cg and the reconstruction, then what comes out once more with method magnitude and refit int4"
+            )
         uses_gram = methods.get(self.method).needs_statistics or self.refit != "none" or self.matches_dense
         if self.objective.shrinkage and not uses_gram:
             raise InputError(

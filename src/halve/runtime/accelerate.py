@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from halve.checks import check_count, check_positive
 from halve.device import on_device
 from halve.errors import HalveError, InputError, counted
+from halve.maths.grid import Bits
 from halve.maths.linalg import is_finite
 from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
@@ -26,7 +27,7 @@ from halve.runtime.linear import SparseLinear
 from halve.runtime.native import multiplies_integers, quantised_input
 from halve.runtime.packed_matrix import unpack
 from halve.runtime.probe import Probe, difference, noting_calls
-from halve.runtime.quantised_matrix import Bits, QuantisedMatrix, Values, bits_of
+from halve.runtime.quantised_matrix import QuantisedMatrix, Values, bits_of
 from halve.runtime.semi_structured import SemiStructuredLinear
 from halve.runtime.speed import Speed
 from halve.torch_internals import children_with_repeats, has_hooks

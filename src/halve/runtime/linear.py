@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from halve.errors import InputError
+from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
 from halve.runtime.native import AnyPacked, expand, sparse_linear
 from halve.runtime.packed_matrix import DTYPES, PackedMatrix, pack
-from halve.runtime.quantised_matrix import Bits, QuantisedMatrix, quantise
+from halve.runtime.quantised_matrix import QuantisedMatrix, quantise
 from halve.torch_internals import has_tangent, is_recorded
 
 Parts = tuple[Tensor, Tensor, Tensor | None, int, str, int, int]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError
+from halve.maths.grid import LARGEST, Bits, nearest, recovered
 from halve.maths.pattern import Pattern
 from halve.runtime.packed_matrix import (
     DTYPES,
@@ -27,22 +28,16 @@ from halve.runtime.packed_matrix import (
     spread,
 )
 
-Bits = Literal[8, 4]
 Values = Literal["own", "bf16", "int8", "int4"]
 """What kept weights are held as: numbers of their own dtype; the same, which must be bfloat16; or integers."""
 QUANTISED: dict[str, Bits] = {"int8": 8, "int4": 4}
 """The kinds that are integers."""
 PATTERN = "2:4"
 """The only one at which weights are quantised."""
-LOWEST: dict[int, int] = {8: -127, 4: -8}
-LARGEST: dict[int, int] = {8: 127, 4: 7}
-"""The integers of so many bits."""
 STRIP, KEPT, STRIP_PLACES = 128, 64, 16
 """Columns of a strip, weights that it keeps, and bytes that tell where."""
 WORD_KEPT = 32
 """Kept weights that share a scale."""
-_SHARES = tuple(1.0 - 0.025 * step for step in range(15))
-"""Scales of 4 bits that are tried, as shares of the one that the largest weight of a word needs whatever its sign."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +179,8 @@ def quantised_bytes(d_out: int, d_in: int, bits: int) -> int:
 def quantise(packed: PackedMatrix, bits: Bits) -> QuantisedMatrix:
     """Quantise the kept weights of a matrix, each to the nearest integer of the scale of its 64 columns.
 
-    With 8 bits the scale is what the largest weight of these columns needs; with 4 bits the one of some shares of that
-    which leaves the least squared error in them.
+    Weights that lie on such a grid of 4 bits already, as those do that a solver has put there, stay exactly what they
+    are (`halve.maths.grid.recovered`); of others see `halve.maths.grid.nearest`.
 
     Args:
         packed: finite, at 2:4.
@@ -200,52 +195,15 @@ def quantise(packed: PackedMatrix, bits: Bits) -> QuantisedMatrix:
     integers = torch.zeros(packed.d_out, filled, dtype=torch.int8)
     scales = torch.zeros(packed.d_out, filled // WORD_KEPT, dtype=torch.float16)
     for start, stop in row_chunks(packed.shape):
-        rows = packed.values[start * kept : stop * kept].view(stop - start, kept).float()
-        rows = torch.nn.functional.pad(rows, (0, filled - kept)).view(stop - start, -1, WORD_KEPT)
-        found, scales[start:stop] = nearest(rows, bits)
-        integers[start:stop] = found.flatten(1)
+        rows = packed.values[start * kept : stop * kept].view(stop - start, kept)
+        rows = torch.nn.functional.pad(rows, (0, filled - kept)).view(-1, WORD_KEPT)
+        found, of_words = nearest(rows.float(), bits)
+        if bits == 4:
+            exact, exact_scales, known = recovered(rows)
+            found = torch.where(known.unsqueeze(-1), exact, found)
+            of_words = torch.where(known, exact_scales, of_words)
+        integers[start:stop], scales[start:stop] = found.view(stop - start, -1), of_words.view(stop - start, -1)
     return assembled(packed, integers, scales, bits)
-
-
-def nearest(weights: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """Round weights to integers and scales.
-
-    Args:
-        weights: (..., 32), float32, those that share a scale along the last dimension.
-        bits: of an integer.
-
-    Returns:
-        tuple[Tensor, Tensor]: integers, int8, (..., 32); scales, float16, (...), 0 where all weights are 0.
-
-    Raises:
-        InputError: a weight is too large for a float16 scale.
-    """
-    needed = weights.abs().amax(-1) / LARGEST[bits]
-    if bits == 8:
-        scales = _half(needed)
-        return rounded(weights, scales, bits), scales
-    best = weights.new_full(needed.shape, float("inf"))
-    scales = torch.zeros_like(needed, dtype=torch.float16)
-    for share in _SHARES:
-        tried = _half(needed * share)
-        error = (rounded(weights, tried, bits) * tried.unsqueeze(-1).float() - weights).square_().sum(-1)
-        better = error < best
-        best, scales = torch.where(better, error, best), torch.where(better, tried, scales)
-    return rounded(weights, scales, bits), scales
-
-
-def rounded(weights: Tensor, scales: Tensor, bits: Bits) -> Tensor:
-    """Return the nearest integers, int8, of weights (..., 32) on the grid of scales, float16, (...)."""
-    steps = scales.unsqueeze(-1).float()
-    found = torch.where(steps > 0, weights / steps, 0.0).round_()
-    return found.clamp_(LOWEST[bits], LARGEST[bits]).to(torch.int8)
-
-
-def _half(scales: Tensor) -> Tensor:
-    found = scales.to(torch.float16)
-    if not bool(found.isfinite().all()):
-        raise InputError("weights are too large to be quantised: their scale is beyond float16")
-    return found
 
 
 def assembled(packed: PackedMatrix, integers: Tensor, scales: Tensor, bits: Bits) -> QuantisedMatrix:

@@ -10,10 +10,10 @@ from torch.nn.functional import linear
 
 from halve.device import on_device
 from halve.errors import InputError
+from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.memory import check_memory
 from halve.runtime import native, packed_matrix, quantised_matrix, semi_structured
-from halve.runtime.quantised_matrix import Bits
 from halve.runtime.timing import copies_beyond_cache, take_turns
 
 _SLAB = 64

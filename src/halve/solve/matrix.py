@@ -74,7 +74,8 @@ def prune_weight(
             ``"best"``.
         refit: what to do with the kept weights once the mask is fixed: ``cg`` finds the best ones, ``gd`` is the
             paper's masked gradient, ``none`` leaves them as the method made them; ``swap`` finds the best ones and goes
-            on to exchange kept and pruned weights of a group as long as that lowers the loss (N:M only).
+            on to exchange kept and pruned weights of a group as long as that lowers the loss (N:M only); ``int4`` finds
+            the best ones among integers of 4 bits with a scale for each 64 columns (2:4 only).
         tokens: number of inputs behind ``gram``, for the record; taken from ``gram`` if that is ``Statistics``.
         fallback: ``magnitude`` or ``wanda``, used if the method fails for numerical reasons; None reports failure.
         objective: shrinkage of H and targets from the dense model; None leaves them at their defaults.

@@ -50,7 +50,7 @@ def validate_settings(
 
     Args:
         method: a name in ``halve.solve.methods.METHODS``.
-        refit: ``none``, ``cg``, ``gd`` or ``swap``.
+        refit: ``none``, ``cg``, ``gd``, ``swap`` or ``int4``.
         pattern: N:M or a percentage.
         fallback: ``magnitude``, ``wanda`` or None.
         **options: of the method, and of the refit with the prefix ``refit_``.
@@ -67,7 +67,7 @@ def effective_options(method: str, refit: str, **options: Any) -> dict[str, Any]
 
     Args:
         method: a name in ``halve.solve.methods.METHODS``.
-        refit: ``none``, ``cg``, ``gd`` or ``swap``.
+        refit: ``none``, ``cg``, ``gd``, ``swap`` or ``int4``.
         **options: as for ``prune_weight``.
 
     Raises:
@@ -119,6 +119,8 @@ def solver_settings(
         raise PatternError(
             f"refit {refit_row.name} exchanges weights within the groups of N:M, not of {pattern}: use cg"
         )
+    if refit_row.pattern not in {None, pattern.text}:
+        raise PatternError(f"refit {refit_row.name} is for {refit_row.pattern}, not for {pattern}: use cg")
     return SolverSettings(
         pattern=pattern,
         method=row,
@@ -133,7 +135,7 @@ def solver_settings(
 def _split_options(method: Method, refit: Refit, options: Mapping[str, Any]) -> tuple[Any, Any]:
     of_method = _method_options(method, options)
     tolerance = method.defaults(of_method).refit_tolerance
-    of_refit = {} if tolerance is None or refit.name != "cg" else {"tolerance": tolerance}
+    of_refit = {} if tolerance is None or refit.name not in {"cg", "int4"} else {"tolerance": tolerance}
     of_refit |= {name.removeprefix(_REFIT_PREFIX): value for name, value in options.items() if _is_of_refit(name)}
     return of_method, refits.make_options(refit, **of_refit)
 
