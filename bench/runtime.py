@@ -29,6 +29,7 @@ from halve.maths.pattern import Pattern
 from halve.runtime import native
 from halve.runtime.compiled import instruction_sets, library, quantised_instruction_sets
 from halve.runtime.native import REFERENCE, dense_linear, sparse_linear
+from halve.runtime.packed_matrix import DTYPES as PACKED_DTYPES
 from halve.runtime.packed_matrix import PackedMatrix, pack
 from halve.runtime.quantised_matrix import STRIP, quantise
 from halve.runtime.timing import copies_beyond_cache, last_level_cache, take_turns
@@ -36,8 +37,6 @@ from halve.runtime.timing import copies_beyond_cache, last_level_cache, take_tur
 SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")
 BATCHES = (1, 2, 3, 4, 8, 12, 16, 17, 24, 32, 48, 64, 128, 256, 512)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-"""As the compiled functions name them."""
 PATTERN = "2:4"
 DENSE_ROWS = 16
 """Rows of x up to which our dense kernel takes part."""
@@ -121,7 +120,7 @@ class Matrix:
         def multiply_dense(name: str, codes: Tensor, scales: Tensor) -> Tensor:
             weight = (0, codes.data_ptr(), scales.data_ptr(), *one.shape, bits)
             rows = (x.data_ptr(), len(x), 0, y.data_ptr(), torch.get_num_threads())
-            library.multiply_quantised(name, DTYPE_NUMBERS[x.dtype], *weight, *rows)
+            library.multiply_quantised(name, PACKED_DTYPES.index(x.dtype), *weight, *rows)
             return y
 
         found: dict[str, tuple[int, Calls]] = {}

@@ -58,6 +58,18 @@ class RecordedMerge(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[str, ...] = ()
 
 
+class RecordedRounding(msgspec.Struct, frozen=True, kw_only=True):
+    """One rounding to integers while the checkpoint was packed.
+
+    Attributes:
+        values: the kind of integers.
+        weights_before: sha256 of the weight files before it, by name.
+    """
+
+    values: str
+    weights_before: dict[str, str]
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What a record says of the files beside it; every field but these is read by whoever needs it.
 
@@ -68,6 +80,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         blocks: that were reconstructed.
         trainings: that followed, in order.
         merges: of adapters, in their order.
+        quantised: roundings to integers, in their order.
         files: sha256, in hexadecimal, of every other file that was written, by name; None if it is not on record.
     """
 
@@ -77,6 +90,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     blocks: tuple[RecordedBlock, ...] = ()
     trainings: tuple[RecordedTraining, ...] = ()
     merges: tuple[RecordedMerge, ...] = ()
+    quantised: tuple[RecordedRounding, ...] = ()
     files: dict[str, str] | None = None
 
     @property

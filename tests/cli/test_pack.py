@@ -26,7 +26,7 @@ def test_pack_check_unpack_check(plain, tmp_path):
     assert result.stdout.startswith("ok: 21 matrices at 2:4, ")
     result = run(app, ["unpack", str(tmp_path / "packed"), "--out", str(tmp_path / "back")])
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"restored: {len(sums(plain))} files, each with the sha256 that it had")
+    assert result.stdout.startswith(f"restored: {len(sums(plain))} files, each with the sha256 that the packed")
     assert sums(tmp_path / "back") == sums(plain)
     assert run(app, ["check", str(tmp_path / "back")]).exit_code == 0
 

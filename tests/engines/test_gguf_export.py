@@ -34,7 +34,7 @@ every_family = pytest.mark.parametrize("family", ["llama", "llama_tied", "mistra
 
 def checkpoint(path, family="llama", tokenizer=None, **changes):
     """A tiny pruned checkpoint, whose heads are as wide as llama.cpp wants them."""
-    own = {"qwen3": {"head_dim": 32}, "mistral": {"sliding_window": None}}
+    own = {"qwen2": {"vocab_size": 330}, "qwen3": {"head_dim": 32}, "mistral": {"sliding_window": None}}
     sizes = SIZES | own.get(family, {}) | changes
     dense = models.save(models.decoder(family, **sizes), path / "dense")
     (tokenizer or byte_bpe(eos="<|end|>")).save_pretrained(dense)
@@ -73,7 +73,7 @@ def test_tensors_of_families_that_rotate_halves_are_the_checkpoints(family, tmp_
         assert torch.equal(weight, plain[f"model.layers.1.{name}.weight"].bfloat16().float())
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
 def test_zeros_stay_zeros_and_the_file_is_as_large_as_it_says(kind, tmp_path):
     pruned = checkpoint(tmp_path)
     result = export_gguf(pruned, tmp_path / "model.gguf", kind)
@@ -168,8 +168,8 @@ def test_the_tokenizer_goes_along(steps, name, tmp_path):
 def test_what_cannot_be_written_is_refused_in_one_sentence(tmp_path, monkeypatch):
     pruned = checkpoint(tmp_path)
     target = tmp_path / "model.gguf"
-    with pytest.raises(InputError, match=r"kind is 'q4_0': give bf16, f16 or q8_0"):
-        export_gguf(pruned, target, "q4_0")
+    with pytest.raises(InputError, match=r"kind is 'q5_0': give bf16, f16, q8_0 or q4_0"):
+        export_gguf(pruned, target, "q5_0")
     other = byte_bpe()
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -179,7 +179,7 @@ def test_what_cannot_be_written_is_refused_in_one_sentence(tmp_path, monkeypatch
     dense = models.save(models.decoder("gpt2"), tmp_path / "gpt2")
     with pytest.raises(UnsupportedModelError, match=rf"is written of {', '.join(FAMILIES)}, and this is a gpt2"):
         export_gguf(dense, target)
-    with pytest.raises(InputError, match=r"has 320 tokens and the model's embedding 64 rows"):
+    with pytest.raises(InputError, match=r"has a token of number 319, and the model's embedding 64 rows"):
         export_gguf(checkpoint(tmp_path / "small", vocab_size=64), target)
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match=r"comes without a tokenizer"):
@@ -196,3 +196,45 @@ def test_what_cannot_be_written_is_refused_in_one_sentence(tmp_path, monkeypatch
     monkeypatch.setattr("halve.engines.gguf_export.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'halve\[gguf\]'"):
         export_gguf(pruned, tmp_path / "new.gguf")
+
+
+@pytest.mark.parametrize(
+    ("rope", "complaint"),
+    [
+        (
+            {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            "rotary embeddings of the type 'yarn' are not written",
+        ),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "here partial_rotary_factor is"),
+        ({k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}, "here low_freq_factor is missing"),
+    ],
+)
+def test_rotary_embeddings_that_the_file_would_not_have_are_refused(rope, complaint):
+    config = models.decoder("llama").config
+    config.rope_parameters = rope
+    with pytest.raises(UnsupportedModelError, match=complaint):
+        Shape.of(config)
+
+
+def test_linear_rotary_scaling_goes_along(tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    fields = GGUFReader(export_gguf(checkpoint(tmp_path, rope_parameters=rope), tmp_path / "model.gguf").path).fields
+    assert fields["llama.rope.scaling.type"].contents() == "linear"
+    assert fields["llama.rope.scaling.factor"].contents() == 4.0
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_rows_that_are_no_whole_blocks_are_float16(kind, tmp_path):
+    pruned = checkpoint(tmp_path, intermediate_size=80)
+    export_gguf(pruned, tmp_path / "model.gguf", kind)
+    found = {tensor.name: tensor.tensor_type for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert found["blk.0.ffn_down.weight"] == GGMLQuantizationType.F16
+    assert found["blk.0.ffn_up.weight"] == getattr(GGMLQuantizationType, kind.upper())
+    assert found["token_embd.weight"] == GGMLQuantizationType.Q8_0
+
+
+def test_merges_that_are_left_out_are_refused(tmp_path):
+    tokenizer = byte_bpe()
+    tokenizer.backend_tokenizer.model.ignore_merges = True
+    with pytest.raises(UnsupportedModelError, match=r"leaves merges out, which llama.cpp would not"):
+        export_gguf(checkpoint(tmp_path, tokenizer=tokenizer), tmp_path / "model.gguf")

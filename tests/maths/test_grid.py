@@ -53,7 +53,7 @@ def test_zeros_have_no_scale_and_huge_weights_are_refused(bits):
     assert not integers.any()
     assert not scales.any()
     assert not rounded(torch.ones(2, 8), torch.zeros(2, dtype=torch.float16), bits).any()
-    with pytest.raises(InputError, match=r"too large to be quantised: their scale is beyond float16"):
+    with pytest.raises(InputError, match=r"not finite, or too large to be quantised: their scale is beyond float16"):
         nearest(torch.full((1, 8), 1e9), bits)
 
 
@@ -76,11 +76,19 @@ def test_what_was_made_of_integers_is_recovered_to_the_bit(seed, dtype, size, la
     assert torch.equal(again[1], of_rows)
 
 
-def test_where_a_sample_lies_on_no_grid_nothing_is_looked_for():
+def test_where_no_row_lies_on_a_grid_only_zeros_do():
     weights = random(200, 32).bfloat16()
     weights[5] = 0.0
     *_, known = recovered(weights)
     assert known.nonzero().flatten().tolist() == [5]
+
+
+def test_many_rows_off_the_grid_do_not_hide_those_on_it():
+    integers = torch.randint(-8, 8, (500, 32), generator=torch.Generator().manual_seed(0))
+    weights = torch.cat([random(2000, 32), integers * torch.tensor(0.01).half().float()]).bfloat16()
+    *_, known = recovered(weights)
+    assert known[2000:].all()
+    assert not known[:2000].any()
 
 
 def test_a_row_off_the_grid_is_told_from_the_others():

@@ -84,6 +84,14 @@ def test_names_what_is_restored():
             {"matrices": {"a": {"pattern": "2:4", "shape": [8, 16], "dtype": "BF16", "layout": "up"}}},
             "`matrices['a'].layout`",
         ),
+        (
+            {
+                "matrices": {
+                    "a": {"pattern": "2:4", "shape": [8, 16], "dtype": "F32", "layout": "out_in", "values": "i8"}
+                }
+            },
+            "`matrices['a'].values`",
+        ),
         ({"files": {}}, "'packed.safetensors' is not the name of a packed file that it lists"),
         ({"files": {"config.json": 1}}, "`files['config.json']`: expected `object`, got `int`"),
         (

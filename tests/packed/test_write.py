@@ -23,10 +23,12 @@ from halve.errors import (
 from halve.packed import write as packing
 from halve.packed.read import unpack_checkpoint
 from halve.packed.write import pack_checkpoint
+from halve.pruning import prune
 from halve.runtime.packed_matrix import PackedMatrix, pack, unpack
 from halve.runtime.quantised_matrix import quantise
 from halve.verification import check
 from packed_models import edit_tensor, pruned, record_again, sums
+from tiny_tokenizers import SENTENCES, byte_bpe
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -380,9 +382,11 @@ def test_quantised_weights_come_back_rounded_and_the_record_is_theirs(family, va
     restored = unpack_checkpoint(tmp_path / "packed", back)
     before, after = sums(plain), sums(back)
     assert restored == after
-    assert {name for name in before if before[name] != after[name]} == {"model.safetensors", "halve.json"}
+    assert before.keys() - after.keys() == {"halve-measured.json", "report.html"}  # of the weights before
+    assert {name for name in after if before[name] != after[name]} == {"model.safetensors", "halve.json"}
     record = json.loads((back / "halve.json").read_text())
     assert record["files"]["model.safetensors"] == after["model.safetensors"]
+    assert "were rounded to" in record["warnings"][-1]
     (how,) = record["quantised"]
     assert how == {"values": values, "weights_before": {"model.safetensors": before["model.safetensors"]}}
     for directory in (tmp_path / "packed", back):
@@ -431,9 +435,35 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(InputError, match=r"is float32, not bfloat16: leave its weights as they are"):
         pack_checkpoint(plain, tmp_path / "packed", values="bf16")
     edit_weights(plain, lambda tensor: tensor * 1e9)
-    with pytest.raises(InputError, match=rf"tensor '{UP}': weights are too large to be quantised"):
+    with pytest.raises(InputError, match=rf"tensor '{UP}': weights are not finite, or too large to be quantised"):
         pack_checkpoint(plain, tmp_path / "packed", values="int8")
     (plain / "halve.json").unlink()
     with pytest.raises(InputError, match=r"weights are quantised at 2:4 alone, not at 50%"):
         pack_checkpoint(plain, tmp_path / "packed", "50%", values="int8")
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_a_refit_has_made_integers_of_is_packed_without_another_loss(family, tmp_path):
+    dense = models.save(models.decoder(family, vocab_size=320).to(torch.bfloat16), tmp_path / "dense")
+    byte_bpe().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text("\n\n".join(SENTENCES * 40))
+    options = {"method": "wanda", "refit": "int4", "samples": 8, "seq_len": 16, "calibration": tmp_path / "text.txt"}
+    prune(dense, tmp_path / "plain", **options)
+    result = pack_checkpoint(tmp_path / "plain", tmp_path / "packed", values="int4")
+    assert result.error == 0
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "back")
+    assert sums(tmp_path / "back")["model.safetensors"] == sums(tmp_path / "plain")["model.safetensors"]
+    pack_checkpoint(tmp_path / "back", tmp_path / "again", values="int4")
+    assert sums(tmp_path / "again")["packed.safetensors"] == sums(tmp_path / "packed")["packed.safetensors"]
+    with pytest.raises(InputError, match=r"refit int4 makes integers of the kept weights, and reconstructing"):
+        prune(dense, tmp_path / "other", **options, reconstruct="block")
+
+
+def test_several_shards_of_integers_come_back_as_they_are_on_record(tmp_path):
+    plain = pruned(tmp_path, max_shard_size="40KB")
+    pack_checkpoint(plain, tmp_path / "packed", values="int8")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "back")
+    assert check(tmp_path / "packed").ok
+    assert check(tmp_path / "back").ok
+    assert pack_checkpoint(plain, tmp_path / "own", values="bf16").error == 0

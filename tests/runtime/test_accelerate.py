@@ -14,7 +14,7 @@ from halve.errors import HalveError, InputError
 from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, is_linear, layer_matrix
 from halve.runtime import accelerate as module
-from halve.runtime import probe, semi_structured, speed
+from halve.runtime import native, probe, product_check, semi_structured, speed
 from halve.runtime.accelerate import Acceleration, accelerate, restore
 from halve.runtime.linear import SparseLinear
 from halve.runtime.quantised_matrix import quantised_bytes
@@ -419,7 +419,7 @@ def test_a_sparse_layer_that_fails_is_not_blamed_on_the_probe(ratios, monkeypatc
     del ratios
     model = pruned()
     before = state_of(model)
-    monkeypatch.setattr(module, "_check_product", lambda *_: None)
+    monkeypatch.setattr(module, "check_product", lambda *_: None)
     monkeypatch.setattr(SparseLinear, "_multiply", lambda *_: (_ for _ in ()).throw(RuntimeError("kernel failed")))
     with pytest.raises(HalveError, match=r"fails with sparse layers where it ran with dense ones: kernel failed"):
         accelerate(model)
@@ -514,7 +514,7 @@ def test_what_fails_leaves_the_weights_that_were_not_rounded(monkeypatch):
         accelerate(model, values="int8")
     assert same_state(model.state_dict(), before)
     assert {name: layer for name, layer in model.named_modules() if is_linear(layer)} == layers
-    monkeypatch.setattr(module, "quantised_input", lambda x: 1.1 * x.float())
+    monkeypatch.setattr(product_check, "quantised_input", lambda x: 1.1 * x.float())
     with pytest.raises(HalveError, match=r"the sparse product of .* is wrong in"):
         accelerate(model, values="int4")
     assert same_state(model.state_dict(), before)
@@ -527,3 +527,24 @@ def test_quantised_values_that_cannot_be_had_are_refused():
         accelerate(pruned(pattern="50%"), pattern="50%", values="int8")
     with pytest.raises(InputError, match=r"its weight is float32, not bfloat16"):
         accelerate(pruned(), values="bf16")
+
+
+@pytest.mark.usefixtures("ratios")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_products_of_many_rows_are_held_to_the_weights_that_they_are_of(values, dtype):
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(192, 192)) for _ in range(3)]).to(dtype)
+    prune_layers(model)
+    done = accelerate(model, values=values, batch=80, probe={"input": torch.randn(4, 192, dtype=dtype)})
+    assert len(done.swapped) == 3
+
+
+@pytest.mark.usefixtures("ratios")
+def test_without_kernels_integers_are_multiplied_all_the_same(monkeypatch):
+    for name in ("instruction_sets", "quantised_instruction_sets"):
+        monkeypatch.setattr(native, name, tuple)
+    native._best.cache_clear()
+    with pytest.warns(RuntimeWarning):
+        done = accelerate(pruned(dtype=torch.bfloat16), values="int4", only_where_faster=None)
+    native._best.cache_clear()
+    assert done.difference < 0.5

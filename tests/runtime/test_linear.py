@@ -238,3 +238,13 @@ def test_a_quantised_layer_is_traced_and_gives_gradients(bits):
     arguments = (packed.places, packed.codes, packed.scales, 96, "2:4", bits, DTYPES.index(torch.float32))
     torch.library.opcheck(torch.ops.halve.sparse_linear.default, (x.detach(), None, *arguments))
     torch.library.opcheck(torch.ops.halve.unpack.default, arguments)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_layers_own_state_does_not_change_it(bits):
+    sparse = quantised_layer(bits)
+    before = sparse.packed
+    sparse.load_state_dict(sparse.state_dict())
+    assert sparse.packed is before
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert sparse(torch.ones(2, 96)).dtype == torch.bfloat16

@@ -75,10 +75,10 @@ def test_eight_bits_are_the_nearest_of_their_scale(dtype):
 @every_dtype
 def test_what_is_on_a_grid_of_four_bits_stays_to_the_bit_and_packs_to_the_same_bytes(dtype):
     weight = pruned(5, 256, "2:4", dtype, empty=0.1)
-    once = unpack(quantise(pack(weight, "2:4"), 4).dequantised())
-    matrix = quantise(pack(once, "2:4"), 4)
-    assert same_bits(unpack(matrix.dequantised()), once)
-    again = quantise(pack(unpack(matrix.dequantised()), "2:4"), 4)
+    matrix = quantise(pack(weight, "2:4"), 4)
+    once = unpack(matrix.dequantised())
+    again = quantise(pack(once, "2:4"), 4)
+    assert same_bits(unpack(again.dequantised()), once)
     for part in ("places", "codes", "scales"):
         assert torch.equal(getattr(again, part), getattr(matrix, part))
 
@@ -242,3 +242,19 @@ def test_tiny_inputs_count_for_nothing_and_large_ones_do_not_overflow(instructio
 def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(InputError, match=r"no instruction set called 'avx999'"):
         sparse_linear(torch.ones(1, 128), sound(), None, "avx999")
+
+
+def test_weights_beyond_their_dtype_are_found():
+    matrix = replace(sound(), dtype=torch.float16)
+    matrix.codes[:, 5] = 100
+    matrix.check()
+    matrix.scales[:8] = 700.0  # times 100 is beyond float16, and not beyond bfloat16
+    with pytest.raises(InputError, match=r"weights of a packed matrix are beyond float16"):
+        matrix.check()
+    assert matrix.fits(torch.bfloat16)
+    codes, scales = torch.full((4, 32), 0x88, dtype=torch.uint8), matrix.scales * 0 + 9000
+    four = QuantisedMatrix(matrix.places, codes, scales, (4, 128), 4, torch.float16)
+    four.check()
+    four.codes[0, 0] = 0x80  # -8 times 9000
+    with pytest.raises(InputError, match=r"beyond float16"):
+        four.check()

@@ -30,7 +30,10 @@ COMMANDS = {
     "generate": ("generate:generate", "Generate text, pruned layers run sparse where that is faster."),
     "plan": ("plan:plan_command", "Measure, before pruning, where sparsity makes a model faster on this machine."),
     "pack": ("pack:pack", "Pack the pruned matrices of a checkpoint: one bit a weight, and the kept values."),
-    "unpack": ("pack:unpack", "Restore the plain checkpoint that was packed, byte for byte."),
+    "unpack": (
+        "pack:unpack",
+        "Restore the plain checkpoint that was packed, byte for byte, or with its rounded weights.",
+    ),
     "export": ("pack:export", "Write a checkpoint as a GGUF file, for llama.cpp and what is built on it."),
     "methods": ("compare:methods", "List the methods."),
     "version": ("app:version", "Print the version."),

@@ -58,18 +58,19 @@ def unpack(
     out_dir: Annotated[Path, typer.Option("--out", help="The plain checkpoint to write; new or empty.")],
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Restore the plain checkpoint that was packed, byte for byte."""
+    """Restore the plain checkpoint that was packed, byte for byte, or with its rounded weights."""
     from halve.packed.read import unpack_checkpoint
 
     with reporting():
         sums = unpack_checkpoint(directory, out_dir, trust_remote_code=trust_remote_code)
-    say(out, f"restored: {counted(len(sums), 'file')}, each with the sha256 that it had before packing, in {out_dir}")
+    files = counted(len(sums), "file")
+    say(out, f"restored: {files}, each with the sha256 that the packed checkpoint has on record, in {out_dir}")
 
 
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.")],
     gguf: Annotated[Path, typer.Option(help="The GGUF file to write.")],
-    kind: Annotated[str, typer.Option(help="What matrices are stored as: bf16, f16 or q8_0.")] = "bf16",
+    kind: Annotated[str, typer.Option(help="What matrices are stored as: bf16, f16, q8_0 or q4_0.")] = "bf16",
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write a checkpoint as a GGUF file, for llama.cpp and what is built on it; zeros stay zeros."""

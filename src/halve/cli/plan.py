@@ -99,7 +99,8 @@ def _show(found: "SpeedPlan") -> None:
     threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
     where = machine["gpu"] or f"{machine['cpu'] or 'CPU'}, {threads}"
     dtype = str(found.dtype).removeprefix("torch.")
-    say(out, f"{found.model} at {found.pattern} in {dtype}, on {where}; sparse products: {machine['sparse_products']}")
+    held = dtype if found.values == "own" else f"{dtype} and {found.values}"
+    say(out, f"{found.model} at {found.pattern} in {held}, on {where}; sparse products: {machine['sparse_products']}")
     out.print(_matrix_table(found))
     for entry in found.left_dense:
         shape = " x ".join(map(str, entry.shape))

@@ -18,7 +18,7 @@ from halve.engines.gguf_tensors import Planned, contents, planned
 from halve.engines.gguf_tokenizer import Vocabulary, read_vocabulary, write_vocabulary
 from halve.errors import InputError
 
-KINDS = ("bf16", "f16", "q8_0")
+KINDS = ("bf16", "f16", "q8_0", "q4_0")
 """What matrices can be stored as; vectors are float32."""
 
 
@@ -47,7 +47,8 @@ def export_gguf(
     Args:
         directory: of a plain checkpoint, pruned or not, or what else `halve.checkpoint.load.resolve` takes.
         path: the file to write; it must not be there.
-        kind: what matrices are stored as, one of `KINDS`. ``q8_0`` rounds every 32 weights to 8 bits and a scale.
+        kind: what matrices are stored as, one of `KINDS`. ``q8_0`` and ``q4_0`` round every 32 weights to 8 or 4 bits
+            and a scale, ``q4_0`` those of embedding and head to 8.
         trust_remote_code: whether to accept a model that comes with Python code of its own.
 
     Raises:
@@ -71,12 +72,7 @@ def export_gguf(
     shape = Shape.of(skeleton(source).config)
     if not has_tokenizer(source):
         raise InputError(f"{source.name} comes without a tokenizer, which a GGUF file carries: put its files beside it")
-    tokens = read_vocabulary(source.path, load_tokenizer(source), shape.vocabulary)
-    if len(tokens.tokens) > shape.vocabulary:
-        raise InputError(
-            f"the tokenizer of {source.name} has {len(tokens.tokens)} tokens and the model's embedding "
-            f"{shape.vocabulary} rows: mend one of them"
-        )
+    tokens = read_vocabulary(source.name, load_tokenizer(source), shape.vocabulary)
     tensors = planned(source, shape, kind)
     check_space(target.parent, sum(each.nbytes for each in tensors) + (1 << 24), f"{target.name}")
     _write(target, source, shape, tokens, tensors, kind)
@@ -97,7 +93,7 @@ def _write(target: Path, source: Source, shape: Shape, tokens: Vocabulary, tenso
     writer = GGUFWriter(temporary, shape.family.architecture)
     writer.add_name(source.path.resolve().name)
     writer.add_file_type(getattr(LlamaFileType, f"MOSTLY_{kind.upper()}"))
-    if kind == "q8_0":
+    if kind in {"q8_0", "q4_0"}:
         writer.add_quantization_version(2)
     write_shape(writer, shape)
     write_vocabulary(writer, tokens)

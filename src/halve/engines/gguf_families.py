@@ -15,7 +15,13 @@ from torch import Tensor
 
 from halve.errors import UnsupportedModelError
 
-_PLAIN_ROPE, _LINEAR, _YARN, _LLAMA3 = "default", "linear", "yarn", "llama3"
+_PLAIN_ROPE, _LINEAR, _LLAMA3 = "default", "linear", "llama3"
+_ROPE_KEYS = {
+    _PLAIN_ROPE: (),
+    _LINEAR: ("factor",),
+    _LLAMA3: ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What each kind of rotary embedding needs besides ``rope_theta``; nothing else may be set."""
 FREQUENCIES = "rope_freqs.weight"
 """The tensor that has the factors of a rotary embedding that is scaled as Llama 3.1's is."""
 
@@ -92,9 +98,7 @@ class Shape:
         if config.hidden_act != "silu":
             raise UnsupportedModelError(f"llama.cpp has {family.architecture} with silu alone, not {config.hidden_act}")
         rope = dict(getattr(config, "rope_parameters", None) or {})
-        kind = rope.setdefault("rope_type", _PLAIN_ROPE)
-        if kind not in {_PLAIN_ROPE, _LINEAR, _YARN, _LLAMA3}:
-            raise UnsupportedModelError(f"rotary embeddings of the type {kind!r} are not written to a GGUF file")
+        _check_rope(rope)
         head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         sliding = getattr(config, "use_sliding_window", True)
         return cls(
@@ -111,6 +115,24 @@ class Shape:
             rope=rope,
             window=getattr(config, "sliding_window", None) if sliding else None,
             tied=bool(config.tie_word_embeddings),
+        )
+
+
+def _check_rope(rope: dict[str, Any]) -> None:
+    """Refuse rotary embeddings that the file would not have as the model has them.
+
+    Raises:
+        UnsupportedModelError: they are of another type, or have settings that are not written.
+    """
+    kind = rope.setdefault("rope_type", _PLAIN_ROPE)
+    if kind not in _ROPE_KEYS:
+        raise UnsupportedModelError(f"rotary embeddings of the type {kind!r} are not written to a GGUF file")
+    given = {name for name, value in rope.items() if value is not None} - {"rope_type", "rope_theta"}
+    given -= {"partial_rotary_factor"} if rope.get("partial_rotary_factor") == 1.0 else set()
+    if odd := sorted(given ^ set(_ROPE_KEYS[kind])):
+        raise UnsupportedModelError(
+            f"rotary embeddings of the type {kind!r} are written to a GGUF file with these settings: "
+            f"{', '.join(_ROPE_KEYS[kind]) or 'none'}; here {', '.join(odd)} is missing, or set as well"
         )
 
 
@@ -136,11 +158,9 @@ def write_shape(writer: Any, shape: Shape) -> None:
     writer.add_rope_freq_base(float(shape.rope.get("rope_theta", 10000.0)))
     writer.add_vocab_size(shape.vocabulary)
     kind = shape.rope["rope_type"]
-    if kind in {_LINEAR, _YARN}:
-        writer.add_rope_scaling_type(getattr(gguf.RopeScalingType, kind.upper()))
+    if kind == _LINEAR:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(shape.rope["factor"]))
-    if kind == _YARN:
-        writer.add_rope_scaling_orig_ctx_len(int(shape.rope["original_max_position_embeddings"]))
 
 
 def frequencies(shape: Shape) -> Tensor | None:

@@ -14,7 +14,9 @@ from halve.errors import InputError, UnsupportedModelError
 from halve.maths.linalg import is_finite
 
 _BLOCK = 32
-"""Weights that share a scale in q8_0: other rows are stored in float16."""
+"""Weights that share a scale in q8_0 and q4_0: other rows are stored in float16."""
+_AT_8_BITS = ("token_embd.weight", "output.weight")
+"""What stays at 8 bits in q4_0, as llama.cpp's own quantiser leaves it at more."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ def planned(source: Source, shape: Shape, kind: str) -> list[Planned]:
                 f"tensor {entry.name!r} of {source.name} ({entry.dtype}) has no place in a GGUF file of a "
                 f"{shape.family.architecture}: convert the model with llama.cpp's own script"
             )
-        how = {"bf16": stored.BF16, "f16": stored.F16, "q8_0": stored.Q8_0}[kind]
+        how = getattr(stored, "Q8_0" if kind == "q4_0" and name in _AT_8_BITS else kind.upper())
         if len(entry.shape) < 2:
             how = stored.F32
-        elif kind == "q8_0" and entry.shape[-1] % _BLOCK:
+        elif how in {stored.Q8_0, stored.Q4_0} and entry.shape[-1] % _BLOCK:
             how = stored.F16
         found.append(Planned(name, entry, entry.shape, how))
     return found
@@ -100,7 +102,7 @@ def contents(tensors: list[Planned], shape: Shape) -> Iterator[Any]:
                 f"tensor {each.entry.name!r} holds NaN or infinity in {str(stored).removeprefix('torch.')}: mend the "
                 "checkpoint, or choose another kind"
             )
-        if each.stored == GGMLQuantizationType.Q8_0:
+        if each.stored in {GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0}:
             yield quantize(numbers.numpy(), each.stored)
         else:
             yield _array(numbers)

@@ -1,19 +1,17 @@
 """The tokenizer of a model, as a GGUF file has it: byte-level BPE, which is what the families that are written have.
 
-llama.cpp splits a text into words by rules of its own, of which a file names one; which one it is, the structure of
-``tokenizer.json`` tells. A tokenizer that splits otherwise is refused, since it would give other tokens without a word.
+llama.cpp splits a text into words by rules of its own, of which a file names one; which one it is, the steps of the
+tokenizer tell, as transformers has loaded it and not as its file says, which some classes do not heed. One that splits
+otherwise is refused, since llama.cpp would make other tokens of a text without a word.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.shards import read_json
 from halve.errors import InputError, UnsupportedModelError
 
-_FILE = "tokenizer.json"
 _LLAMA3 = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|"
     "\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
@@ -28,6 +26,8 @@ _SPLITTING: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = (
     ("qwen2", ({"type": "Split", "pattern": {"Regex": _QWEN2}}, {**_BYTES, "use_regex": False})),
 )
 """What llama.cpp calls a way to split, and the steps of ``tokenizer.json`` that do the same."""
+_IGNORING_MERGES = "llama-bpe"
+"""The one with which llama.cpp takes a word that is a token as it is, whatever its merges."""
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
@@ -54,43 +54,50 @@ class Vocabulary:
     template: str | None
 
 
-def read_vocabulary(directory: Path, tokenizer: Any, size: int) -> Vocabulary:
-    """Read the tokenizer of a checkpoint.
+def read_vocabulary(name: str, tokenizer: Any, size: int) -> Vocabulary:
+    """Read the tokenizer of a model.
 
     Args:
-        directory: that has its ``tokenizer.json``.
-        tokenizer: the same, as transformers has loaded it.
+        name: of the model, for messages.
+        tokenizer: as transformers has loaded it.
         size: rows of the model's embedding: numbers that no token has are filled up.
 
     Raises:
-        InputError: there is no such file.
+        InputError: it has more tokens than the embedding has rows.
         UnsupportedModelError: llama.cpp would split texts otherwise, or it is no byte-level BPE.
-        CorruptFileError: the file is damaged.
     """
-    path = directory / _FILE
-    if not path.is_file():
-        raise InputError(f"{directory} has no {_FILE}: a GGUF file carries its tokenizer, put one beside the model")
-    content = read_json(path)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = {} if backend is None else json.loads(backend.to_str())
     model, added = content.get("model") or {}, content.get("added_tokens") or []
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not model.get("merges"):
         raise UnsupportedModelError(
-            f"{path} is no byte-level BPE, the kind of tokenizer that is written to a GGUF file: convert the model "
+            f"the tokenizer of {name} is no byte-level BPE, the kind that is written to a GGUF file: convert the model "
             "with llama.cpp's own script, which reads the pruned checkpoint as it is"
+        )
+    rule = _splitting(content, name)
+    if model.get("dropout") or (model.get("ignore_merges") and rule != _IGNORING_MERGES):
+        raise UnsupportedModelError(
+            f"the tokenizer of {name} leaves merges out, which llama.cpp would not: convert the model with llama.cpp's "
+            "own script"
         )
     names = {number: text for text, number in model["vocab"].items()}
     types = dict.fromkeys(names, _NORMAL)
     for token in added:
         names[token["id"]] = token["content"]
         types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
-    count = max(size, max(names) + 1)
+    if (most := max(names)) >= size:
+        raise InputError(
+            f"the tokenizer of {name} has a token of number {most}, and the model's embedding {size} rows: mend one of "
+            "them"
+        )
     special = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unk_token_id", "pad": "pad_token_id"}
     numbers = {kind: getattr(tokenizer, name, None) for kind, name in special.items()}
     found = {kind: number for kind, number in numbers.items() if number is not None}
     template = tokenizer.chat_template
     return Vocabulary(
-        splitting=_splitting(content, path),
-        tokens=tuple(names.get(number, f"[PAD{number}]") for number in range(count)),
-        types=tuple(types.get(number, _UNUSED) for number in range(count)),
+        splitting=rule,
+        tokens=tuple(names.get(number, f"[PAD{number}]") for number in range(size)),
+        types=tuple(types.get(number, _UNUSED) for number in range(size)),
         merges=tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]),
         special=found,
         adds_bos="bos" in found and tokenizer("a")["input_ids"][:1] == [found["bos"]],
@@ -98,7 +105,7 @@ def read_vocabulary(directory: Path, tokenizer: Any, size: int) -> Vocabulary:
     )
 
 
-def _splitting(content: Mapping[str, Any], path: Path) -> str:
+def _splitting(content: Mapping[str, Any], name: str) -> str:
     """Return what llama.cpp calls the way in which a tokenizer splits a text.
 
     Raises:
@@ -106,12 +113,12 @@ def _splitting(content: Mapping[str, Any], path: Path) -> str:
     """
     before = content.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", [before]) if before.get("type") == "Sequence" else [before]
-    for name, expected in _SPLITTING:
+    for rule, expected in _SPLITTING:
         if len(steps) == len(expected) and all(map(_does, steps, expected)) and _plain(content.get("normalizer")):
-            return name
+            return rule
     raise UnsupportedModelError(
-        f"{path} splits texts in a way that is not known of llama.cpp ({json.dumps(before)[:200]}): convert the model "
-        "with llama.cpp's own script, which reads the pruned checkpoint as it is"
+        f"the tokenizer of {name} splits texts in a way that is not known of llama.cpp ({json.dumps(before)[:200]}): "
+        "convert the model with llama.cpp's own script, which reads the pruned checkpoint as it is"
     )
 
 

@@ -117,7 +117,7 @@ def solving(bundle: Bundle, method: str, refit: str, options: Mapping[str, Any],
     counts += Counts(float32=4.0 * rows * d**2, bytes=_AROUND * _PLANE * rows * d)
     if refit == "int4":
         sweeps = options.get("refit_sweeps", IntegerOptions.sweeps)
-        counts += Counts(float32=(sweeps + 3) * 2.0 * rows * d**2, bytes=sweeps * 2 * COLUMNS * _PLANE * rows * d)
+        counts += Counts(float32=(sweeps + 3) * 2.0 * rows * d**2, bytes=sweeps * 4 * COLUMNS * _PLANE * rows * d)
     if refit != "none":
         near = method in {"auto", "prox-admm"}
         steps = 0.0 if near and options.get("refit_tolerance", 0.0) >= _LEFT else _CG_STEPS[near]

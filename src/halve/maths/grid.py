@@ -19,7 +19,7 @@ COLUMNS = 64
 _SHARES = tuple(1.0 - 0.025 * step for step in range(15))
 """Scales of 4 bits that are tried, as shares of the one that the largest weight needs whatever its sign."""
 _PROBED = 64
-"""Scales by which it is judged whether weights lie on a grid at all."""
+"""Scales, spread over all, by which it is judged whether weights lie on a grid at all."""
 
 
 def nearest(weights: Tensor, bits: Bits, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -34,10 +34,11 @@ def nearest(weights: Tensor, bits: Bits, importance: Tensor | None = None) -> tu
         importance: (..., n), by which squared errors are weighed, not negative; None weighs them alike.
 
     Returns:
-        tuple[Tensor, Tensor]: integers, int8, (..., n); scales, float16, (...), 0 where all weights are 0.
+        tuple[Tensor, Tensor]: integers, int8, (..., n); scales, float16, (...), 0 where all weights are, or so small
+            that their scale would be below what float16 has (3e-8), and become zeros.
 
     Raises:
-        InputError: a weight is too large for a float16 scale.
+        InputError: a weight is not finite, or too large for a float16 scale.
     """
     needed = weights.abs().amax(-1) / LARGEST[bits]
     if bits == 8:
@@ -65,7 +66,8 @@ def recovered(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the integers of 4 bits and the scales that weights were made of, where they were.
 
     The largest weight is some integer times the scale, rounded once to the dtype: of the few scales that leaves, one is
-    right if all weights are integers times it, rounded likewise. Nothing is looked for where a sample lies on no grid.
+    right if all weights are integers times it, rounded likewise. Nothing is looked for where no row of a sample lies on
+    a grid.
 
     Args:
         weights: (rows, n), of a dtype in which they are exactly what was stored, those that share a scale in a row.
@@ -78,9 +80,8 @@ def recovered(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = torch.zeros(len(weights), dtype=torch.float16)
     found = (weights == 0).all(-1)
     left = (~found).nonzero().squeeze(-1)
-    sample = left[:_PROBED]
-    on_grid, *_ = _search(weights[sample])
-    if not len(sample) or on_grid.float().mean() < 0.5:
+    sample = left[:: max(1, len(left) // _PROBED)]
+    if not bool(_search(weights[sample])[0].any()):
         return integers, scales, found
     found[left], integers[left], scales[left] = _search(weights[left])
     return integers, scales, found
@@ -116,5 +117,5 @@ def _search(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _half(scales: Tensor) -> Tensor:
     found = scales.to(torch.float16)
     if not bool(found.isfinite().all()):
-        raise InputError("weights are too large to be quantised: their scale is beyond float16")
+        raise InputError("weights are not finite, or too large to be quantised: their scale is beyond float16")
     return found

@@ -20,7 +20,6 @@ from halve.checkpoint.load import LoadedModel, assemble, freeze, load_model
 from halve.checkpoint.precision import dtype_in_config
 from halve.checkpoint.shards import TensorEntry
 from halve.errors import InputError, UnsupportedModelError, first_few
-from halve.maths.grid import LARGEST
 from halve.maths.linalg import is_finite
 from halve.model.layers import is_conv1d, is_plain_linear
 from halve.packed.read import PackedCheckpoint, open_packed
@@ -159,7 +158,7 @@ def _finite(matrix: AnyPacked, dtype: torch.dtype, name: str) -> AnyPacked:
     """Return a packed matrix in another dtype, refused if that makes it infinite."""
     if isinstance(matrix, QuantisedMatrix):
         matrix = replace(matrix, dtype=dtype)
-        finite = float(matrix.scales.max()) * LARGEST[matrix.bits] <= torch.finfo(dtype).max
+        finite = matrix.fits(dtype)
     else:
         if matrix.dtype != dtype:
             matrix = PackedMatrix(matrix.mask, matrix.values.to(dtype), matrix.shape, matrix.pattern)

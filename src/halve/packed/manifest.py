@@ -26,8 +26,10 @@ from halve.runtime.packed_matrix import DTYPES, kept_per_row
 from halve.runtime.quantised_matrix import QUANTISED, why_not
 
 FORMAT = "halve-packed"
+_UNQUANTISED = 1
+"""The version that knows of no integers."""
 VERSION = 2
-"""The newest; a directory without quantised matrices is written as version 1, which older versions of Halve read."""
+"""The newest: a directory without quantised matrices is written as version 1, which older versions of Halve read."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, Meta(ge=0, lt=LARGEST)]
 Dimension = Annotated[int, Meta(ge=1, lt=LARGEST)]
@@ -138,7 +140,7 @@ class Manifest:
         quantised = any(matrix.bits for matrix in self.matrices.values())
         content = {
             "format": FORMAT,
-            "version": 2 if quantised else 1,
+            "version": VERSION if quantised else _UNQUANTISED,
             "halve": version("halve"),
             "matrices": {
                 name: {
@@ -230,6 +232,8 @@ def read_manifest(path: Path) -> Manifest:
         files={name: _part(path, entry, File, f"files[{name!r}]") for name, entry in found.files.items()},
     )
     _check_names(path, manifest)
+    if version == _UNQUANTISED and any(matrix.bits for matrix in manifest.matrices.values()):
+        raise _malformed(path, f"its version is {version}, which knows of no integers, and it has some")
     return manifest
 
 

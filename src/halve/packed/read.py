@@ -324,7 +324,7 @@ def _expected(place: Path, entry: TensorEntry, manifest: Manifest) -> dict[str, 
 
 
 def unpack_checkpoint(directory: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> dict[str, str]:
-    """Restore the plain checkpoint that was packed, byte for byte.
+    """Restore the plain checkpoint that was packed, byte for byte, or with its rounded weights.
 
     Args:
         directory: of the packed checkpoint.
@@ -332,7 +332,8 @@ def unpack_checkpoint(directory: str | Path, out: str | Path, *, trust_remote_co
         trust_remote_code: whether to accept a model that comes with Python code of its own; none of it is run.
 
     Returns:
-        dict[str, str]: sha256, in hexadecimal, of every file written, by its name; each is what it was before packing.
+        dict[str, str]: sha256, in hexadecimal, of every file written, by its name; each is what the packed
+            checkpoint has on record.
 
     Raises:
         InputError: it is no packed checkpoint; ``out`` is in use or overlaps it, or its volume is too full.

@@ -56,9 +56,9 @@ def verify(checkpoint: PackedCheckpoint) -> Verified:
         if parts_of(name, packed).keys() <= checkpoint.entries.keys():
             with noting(found.note):
                 _verify_values(name, checkpoint.matrix(name), found)
+    parts = {part for name, packed in manifest.matrices.items() for part in parts_of(name, packed)}
     for name, entry in checkpoint.entries.items():
-        of_packed = {name.removesuffix(VALUES), name.removesuffix(SCALES)} & manifest.matrices.keys()
-        if entry.dtype.is_floating_point and not of_packed:
+        if entry.dtype.is_floating_point and name not in parts:
             with noting(found.note):
                 tensor = read_tensor(entry)
                 if not is_finite(tensor):

@@ -14,7 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halve.checkpoint.directory import INDEX, PACKED, PACKED_WEIGHTS, RECORD, contained, refuse_unfinished
+from halve.checkpoint.directory import (
+    INDEX,
+    MEASURED,
+    PACKED,
+    PACKED_WEIGHTS,
+    PAGE,
+    RECORD,
+    contained,
+    refuse_unfinished,
+)
 from halve.checkpoint.durable import Content, file_chunks, filling, hashed, sha256_of
 from halve.checkpoint.load import Source, resolve
 from halve.checkpoint.room import check_space
@@ -125,7 +134,8 @@ def pack_checkpoint(
         _refuse_changed(record, source.path, (record.files or {}).keys() - weights)
     wanted = None if pattern is None else Pattern.parse(pattern)
     asked = asked_for(source, record, entries, wanted)
-    chosen, left = choose(asked, entries, bits_of(values, asked.pattern))
+    bits = bits_of(values, asked.pattern)
+    chosen, left = choose(asked, entries, bits)
     if record is not None:  # the large files last: a matrix that is not in the pattern says more
         _refuse_changed(record, source.path, weights)
     if not chosen:
@@ -136,6 +146,8 @@ def pack_checkpoint(
     headers = [build_header(_parts(shard, chosen)) for shard in shards]
     sizes = [len(header) + _size(_parts(shard, chosen)) for header, shard in zip(headers, shards, strict=True)]
     carried = carried_files(source.path, code=trust_remote_code) | {path.name: path for path in source.carried}
+    if bits is not None:  # they are about other weights
+        carried = {name: path for name, path in carried.items() if name not in {MEASURED, PAGE}}
     check_space(target, sum(sizes) + sum(path.stat().st_size for path in carried.values()))
     error = _write(target, source, shards, headers, carried, chosen, left)
     packed = [entry for shard in shards for entry in shard.tensors if entry.name in chosen]
@@ -274,6 +286,8 @@ def _record_of_quantised(path: Path, restored: Mapping[str, str], values: str) -
     before = {name: files[name] for name in restored if name in files}
     record["files"] = files | {name: restored[name] for name in before}
     record["quantised"] = [*record.get("quantised", []), {"values": values, "weights_before": before}]
+    told = f"the kept weights were rounded to {values} after all else that stands here was measured"
+    record["warnings"] = [*record.get("warnings", []), told]
     return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 

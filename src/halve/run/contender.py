@@ -15,7 +15,7 @@ class Contender:
 
     Attributes:
         method: name in `halve.solve.methods`.
-        refit: ``none``, ``cg``, ``gd`` or ``swap``.
+        refit: ``none``, ``cg``, ``gd``, ``swap`` or ``int4``.
         reconstruct: whether blocks are reconstructed.
     """
 

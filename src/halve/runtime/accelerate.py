@@ -7,12 +7,11 @@ fails, everything is put back. Dense weights that are rounded are let go at the 
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from halve.checks import check_count, check_positive
 from halve.device import on_device
@@ -24,16 +23,13 @@ from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_lin
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
 from halve.runtime.linear import SparseLinear
-from halve.runtime.native import multiplies_integers, quantised_input
-from halve.runtime.packed_matrix import unpack
 from halve.runtime.probe import Probe, difference, noting_calls
-from halve.runtime.quantised_matrix import QuantisedMatrix, Values, bits_of
+from halve.runtime.product_check import check_product, reference_of
+from halve.runtime.quantised_matrix import Values, bits_of
 from halve.runtime.semi_structured import SemiStructuredLinear
 from halve.runtime.speed import Speed
 from halve.torch_internals import children_with_repeats, has_hooks
 
-_PRODUCT = {torch.float32: 2.0**-14, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-"""Error that rounding explains: this share of an element, and a 16th of it of the magnitudes that were summed up."""
 _OUTPUT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """Relative difference of a whole model's output that rounding explains, by the dtype of the swapped layers. It grows
 from layer to layer, so that wrong kernels are left to the products: this finds a layer in the wrong place."""
@@ -103,7 +99,7 @@ def accelerate(
             from all over the vocabulary.
         values: what the kept weights are held as. ``int8`` and ``int4`` round them, see
             `halve.runtime.quantised_matrix.quantise`, and with few rows what they are multiplied with: on the CPU
-            alone, at N:M where M divides 64. The model's ``state_dict`` is then that of the rounded weights.
+            alone, at 2:4. The model's ``state_dict`` is then that of the rounded weights.
 
     Returns:
         Acceleration: what was swapped, what was not and why.
@@ -161,7 +157,7 @@ class _How:
 
 
 def restore(model: nn.Module, name: str) -> None:
-    """Put a plain layer, with the same bits, where a sparse one is.
+    """Put a plain layer, with the same bits, or the rounded weights where they are integers, where a sparse one is.
 
     Raises:
         InputError: there is no sparse layer of that name.
@@ -329,8 +325,10 @@ def _swap(model: nn.Module, chosen: dict[str, nn.Module], how: _How) -> Iterator
         layer = chosen.pop(name)
         with on_device(layer_matrix(layer).device):
             sparse = _sparse(layer, how)
+            expected = reference_of(layer, sparse)
             for rows in sorted({1, 3, how.batch}):  # each may take another way through the kernels
-                _check_product(name, layer, sparse, rows)
+                check_product(name, layer, sparse, expected, rows)
+            del expected
         _replace(model, layer, sparse)
         del layer
         yield name, sparse
@@ -344,36 +342,6 @@ def _sparse(layer: nn.Module, how: _How) -> Sparse:
 
 def _is_on_gpu(layer: nn.Module) -> bool:
     return layer_matrix(layer).device.type == "cuda"
-
-
-def _check_product(name: str, layer: nn.Module, sparse: Sparse, rows: int) -> None:
-    """Hold every element of a sparse product of random inputs to the dense layer's.
-
-    Of a quantised layer, to that of a dense one with the rounded weights and inputs.
-
-    Raises:
-        HalveError: one is off by more than rounding explains.
-    """
-    matrix, bias = layer_matrix(layer), cast("Tensor | None", layer.bias)
-    x = torch.randn(rows, matrix.shape[1], generator=torch.Generator().manual_seed(rows)).to(matrix)
-    share = _PRODUCT[matrix.dtype]
-    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
-        expected, got = _expected(layer, sparse, x), sparse(x).float()
-        magnitude = linear(x.abs(), matrix.abs(), None if bias is None else bias.abs()).float()
-    wrong = ~((got - expected).abs() <= share * expected.abs() + share / 16 * magnitude)
-    if bool(wrong.any()):
-        raise HalveError(
-            f"the sparse product of {name} with {rows} rows is wrong in {int(wrong.sum())} of {wrong.numel()} elements"
-        )
-
-
-def _expected(layer: nn.Module, sparse: Sparse, x: Tensor) -> Tensor:
-    """Return what a sparse product should be, float32."""
-    if not isinstance(sparse, SparseLinear) or not isinstance(sparse.packed, QuantisedMatrix):
-        return cast("Tensor", layer(x)).float()
-    weight = unpack(replace(sparse.packed, dtype=torch.float32).dequantised())
-    bias = None if sparse.bias is None else sparse.bias.float()
-    return linear(quantised_input(x) if multiplies_integers(len(x), sparse.packed) else x.float(), weight, bias)
 
 
 def _check_output(

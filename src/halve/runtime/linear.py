@@ -206,5 +206,7 @@ class SparseLinear(CompressedLinear):
         return expand(self.packed, 0, self.out_features)
 
     def _take(self, matrix: Tensor) -> None:
+        if self.bits and torch.equal(matrix, self._dense()):  # its own: rounding it again might change it
+            return
         packed = pack(matrix.to("cpu", self.empty.dtype), self.pattern)
         self._hold(quantise(packed, cast("Bits", self.bits)) if self.bits else packed)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError
-from halve.maths.grid import LARGEST, Bits, nearest, recovered
+from halve.maths.grid import LARGEST, LOWEST, Bits, nearest, recovered
 from halve.maths.pattern import Pattern
 from halve.runtime.packed_matrix import (
     DTYPES,
@@ -24,8 +24,10 @@ from halve.runtime.packed_matrix import (
     check_part,
     gather_bits,
     mask_bytes,
+    pack,
     row_chunks,
     spread,
+    unpack,
 )
 
 Values = Literal["own", "bf16", "int8", "int4"]
@@ -104,7 +106,7 @@ class QuantisedMatrix:
         return self.scales[:-OVERREAD].view(self.d_out, 2 * self.strips)
 
     def check(self) -> None:
-        """Check that places rise in every group, that scales are finite, and what fills up a row means nothing.
+        """Check that places rise in every group, that weights are finite, and what fills up a row means nothing.
 
         Raises:
             InputError: a part holds what it must not: the products would be wrong.
@@ -113,12 +115,22 @@ class QuantisedMatrix:
             raise InputError("a scale of a packed matrix is negative or not finite")
         if self.bits == 8 and bool((self.codes == 0x80).any()):
             raise InputError("an integer of a packed matrix is -128, beyond what 8 bits are used for")
+        if not self.fits(self.dtype):
+            raise InputError(f"weights of a packed matrix are beyond {str(self.dtype).removeprefix('torch.')}")
         for start, stop in row_chunks(self.shape):
             groups = _kept_places(self.places[start:stop]).view(stop - start, -1, 2)
             if bool((groups[..., 0] >= groups[..., 1]).any()):
                 raise InputError("the places of a packed matrix do not rise in every group of four")
             if bool(_integers(self.codes[start:stop], self.bits)[:, self.d_in // 2 :].any()):
                 raise InputError("what fills up a row of a packed matrix is not 0")
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Return whether all weights are finite in a dtype."""
+        most = torch.finfo(dtype).max
+        if float(self.scales[:-OVERREAD].max()) * -LOWEST[self.bits] <= most:
+            return True
+        largest = _integers(self.codes, self.bits).view(self.d_out, -1, WORD_KEPT).abs().amax(-1)
+        return bool((largest.float() * self.scales_of_rows.float() <= most).all())
 
     def integers(self) -> Tensor:
         """Return the integers of the kept weights in the order of their columns, int8, (d_out, d_in / 2)."""
@@ -191,22 +203,35 @@ def quantise(packed: PackedMatrix, bits: Bits) -> QuantisedMatrix:
     """
     if reason := why_not(Pattern(packed.pattern)):
         raise InputError(reason)
+    once = _quantised(packed, bits)
+    # What has become 0 may be kept elsewhere, and other scales may do the same: as whoever packs it again finds it.
+    return once if bits == 8 else _quantised(pack(unpack(once.dequantised()), PATTERN), bits)
+
+
+def _quantised(packed: PackedMatrix, bits: Bits) -> QuantisedMatrix:
     filled, kept = -(-packed.d_in // STRIP) * KEPT, packed.kept
     integers = torch.zeros(packed.d_out, filled, dtype=torch.int8)
     scales = torch.zeros(packed.d_out, filled // WORD_KEPT, dtype=torch.float16)
     for start, stop in row_chunks(packed.shape):
         rows = packed.values[start * kept : stop * kept].view(stop - start, kept)
         rows = torch.nn.functional.pad(rows, (0, filled - kept)).view(-1, WORD_KEPT)
-        found, of_words = nearest(rows.float(), bits)
-        if bits == 4:
-            exact, exact_scales, known = recovered(rows)
-            found = torch.where(known.unsqueeze(-1), exact, found)
-            of_words = torch.where(known, exact_scales, of_words)
+        found, of_words = _on_grid(rows, bits)
         integers[start:stop], scales[start:stop] = found.view(stop - start, -1), of_words.view(stop - start, -1)
-    return assembled(packed, integers, scales, bits)
+    return _assembled(packed, integers, scales, bits)
 
 
-def assembled(packed: PackedMatrix, integers: Tensor, scales: Tensor, bits: Bits) -> QuantisedMatrix:
+def _on_grid(rows: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+    """Return integers and scales of rows of 32: those that they were made of, or the nearest."""
+    if bits == 8:
+        return nearest(rows.float(), bits)
+    integers, scales, known = recovered(rows)
+    left = (~known).nonzero().squeeze(-1)
+    if len(left):
+        integers[left], scales[left] = nearest(rows[left].float(), bits)
+    return integers, scales
+
+
+def _assembled(packed: PackedMatrix, integers: Tensor, scales: Tensor, bits: Bits) -> QuantisedMatrix:
     """Return a quantised matrix that keeps what a packed one keeps.
 
     Args:

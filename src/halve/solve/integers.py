@@ -65,6 +65,7 @@ class _Descent:
         self._scales = scales.float().T.contiguous()  # (words, d_out)
         self._keep = mask.T.contiguous()
         self._gram = gram
+        self._curvatures = gram.diagonal().tolist()  # at once: a GPU would be waited for at every column
         self._original = original.float().T.contiguous()
         self._off = self._values() - self._original
 
@@ -94,12 +95,11 @@ class _Descent:
 
     def _set(self, column: int, begin: int, gram: Tensor, slope: Tensor, scale: Tensor, inverse: Tensor) -> None:
         """Set the integers of one column to the best ones."""
-        at = column - begin
-        curvature = gram[at, at]
+        at, curvature = column - begin, self._curvatures[column]
         if not curvature > 0:
             return
         codes = self._codes[column]
-        wanted = torch.addcmul(codes, slope[at], inverse, value=-1.0 / float(curvature)).round_()
+        wanted = torch.addcmul(codes, slope[at], inverse, value=-1.0 / curvature).round_()
         wanted = wanted.clamp_(LOWEST[_BITS], LARGEST[_BITS])
         change = torch.where(self._keep[column], wanted - codes, 0.0)
         codes += change
