@@ -108,13 +108,8 @@ class Matrix:
     def quantised(self, bits: Bits, x: Tensor, names: list[str]) -> dict[str, tuple[int, Calls]]:
         """Return products with quantised weights, dense and packed, by each of some instruction sets."""
         one = quantise(self.packed[0], bits)
-        parts = [
-            replace(one, places=one.places.clone(), codes=one.codes.clone(), scales=one.scales.clone())
-            for _ in range(copies_beyond_cache(one.nbytes, self.cache))
-        ]
         codes = torch.randint(1, 255, (one.d_out * one.strips * STRIP * bits // 8,), dtype=torch.uint8)
         nbytes = codes.nbytes + one.scales.nbytes
-        dense = [(codes.clone(), one.scales.clone()) for _ in range(copies_beyond_cache(nbytes, self.cache))]
         y = x.new_empty(len(x), one.d_out)
 
         def multiply_dense(name: str, codes: Tensor, scales: Tensor) -> Tensor:
@@ -124,8 +119,13 @@ class Matrix:
             return y
 
         found: dict[str, tuple[int, Calls]] = {}
-        for name in names:
+        for name in names:  # each with copies of its own, which no other has brought into a cache
+            dense = [(codes.clone(), one.scales.clone()) for _ in range(copies_beyond_cache(nbytes, self.cache))]
             found[f"int{bits} dense, {name}"] = nbytes, [partial(multiply_dense, name, *pair) for pair in dense]
+            parts = [
+                replace(one, places=one.places.clone(), codes=one.codes.clone(), scales=one.scales.clone())
+                for _ in range(copies_beyond_cache(one.nbytes, self.cache))
+            ]
             packs: Calls = [partial(sparse_linear, x, part, None, name) for part in parts]
             found[f"int{bits} packed, {name}"] = one.nbytes, packs
         return found
