@@ -40,6 +40,7 @@ from halve.checkpoint.shards import (
 )
 from halve.checkpoint.weight_files import refuse_copies
 from halve.errors import CorruptFileError, InputError
+from halve.maths.linalg import in_parts
 from halve.maths.pattern import Pattern
 from halve.packed.choosing import BITS, asked_for, choose
 from halve.packed.manifest import File, Manifest, PackedTensor, PlainShard
@@ -52,7 +53,7 @@ from halve.packed.read import (
 )
 from halve.recorded import Record, change_of, read_record
 from halve.runtime.native import AnyPacked, expand
-from halve.runtime.packed_matrix import PackedMatrix, pack
+from halve.runtime.packed_matrix import pack
 from halve.runtime.quantised_matrix import QuantisedMatrix, Values, bits_of, quantise
 
 
@@ -298,11 +299,14 @@ class _Moved:
     changes: float = 0.0
     weights: float = 0.0
 
-    def note(self, exact: PackedMatrix, quantised: QuantisedMatrix) -> None:
-        """Take another matrix in."""
-        weights = exact.values.double()
-        self.weights += float(weights.square().sum())
-        self.changes += float((quantised.dequantised().values.double() - weights).square_().sum())
+    def note(self, matrix: Tensor, quantised: QuantisedMatrix) -> None:
+        """Take another matrix in, dense and quantised."""
+        start = 0
+        for rows in in_parts(matrix):
+            exact, rounded = rows.float(), expand(quantised, start, start + len(rows)).float()
+            self.weights += float(exact.square().sum(dtype=torch.float64))
+            self.changes += float((rounded - exact).square_().sum(dtype=torch.float64))
+            start += len(rows)
 
     @property
     def share(self) -> float:
@@ -342,7 +346,7 @@ def _packed(entry: TensorEntry, how: PackedTensor, moved: _Moved) -> AnyPacked:
         quantised = quantise(packed, how.bits)
     except InputError as error:
         raise InputError(f"tensor {entry.name!r}: {error}") from error
-    moved.note(packed, quantised)
+    moved.note(matrix, quantised)
     return quantised
 
 
