@@ -44,7 +44,10 @@ def pack(
     if result.left_out:
         say(out, f"not taken along, no files of a model: {', '.join(result.left_out)}", label="note")
     if result.error:
-        say(out, f"rounding to {values} has moved the kept weights by {result.error:.2%} of their size", label="note")
+        moved = f"rounding to {values} has moved the kept weights by {result.error:.2%} of their size"
+        say(out, f"{moved}; what was measured of them before is not taken along", label="note")
+    elif values in {"int8", "int4"}:
+        say(out, f"the kept weights are integers times scales already: {values} moves none", label="note")
     matrices = counted(len(result.matrices), "matrix", "matrices")
     say(
         out,

@@ -56,6 +56,9 @@ from halve.runtime.native import AnyPacked, expand
 from halve.runtime.packed_matrix import pack
 from halve.runtime.quantised_matrix import QuantisedMatrix, Values, bits_of, quantise
 
+_ABOUT_WEIGHTS = {RECORD, MEASURED, PAGE}
+"""What tells of the weights: changed, or left out, where they are rounded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackResult:
@@ -147,8 +150,6 @@ def pack_checkpoint(
     headers = [build_header(_parts(shard, chosen)) for shard in shards]
     sizes = [len(header) + _size(_parts(shard, chosen)) for header, shard in zip(headers, shards, strict=True)]
     carried = carried_files(source.path, code=trust_remote_code) | {path.name: path for path in source.carried}
-    if bits is not None:  # they are about other weights
-        carried = {name: path for name, path in carried.items() if name not in {MEASURED, PAGE}}
     check_space(target, sum(sizes) + sum(path.stat().st_size for path in carried.values()))
     error = _write(target, source, shards, headers, carried, chosen, left)
     packed = [entry for shard in shards for entry in shard.tensors if entry.name in chosen]
@@ -245,7 +246,7 @@ def _write(
         for name, header, shard in zip(names, headers, shards, strict=True):
             sums[name] = write(name, _packed_bytes(header, shard, chosen, moved), "packed")
         for name, path in carried.items():
-            if name != RECORD:
+            if name not in _ABOUT_WEIGHTS:
                 sums[name] = write(name, file_chunks(path), "companion")
         before = [_as_file(shard.path) for shard in shards]
         entries = {entry.name: entry for name in names for entry in read_shard(out / name).tensors}
@@ -256,15 +257,17 @@ def _write(
             for shard, file in zip(shards, before, strict=True)
         ]
         bits = next(iter(chosen.values())).bits
-        for shard, old, new in zip(shards, before, after, strict=True):
-            if bits is None and old.sha256 != new.sha256:
-                raise CorruptFileError(f"{shard.path} has been changed while it was packed: pack it again")
-        if RECORD in carried:
-            content: Content = file_chunks(carried[RECORD])
-            if bits is not None:
-                restored = {shard.path.name: file.sha256 for shard, file in zip(shards, after, strict=True)}
-                content = [_record_of_quantised(carried[RECORD], restored, f"int{bits}")]
-            sums[RECORD] = write(RECORD, content, "companion")
+        changed = [shard for shard, old, new in zip(shards, before, after, strict=True) if old.sha256 != new.sha256]
+        if changed and bits is None:
+            raise CorruptFileError(f"{changed[0].path} has been changed while it was packed: pack it again")
+        restored = {shard.path.name: file.sha256 for shard, file in zip(shards, after, strict=True)}
+        for name in sorted(_ABOUT_WEIGHTS & carried.keys()):
+            content: Content = file_chunks(carried[name])
+            if changed and name != RECORD:
+                continue
+            if changed:
+                content = [_record_of_quantised(carried[name], restored, f"int{bits}")]
+            sums[name] = write(name, content, "companion")
         manifest = Manifest(
             matrices=chosen,
             left_dense=left,

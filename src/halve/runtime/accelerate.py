@@ -192,8 +192,8 @@ def _check_model(model: nn.Module) -> None:
     already = sum(isinstance(layer, Sparse) for layer in model.modules())
     if already:
         raise InputError(
-            f"{counted(already, 'layer')} of this {type(model).__name__} are sparse already: load it anew, or restore "
-            "them first, with halve.runtime.accelerate.restore"
+            f"{counted(already, 'layer')} of this {type(model).__name__} are sparse already: load it anew from a "
+            "plain checkpoint, or restore each by its name, with halve.runtime.accelerate.restore(model, name)"
         )
 
 
