@@ -13,17 +13,7 @@ constexpr int ROWS_FOR_ONE = 2, ROWS_FOR_MORE = 2;  // rows of W at a time, for 
 
 inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-// A strip of x whose numbers are gathered: lane l has the columns from 32 l, and in `q[1]` from 32 l + 16.
-struct alignas(32) Gathered {
-    std::int8_t q[2][64];
-    float scale[16];
-
-    void put(const std::int8_t* from, const float* scales, int) {
-        for (std::size_t column = 0; column < STRIP; ++column)
-            q[column / 16 % 2][column / 32 * 16 + column % 16] = from[column];
-        for (int i = 0; i < 16; ++i) scale[i] = scales[i / 4];
-    }
-};
+using Gathered = ByLane;
 
 // A strip of x in its order.
 struct alignas(32) Straight {

@@ -13,17 +13,7 @@ constexpr int ROWS_FOR_ONE = 4, ROWS_FOR_MORE = 2;  // rows of W at a time, for 
 
 inline __m512i load_512(const void* from) { return _mm512_loadu_si512(from); }
 
-// A strip of x whose numbers are gathered: lane l has the columns from 32 l, and in `q[1]` from 32 l + 16.
-struct alignas(64) Gathered {
-    std::int8_t q[2][64];
-    float scale[16];
-
-    void put(const std::int8_t* from, const float* scales, int) {
-        for (std::size_t column = 0; column < STRIP; ++column)
-            q[column / 16 % 2][column / 32 * 16 + column % 16] = from[column];
-        for (int i = 0; i < 16; ++i) scale[i] = scales[i / 4];
-    }
-};
+using Gathered = ByLane;
 
 // A strip of x in its order.
 struct alignas(64) Straight {
@@ -43,7 +33,7 @@ struct alignas(64) Straight {
 
 using Sum = __m512;
 
-// In each lane twice as many bits are shifted out as in the one before, to leave two; or four in the upper lanes alone.
+// How far the words of each of the four lanes are shifted, in bits.
 inline __m512i by_lane(int first, int second, int third, int fourth) {
     const auto lane = [](int bits) { return std::int64_t(bits) * 0x0001000100010001; };
     return _mm512_set_epi64(lane(fourth), lane(fourth), lane(third), lane(third), lane(second), lane(second), lane(first),
@@ -83,13 +73,6 @@ inline void add(Sum& sum, const Kept& kept, const Gathered& x, const float* scal
     sum = _mm512_fmadd_ps(scaled, of_words, sum);
 }
 
-template <int BITS>
-inline void add_word(Sum& sum, __m512i weights, const Straight& x, int word, float scale) {
-    const __m512i dot = _mm512_dpbusd_epi32(_mm512_load_si512(x.start[word]), weights, _mm512_load_si512(x.q[word]));
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_load_ps(x.scale[word]));
-    sum = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scale), sum);
-}
-
 struct Dense {
     __m512i words[2];
 };
@@ -101,7 +84,12 @@ inline Dense load_dense(const std::uint8_t* codes) {
 
 template <int BITS>
 inline void add(Sum& sum, const Dense& weights, const Straight& x, const float* scales) {
-    for (int word = 0; word < 2; ++word) add_word<BITS>(sum, weights.words[word], x, word, scales[word]);
+    for (int word = 0; word < 2; ++word) {
+        const __m512i start = _mm512_load_si512(x.start[word]);
+        const __m512i dot = _mm512_dpbusd_epi32(start, weights.words[word], _mm512_load_si512(x.q[word]));
+        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(dot), _mm512_load_ps(x.scale[word]));
+        sum = _mm512_fmadd_ps(scaled, _mm512_set1_ps(scales[word]), sum);
+    }
 }
 
 inline float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
