@@ -91,9 +91,9 @@ def _device_of(model: str, device: str, *, dense: bool) -> str:
     Raises:
         InputError: a packed checkpoint is asked to run elsewhere, or dense.
     """
-    from halve.checkpoint.directory import PACKED
+    from halve.checkpoint.directory import is_packed
 
-    if not (Path(model).expanduser() / PACKED).exists():
+    if not is_packed(Path(model).expanduser()):
         return device
     if dense or device not in {"auto", "cpu"}:
         raise InputError(
@@ -110,7 +110,7 @@ def _check_values(model: str, values: str, *, dense: bool) -> None:
         InputError: there is no such kind; the model runs dense, or is packed and has the values that it was packed
             with.
     """
-    from halve.checkpoint.directory import PACKED
+    from halve.checkpoint.directory import is_packed
     from halve.maths.pattern import Pattern
     from halve.runtime.quantised_matrix import bits_of
 
@@ -119,7 +119,7 @@ def _check_values(model: str, values: str, *, dense: bool) -> None:
         return
     if dense:
         raise InputError("--dense runs no layer sparse: leave --values out")
-    if (Path(model).expanduser() / PACKED).exists():
+    if is_packed(Path(model).expanduser()):
         raise InputError(f"{model} is packed, and runs with the values that it was packed with: leave --values out")
 
 
