@@ -21,10 +21,13 @@ _AT_8_BITS = ("token_embd.weight", "output.weight")
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file: its name there, the one that it comes from, if one, its shape, and how it is stored."""
+    """One tensor of the file: its name there, what it is made of, its shape, and how it is stored.
+
+    It is made of one of the checkpoint, or is there already where the checkpoint has none.
+    """
 
     name: str
-    entry: TensorEntry | None
+    entry: TensorEntry | Tensor
     shape: tuple[int, ...]
     stored: Any
 
@@ -52,9 +55,8 @@ def planned(source: Source, shape: Shape, kind: str) -> list[Planned]:
 
     stored = GGMLQuantizationType
     names = get_tensor_name_map(getattr(MODEL_ARCH, shape.family.architecture.upper()), shape.blocks)
-    found = []
-    if frequencies(shape) is not None:
-        found.append(Planned(FREQUENCIES, None, (shape.head_width // 2,), stored.F32))
+    factors = frequencies(shape)
+    found = [] if factors is None else [Planned(FREQUENCIES, factors, tuple(factors.shape), stored.F32)]
     for entry in (entry for path in source.shards for entry in read_shard(path).tensors):
         if entry.name.endswith("rotary_emb.inv_freq") or (shape.tied and entry.name == "lm_head.weight"):
             continue
@@ -86,10 +88,8 @@ def contents(tensors: list[Planned], shape: Shape) -> Iterator[Any]:
     from gguf import GGMLQuantizationType, quantize
 
     for each in tensors:
-        if each.entry is None:
-            factors = frequencies(shape)
-            assert factors is not None  # noqa: S101 - or it would not be planned
-            yield factors.numpy()
+        if isinstance(each.entry, Tensor):
+            yield each.entry.numpy()
             continue
         tensor = as_rotated(each.entry.name, read_tensor(each.entry), shape).contiguous()
         stored = {
