@@ -126,13 +126,15 @@ def _check_values(model: str, values: str, *, dense: bool) -> None:
 def _accelerate(loaded: "LoadedModel", values: str) -> str:
     """Run a model's pruned layers sparse, and return what came of it."""
     from halve.runtime.accelerate import accelerate
+    from halve.runtime.decoding import computes_in_one_call
     from halve.runtime.linear import SparseLinear
     from halve.runtime.speed import describe
 
     layers = [module for module in loaded.model.modules() if isinstance(module, SparseLinear)]
     if layers:
         bits = cast("Bits | None", layers[0].bits or None)
-        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}"
+        one_call = ", each next token in one call" if computes_in_one_call(loaded.model) else ""
+        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}{one_call}"
     try:
         done = accelerate(loaded.model, pattern=_pattern(loaded), values=cast("Values", values))
     except InputError as error:
@@ -142,7 +144,8 @@ def _accelerate(loaded: "LoadedModel", values: str) -> str:
     saved = 1 - done.bytes_after / done.bytes_before
     dense = f", {len(done.slower)} left dense that would be no faster" if done.slower else ""
     swapped = counted(len(done.swapped), "layer runs sparse, its", "layers run sparse, their")
-    return f"{swapped} weights {saved:.0%} smaller{dense}; {done.kernel}"
+    one_call = "" if done.decoding else ", each next token in one call"
+    return f"{swapped} weights {saved:.0%} smaller{dense}; {done.kernel}{one_call}"
 
 
 def _pattern(loaded: "LoadedModel") -> str:

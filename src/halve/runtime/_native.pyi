@@ -74,3 +74,36 @@ def expand_quantised(
     threads: int,
     /,
 ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        instruction_set: str,
+        quantised_instruction_set: str,
+        values_kind: int,
+        hidden: int,
+        heads: int,
+        key_heads: int,
+        width: int,
+        inner: int,
+        eps: float,
+        scale: float,
+        last_norm: int,
+        /,
+    ) -> None: ...
+    def add(self, norms: list[int], weights: list[list[int]], /) -> None: ...
+    def run(
+        self,
+        batch: int,
+        x: int,
+        cosines: int,
+        sines: int,
+        keys: int,
+        values: int,
+        block_bytes: int,
+        length: int,
+        capacity: int,
+        shown: int,
+        threads: int,
+        /,
+    ) -> None: ...

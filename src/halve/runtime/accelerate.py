@@ -2,7 +2,8 @@
 
 On the CPU they become `SparseLinear`, quantised if asked, on a GPU `SemiStructuredLinear`. Every swapped layer's
 product is held to the dense one before the dense weight is let go, and the model's output to what it was; if either
-fails, everything is put back. Dense weights that are rounded are let go at the end alone.
+fails, everything is put back. Dense weights that are rounded are let go at the end alone. Models of Llama's kind then
+have their next tokens computed in one call (`halve.runtime.decoding`), held to what the modules compute.
 """
 
 from collections import Counter
@@ -22,6 +23,7 @@ from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
+from halve.runtime.decoding import decode_in_one_call
 from halve.runtime.linear import SparseLinear
 from halve.runtime.probe import Probe, difference, noting_calls
 from halve.runtime.product_check import check_product, reference_of
@@ -53,6 +55,7 @@ class Acceleration:
         bytes_after: of the same, packed.
         difference: relative difference of the model's output on the probe, ``|after - before| / |before|``.
         kernel: what multiplies now.
+        decoding: why a next token is computed module by module; empty where it is computed in one call.
     """
 
     swapped: tuple[str, ...] = field(repr=False)
@@ -63,6 +66,7 @@ class Acceleration:
     bytes_after: int
     difference: float
     kernel: str
+    decoding: str
 
     def __str__(self) -> str:
         """Return what a user wants to know of it, as one sentence."""
@@ -71,6 +75,7 @@ class Acceleration:
         return (
             f"{swapped}, {len(self.left_dense)} stay dense; {before:.1f} MB of weights "
             f"take {after:.1f} MB; the output differs by {self.difference:.2g} of its norm; {self.kernel}"
+            f"{'' if self.decoding else ', each next token in one call'}"
         )
 
 
@@ -82,6 +87,7 @@ def accelerate(
     only_where_faster: float | None = 1.0,
     probe: Tensor | Mapping[str, Any] | None = None,
     values: Values = "own",
+    one_call: bool = True,
 ) -> Acceleration:
     """Swap, in place, the linear layers of a model that are in a pattern and whose products are measured to be faster.
 
@@ -100,6 +106,7 @@ def accelerate(
         values: what the kept weights are held as. ``int8`` and ``int4`` round them, see
             `halve.runtime.quantised_matrix.quantise`, and with few rows what they are multiplied with: on the CPU
             alone, at 2:4. The model's ``state_dict`` is then that of the rounded weights.
+        one_call: whether a model of Llama's kind computes each next token in one call, where it can be.
 
     Returns:
         Acceleration: what was swapped, what was not and why.
@@ -136,6 +143,7 @@ def accelerate(
     try:
         swapped.update(_swap(model, chosen, how))
         off = _check_output(asked, before, allowed, swapped, plain)
+        decoding = decode_in_one_call(model) if one_call else "it was not asked for"
     except BaseException:
         _put_back(model, swapped, plain)
         raise
@@ -144,7 +152,7 @@ def accelerate(
     bytes_before = sum(sizes[name] for name in swapped)
     bytes_after = sum(sparse.nbytes for sparse in swapped.values())
     speeds, slower = measured
-    return Acceleration(tuple(swapped), left, slower, speeds, bytes_before, bytes_after, off, kernel)
+    return Acceleration(tuple(swapped), left, slower, speeds, bytes_before, bytes_after, off, kernel, decoding)
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,24 @@ def _quantised_operand(packed: QuantisedMatrix) -> tuple[int, int, int, int, int
     return DTYPES.index(packed.dtype), *parts, packed.d_out, packed.d_in, packed.bits
 
 
+def operand(packed: AnyPacked) -> list[int]:
+    """Return a packed matrix as the compiled decoder takes it, without its bias.
+
+    The numbers are addresses in memory: whoever uses them holds the matrix.
+    """
+    if isinstance(packed, QuantisedMatrix):
+        _, places, codes, scales, d_out, d_in, bits = _quantised_operand(packed)
+        return [bits, places, codes, scales, d_out, d_in]
+    _, mask, values, d_out, d_in, kept, half = _operand(packed)
+    return [0, mask, values, int(half), kept, d_out, d_in]
+
+
+def dense_operand(weight: Tensor) -> list[int]:
+    """Return a dense weight, (d_out, d_in) with d_in a multiple of 64, contiguous, as `operand` a packed one."""
+    d_out, d_in = weight.shape
+    return [0, 0, weight.data_ptr(), 0, d_in, d_out, d_in]
+
+
 def _in_floats(packed: AnyPacked) -> PackedMatrix:
     return packed.dequantised() if isinstance(packed, QuantisedMatrix) else packed
 
