@@ -1,6 +1,9 @@
 """Everything private of PyTorch that Halve uses, in one place: `LEANINGS` says what for and what breaks without it."""
 
-from typing import Literal
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from operator import contains, is_
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from halve.leaning import Leaning
 
 _LINEAR = "tests/runtime/test_linear.py"
 _GPU = "tests/runtime/test_semi_structured.py"
+_DECODING = "tests/runtime/test_decoding.py"
 
 LEANINGS = (
     Leaning(
@@ -105,6 +109,20 @@ LEANINGS = (
         on_instances=True,
     ),
     Leaning(
+        path="torch.nn.Module._parameters",
+        use="whether modules still hold the same",
+        breaks="next tokens would be computed with weights that a model has no more",
+        test=_DECODING,
+        on_instances=True,
+    ),
+    Leaning(
+        path="torch.nn.Module._buffers",
+        use="whether modules still hold the same",
+        breaks="next tokens would be computed with weights that a model has no more",
+        test=_DECODING,
+        on_instances=True,
+    ),
+    Leaning(
         path="torch.nn.modules.conv._ConvNd",
         use="what all convolutions have in common",
         breaks="convolutions could not be told from unknown layers",
@@ -183,6 +201,49 @@ def has_tangent(x: Tensor) -> bool:
 def has_hooks(layer: nn.Module) -> bool:
     """Whether forward hooks are on a layer."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)  # noqa: SLF001
+
+
+def hooks_of(layer: nn.Module) -> list[Any]:
+    """Return the forward hooks on a layer."""
+    return [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]  # noqa: SLF001
+
+
+class Holdings:
+    """What modules hold at one moment: to be asked later, in microseconds, whether they still do.
+
+    Args:
+        modules: those that matter.
+        heard: whether there is anything on a module that wants to see its calls; asked only where it has hooks.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], heard: Callable[[nn.Module], bool]) -> None:
+        self._modules, self._heard = list(modules), heard
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._aliases: list[Tensor] = []
+        self._hooks: list[Any] = []
+        for module in self._modules:
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]  # noqa: SLF001
+            for held in (module._modules, module._parameters, module._buffers):  # noqa: SLF001
+                self._owners += [held] * len(held)
+                self._names += held
+                self._values += held.values()
+            for parameter in module.parameters(recurse=False):
+                self._tensors.append(parameter)
+                self._aliases.append(parameter.detach())  # which keeps its memory, whatever becomes of `data`
+        self._addresses = [alias.data_ptr() for alias in self._aliases]
+        self._attributes = [vars(module) for module in self._modules]
+
+    def last(self) -> bool:
+        """Return whether modules, parameters and buffers are the same, where they were, and nobody sees the calls."""
+        return (
+            all(map(is_, map(dict.get, self._owners, self._names), self._values))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and not (any(self._hooks) and any(map(self._heard, self._modules)))
+        )
 
 
 def children_with_repeats(parent: nn.Module) -> list[tuple[str, nn.Module | None]]:

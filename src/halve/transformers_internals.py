@@ -193,6 +193,26 @@ LEANINGS = (
         parameters=("self", "key_states", "value_states"),
     ),
     Leaning(
+        path="transformers.models.llama.modeling_llama.LlamaModel.forward",
+        use="computing the next token in one call in its place",
+        breaks="small models would generate text half as fast",
+        test="tests/runtime/test_decoding.py",
+        parameters=("self", "input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
+    ),
+    Leaning(
+        path="transformers.modeling_outputs.BaseModelOutputWithPast",
+        use="what an inner model returns",
+        breaks="small models would generate text half as fast",
+        test="tests/runtime/test_decoding.py",
+    ),
+    Leaning(
+        path="transformers.utils.output_capturing",
+        use="telling the hooks of transformers from a user's",
+        breaks="once a model has been asked for hidden states, its next tokens would be computed module by module",
+        test="tests/runtime/test_decoding.py",
+        optional=True,
+    ),
+    Leaning(
         path="transformers.integrations.sdpa_attention.use_gqa_in_sdpa",
         use="letting the queries that share keys go through attention together",
         breaks="on the CPU, attention over a long text takes up to twice as long in float32",
@@ -291,6 +311,9 @@ LEANINGS = (
         test="tests/learning/test_options.py",
     ),
 )
+
+OUTPUT_CAPTURING = "transformers.utils.output_capturing"
+"""The module of hooks that stay on a model once it has been asked for more than its output."""
 
 _IMPORTED = {
     entry.name: entry for entry in LEANINGS if entry.path.count(".") == 2 and "PreTrainedModel" not in entry.path

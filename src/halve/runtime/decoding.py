@@ -12,7 +12,7 @@ What the modules hold is looked at before each token: a layer that is swapped, c
 import copy
 from collections.abc import Iterator
 from inspect import signature
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,8 +25,8 @@ from halve.runtime.compiled import instruction_sets, library, quantised_instruct
 from halve.runtime.linear import SparseLinear
 from halve.runtime.native import dense_operand, operand
 from halve.runtime.packed_matrix import DTYPES
-from halve.torch_internals import has_hooks, is_recorded
-from halve.transformers_internals import DynamicCache, DynamicLayer
+from halve.torch_internals import Holdings, hooks_of, is_recorded
+from halve.transformers_internals import OUTPUT_CAPTURING, BaseModelOutputWithPast, DynamicCache, DynamicLayer
 
 MOST_SEQUENCES = 16
 """That are decoded at once; with more, products take another way."""
@@ -139,8 +139,6 @@ class NextToken:
             position: (batch or 1, 1); None where it follows from the cache.
             mask: (batch, tokens), 0 where one is padding; None where none is.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         compiled = self._compiled
         assert compiled is not None  # noqa: S101 - _asked has seen to it
         room = self._rooms.get(cache)
@@ -273,14 +271,6 @@ class _Room:
             layer.keys, layer.values = shown
 
 
-class _Attribute(NamedTuple):
-    """Something that a module held when its blocks were compiled."""
-
-    held: dict[str, Any]
-    name: str
-    value: Any
-
-
 class _Compiled:
     """Blocks of a model, compiled for the parts that their modules hold now.
 
@@ -307,17 +297,11 @@ class _Compiled:
             attention.scaling,
             0 if norm is None else cast("Tensor", norm.weight).data_ptr(),
         )
-        self._attributes: list[_Attribute] = []
-        self._modules: list[nn.Module] = []
-        self._tensors: list[tuple[Tensor, Tensor]] = []
-        if inner is not None:
-            self._watch(inner.get_submodule("norm"))
-            self._watch(inner.get_submodule("layers"))
         for block in blocks:
             norms = [0 if part is None else part.weight.data_ptr() for part in _norms(block)]
             self._decoder.add(norms, [_operand(layer) for layer in _layers(block)])
-            for module in block.modules():
-                self._watch(module)
+        others = [] if inner is None else [inner.get_submodule("norm"), inner.get_submodule("layers")]
+        self._holdings = Holdings([*others, *(module for block in blocks for module in block.modules())], _is_heard)
 
     def run(self, x: Tensor, room: _Room, cosines: Tensor, sines: Tensor, mask: Tensor | None) -> Tensor:
         """Return what the blocks, and the norm, make of one token of each sequence, (sequences, 1, hidden).
@@ -348,21 +332,9 @@ class _Compiled:
         )
         return x
 
-    def _watch(self, module: nn.Module) -> None:
-        self._modules.append(module)
-        for held in (module._modules, module._parameters, module._buffers):  # noqa: SLF001
-            for name, value in held.items():
-                self._attributes.append(_Attribute(held, name, value))
-                if isinstance(value, nn.Parameter):
-                    self._tensors.append((value, value.detach()))  # which keeps its memory, whatever `data` becomes
-
     def holds(self) -> bool:
         """Return whether the modules still hold what was compiled, and nobody listens to them."""
-        return (
-            all(held.get(name) is value for held, name, value in self._attributes)
-            and all(now.data_ptr() == then.data_ptr() for now, then in self._tensors)
-            and not any("forward" in vars(module) or _is_heard(module) for module in self._modules)
-        )
+        return self._holdings.last()
 
 
 def _blocks(inner: nn.Module) -> Iterator[Any]:
@@ -372,10 +344,7 @@ def _blocks(inner: nn.Module) -> Iterator[Any]:
 
 def _is_heard(module: nn.Module) -> bool:
     """Return whether hooks are on a module but those of transformers, which wait for somebody to ask for its output."""
-    if not has_hooks(module):
-        return False
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return any(getattr(hook, "__module__", "") != OUTPUT_CAPTURING for hook in hooks_of(module))
 
 
 def _layers(block: Any) -> list[Any]:
