@@ -193,6 +193,11 @@ def is_recorded() -> bool:
     )
 
 
+def writes_to(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place; 0 for one made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
+
+
 def has_tangent(x: Tensor) -> bool:
     """Whether a forward-mode derivative goes with ``x``."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]  # noqa: SLF001

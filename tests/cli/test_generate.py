@@ -83,6 +83,30 @@ def test_a_packed_checkpoint_is_generated_from_too(pruned, tmp_path, monkeypatch
         assert "is packed, and runs sparse on the CPU" in " ".join(result.stderr.split())
 
 
+def test_the_head_multiplies_in_integers_where_asked(pruned, tmp_path):
+    assert run(app, ["pack", str(pruned), "--out", str(tmp_path / "packed"), "--pattern", "2:4"]).exit_code == 0
+    for directory in (pruned, tmp_path / "packed"):
+        result = run(app, ["generate", str(directory), *ASKED, "--head", "int8"])
+        assert result.exit_code == 0, result.output
+        assert ", the head in int8" in result.stderr
+        assert ", the head in int8" not in run(app, ["generate", str(directory), *ASKED]).stderr
+
+
+def test_a_next_token_in_one_call_is_said(tmp_path):
+    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    model = prune_layers(decoder("llama", vocab_size=320, eos_token_id=None, **wide))
+    model.save_pretrained(tmp_path / "wide")
+    byte_bpe().save_pretrained(tmp_path / "wide")
+    assert (
+        run(app, ["pack", str(tmp_path / "wide"), "--out", str(tmp_path / "packed"), "--pattern", "2:4"]).exit_code == 0
+    )
+    expected = text_of(tmp_path / "wide")
+    for name in ("wide", "packed"):
+        result = run(app, ["generate", str(tmp_path / name), *ASKED])
+        assert result.stdout == expected + "\n"
+        assert ", each next token in one call" in result.stderr
+
+
 def test_what_runs_dense_says_why(pruned, faster, tmp_path):
     faster["ratio"] = 0.8
     result = run(app, ["generate", str(pruned), *ASKED])
@@ -127,6 +151,8 @@ def test_threads_and_dtype(pruned, monkeypatch):
         (["--dtype", "int8"], "dtype 'int8' is not known"),
         (["--device", "tpu"], "device 'tpu' is not understood"),
         (["--temperature", "-1"], "temperature is -1.0: give"),
+        (["--head", "int4"], "--head is 'int4': give own or int8"),
+        (["--head", "int8", "--dense"], "--dense rounds nothing: leave --head out"),
     ],
 )
 def test_bad_arguments_are_refused(pruned, arguments, says):

@@ -9,9 +9,16 @@ from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.runtime import native
 from halve.runtime.compiled import quantised_instruction_sets
-from halve.runtime.native import REFERENCE, expand, quantised_input, register_rows, sparse_linear
+from halve.runtime.native import (
+    REFERENCE,
+    dense_integers_linear,
+    expand,
+    quantised_input,
+    register_rows,
+    sparse_linear,
+)
 from halve.runtime.packed_matrix import DTYPES, OVERREAD, pack, unpack
-from halve.runtime.quantised_matrix import QuantisedMatrix, quantise, quantised_bytes, why_not
+from halve.runtime.quantised_matrix import QuantisedMatrix, quantise, quantise_dense, quantised_bytes, why_not
 from packed_matrices import UNIT, every_dtype, pruned, same_bits
 
 ALL = ("avx512", "avxvnni", "avx2", "portable")
@@ -181,6 +188,37 @@ def test_products_are_those_of_quantised_inputs_in_float64(instruction_set, matr
     got = sparse_linear(x, matrix, bias, instruction_set)
     assert (got.shape, got.dtype) == ((batch, matrix.d_out), matrix.dtype)
     assert_close(got, quantised_input(x), read_by_hand(matrix), bias)
+
+
+@needs_kernel
+@every_set
+@given(d_in=st.integers(1, 300), d_out=st.integers(1, 13), dtype=st.sampled_from(DTYPES), batch=st.integers(0, 8))
+def test_products_with_dense_integers_are_those_of_quantised_inputs_in_float64(
+    instruction_set, d_in, d_out, dtype, batch
+):
+    generator = torch.Generator().manual_seed(d_in)
+    weight = torch.randn(d_out, d_in, generator=generator).to(dtype)
+    x = torch.randn(batch, d_in, generator=generator).to(dtype)
+    matrix = quantise_dense(weight)
+    held = torch.zeros(d_out, d_in, dtype=torch.float64)
+    for row in range(d_out):
+        for column in range(d_in):
+            scale = float(matrix.scales[row * 2 * -(-d_in // 128) + column // 64])
+            held[row, column] = int(matrix.codes[row, column]) * scale
+            assert abs(float(weight[row, column]) - float(held[row, column])) <= scale * 0.51
+    got = dense_integers_linear(x, matrix, instruction_set)
+    assert (got.shape, got.dtype) == ((batch, d_out), dtype)
+    assert_close(got, quantised_input(x), held, torch.zeros(d_out))
+
+
+@needs_kernel
+def test_dense_integers_multiply_nothing_that_does_not_go_with_them():
+    matrix = quantise_dense(torch.randn(8, 64))
+    for x in (torch.randn(2, 65), torch.randn(2, 64).double(), torch.randn(64, device="meta")):
+        with pytest.raises(InputError, match="no kernel for x"):
+            dense_integers_linear(x, matrix)
+    with pytest.raises(InputError, match="too large to be quantised"):
+        quantise_dense(torch.full((2, 64), 1e30))
 
 
 @needs_kernel

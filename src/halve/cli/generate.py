@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -16,6 +16,7 @@ from halve.errors import InputError, counted
 if TYPE_CHECKING:
     from halve.checkpoint.load import LoadedModel
     from halve.maths.grid import Bits
+    from halve.runtime.accelerate import Head
     from halve.runtime.quantised_matrix import Values
 
 
@@ -29,6 +30,9 @@ def generate(
     dense: Annotated[bool, typer.Option("--dense", help="Do not run pruned layers sparse, for comparison.")] = False,
     values: Annotated[
         str, typer.Option(help="What pruned layers hold: own (as they are), bf16, int8 or int4 (rounded, on the CPU).")
+    ] = "own",
+    head: Annotated[
+        str, typer.Option(help="What a dense output layer multiplies with: own, or int8 (rounded, on the CPU).")
     ] = "own",
     threads: ThreadsOption = None,
     dtype: Annotated[
@@ -48,14 +52,14 @@ def generate(
 
         place = resolve_device(_device_of(model, device, dense=dense))
         check_asked(prompt, max_new_tokens, temperature)
-        _check_values(model, values, dense=dense)
+        _check_values(model, values, head, dense=dense)
         say(err, "loading …")
         loaded = load(model, dtype=None if dtype is None else parse_dtype(dtype), trust_remote_code=trust_remote_code)
         loaded.model.to(place)  # type: ignore[arg-type]
         for note in loaded.notes:
             say(err, note, label="note", style="yellow")
         check_prompt(loaded, prompt, max_new_tokens=max_new_tokens, raw=raw)
-        how = "dense, as asked" if dense else _accelerate(loaded, values)
+        how = "dense, as asked" if dense else _accelerate(loaded, values, head)
 
         def write(text: str) -> None:
             sys.stdout.write(text)
@@ -103,8 +107,8 @@ def _device_of(model: str, device: str, *, dense: bool) -> str:
     return "cpu"
 
 
-def _check_values(model: str, values: str, *, dense: bool) -> None:
-    """Check what was asked of a model's values, before it is loaded.
+def _check_values(model: str, values: str, head: str, *, dense: bool) -> None:
+    """Check what was asked of a model's values and of its head, before it is loaded.
 
     Raises:
         InputError: there is no such kind; the model runs dense, or is packed and has the values that it was packed
@@ -112,9 +116,14 @@ def _check_values(model: str, values: str, *, dense: bool) -> None:
     """
     from halve.checkpoint.directory import is_packed
     from halve.maths.pattern import Pattern
+    from halve.runtime.accelerate import Head
     from halve.runtime.quantised_matrix import bits_of
 
     bits_of(values, Pattern("2:4"))
+    if head not in get_args(Head):
+        raise InputError(f"--head is {head!r}: give {' or '.join(get_args(Head))}")
+    if dense and head != "own":
+        raise InputError("--dense rounds nothing: leave --head out")
     if values == "own":
         return
     if dense:
@@ -123,29 +132,34 @@ def _check_values(model: str, values: str, *, dense: bool) -> None:
         raise InputError(f"{model} is packed, and runs with the values that it was packed with: leave --values out")
 
 
-def _accelerate(loaded: "LoadedModel", values: str) -> str:
+def _accelerate(loaded: "LoadedModel", values: str, head: str) -> str:
     """Run a model's pruned layers sparse, and return what came of it."""
-    from halve.runtime.accelerate import accelerate
+    from halve.runtime.accelerate import accelerate, quantise_head
     from halve.runtime.decoding import computes_in_one_call
     from halve.runtime.linear import SparseLinear
     from halve.runtime.speed import describe
 
+    in_head = "" if head == "own" else f", the head in {head}"
     layers = [module for module in loaded.model.modules() if isinstance(module, SparseLinear)]
     if layers:
         bits = cast("Bits | None", layers[0].bits or None)
+        if head != "own":
+            quantise_head(loaded.model)
         one_call = ", each next token in one call" if computes_in_one_call(loaded.model) else ""
-        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}{one_call}"
+        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}{in_head}{one_call}"
     try:
-        done = accelerate(loaded.model, pattern=_pattern(loaded), values=cast("Values", values))
+        done = accelerate(
+            loaded.model, pattern=_pattern(loaded), values=cast("Values", values), head=cast("Head", head)
+        )
     except InputError as error:
-        if values != "own":  # which was asked for in so many words
+        if values != "own" or head != "own":  # which was asked for in so many words
             raise
         return f"dense: {error}"
     saved = 1 - done.bytes_after / done.bytes_before
     dense = f", {len(done.slower)} left dense that would be no faster" if done.slower else ""
     swapped = counted(len(done.swapped), "layer runs sparse, its", "layers run sparse, their")
     one_call = "" if done.decoding else ", each next token in one call"
-    return f"{swapped} weights {saved:.0%} smaller{dense}; {done.kernel}{one_call}"
+    return f"{swapped} weights {saved:.0%} smaller{dense}; {done.kernel}{in_head}{one_call}"
 
 
 def _pattern(loaded: "LoadedModel") -> str:

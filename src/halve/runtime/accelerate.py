@@ -9,7 +9,7 @@ have their next tokens computed in one call (`halve.runtime.decoding`), held to 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_lin
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
 from halve.runtime.decoding import decode_in_one_call
-from halve.runtime.linear import SparseLinear
+from halve.runtime.linear import IntegerHead, SparseLinear, why_no_integer_head
 from halve.runtime.probe import Probe, difference, noting_calls
 from halve.runtime.product_check import check_product, reference_of
 from halve.runtime.quantised_matrix import Values, bits_of
@@ -41,6 +41,9 @@ _QUANTISED_OUTPUT: dict[Bits, float] = {8: 0.2, 4: 0.7}
 
 Sparse = SparseLinear | SemiStructuredLinear
 
+Head = Literal["own", "int8"]
+"""What a dense output layer multiplies a few rows with."""
+
 
 @dataclass(frozen=True)
 class Acceleration:
@@ -55,6 +58,7 @@ class Acceleration:
         bytes_after: of the same, packed.
         difference: relative difference of the model's output on the probe, ``|after - before| / |before|``.
         kernel: what multiplies now.
+        head: what the output layer multiplies a few rows with.
         decoding: why a next token is computed module by module; empty where it is computed in one call.
     """
 
@@ -66,6 +70,7 @@ class Acceleration:
     bytes_after: int
     difference: float
     kernel: str
+    head: Head
     decoding: str
 
     def __str__(self) -> str:
@@ -75,6 +80,7 @@ class Acceleration:
         return (
             f"{swapped}, {len(self.left_dense)} stay dense; {before:.1f} MB of weights "
             f"take {after:.1f} MB; the output differs by {self.difference:.2g} of its norm; {self.kernel}"
+            f"{'' if self.head == 'own' else f', the head in {self.head}'}"
             f"{'' if self.decoding else ', each next token in one call'}"
         )
 
@@ -87,6 +93,7 @@ def accelerate(
     only_where_faster: float | None = 1.0,
     probe: Tensor | Mapping[str, Any] | None = None,
     values: Values = "own",
+    head: Head = "own",
     one_call: bool = True,
 ) -> Acceleration:
     """Swap, in place, the linear layers of a model that are in a pattern and whose products are measured to be faster.
@@ -106,6 +113,8 @@ def accelerate(
         values: what the kept weights are held as. ``int8`` and ``int4`` round them, see
             `halve.runtime.quantised_matrix.quantise`, and with few rows what they are multiplied with: on the CPU
             alone, at 2:4. The model's ``state_dict`` is then that of the rounded weights.
+        head: ``int8`` lets a dense output layer multiply a few rows with its weight in integers of 8 bits, which it
+            then holds beside its own (`halve.runtime.linear.IntegerHead`): on the CPU alone. ``own`` leaves it alone.
         one_call: whether a model of Llama's kind computes each next token in one call, where it can be.
 
     Returns:
@@ -128,6 +137,7 @@ def accelerate(
             f"no linear layer of this {type(model).__name__} can run sparse at {pattern} ({_most_common(left)}): prune "
             "it first, or give its pattern"
         )
+    output_layer = _head_to_quantise(model, chosen, head)
     asked = Probe.of(model, probe)
     before = _dense_output(asked, chosen, left)
     how = _How(pattern, batch, bits)
@@ -135,6 +145,7 @@ def accelerate(
     kernel = speed.describe(layer_matrix(next(iter(chosen.values()))).device, bits)
     sizes = {name: layer_matrix(layer).nbytes for name, layer in chosen.items()}
     allowed = _allowed(chosen) if bits is None else _QUANTISED_OUTPUT[bits]
+    allowed = allowed if output_layer is None else max(allowed, _QUANTISED_OUTPUT[8])
     plain = {
         name: _Plain(bool(layer.weight.requires_grad), None if bits is None else layer)
         for name, layer in chosen.items()
@@ -142,17 +153,21 @@ def accelerate(
     swapped: dict[str, Sparse] = {}
     try:
         swapped.update(_swap(model, chosen, how))
+        if output_layer is not None:
+            _replace(model, output_layer, IntegerHead(output_layer))
         off = _check_output(asked, before, allowed, swapped, plain)
         decoding = decode_in_one_call(model) if one_call else "it was not asked for"
     except BaseException:
         _put_back(model, swapped, plain)
+        for integers in [module for module in model.modules() if isinstance(module, IntegerHead)]:
+            _replace(model, integers, integers.plain())
         raise
     readers = [name for name in plain if name not in swapped]
     left |= dict.fromkeys(readers, "the model reads its weight, which would be expanded each time")
     bytes_before = sum(sizes[name] for name in swapped)
     bytes_after = sum(sparse.nbytes for sparse in swapped.values())
     speeds, slower = measured
-    return Acceleration(tuple(swapped), left, slower, speeds, bytes_before, bytes_after, off, kernel, decoding)
+    return Acceleration(tuple(swapped), left, slower, speeds, bytes_before, bytes_after, off, kernel, head, decoding)
 
 
 @dataclass(frozen=True)
@@ -223,6 +238,48 @@ def _candidates(model: nn.Module, pattern: Pattern, values: Values) -> tuple[dic
         else:
             chosen[name] = module
     return chosen, left
+
+
+def quantise_head(model: nn.Module) -> None:
+    """Let a model's dense output layer multiply a few rows in integers, as `accelerate` does with ``head="int8"``.
+
+    Raises:
+        InputError: the model has no output layer that can.
+    """
+    layer = _head_of(model)
+    _replace(model, layer, IntegerHead(layer))
+
+
+def _head_of(model: nn.Module) -> nn.Linear:
+    """Return the output layer of a model, which can multiply in integers.
+
+    Raises:
+        InputError: it cannot, or there is none.
+    """
+    asked: Any = getattr(model, "get_output_embeddings", lambda: None)
+    found = asked()
+    name = type(model).__name__
+    if not isinstance(found, nn.Linear) or not is_plain_linear(found) or has_hooks(found) or "forward" in vars(found):
+        raise InputError(f"this {name} has no plain linear output layer that could multiply in int8: leave head out")
+    if reason := why_no_integer_head(found):
+        raise InputError(f"the output layer of this {name} {reason}: leave head out")
+    return found
+
+
+def _head_to_quantise(model: nn.Module, chosen: Mapping[str, nn.Module], head: str) -> nn.Linear | None:
+    """Return the output layer that is to multiply in integers, None if none is.
+
+    Raises:
+        InputError: there is no such kind of head, or the model has no head that can have it.
+    """
+    if head not in get_args(Head):
+        raise InputError(f"head is {head!r}: give {' or '.join(get_args(Head))}")
+    if head == "own":
+        return None
+    found = _head_of(model)
+    if any(found is layer for layer in chosen.values()):
+        raise InputError(f"the output layer of this {type(model).__name__} is pruned and runs sparse: leave head out")
+    return found
 
 
 def _why_dense(layer: nn.Module, pattern: Pattern, values: Values, *, shared: bool) -> str:

@@ -14,10 +14,16 @@ from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
-from halve.runtime.native import AnyPacked, expand, sparse_linear
+from halve.runtime.native import (
+    AnyPacked,
+    dense_integers_linear,
+    expand,
+    multiplies_dense_integers,
+    sparse_linear,
+)
 from halve.runtime.packed_matrix import DTYPES, PackedMatrix, pack
-from halve.runtime.quantised_matrix import QuantisedMatrix, quantise
-from halve.torch_internals import has_tangent, is_recorded
+from halve.runtime.quantised_matrix import QuantisedMatrix, quantise, quantise_dense
+from halve.torch_internals import has_tangent, is_recorded, writes_to
 
 Parts = tuple[Tensor, Tensor, Tensor | None, int, str, int, int]
 """What operators take of a packed matrix: mask, values, None, d_in, pattern, 0 and the number of its dtype in `DTYPES`;
@@ -210,3 +216,63 @@ class SparseLinear(CompressedLinear):
             return
         packed = pack(matrix.to("cpu", self.empty.dtype), self.pattern)
         self._hold(quantise(packed, cast("Bits", self.bits)) if self.bits else packed)
+
+
+def why_no_integer_head(layer: nn.Linear) -> str:
+    """Return what keeps an output layer from being an `IntegerHead`; empty if nothing does."""
+    if layer.bias is not None:
+        return "has a bias"
+    if layer.weight.dtype not in DTYPES or layer.weight.device.type != "cpu":
+        held = str(layer.weight.dtype).removeprefix("torch.")
+        return f"is {held} on {layer.weight.device}, not bfloat16, float16 or float32 on the CPU"
+    return "" if multiplies_dense_integers(1) else "has no compiled kernels to multiply with"
+
+
+class IntegerHead(nn.Linear):
+    """A model's output layer whose weight is there a second time, in integers of 8 bits, for products of a few rows.
+
+    The weight itself stays, shared with the input embeddings or not: it is what is saved, what more rows are multiplied
+    with, and what is multiplied with wherever a gradient is wanted or something records what is computed.
+
+    Args:
+        layer: the plain one, of which `why_no_integer_head` has nothing to say.
+
+    Raises:
+        InputError: the weight is not finite, or too large to be quantised.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = layer.weight
+        self.register_parameter("bias", None)
+        self._quantise()
+
+    def _quantise(self) -> None:
+        self._made_of = self._state()
+        self._integers = quantise_dense(self.weight.detach())
+
+    def _state(self) -> tuple[int, int]:
+        """Return what changes when the weight does."""
+        return self.weight.data_ptr(), writes_to(self.weight)
+
+    def plain(self) -> nn.Linear:
+        """Return the plain layer; the weight is shared."""
+        layer = nn.Linear(1, 1, bias=False, device="meta")
+        layer.in_features, layer.out_features, layer.weight = self.in_features, self.out_features, self.weight
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) for x of shape (..., in_features)."""
+        wanted = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        rows = x.numel() // self.in_features
+        same = x.dtype == self.weight.dtype and x.is_cpu and self.weight.is_cpu
+        if wanted or _watched(x) or torch.is_autocast_enabled("cpu") or not same or not multiplies_dense_integers(rows):
+            return nn.functional.linear(x, self.weight)
+        if self._state() != self._made_of:
+            self._quantise()
+        return dense_integers_linear(x, self._integers)
+
+    def extra_repr(self) -> str:
+        """Return what is printed between the brackets."""
+        return f"{super().extra_repr()}, values=int8"

@@ -19,7 +19,7 @@ from torch import Tensor
 from halve.errors import InputError
 from halve.runtime.compiled import broken, instruction_sets, library, quantised_instruction_sets
 from halve.runtime.packed_matrix import DTYPES, PackedMatrix, unpack
-from halve.runtime.quantised_matrix import QuantisedMatrix
+from halve.runtime.quantised_matrix import DenseIntegers, QuantisedMatrix
 from halve.torch_internals import has_dense_products, processor_has
 
 AnyPacked = PackedMatrix | QuantisedMatrix
@@ -193,6 +193,48 @@ def dense_linear(x: Tensor, weight: Tensor, instruction_set: str | None = None) 
         torch.get_num_threads(),
     )
     return y
+
+
+def dense_integers_linear(x: Tensor, matrix: DenseIntegers, instruction_set: str | None = None) -> Tensor:
+    """Return ``x Wᵀ`` for a dense W of integers; x is quantised too, as for a quantised packed one.
+
+    Args:
+        x: (..., d_in), of the matrix's dtype, with at most as many rows as `multiplies_dense_integers` says.
+        matrix: W, (d_out, d_in).
+        instruction_set: one of `quantised_instruction_sets`; None takes the best.
+
+    Raises:
+        InputError: x does not go with the matrix, or nothing was compiled.
+    """
+    names, (d_out, d_in) = quantised_instruction_sets(), matrix.shape
+    name = instruction_set or (names[0] if names else "")
+    if name not in names or x.shape[-1:] != (d_in,) or x.dtype != matrix.dtype or not x.is_cpu:
+        raise InputError(f"no kernel for x {tuple(x.shape)} in {x.dtype} and dense integers {matrix.shape}")
+    flat = x.reshape(-1, d_in).contiguous()
+    y = flat.new_empty(len(flat), d_out)
+    if len(flat):
+        library.multiply_quantised(
+            name,
+            DTYPES.index(matrix.dtype),
+            0,
+            matrix.codes.data_ptr(),
+            matrix.scales.data_ptr(),
+            d_out,
+            d_in,
+            8,
+            flat.data_ptr(),
+            len(flat),
+            0,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return y.view(*x.shape[:-1], d_out)
+
+
+def multiplies_dense_integers(rows: int) -> bool:
+    """Return whether so many rows are multiplied with dense integers here, rather than with a dense matrix."""
+    names = quantised_instruction_sets()
+    return bool(names) and rows <= _register_rows_here(names[0], None)
 
 
 def _operand(packed: PackedMatrix) -> tuple[int, int, int, int, int, int, bool]:

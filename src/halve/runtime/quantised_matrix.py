@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halve.errors import InputError
-from halve.maths.grid import LARGEST, LOWEST, Bits, nearest, recovered
+from halve.maths.grid import COLUMNS, LARGEST, LOWEST, Bits, nearest, recovered
 from halve.maths.pattern import Pattern
 from halve.runtime.packed_matrix import (
     DTYPES,
@@ -150,6 +150,38 @@ class QuantisedMatrix:
             columns.scatter_(-1, places.long(), value=True)
             mask[start:stop] = gather_bits(columns.flatten(1), mask.shape[1])
         return PackedMatrix(mask, values, self.shape, PATTERN)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseIntegers:
+    """A dense matrix of integers of 8 bits; made by `quantise_dense`."""
+
+    codes: Tensor
+    """int8, (d_out, 128 strips): the integers in the order of their columns, filled up to whole strips with zeros."""
+    scales: Tensor
+    """float16, (2 d_out strips + 64,): one for each 64 columns of row after row, then 64 of no meaning."""
+    shape: tuple[int, int]
+    """(d_out, d_in)."""
+    dtype: torch.dtype
+    """Of x and of the products."""
+
+
+def quantise_dense(weight: Tensor) -> DenseIntegers:
+    """Quantise a dense matrix, (d_out, d_in), one of `DTYPES`, each weight to the nearest integer of 8 bits.
+
+    Raises:
+        InputError: weights are not finite, or too large for a float16 scale.
+    """
+    d_out, d_in = weight.shape
+    strips = -(-d_in // STRIP)
+    codes = torch.empty(d_out, STRIP * strips, dtype=torch.int8)
+    scales = torch.zeros(2 * d_out * strips + OVERREAD, dtype=torch.float16)
+    for start, stop in row_chunks((d_out, d_in)):
+        rows = torch.nn.functional.pad(weight[start:stop].float(), (0, STRIP * strips - d_in))
+        found, of_words = nearest(rows.view(stop - start, 2 * strips, COLUMNS), 8)
+        codes[start:stop] = found.flatten(1)
+        scales[2 * start * strips : 2 * stop * strips] = of_words.flatten()
+    return DenseIntegers(codes, scales, (d_out, d_in), weight.dtype)
 
 
 def bits_of(values: str, pattern: Pattern) -> Bits | None:

@@ -28,7 +28,7 @@ inline std::size_t rows_of_part(std::size_t rows, std::size_t bytes, std::size_t
     const std::size_t most = std::max<std::size_t>(1, PART_BYTES / bytes / PART_ROWS) * PART_ROWS;
     const std::size_t rounds = std::max<std::size_t>(1, (rows + most * threads - 1) / (most * threads));
     const std::size_t even = (rows + rounds * threads - 1) / (rounds * threads);
-    return std::min(most, (even + PART_ROWS - 1) / PART_ROWS * PART_ROWS);
+    return std::max(PART_ROWS, std::min(most, (even + PART_ROWS - 1) / PART_ROWS * PART_ROWS));
 }
 
 // Memory that a thread keeps from call to call, for what its calls need while they run; aligned to 64.
