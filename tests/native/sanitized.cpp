@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../../src/native/packed/crew.hpp"
+#include "../../src/native/packed/decoder.hpp"
 #include "../../src/native/packed/packing.hpp"
 #include "../../src/native/packed/quantised.hpp"
 #include "../../src/native/packed/sparse_linear.hpp"
@@ -263,6 +264,74 @@ bool packs() {
     return used == dense.size() / 2 && !pack_rows(job, sizeof(Bits) == 4, 0, 1);
 }
 
+// Blocks in which dense and quantised matrices alternate, on three threads and on one: the same bits, and numbers. Keys
+// and values lie in memory that ends with the last token that there is room for.
+bool decodes(const char* name, Values held, const Kernels& plain, const QuantisedKernels& integers,
+             const BetweenKernels& between) {
+    constexpr std::size_t HIDDEN = 64, HEADS = 2, KEY_HEADS = 1, WIDTH = 32, INNER = 64, BATCH = 2, BLOCKS = 2, LENGTH = 20;
+    const std::size_t element = held == Values::fp32 ? 4 : 2;
+    std::vector<std::unique_ptr<Exact>> arrays;
+    const auto numbers = [&](std::size_t count, std::size_t more = 0) {
+        arrays.push_back(std::make_unique<Exact>((count + more) * element, element));
+        for (std::size_t i = 0; i < count; ++i)
+            put(held, arrays.back()->data + i * element, 1 + int(random_bits() % 3));
+        return arrays.back()->data;
+    };
+    const auto dense = [&](std::size_t d_out, std::size_t d_in) {
+        return Weight{false, {nullptr, numbers(d_out * d_in, OVERREAD), d_out, d_in, d_in, false}, {}, numbers(d_out)};
+    };
+    const auto quantised = [&](std::size_t d_out, std::size_t d_in) {
+        const std::size_t strips = (d_in + STRIP - 1) / STRIP;
+        arrays.push_back(std::make_unique<Exact>(d_out * strips * STRIP, 1));
+        char* const codes = arrays.back()->data;
+        for (std::size_t row = 0; row < d_out; ++row)
+            for (std::size_t i = 0; i < d_in; ++i) codes[row * strips * STRIP + i] = char(random_bits() % 9 - 4);
+        arrays.push_back(std::make_unique<Exact>((2 * d_out * strips + OVERREAD) * 2, 2));
+        auto* const scales = reinterpret_cast<std::uint16_t*>(arrays.back()->data);
+        for (std::size_t i = 0; i < 2 * d_out * strips; ++i) scales[i] = 0x2400;  // 1/64
+        return Weight{true, {}, {nullptr, reinterpret_cast<std::uint8_t*>(codes), scales, d_out, d_in, 8}, nullptr};
+    };
+    const void* const last_norm = numbers(HIDDEN);
+    Decoder decoder(held, plain, integers, between, {HIDDEN, HEADS, KEY_HEADS, WIDTH, INNER, 1e-5f, 0.2f}, last_norm);
+    for (std::size_t i = 0; i < BLOCKS; ++i)
+        decoder.add({numbers(HIDDEN), numbers(HIDDEN), i ? numbers(WIDTH) : nullptr, i ? numbers(WIDTH) : nullptr,
+                     dense(HEADS * WIDTH, HIDDEN), quantised(KEY_HEADS * WIDTH, HIDDEN), dense(KEY_HEADS * WIDTH, HIDDEN),
+                     dense(HIDDEN, HEADS * WIDTH), quantised(INNER, HIDDEN), dense(INNER, HIDDEN),
+                     quantised(HIDDEN, INNER)});
+    const std::size_t bytes = BATCH * HIDDEN * element;
+    const char* const embedded = numbers(BATCH * HIDDEN);
+    std::vector<std::uint8_t> shown(BATCH * (LENGTH + 1), 1);
+    shown[0] = shown[1] = 0;
+    Step step{BATCH, nullptr, numbers(BATCH * WIDTH), numbers(BATCH * WIDTH), {}, LENGTH, LENGTH + 1, shown.data(), 1};
+    for (std::size_t i = 0; i < BLOCKS; ++i)
+        step.tokens.push_back({numbers(BATCH * KEY_HEADS * (LENGTH + 1) * WIDTH),
+                               numbers(BATCH * KEY_HEADS * (LENGTH + 1) * WIDTH)});
+    std::vector<std::vector<char>> found;
+    for (const std::size_t threads : {1, 3}) {
+        Exact x(bytes, element);
+        std::memcpy(x.data, embedded, bytes);
+        step.x = x.data;
+        step.threads = threads;
+        decoder.run(step);
+        found.emplace_back(x.data, x.data + bytes);
+    }
+    bool right = found[0] == found[1];
+    for (std::size_t i = 0; i < BATCH * HIDDEN; ++i) {
+        const double value = widened(held, found[0].data() + i * element);
+        right &= value == value && std::fabs(value) < 1e4;
+    }
+    std::printf("%s, next token, kind %d: %s\n", name, int(held), right ? "right" : "WRONG");
+    return right;
+}
+
+bool all_decode(const char* name, Kernels (*plain)(Values), const QuantisedKernels& integers,
+                BetweenKernels (*between)(Values)) {
+    bool right = true;
+    for (const Values held : {Values::bf16, Values::fp16, Values::fp32})
+        right &= decodes(name, held, plain(held), integers, between(held));
+    return right;
+}
+
 }  // namespace
 
 int main() {
@@ -271,14 +340,20 @@ int main() {
     alarm(0);
     right &= all("portable", halve::portable::sparse_linear_kernels);
     right &= all_quantised("portable", halve::portable::quantised_kernels());
+    right &= all_decode("portable", halve::portable::sparse_linear_kernels, halve::portable::quantised_kernels(),
+                        halve::portable::between_kernels);
 #ifdef HALVE_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        right &= all("avx2", halve::avx2::sparse_linear_kernels) & all_quantised("avx2", halve::avx2::quantised_kernels());
+        right &= all("avx2", halve::avx2::sparse_linear_kernels) & all_quantised("avx2", halve::avx2::quantised_kernels()) &
+                 all_decode("avx2", halve::avx2::sparse_linear_kernels, halve::avx2::quantised_kernels(),
+                            halve::avx2::between_kernels);
     else
         std::puts("avx2: not on this processor");
     if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
-        right &= all("avx512", halve::avx512::sparse_linear_kernels);
+        right &= all("avx512", halve::avx512::sparse_linear_kernels) &
+                 all_decode("avx512", halve::avx512::sparse_linear_kernels, halve::portable::quantised_kernels(),
+                            halve::avx512::between_kernels);
     else
         std::puts("avx512: not on this processor");
     if (__builtin_cpu_supports("avxvnni"))
