@@ -19,6 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from halve.runtime.kernels import LANE_ROWS
+from halve.runtime.kernels.triton_groups import (
+    bits_of,
+    four_numbers,
+    integers,
+    narrowed,
+    places_of_bits,
+    places_of_bytes,
+    scales,
+    spread,
+    two_numbers,
+)
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton interprets these kernels, on the CPU, instead of compiling them."""
@@ -112,48 +123,14 @@ def expand(parts: tuple[Tensor, ...], bits: int | None, out: Tensor, start: int)
 
 
 @triton.jit
-def _two(pair, KIND: tl.constexpr, WIDE: tl.constexpr):
-    """Return the two numbers of 16 bits in a word, the lower half first, in float32 if wide."""
-    if WIDE and KIND == tl.bfloat16:  # noqa: SIM300 - the upper half of a float32
-        low = (pair << 16).to(tl.float32, bitcast=True)
-        high = (pair & -65536).to(tl.float32, bitcast=True)
-    else:
-        low = (pair & 0xFFFF).to(tl.int16).to(KIND, bitcast=True)
-        high = (pair >> 16).to(tl.int16).to(KIND, bitcast=True)
-        if WIDE:
-            low = low.to(tl.float32)
-            high = high.to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _four(word, KIND: tl.constexpr, WIDE: tl.constexpr):
-    """Return the four numbers of x in words, in float32 if wide."""
-    x0, x1 = _two(word.to(tl.int32), KIND, WIDE)
-    x2, x3 = _two((word >> 32).to(tl.int32), KIND, WIDE)
-    return x0, x1, x2, x3
-
-
-@triton.jit
 def _add_row(y, first, last, at0, at1, at2, at3, x_ptr, group, groups, KIND: tl.constexpr):
     """Return sums of groups, (rows of W, groups), with the products of one row of x added."""
     # A load for every row of W, from the nearest cache: one for all would go round through shared memory and barriers.
     at = tl.broadcast_to(group[None, :], first.shape)
-    x0, x1, x2, x3 = _four(tl.load(x_ptr + at, mask=at < groups, other=0), KIND, True)
+    x0, x1, x2, x3 = four_numbers(tl.load(x_ptr + at, mask=at < groups, other=0), KIND, True)
     y += first * tl.where(at0, x0, tl.where(at1, x1, x2))
     y += last * tl.where(at3, x3, tl.where(at2, x2, x1))
     return y
-
-
-@triton.jit
-def _spread(first, last, at0, at1, at2, at3):
-    """Return the weights at each of the four columns of groups."""
-    zero = tl.zeros_like(first)
-    w0 = tl.where(at0, first, zero)
-    w1 = tl.where(at0, tl.where(at2 | at3, zero, last), tl.where(at1, first, zero))
-    w2 = tl.where(at3, tl.where(at0 | at1, zero, first), tl.where(at2, last, zero))
-    w3 = tl.where(at3, last, zero)
-    return w0, w1, w2, w3
 
 
 @triton.jit
@@ -171,8 +148,8 @@ def _by_cores(y, first, last, at0, at1, at2, at3, x_ptr, group, rows, groups, KI
     row = tl.arange(0, 16)[:, None]
     inside = (row < rows) & (group < groups)[None, :]
     word = tl.load(x_ptr + row * groups + group[None, :], mask=inside, other=0)
-    x0, x1, x2, x3 = _four(word, KIND, WIDE)
-    w0, w1, w2, w3 = _spread(first, last, at0, at1, at2, at3)
+    x0, x1, x2, x3 = four_numbers(word, KIND, WIDE)
+    w0, w1, w2, w3 = spread(first, last, at0, at1, at2, at3)
     y = tl.dot(w0, tl.trans(x0), y)
     y = tl.dot(w1, tl.trans(x1), y)
     y = tl.dot(w2, tl.trans(x2), y)
@@ -198,63 +175,6 @@ def _write_lanes(y, z, bias_ptr, out_ptr, rows: tl.constexpr, d_out, splits, BLO
 
 
 @triton.jit
-def _places_of_bits(mask_ptr, row, group, groups, mask_words):
-    """Return where the two weights of groups are, (rows, groups) each.
-
-    The first one is at 0 if ``at0``, else at 1 if ``at1``, else at 2; the last at 3 if ``at3``, else at 2 if ``at2``,
-    else at 1.
-    """
-    at = row[:, None] * mask_words + (group // 8)[None, :]
-    bits = tl.load(mask_ptr + at, mask=(group < groups)[None, :], other=0) >> ((group % 8) * 4)[None, :]
-    return (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
-
-
-@triton.jit
-def _places(word, q: tl.constexpr):
-    """Return the same of words of two bytes of places, for the groups that their q-th two bits belong to."""
-    first = word & (3 << (2 * q))
-    last = word & (3 << (2 * q + 8))
-    return first == 0, first == (1 << (2 * q)), last == (2 << (2 * q + 8)), last == (3 << (2 * q + 8))
-
-
-@triton.jit
-def _scales(scales_ptr, row, word, half: tl.constexpr, words):
-    """Return the scales of the groups in one half of a strip; ``word`` counts words of places, 8 a strip."""
-    at = row[:, None] * (words // 4) + (word // 8 * 2 + half)[None, :]
-    return tl.load(scales_ptr + at, mask=(word < words)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _integers(codes_ptr, row, word, q: tl.constexpr, words, BITS: tl.constexpr):
-    """Return the two integers of the groups that the q-th two bits of places belong to, in float32."""
-    inside = (word < words)[None, :]
-    if BITS == 8:
-        at = row[:, None] * (4 * words) + (word // 8 * 32 + 8 * q + word % 8)[None, :]
-        both = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.int32) ^ 0x8080
-        low = both & 0xFF
-        high = (both >> 8) & 0xFF
-        zero = 128.0
-    else:
-        at = row[:, None] * (2 * words) + (word // 8 * 16 + 8 * (q % 2) + word % 8)[None, :]
-        both = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.int32)
-        low = (both >> (4 * (q // 2))) & 0xF
-        high = (both >> (4 * (q // 2) + 8)) & 0xF
-        zero = 8.0
-    # Or-ed into the last bits of 2^23, whose unit is 1, an integer is 2^23 + itself: no conversion is needed.
-    low = (low | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)
-    high = (high | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)
-    return low, high
-
-
-@triton.jit
-def _as(weight, KIND: tl.constexpr, WIDE: tl.constexpr):
-    weight = weight.to(KIND)
-    if WIDE:
-        weight = weight.to(tl.float32)
-    return weight
-
-
-@triton.jit
 def _numbers_by_lanes(
     x_ptr,
     mask_ptr,
@@ -276,9 +196,9 @@ def _numbers_by_lanes(
     z = y
     for step in range(steps):
         group = (tl.program_id(1) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        at0, at1, at2, at3 = _places_of_bits(mask_ptr, row, group, groups, (groups + 15) // 16 * 2)
+        at0, at1, at2, at3 = places_of_bits(mask_ptr, row, group, groups, (groups + 15) // 16 * 2)
         pair = tl.load(values_ptr + row[:, None] * groups + group[None, :], mask=(group < groups)[None, :], other=0)
-        first, last = _two(pair, KIND, True)
+        first, last = two_numbers(pair, KIND, True)
         y, z = _by_lanes(y, z, first, last, at0, at1, at2, at3, x_ptr, group, rows, groups, KIND)
     _write_lanes(y, z, bias_ptr, out_ptr, rows, d_out, splits, BLOCK_ROWS)
 
@@ -305,9 +225,9 @@ def _numbers_by_cores(
     y = tl.zeros((BLOCK_ROWS, 16), dtype=tl.float32)
     for step in range(steps):
         group = (tl.program_id(1) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        at0, at1, at2, at3 = _places_of_bits(mask_ptr, row, group, groups, (groups + 15) // 16 * 2)
+        at0, at1, at2, at3 = places_of_bits(mask_ptr, row, group, groups, (groups + 15) // 16 * 2)
         pair = tl.load(values_ptr + row[:, None] * groups + group[None, :], mask=(group < groups)[None, :], other=0)
-        first, last = _two(pair, KIND, WIDE)
+        first, last = two_numbers(pair, KIND, WIDE)
         y = _by_cores(y, first, last, at0, at1, at2, at3, x_ptr, group, rows, groups, KIND, WIDE)
     _write(tl.trans(y), tl.arange(0, 16), bias_ptr, out_ptr, rows, d_out, splits, BLOCK_ROWS)
 
@@ -339,12 +259,12 @@ def _integers_by_lanes(
         inside = (word < columns)[None, :]
         places = tl.load(places_ptr + row[:, None] * columns + word[None, :], mask=inside, other=0).to(tl.int32)
         for half in tl.static_range(2):  # of a strip, with a scale each
-            scale = _scales(scales_ptr, row, word, half, columns)
+            scale = scales(scales_ptr, row, word, half, columns)
             u = tl.zeros((BLOCK_ROWS, BLOCK), dtype=tl.float32)
             v = u
             for odd in tl.static_range(2):
-                at0, at1, at2, at3 = _places(places, 2 * half + odd)
-                first, last = _integers(codes_ptr, row, word, 2 * half + odd, columns, BITS)
+                at0, at1, at2, at3 = places_of_bytes(places, 2 * half + odd)
+                first, last = integers(codes_ptr, row, word, 2 * half + odd, columns, BITS)
                 group = word // 8 * 32 + (16 * half + 8 * odd) + word % 8
                 u, v = _by_lanes(u, v, first, last, at0, at1, at2, at3, x_ptr, group, rows, groups, KIND)
             y += scale * u
@@ -379,12 +299,12 @@ def _integers_by_cores(
         inside = (word < columns)[None, :]
         places = tl.load(places_ptr + row[:, None] * columns + word[None, :], mask=inside, other=0).to(tl.int32)
         for q in tl.static_range(4):
-            at0, at1, at2, at3 = _places(places, q)
-            scale = _scales(scales_ptr, row, word, q // 2, columns)
-            first, last = _integers(codes_ptr, row, word, q, columns, BITS)
+            at0, at1, at2, at3 = places_of_bytes(places, q)
+            scale = scales(scales_ptr, row, word, q // 2, columns)
+            first, last = integers(codes_ptr, row, word, q, columns, BITS)
             group = word // 8 * 32 + 8 * q + word % 8
-            first = _as(first * scale, KIND, WIDE)
-            last = _as(last * scale, KIND, WIDE)
+            first = narrowed(first * scale, KIND, WIDE)
+            last = narrowed(last * scale, KIND, WIDE)
             y = _by_cores(y, first, last, at0, at1, at2, at3, x_ptr, group, rows, groups, KIND, WIDE)
     _write(tl.trans(y), tl.arange(0, 16), bias_ptr, out_ptr, rows, d_out, splits, BLOCK_ROWS)
 
@@ -402,14 +322,9 @@ def _add_up(sums_ptr, bias_ptr, out_ptr, size, d_out, splits, BLOCK: tl.constexp
 
 
 @triton.jit
-def _bits_of(number):
-    return number.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-
-
-@triton.jit
 def _write_groups(out_ptr, row, rows, group, groups, first, last, at0, at1, at2, at3):
     """Write the weights of groups, four numbers of 16 bits each, as one word a group."""
-    w0, w1, w2, w3 = _spread(_bits_of(first), _bits_of(last), at0, at1, at2, at3)
+    w0, w1, w2, w3 = spread(bits_of(first), bits_of(last), at0, at1, at2, at3)
     low = (w0 | (w1 << 16)).to(tl.int64) & 0xFFFFFFFF
     word = low | ((w2 | (w3 << 16)).to(tl.int64) << 32)
     inside = (row < rows)[:, None] & (group < groups)[None, :]
@@ -432,9 +347,9 @@ def _expand_numbers(
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     source = start + tl.minimum(row, rows - 1)
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at0, at1, at2, at3 = _places_of_bits(mask_ptr, source, group, groups, (columns + 15) // 16 * 2)
+    at0, at1, at2, at3 = places_of_bits(mask_ptr, source, group, groups, (columns + 15) // 16 * 2)
     pair = tl.load(values_ptr + source[:, None] * groups + group[None, :], mask=(group < groups)[None, :], other=0)
-    first, last = _two(pair, KIND, False)
+    first, last = two_numbers(pair, KIND, False)
     _write_groups(out_ptr, row, rows, group, groups, first, last, at0, at1, at2, at3)
 
 
@@ -459,9 +374,9 @@ def _expand_integers(
     inside = (word < columns)[None, :]
     places = tl.load(places_ptr + source[:, None] * columns + word[None, :], mask=inside, other=0).to(tl.int32)
     for q in tl.static_range(4):
-        at0, at1, at2, at3 = _places(places, q)
-        scale = _scales(scales_ptr, source, word, q // 2, columns)
-        first, last = _integers(codes_ptr, source, word, q, columns, BITS)
+        at0, at1, at2, at3 = places_of_bytes(places, q)
+        scale = scales(scales_ptr, source, word, q // 2, columns)
+        first, last = integers(codes_ptr, source, word, q, columns, BITS)
         first, last = (first * scale).to(KIND), (last * scale).to(KIND)
         group = word // 8 * 32 + 8 * q + word % 8
         _write_groups(out_ptr, row, rows, group, groups, first, last, at0, at1, at2, at3)
