@@ -5,7 +5,7 @@ from halve.errors import InputError, PatternError
 from halve.maths.pattern import Pattern
 from halve.runtime import speed
 from halve.runtime.packed_matrix import DTYPES, pack, unpack
-from halve.runtime.quantised_matrix import quantised_bytes
+from halve.runtime.quantised_matrix import quantise, quantised_bytes
 from halve.runtime.speed import Speed, check_measurable, measure, needed_bytes
 from halve.runtime.timing import Turns
 from packed_matrices import same_bits
@@ -88,6 +88,11 @@ def test_a_repeated_matrix_is_packed_as_if_it_were_whole():
     assert Pattern("2:4").satisfied_by(slab)
     whole = speed.repeated(pack(slab, "2:4"), 21)
     assert same_bits(unpack(whole), slab.repeat(3, 1)[:21])
+    for bits in (8, 4):
+        one = quantise(pack(slab, "2:4"), bits)
+        whole = speed.repeated(one, 21)
+        whole.check()
+        assert same_bits(unpack(whole.dequantised()), unpack(one.dequantised()).repeat(3, 1)[:21])
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch):

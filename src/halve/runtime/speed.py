@@ -263,23 +263,31 @@ def random_slab(d_out: int, d_in: int, pattern: str | Pattern, dtype: torch.dtyp
     return Pattern.parse(pattern).project(random).to(dtype)
 
 
-def repeated(one: packed_matrix.PackedMatrix, d_out: int) -> packed_matrix.PackedMatrix:
+def repeated(one: native.AnyPacked, d_out: int) -> native.AnyPacked:
     """Return a packed matrix of ``d_out`` rows that repeats the rows of another."""
-    times = -(-d_out // one.d_out)
-    values = one.values[: one.d_out * one.kept].repeat(times)[: d_out * one.kept]
-    rest = values.new_zeros(packed_matrix.OVERREAD)
-    mask = one.mask.repeat(times, 1)[:d_out]
-    return packed_matrix.PackedMatrix(mask, torch.cat((values, rest)), (d_out, one.d_in), one.pattern)
+    times, shape = -(-d_out // one.d_out), (d_out, one.d_in)
+
+    def rows(part: Tensor) -> Tensor:
+        return part.repeat(times, 1)[:d_out]
+
+    def padded(part: Tensor, in_row: int) -> Tensor:
+        rest = part.new_zeros(packed_matrix.OVERREAD)
+        return torch.cat((part[: one.d_out * in_row].repeat(times)[: d_out * in_row], rest))
+
+    if isinstance(one, packed_matrix.PackedMatrix):
+        return replace(one, mask=rows(one.mask), values=padded(one.values, one.kept), shape=shape)
+    scales = padded(one.scales, 2 * one.strips)
+    return replace(one, places=rows(one.places), codes=rows(one.codes), scales=scales, shape=shape)
 
 
-def _packed(weight: Tensor, slab: Tensor, pattern: str, bits: Bits | None) -> native.AnyPacked:
-    """Return the weight, which repeats the slab, packed, and quantised to so many bits."""
-    found = repeated(packed_matrix.pack(slab, pattern), len(weight))
-    return found if bits is None else quantised_matrix.quantise(found, bits)
+def _packed(slab: Tensor, d_out: int, pattern: str, bits: Bits | None) -> native.AnyPacked:
+    """Return a matrix of ``d_out`` rows that repeats the slab, packed, and quantised to so many bits."""
+    one = packed_matrix.pack(slab, pattern)
+    return repeated(one if bits is None else quantised_matrix.quantise(one, bits), d_out)
 
 
 def _on_cpu(weight: Tensor, slab: Tensor, pattern: str, bits: Bits | None) -> Callable[[Tensor], _Contenders]:
-    first = _packed(weight, slab, pattern, bits)
+    first = _packed(slab, len(weight), pattern, bits)
     dense = [weight.clone() for _ in range(copies_beyond_cache(weight.nbytes))]
     sparse = [first] + [_copy(first) for _ in range(copies_beyond_cache(first.nbytes) - 1)]
 
@@ -302,7 +310,7 @@ def _on_gpu(weight: Tensor, slab: Tensor, pattern: str, bits: Bits | None) -> Ca
     d_out, d_in = weight.shape
     matrix = None
     if _multiplied_packed(d_in, weight.device):
-        matrix = GpuMatrix.of(_packed(weight, slab, pattern, bits), weight.device)
+        matrix = GpuMatrix.of(_packed(slab, len(weight), pattern, bits), weight.device)
 
     def contenders(x: Tensor) -> _Contenders:
         found: _Contenders = {"dense": [partial(linear, x, weight)]}

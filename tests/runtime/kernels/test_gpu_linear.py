@@ -66,7 +66,7 @@ def test_its_state_is_that_of_the_plain_layer(bits):
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_elsewhere_and_in_float32_it_keeps_the_weight_and_refuses_to_multiply(bits):
-    layer, sparse = pruned_layer(bits)
+    _, sparse = pruned_layer(bits)
     with pytest.raises(
         InputError, match=r"is on cpu, and multiplied on a GPU alone: move it back|which is not installed"
     ):
@@ -85,7 +85,7 @@ def test_elsewhere_and_in_float32_it_keeps_the_weight_and_refuses_to_multiply(bi
 def test_products_of_any_number_of_rows_in_the_interpreter(tmp_path):
     given = {}
     for bits in (None, 8, 4):
-        for shape in ((1,), (2, 1), (2, 2), (5, 5), (0,), ()):
+        for shape in ((1,), (2, 1), (2, 2), (5, 5), (0,), ()) if bits is None else ((2, 1), (5, 5)):
             x = torch.randn(*shape, 64).half()
             given[f"{bits} {shape}"] = pruned_layer(bits)[1], x
     given["transposed"] = pruned_layer(kind=Conv1D)[1], torch.randn(3, 64).half()

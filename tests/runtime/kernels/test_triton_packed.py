@@ -167,39 +167,54 @@ def test_the_same_call_gives_the_same_bits(interpreted):
     assert torch.equal(found["again"], found["again and again"])
 
 
-def compiled_kernel(kind, dtype, bits, capability, folder, monkeypatch):
-    """Compile one of the kernels, with the first of its configurations, as for a matrix of a large model."""
+NUMBERS = {"rows": 3, "d_out": 4096, "groups": 1024, "columns": 1024, "splits": 2, "start": 5, "size": 12288}
+"""What is multiplied of a large model's matrix; not what decides anything but alignment."""
+
+
+def compiled_kernel(name, bits, capability=80, **given):
+    """Compile a kernel with the first of its configurations, for parts that are aligned as torch allocates them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from halve.runtime.kernels import triton_packed
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    parts = ["places_ptr", "codes_ptr", "scales_ptr"] if bits else ["mask_ptr", "values_ptr"]
-    held = ["*i16", "*i16", "*fp16"] if bits else ["*i32", "*i32"]
-    pointers = {"x_ptr": "*i64", **dict(zip(parts, held, strict=True)), "out_ptr": f"*{dtype}"}
-    numbers = ("rows", "d_out", "groups", "columns", "splits")
-    config = triton_packed._CONFIGS[kind][0]
-    constants = {"bias_ptr": None, "KIND": {"bf16": triton.language.bfloat16}[dtype], **config.kwargs}
-    constants |= ({"BITS": bits} if bits else {}) | ({"WIDE": False} if kind[1] else {"rows": 1})
-    order = ["x_ptr", *parts, "bias_ptr", "out_ptr", *numbers]
-    types = {name: pointers.get(name, "i32") for name in order}
-    aligned = {
-        (at,): [["tt.divisibility", 16]]
-        for at, name in enumerate(order)
-        if name not in constants and (name in pointers or name in ("d_out", "groups", "columns"))
-    }
-    source = ASTSource(triton_packed._KERNELS[kind], types | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    kernel = getattr(triton_packed, name)
+    kind = next((kind for kind, each in triton_packed._KERNELS.items() if each is kernel), None)
+    config = triton_packed._CONFIGS[kind][0] if kind else None
+    blocks = config.kwargs if config else triton_packed._EXPANDED if "expand" in name else {"BLOCK": 256}
+    held = {"places": "*i16", "codes": "*i16", "scales": "*fp16", "mask": "*i32", "values": "*i32", "x": "*i64"}
+    held |= {"bias": "*bf16", "out": "*i64" if "expand" in name else "*bf16", "sums": "*fp32"}
+    constants = {"KIND": triton.language.bfloat16, "BITS": bits, "WIDE": False, **blocks}
+    constants |= {"rows": 1} if name.endswith("lanes") else {}
+    constants |= given | {name: number for name, number in (NUMBERS | given).items() if number == 1}
+    constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
+    types, aligned = {}, {}
+    for at, argument in enumerate(kernel.arg_names):
+        pointer = held.get(argument.removesuffix("_ptr")) if argument.endswith("_ptr") else None
+        types[argument] = "constexpr" if argument in constants else pointer or "i32"
+        if argument not in constants and (pointer or NUMBERS[argument] % 16 == 0):
+            aligned[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, constants, aligned)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if config else {}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+@pytest.fixture
+def fresh_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def named(bits, rest):
+    return f"_{'numbers' if bits is None else 'integers'}_by_{rest}"
+
+
 @needs_triton
+@pytest.mark.usefixtures("fresh_cache")
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_lanes_read_weights_by_16_bytes_and_exchange_nothing(bits, capability, monkeypatch, tmp_path):
-    compiled = compiled_kernel((bits is not None, False), "bf16", bits, capability, tmp_path, monkeypatch)
+def test_lanes_read_weights_by_16_bytes_and_exchange_nothing(bits, capability):
+    compiled = compiled_kernel(named(bits, "lanes"), bits, capability, bias_ptr=None, splits=1)
     loop = re.search(r"^.*?(scf\.for.*?)tt\.reduce", compiled.asm["ttgir"], re.DOTALL | re.MULTILINE)[1]
     assert "convert_layout" not in loop  # which would go through shared memory, with barriers
     assembly = compiled.asm["ptx"]
@@ -209,11 +224,33 @@ def test_lanes_read_weights_by_16_bytes_and_exchange_nothing(bits, capability, m
 
 
 @needs_triton
+@pytest.mark.usefixtures("fresh_cache")
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_more_rows_are_multiplied_by_tensor_cores(bits, monkeypatch, tmp_path):
-    compiled = compiled_kernel((bits is not None, True), "bf16", bits, 80, tmp_path, monkeypatch)
-    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in compiled.asm["ptx"]
-    assert "ld.local" not in compiled.asm["ptx"]
+def test_more_rows_are_multiplied_by_tensor_cores(bits):
+    assembly = compiled_kernel(named(bits, "cores"), bits).asm["ptx"]
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in assembly
+    assert "ld.local" not in assembly
+
+
+@needs_triton
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize(
+    ("name", "bits", "given"),
+    [
+        ("_numbers_by_lanes", None, {"rows": 2}),
+        ("_integers_by_lanes", 4, {"rows": 2}),
+        ("_numbers_by_lanes", None, {"splits": 1, "d_out": 1, "groups": 1, "columns": 1}),
+        ("_numbers_by_cores", None, {"splits": 1, "bias_ptr": None, "groups": 1, "columns": 1}),
+        ("_add_up", None, {}),
+        ("_add_up", None, {"bias_ptr": None, "d_out": 1}),
+        ("_expand_numbers", None, {}),
+        ("_expand_numbers", None, {"rows": 1, "groups": 1, "columns": 1}),
+        ("_expand_integers", 8, {}),
+        ("_expand_integers", 4, {}),
+    ],
+)
+def test_every_kind_of_call_compiles(name, bits, given):
+    assert "ld.local" not in compiled_kernel(name, bits, **given).asm["ptx"]
 
 
 @needs_triton
