@@ -53,9 +53,10 @@ def test_its_state_is_that_of_the_plain_layer(bits):
         assert torch.equal(sparse.weight, layer.weight)
     else:
         assert 0 < (sparse.weight - layer.weight).norm() < {8: 0.01, 4: 0.15}[bits] * layer.weight.norm()
-    rounded = sparse.state_dict()
+    rounded, held = sparse.state_dict(), sparse.values
     sparse.load_state_dict(rounded)
     assert torch.equal(sparse.weight, rounded["weight"])
+    assert (sparse.values is held) == (bits is not None)  # weights of its own are not rounded again
     sparse.load_state_dict(other.state_dict())
     assert torch.equal(copy.deepcopy(sparse).bias, other.bias)
     if bits is None:

@@ -36,11 +36,9 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _SUM_BLOCK = 256
 _EXPANDED = {"BLOCK_ROWS": 8, "BLOCK": 64}
 _KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether Triton interprets these kernels instead of compiling them."""
 
 Config = Mapping[str, int]
-"""``BLOCK_ROWS`` rows of W, and ``BLOCK`` groups of four columns, or of integers bytes of places in twos."""
+"""``BLOCK_ROWS`` rows of W, and ``BLOCK`` groups of four columns; of integers, words of two bytes of places."""
 
 
 def multiply(
@@ -62,7 +60,7 @@ def multiply(
         bias: (d_out,), of x's dtype.
         splits: parts that the columns are split into.
         config: of the kernel; None takes the fastest of `_CONFIGS`, which are tried once a process for every shape,
-            kind of weights and number of splits.
+            kind of weights and number of splits (and in the interpreter the first).
     """
     rows, d_in = x.shape
     d_out = len(parts[0])
@@ -404,7 +402,7 @@ _CONFIGS = {
     (False, False): _configs((4, 512, 4), (4, 256, 4), (2, 512, 2), (8, 256, 4), (8, 128, 4), (16, 128, 4)),
     (True, False): _configs((8, 64, 2), (16, 64, 4), (4, 128, 2), (8, 128, 4), (4, 256, 4), (8, 32, 1)),
     (False, True): _configs((32, 32, 4), (64, 32, 4), (64, 64, 4), (128, 32, 4), (64, 32, 8)),
-    (True, True): _configs((32, 16, 4), (64, 16, 4), (64, 32, 4), (128, 16, 4), (64, 32, 8)),
+    (True, True): _configs((32, 16, 4), (64, 16, 4), (32, 32, 4), (128, 16, 4), (64, 32, 8)),
 }
 _KERNELS: dict[tuple[bool, bool], Any] = {
     (False, False): _numbers_by_lanes,
