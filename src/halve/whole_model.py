@@ -100,8 +100,7 @@ def find(model: nn.Module | str | Path, request: Request, *, writes: bool) -> nn
 def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
     from transformers import PreTrainedModel
 
-    from halve.runtime.linear import SparseLinear
-    from halve.runtime.semi_structured import SemiStructuredLinear
+    from halve.runtime.compressed_linear import CompressedLinear
 
     refuse_adapters(model)
     if writes and not isinstance(model, PreTrainedModel):
@@ -109,7 +108,7 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
             f"{type(model).__name__} is not a transformers model, so it cannot be written as a checkpoint: "
             "give no output directory, and save the model yourself"
         )
-    if any(isinstance(module, SparseLinear | SemiStructuredLinear) for module in model.modules()):
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise InputError("the model is accelerated, its pruned weights are packed: save it, and prune what was saved")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError("the model has parameters on the meta device, without values: load it completely")

@@ -14,10 +14,12 @@ from halve.errors import HalveError, InputError
 from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, is_linear, layer_matrix
 from halve.runtime import accelerate as module
-from halve.runtime import native, probe, product_check, semi_structured, speed
+from halve.runtime import kernels, native, probe, product_check, semi_structured, speed
 from halve.runtime.accelerate import Acceleration, accelerate, restore
+from halve.runtime.kernels.gpu_linear import GpuLinear
 from halve.runtime.linear import IntegerHead, SparseLinear
 from halve.runtime.quantised_matrix import quantised_bytes
+from halve.runtime.semi_structured import SemiStructuredLinear
 from halve.runtime.speed import Speed
 from packed_matrices import same_bits
 from packed_models import prune_layers
@@ -58,6 +60,7 @@ def ratios(monkeypatch):
                 sparse_seconds=1.0,
                 dense_call_seconds=found.get("call", ratio),
                 sparse_call_seconds=1.0,
+                product=found.get("product", "packed"),
             )
             for batch in batches
         ]
@@ -292,39 +295,42 @@ def test_compiles_and_keeps_gradients_of_the_inputs():
 
 
 @needs_sparse_cores
-def test_on_a_gpu():
+@pytest.mark.parametrize(("batch", "kind"), [(1, GpuLinear), (64, SemiStructuredLinear)])
+def test_on_a_gpu(batch, kind):
+    if kind is GpuLinear and kernels.unusable():
+        pytest.skip(kernels.unusable())
     model = pruned(hidden_size=128, intermediate_size=256, dtype=torch.bfloat16).cuda()
     before = state_of(model)
-    done = accelerate(model, only_where_faster=None, probe=IDS.cuda())
+    done = accelerate(model, only_where_faster=None, probe=IDS.cuda(), batch=batch)
     assert len(done.swapped) == 21
+    assert {type(model.get_submodule(name)) for name in done.swapped} == {kind}
     assert done.difference < 8e-2
     assert same_state(model.state_dict(), before)
     model.generate(IDS.cuda(), max_new_tokens=3)
 
 
-@needs_sparse_cores
-def test_on_a_gpu_odd_shapes_stay_dense():
+@pytest.mark.skipif(bool(kernels.unusable()), reason=f"needs a GPU for packed products: {kernels.unusable()}")
+@pytest.mark.parametrize("values", ["own", "int8", "int4"])
+def test_on_a_gpu_odd_shapes_are_packed(values):
     model = pruned(hidden_size=128, intermediate_size=200, dtype=torch.bfloat16).cuda()
-    done = accelerate(model, only_where_faster=None, probe=IDS.cuda())
-    assert len(done.swapped) == 12
-    assert {name.rpartition(".")[2] for name in done.left_dense if "mlp" in name} == {
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }
+    done = accelerate(model, only_where_faster=None, probe=IDS.cuda(), values=values)
+    assert len(done.swapped) == 21
+    odd = [name for name in done.swapped if values != "own" or 200 in layer_matrix(model.get_submodule(name)).shape]
+    assert {type(model.get_submodule(name)) for name in odd} == {GpuLinear}
 
 
-def test_on_a_gpu_the_measured_shapes_are_chosen(ratios, monkeypatch):
+@pytest.mark.parametrize("product", ["packed", "tensor cores"])
+def test_on_a_gpu_the_measured_shapes_are_chosen(ratios, product, monkeypatch):
     # Everything but the products themselves, which need the hardware.
     class Stand(SparseLinear):
         @classmethod
         def of(cls, layer, rows):
-            assert rows == 8
+            assert rows == (None if product == "packed" else 8)
             return SparseLinear.of(layer, "2:4")
 
-    ratios[(32, 64)] = 0.9
+    ratios[(32, 64)], ratios["product"] = 0.9, product
     monkeypatch.setattr(module, "_is_on_gpu", lambda _layer: True)
-    monkeypatch.setattr(module, "SemiStructuredLinear", Stand)
+    monkeypatch.setattr(module, "GpuLinear" if product == "packed" else "SemiStructuredLinear", Stand)
     done = accelerate(pruned(), batch=8)
     assert len(done.swapped) == 18
     assert {name for name in done.left_dense if "down" in name} == {f"model.layers.{i}.mlp.down_proj" for i in range(3)}

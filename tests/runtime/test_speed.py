@@ -5,6 +5,7 @@ from halve.errors import InputError, PatternError
 from halve.maths.pattern import Pattern
 from halve.runtime import speed
 from halve.runtime.packed_matrix import DTYPES, pack, unpack
+from halve.runtime.quantised_matrix import quantise, quantised_bytes
 from halve.runtime.speed import Speed, check_measurable, measure, needed_bytes
 from halve.runtime.timing import Turns
 from packed_matrices import same_bits
@@ -35,7 +36,7 @@ def test_both_contenders_multiply_the_same_matrix(monkeypatch):
 
     def spy(contenders, **_):
         products.append({name: [call() for call in calls] for name, calls in contenders.items()})
-        return {"dense": Turns([2.0], [3.0]), "sparse": Turns([4.0], [1.0])}
+        return {"dense": Turns([2.0], [3.0]), "packed": Turns([4.0], [1.0])}
 
     monkeypatch.setattr(speed, "take_turns", spy)
     assert measure(100, 64, [3], dtype=torch.float32, device=CPU) == [
@@ -51,7 +52,7 @@ def test_both_contenders_multiply_the_same_matrix(monkeypatch):
     ]
     first = products[0]["dense"][0]
     assert first.shape == (3, 100)
-    for product in (*products[0]["dense"], *products[0]["sparse"]):
+    for product in (*products[0]["dense"], *products[0]["packed"]):
         torch.testing.assert_close(product, first)
 
 
@@ -87,6 +88,11 @@ def test_a_repeated_matrix_is_packed_as_if_it_were_whole():
     assert Pattern("2:4").satisfied_by(slab)
     whole = speed.repeated(pack(slab, "2:4"), 21)
     assert same_bits(unpack(whole), slab.repeat(3, 1)[:21])
+    for bits in (8, 4):
+        one = quantise(pack(slab, "2:4"), bits)
+        whole = speed.repeated(one, 21)
+        whole.check()
+        assert same_bits(unpack(whole.dequantised()), unpack(one.dequantised()).repeat(3, 1)[:21])
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch):
@@ -116,6 +122,97 @@ def test_the_cpu_multiplies_every_shape():
     assert speed.unfit(7, 12, torch.bfloat16, torch.device("cuda")).startswith("sparse tensor cores take multiples of")
 
 
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def usable(monkeypatch):
+    """What a GPU cannot do, and why: an imagined one, which can do everything unless a test says otherwise."""
+    found = {"packed": "", "cores": ""}
+    monkeypatch.setattr(speed.kernels, "unusable", lambda _device: found["packed"])
+    monkeypatch.setattr(speed.semi_structured, "unusable", lambda _device: found["cores"])
+    monkeypatch.setattr(speed.semi_structured, "_searchable", lambda: True)
+    monkeypatch.setattr(speed.kernels, "describe", lambda bits: f"Triton, packed, {bits}")
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
+    return found
+
+
+def test_on_a_gpu_packed_products_are_for_decoding_and_for_what_has_no_others(usable):
+    def kinds(d_out, d_in, batch, bits=None):
+        return speed.products(d_out, d_in, batch, torch.bfloat16, CUDA, bits)
+
+    assert kinds(64, 64, 1) == kinds(64, 64, 16) == ("tensor cores", "packed")
+    assert kinds(64, 64, 17) == ("tensor cores",)
+    assert kinds(7, 12, 1) == kinds(7, 12, 17) == ("packed",)  # sparse tensor cores do not take the shape
+    assert kinds(64, 64, 1, 8) == kinds(64, 64, 17, 8) == ("packed",)
+    assert speed.unfit(7, 12, torch.bfloat16, CUDA) == ""
+    usable["cores"] = "too old"
+    assert kinds(64, 64, 17) == ("packed",)
+    usable["cores"], usable["packed"] = "", "Triton is not installed"
+    assert kinds(64, 64, 1) == ("tensor cores",)
+    assert kinds(7, 12, 1) == ()
+    assert speed.unfit(7, 12, torch.bfloat16, CUDA).startswith("sparse tensor cores take multiples of")
+    assert speed.products(7, 12, 100, torch.bfloat16, CPU) == ("packed",)
+
+
+def test_a_gpu_without_triton_is_announced(usable):
+    assert speed.describe(CUDA) == "Triton, packed, None and cuSPARSELt, algorithm searched, on a GPU"
+    assert speed.describe(CUDA, None, {"packed"}) == "Triton, packed, None, on a GPU"
+    assert speed.describe(CUDA, None, {"tensor cores"}) == "cuSPARSELt, algorithm searched, on a GPU"
+    assert speed.describe(CUDA, 8) == "Triton, packed, 8, on a GPU"
+    usable["packed"] = "Triton is not installed"
+    assert speed.describe(CUDA) == (
+        "cuSPARSELt, algorithm searched, on a GPU; no packed products: Triton is not installed"
+    )
+
+
+def test_one_kind_of_product_on_a_gpu_is_enough(usable):
+    usable["cores"] = "too old"
+    check_measurable("2:4", torch.bfloat16, CUDA)
+    usable["cores"], usable["packed"] = "", "Triton is not installed"
+    check_measurable("2:4", torch.bfloat16, CUDA)
+    with pytest.raises(InputError, match=r"no quantised products on cuda: Triton is not installed; use --device cpu"):
+        check_measurable("2:4", torch.bfloat16, CUDA, 4)
+    usable["cores"] = "too old"
+    with pytest.raises(InputError, match=r"products on cuda: too old, and Triton is not installed; use --device cpu"):
+        check_measurable("2:4", torch.bfloat16, CUDA)
+    usable["packed"] = ""
+    with pytest.raises(InputError, match=r"quantised products on a GPU are of 2:4 .* not 2:4 in torch.float32"):
+        check_measurable("2:4", torch.float32, CUDA, 8)
+
+
+def test_bytes_on_a_gpu_are_those_it_is_multiplied_from(usable):
+    del usable
+    assert speed.sparse_bytes(7, 12, Pattern("2:4"), torch.bfloat16, CUDA) == 7 * 8 + 2 * (7 * 6 + 64)
+    quantised = quantised_bytes(7, 12, 8)
+    assert speed.sparse_bytes(7, 12, Pattern("2:4"), torch.bfloat16, CUDA, 8) == quantised
+    needed = needed_bytes(1024, 1024, 1, pattern="2:4", dtype=torch.bfloat16, device=CUDA, bits=8)
+    assert 2**22 < needed < 2**23
+
+
+@pytest.mark.parametrize("faster", ["packed", "tensor cores"])
+def test_on_a_gpu_the_faster_product_counts(usable, monkeypatch, faster):
+    asked = []
+
+    def turns(contenders, **_):
+        asked.append(list(contenders))
+        return {"dense": Turns([9.0], [9.0])} | {
+            name: Turns([5.0], [1.0 if name == faster else 2.0]) for name in contenders if name != "dense"
+        }
+
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(speed, "take_turns", turns)
+    monkeypatch.setattr(speed.semi_structured, "compress", lambda weight, _rows: weight)
+    contenders = speed._on_gpu(torch.zeros(64, 64).bfloat16(), torch.zeros(64, 64).bfloat16(), "2:4", None)
+    monkeypatch.setattr(speed, "_on_cpu", lambda *_: contenders)
+    monkeypatch.setattr(speed, "products", lambda *_: ("packed", "tensor cores"))
+    (row,) = measure(64, 64, [1], dtype=torch.bfloat16, device=cpu)
+    assert asked == [["dense", "packed", "tensor cores"]]
+    assert (row.product, row.sparse_seconds, row.ratio) == (faster, 1.0, 9.0)
+    assert usable == {"packed": "", "cores": ""}
+
+
 def test_memory_is_foreseen(monkeypatch):
     monkeypatch.setattr(speed, "copies_beyond_cache", lambda nbytes: max(2, (1 << 25) // nbytes))
     arguments = {"pattern": "2:4", "dtype": torch.bfloat16}
@@ -133,4 +230,6 @@ def test_on_a_gpu():
         pytest.skip(speed.semi_structured.unusable())
     row = measure(1024, 1024, [16], dtype=torch.bfloat16, device=torch.device("cuda"))[0]
     assert 0 < row.sparse_seconds < row.sparse_call_seconds
+    row = measure(1024, 1024, [1], dtype=torch.bfloat16, device=torch.device("cuda"), bits=8)[0]
+    assert row.product == "packed"
     assert "cuSPARSELt" in speed.describe(torch.device("cuda")) or "CUTLASS" in speed.describe(torch.device("cuda"))

@@ -29,7 +29,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Do not run pruned layers sparse, for comparison.")] = False,
     values: Annotated[
-        str, typer.Option(help="What pruned layers hold: own (as they are), bf16, int8 or int4 (rounded, on the CPU).")
+        str, typer.Option(help="What pruned layers hold: own (as they are), bf16, int8 or int4 (rounded).")
     ] = "own",
     head: Annotated[
         str, typer.Option(help="What a dense output layer multiplies with: own, or int8 (rounded, on the CPU).")

@@ -219,7 +219,7 @@ def plan(
         device: ``auto``, ``cpu``, ``cuda``, …
         dtype: of weights and inputs; None takes the model's own, float32 for GGUF, bfloat16 for a preset.
         values: what sparse weights hold: numbers of ``dtype`` (``own``, or ``bf16``, which ``dtype`` must then be), or
-            integers, ``int8`` or ``int4``, at 2:4 on the CPU; dense ones hold ``dtype`` whatever it is.
+            integers, ``int8`` or ``int4``, at 2:4; dense ones hold ``dtype`` whatever it is.
         trust_remote_code: whether to run Python code that comes with the model.
         listen: called before every measurement.
 

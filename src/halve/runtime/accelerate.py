@@ -1,9 +1,10 @@
 """Swap the pruned linear layers of a model for sparse ones, where they are faster, and check that nothing else changed.
 
-On the CPU they become `SparseLinear`, quantised if asked, on a GPU `SemiStructuredLinear`. Every swapped layer's
-product is held to the dense one before the dense weight is let go, and the model's output to what it was; if either
-fails, everything is put back. Dense weights that are rounded are let go at the end alone. Models of Llama's kind then
-have their next tokens computed in one call (`halve.runtime.decoding`), held to what the modules compute.
+On the CPU they become `SparseLinear`, on a GPU `GpuLinear` or `SemiStructuredLinear`; the first two are quantised if
+asked. Every swapped layer's product is held to the dense one before the dense weight is let go, and the model's output
+to what it was; if either fails, everything is put back. Dense weights that are rounded are let go at the end alone.
+Models of Llama's kind on the CPU then have their next tokens computed in one call (`halve.runtime.decoding`), held to
+what the modules compute.
 """
 
 from collections import Counter
@@ -24,12 +25,13 @@ from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_lin
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
 from halve.runtime.decoding import decode_in_one_call
+from halve.runtime.kernels.gpu_linear import GpuLinear
 from halve.runtime.linear import IntegerHead, SparseLinear, why_no_integer_head
 from halve.runtime.probe import Probe, difference, noting_calls
 from halve.runtime.product_check import check_product, reference_of
 from halve.runtime.quantised_matrix import Values, bits_of
 from halve.runtime.semi_structured import SemiStructuredLinear
-from halve.runtime.speed import Speed
+from halve.runtime.speed import Product, Speed
 from halve.torch_internals import children_with_repeats, has_hooks
 
 _OUTPUT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
@@ -39,7 +41,7 @@ from layer to layer, so that wrong kernels are left to the products: this finds 
 _QUANTISED_OUTPUT: dict[Bits, float] = {8: 0.2, 4: 0.7}
 """The same where weights are rounded, which changes the output for good: this finds what is no rounding."""
 
-Sparse = SparseLinear | SemiStructuredLinear
+Sparse = SparseLinear | GpuLinear | SemiStructuredLinear
 
 Head = Literal["own", "int8"]
 """What a dense output layer multiplies a few rows with."""
@@ -99,7 +101,7 @@ def accelerate(
     """Swap, in place, the linear layers of a model that are in a pattern and whose products are measured to be faster.
 
     For inference: the weights get no gradient any more. The model's ``state_dict`` stays that of the dense model, but
-    that a -0.0 for which a group has no room, and on a GPU any -0.0, comes back as +0.0.
+    that a -0.0 for which a group has no room, and on a GPU's sparse tensor cores any -0.0, comes back as +0.0.
 
     Args:
         model: in memory, on the CPU or a GPU.
@@ -107,12 +109,13 @@ def accelerate(
         batch: rows of a product that speed is measured at, and that a GPU's algorithm is searched for: sequences
             decoded at once.
         only_where_faster: layers stay dense whose shape is not this many times as fast on this machine, two decimals
-            counted; on a GPU with and without what launching costs. None swaps all of them, and measures nothing.
+            counted; on a GPU with and without what launching costs, for the faster of packed products and sparse tensor
+            cores. None swaps all of them, and measures nothing: on a GPU they are packed up to a batch of 16.
         probe: keyword arguments of the model's call, or its ``input_ids``, to compare outputs on; None takes 16 tokens
             from all over the vocabulary.
         values: what the kept weights are held as. ``int8`` and ``int4`` round them, see
-            `halve.runtime.quantised_matrix.quantise`, and with few rows what they are multiplied with: on the CPU
-            alone, at 2:4. The model's ``state_dict`` is then that of the rounded weights.
+            `halve.runtime.quantised_matrix.quantise`, and on the CPU with few rows what they are multiplied with: at
+            2:4. The model's ``state_dict`` is then that of the rounded weights.
         head: ``int8`` lets a dense output layer multiply a few rows with its weight in integers of 8 bits, which it
             then holds beside its own (`halve.runtime.linear.IntegerHead`): on the CPU alone. ``own`` leaves it alone.
         one_call: whether a model of Llama's kind computes each next token in one call, where it can be.
@@ -141,8 +144,9 @@ def accelerate(
     asked = Probe.of(model, probe)
     before = _dense_output(asked, chosen, left)
     how = _How(pattern, batch, bits)
-    measured = ((), ()) if only_where_faster is None else _keep_faster(chosen, left, how, only_where_faster)
-    kernel = speed.describe(layer_matrix(next(iter(chosen.values()))).device, bits)
+    speeds, slower = ({}, ()) if only_where_faster is None else _keep_faster(chosen, left, how, only_where_faster)
+    products = {name: _product(_key(layer), how, speeds) for name, layer in chosen.items()}
+    device = layer_matrix(next(iter(chosen.values()))).device
     sizes = {name: layer_matrix(layer).nbytes for name, layer in chosen.items()}
     allowed = _allowed(chosen) if bits is None else _QUANTISED_OUTPUT[bits]
     allowed = allowed if output_layer is None else max(allowed, _QUANTISED_OUTPUT[8])
@@ -152,7 +156,7 @@ def accelerate(
     }
     swapped: dict[str, Sparse] = {}
     try:
-        swapped.update(_swap(model, chosen, how))
+        swapped.update(_swap(model, chosen, how, products))
         if output_layer is not None:
             _replace(model, output_layer, IntegerHead(output_layer))
         off = _check_output(asked, before, allowed, swapped, plain)
@@ -166,8 +170,9 @@ def accelerate(
     left |= dict.fromkeys(readers, "the model reads its weight, which would be expanded each time")
     bytes_before = sum(sizes[name] for name in swapped)
     bytes_after = sum(sparse.nbytes for sparse in swapped.values())
-    speeds, slower = measured
-    return Acceleration(tuple(swapped), left, slower, speeds, bytes_before, bytes_after, off, kernel, head, decoding)
+    kernel = speed.describe(device, bits, {products[name] for name in swapped})
+    rows = tuple(speeds.values())
+    return Acceleration(tuple(swapped), left, slower, rows, bytes_before, bytes_after, off, kernel, head, decoding)
 
 
 @dataclass(frozen=True)
@@ -347,11 +352,11 @@ def _allowed(layers: Mapping[str, nn.Module]) -> float:
 
 def _keep_faster(
     chosen: dict[str, nn.Module], left: dict[str, str], how: _How, factor: float
-) -> tuple[tuple[Speed, ...], tuple[str, ...]]:
+) -> tuple[dict[_Key, Speed], tuple[str, ...]]:
     """Measure every shape, and move the layers that are not fast enough from ``chosen`` to ``left``, with the reason.
 
     Returns:
-        tuple[tuple[Speed, ...], tuple[str, ...]]: what was measured, and the names of the layers moved.
+        tuple[dict[_Key, Speed], tuple[str, ...]]: what was measured, and the names of the layers moved.
 
     Raises:
         InputError: none is left.
@@ -377,10 +382,20 @@ def _keep_faster(
             "dense; see halve plan for other batches, or give halve.accelerate only_where_faster=None to save memory "
             "alone"
         )
-    return tuple(speeds.values()), slower
+    return speeds, slower
 
 
-def _swap(model: nn.Module, chosen: dict[str, nn.Module], how: _How) -> Iterator[tuple[str, Sparse]]:
+def _product(key: _Key, how: _How, speeds: Mapping[_Key, Speed]) -> Product:
+    """Return how the product of a layer is computed: the faster way, where that was measured."""
+    if key in speeds:
+        return speeds[key].product
+    (d_out, d_in), dtype, device = key
+    return speed.products(d_out, d_in, how.batch, dtype, device, how.bits)[0]
+
+
+def _swap(
+    model: nn.Module, chosen: dict[str, nn.Module], how: _How, products: Mapping[str, Product]
+) -> Iterator[tuple[str, Sparse]]:
     """Take layers out of ``chosen`` and replace them one by one.
 
     Each dense weight is let go before the next is packed, unless it is rounded.
@@ -389,7 +404,7 @@ def _swap(model: nn.Module, chosen: dict[str, nn.Module], how: _How) -> Iterator
         name = next(iter(chosen))
         layer = chosen.pop(name)
         with on_device(layer_matrix(layer).device):
-            sparse = _sparse(layer, how)
+            sparse = _sparse(layer, how, products[name])
             expected = reference_of(layer, sparse)
             for rows in sorted({1, 3, how.batch}):  # each may take another way through the kernels
                 check_product(name, layer, sparse, expected, rows)
@@ -399,10 +414,10 @@ def _swap(model: nn.Module, chosen: dict[str, nn.Module], how: _How) -> Iterator
         yield name, sparse
 
 
-def _sparse(layer: nn.Module, how: _How) -> Sparse:
-    if _is_on_gpu(layer):
-        return SemiStructuredLinear.of(layer, how.batch)
-    return SparseLinear.of(layer, how.pattern, how.bits)
+def _sparse(layer: nn.Module, how: _How, product: Product) -> Sparse:
+    if not _is_on_gpu(layer):
+        return SparseLinear.of(layer, how.pattern, how.bits)
+    return GpuLinear.of(layer, how.bits) if product == "packed" else SemiStructuredLinear.of(layer, how.batch)
 
 
 def _is_on_gpu(layer: nn.Module) -> bool:

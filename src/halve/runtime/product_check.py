@@ -10,6 +10,8 @@ from torch.nn.functional import linear
 
 from halve.errors import HalveError
 from halve.model.layers import layer_matrix
+from halve.runtime.kernels import LANE_ROWS
+from halve.runtime.kernels.gpu_linear import GpuLinear
 from halve.runtime.linear import SparseLinear
 from halve.runtime.native import multiplies_integers, quantised_input
 from halve.runtime.packed_matrix import unpack
@@ -51,21 +53,24 @@ def reference_of(layer: nn.Module, sparse: nn.Module) -> Callable[[Tensor], Tens
     """Return what gives the product that a sparse layer should give, float32.
 
     Of a quantised layer that is the product of a dense one with the rounded weights and, where there are few rows, with
-    inputs rounded likewise.
+    inputs rounded likewise on the CPU; on a GPU they are not.
 
     Args:
         layer: the plain one.
         sparse: the one that takes its place.
     """
-    packed = sparse.packed if isinstance(sparse, SparseLinear) else None
+    packed = sparse.packed if isinstance(sparse, SparseLinear | GpuLinear) else None
     if not isinstance(packed, QuantisedMatrix):
         return lambda x: cast("Tensor", layer(x)).float()
-    exact = unpack(replace(packed, dtype=torch.float32).dequantised())
+    place = layer_matrix(layer).device
+    exact = unpack(replace(packed, dtype=torch.float32).dequantised()).to(place)
     stored = exact.to(packed.dtype).float()  # what many rows are multiplied with
     own = cast("Tensor | None", sparse.bias)
     bias = None if own is None else own.float()
 
     def expected(x: Tensor) -> Tensor:
+        if isinstance(sparse, GpuLinear):
+            return linear(x.float(), exact if len(x) <= LANE_ROWS else stored, bias)
         if multiplies_integers(len(x), packed):
             return linear(quantised_input(x), exact, bias)
         return linear(x.float(), stored, bias)
