@@ -22,13 +22,14 @@ from halve.forecast.foreseen import Foreseen, foresee
 from halve.memory import available_memory
 from halve.option_groups import OptionError
 from halve.provenance import code_fields
+from halve.report.card import leave_beside
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
 from halve.run.events import Listener, announce, writing_told_to
 from halve.run.phases import Phase, Phases
 from halve.run.request import NO_WORKERS, WORKERS, Request
-from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded, report_notes
+from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded
 from halve.workers.hiring import check_workers, hiring, threads_of_workers
 
 _TIMES = 20
@@ -327,7 +328,7 @@ class _Judge:
             except HalveError as error:
                 notes.append(f"perplexity was measured, but not put on record: {error}")
             else:
-                notes += report_notes(pruned.out)
+                notes += leave_beside(pruned.out, None)[1]
         return replace(pruned, before=self._before, after=after, notes=tuple(notes))
 
     def _measure(self, loaded: LoadedModel) -> tuple[Perplexity, ...]:
