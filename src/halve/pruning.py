@@ -1,6 +1,6 @@
 """Prune a whole model: from what the user names to a pruned model, and to a verified checkpoint on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ def prune(
     *,
     tokenizer: Any = None,
     listen: Listener | None = None,
+    values: str | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune every linear layer inside a model's blocks to an N:M (or unstructured) pattern.
@@ -62,6 +63,7 @@ def prune(
             unfinished. None keeps the result in memory alone.
         tokenizer: for a model in memory; otherwise the checkpoint's own.
         listen: called with a `halve.run.events.Progress` at every step.
+        values: ``int4`` is another name of the refit ``int4``, after what `halve.pack` makes of the kept weights.
         **options: see above; None leaves an option at its default.
 
     Returns:
@@ -75,7 +77,29 @@ def prune(
         ResumeMismatchError: ``out`` holds an unfinished run that was begun differently.
         CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
-    return prune_as(model, None if out is None else Path(out), Request.of(options), tokenizer, listen)
+    request = Request.of(with_refit_of(values, options))
+    return prune_as(model, None if out is None else Path(out), request, tokenizer, listen)
+
+
+def with_refit_of(values: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the refit that makes kept weights what they are going to be packed as.
+
+    Args:
+        values: ``int4``; ``own``, or None, asks for nothing.
+        options: by their flat names.
+
+    Raises:
+        InputError: nothing is solved for such values, or another refit is given.
+    """
+    if values in (None, "own"):
+        return dict(options)
+    if values != "int4":
+        raise InputError(
+            f"values is {values!r}, and only int4 is solved for: prune without it, and give it to halve pack (--values)"
+        )
+    if options.get("refit") not in (None, "int4"):
+        raise InputError(f"values int4 is the refit int4, and refit {options['refit']} is given: leave one of them out")
+    return {**options, "refit": "int4"}
 
 
 def prune_as(

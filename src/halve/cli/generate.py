@@ -8,7 +8,7 @@ import typer
 
 from halve.cli.errors import reporting
 from halve.cli.options import DeviceOption, ModelArgument, ThreadsOption, TrustOption
-from halve.cli.terminal import err, say
+from halve.cli.terminal import counting, err, say
 from halve.cli.values import on_threads
 from halve.device import parse_dtype
 from halve.errors import InputError, counted
@@ -134,7 +134,8 @@ def _accelerate(loaded: "LoadedModel", values: str) -> str:
         bits = cast("Bits | None", layers[0].bits or None)
         return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}"
     try:
-        done = accelerate(loaded.model, pattern=_pattern(loaded), values=cast("Values", values))
+        with counting("packing layers", slow=values == "int4") as listen:
+            done = accelerate(loaded.model, pattern=_pattern(loaded), values=cast("Values", values), listen=listen)
     except InputError as error:
         if values != "own":  # which was asked for in so many words
             raise

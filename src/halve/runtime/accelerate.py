@@ -6,7 +6,7 @@ fails, everything is put back. Dense weights that are rounded are let go at the 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,7 @@ def accelerate(
     only_where_faster: float | None = 1.0,
     probe: Tensor | Mapping[str, Any] | None = None,
     values: Values = "own",
+    listen: Callable[[int, int, str], None] | None = None,
 ) -> Acceleration:
     """Swap, in place, the linear layers of a model that are in a pattern and whose products are measured to be faster.
 
@@ -100,6 +101,7 @@ def accelerate(
         values: what the kept weights are held as. ``int8`` and ``int4`` round them, see
             `halve.runtime.quantised_matrix.quantise`, and with few rows what they are multiplied with: on the CPU
             alone, at 2:4. The model's ``state_dict`` is then that of the rounded weights.
+        listen: told after every layer how many are swapped, how many there are, and its name.
 
     Returns:
         Acceleration: what was swapped, what was not and why.
@@ -134,7 +136,10 @@ def accelerate(
     }
     swapped: dict[str, Sparse] = {}
     try:
-        swapped.update(_swap(model, chosen, how))
+        for name, sparse in _swap(model, chosen, how):
+            swapped[name] = sparse
+            if listen is not None:
+                listen(len(swapped), len(plain), name)
         off = _check_output(asked, before, allowed, swapped, plain)
     except BaseException:
         _put_back(model, swapped, plain)
