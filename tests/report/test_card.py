@@ -157,7 +157,7 @@ MERGES = "---\na0: &a0 {b: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i 
         (b"---\nlicense: [mit\n---\n", "no YAML"),
         (b"---\nlicense: mit\n", "do not end"),
         (b"---\n- mit\n---\n", "a list"),
-        (b"---\n" + b"[" * 100_000 + b"\n---\n", "nested"),
+        (b"---\n" + b"[" * 100_000 + b"\n---\n", "nest"),
         (b"---\nx: " + b"y" * (1 << 20) + b"\n---\n", "do not end"),
         (b"---\nlicense: {a: [mit]}\nlanguage: [[en], null, ~]\npipeline_tag: " + b"x" * 400 + b"\n---\n", None),
         (b"---\n!!python/object/apply:os.system ['false']\n---\n", "a list"),

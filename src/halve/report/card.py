@@ -217,7 +217,8 @@ def _fields(content: bytes) -> dict[str, str | list[str]]:
     import yaml
 
     try:
-        root = yaml.compose(_front_matter(content), Loader=yaml.SafeLoader)
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
+        root = yaml.compose(_front_matter(content), Loader=loader)
     except yaml.YAMLError as error:
         raise ValueError(f"they are no YAML ({error})") from error
     if root is not None and root.id != "mapping":
