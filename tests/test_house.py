@@ -26,7 +26,7 @@ FLOORS = (
     ("whole_model", "learning"),
     ("workers",),
     ("pruning", "comparison", "merging"),
-    ("learned_masks",),
+    ("learned_masks", "packing"),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

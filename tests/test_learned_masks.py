@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import halve
+from halve.checkpoint.directory import is_sealed
 from halve.errors import InputError, ResumeMismatchError
 from halve.learned_masks import apply_masks, resume_learning
 from halve.learning.methods import LEARNING_METHODS
@@ -240,6 +241,8 @@ def test_masks_alone_give_the_learned_checkpoint(dense, tmp_path):
     assert recorded(tmp_path / "applied") == {**record, "files": recorded(tmp_path / "applied")["files"]}
     assert halve.check(tmp_path / "applied", against=dense).ok
     assert "masks" in write_report(tmp_path / "applied").read_text()
+    for place in ("out", "applied"):
+        assert is_sealed(tmp_path / place / "README.md")
     halve.finetune(tmp_path / "applied", tmp_path / "more", data=dense.parent / "text.jsonl", **QUICK)
     assert halve.check(tmp_path / "more", against=dense).ok
 

@@ -8,6 +8,7 @@ from copy import deepcopy
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -184,11 +185,15 @@ def test_all_other_bytes_stay_and_the_record_is_carried_on(llama, adapter, tmp_p
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.split(".")[-2] in TARGETS["llama"]}
     assert all(before[name].dtype == after[name].dtype for name in before)
-    kept = {name: each for name, each in sums(llama).items() if name not in {"model.safetensors", "halve.json"}}
+    changing = {"model.safetensors", "halve.json", "README.md"}
+    kept = {name: each for name, each in sums(llama).items() if name not in changing}
     ours = sums(tmp_path / "out")
     assert {name: ours[name] for name in kept if name in ours} == {
         name: each for name, each in kept.items() if name not in {"halve-measured.json", "report.html"}
     }
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert f"Adapter merged, its update kept off the zeros: `{adapter.name}`" in card.text
+    assert "Perplexity was not measured" in card.text
     old, new = (json.loads((place / "halve.json").read_text()) for place in (llama, tmp_path / "out"))
     assert {name: new[name] for name in old if name != "files"} == {name: old[name] for name in old if name != "files"}
     (section,) = new["merges"]

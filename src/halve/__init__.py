@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from halve.packed.load import load
     from halve.packed.read import unpack_checkpoint as unpack
     from halve.packed.write import PackResult
-    from halve.packed.write import pack_checkpoint as pack
+    from halve.packing import pack
     from halve.planner.speed_plan import SpeedPlan, plan
     from halve.planner.where_faster import WhereFaster
     from halve.pruning import prune, resume
@@ -78,7 +78,7 @@ _HOMES = {
     "keep_masks": "learning.keeping",
     "load": "packed.load",
     "merge": "merging",
-    "pack": "packed.write:pack_checkpoint",
+    "pack": "packing",
     "plan": "planner.speed_plan",
     "prox": "maths.proximal",
     "prune": "pruning",

@@ -20,6 +20,7 @@ from halve.evaluation.figure import Perplexity
 from halve.evaluation.perplexity import perplexity
 from halve.model.reconstruct import BLOCK, parse_reconstruction
 from halve.provenance import environment
+from halve.report.card import leave_beside
 from halve.report.measured import add_perplexity
 from halve.report.page import COMPARISON, write_comparison
 from halve.report.record import finite, settings_json
@@ -31,7 +32,7 @@ from halve.run.request import Request
 from halve.text.limits import check_fits
 from halve.text.pairs import PairSet
 from halve.text.tokens import TokenSet
-from halve.whole_model import as_written, find, load_found, prune_loaded, report_notes
+from halve.whole_model import as_written, find, load_found, prune_loaded
 
 DENSE = "dense"
 METHODS = ("magnitude", "wanda", "wanda+cg", "sparsegpt", "sparsegpt+cg", "auto+cg")
@@ -216,12 +217,12 @@ class Comparison:
         self._complete.append(place)
         try:
             add_perplexity(place, self._dense, after)
-            notes = report_notes(place)
+            _, notes = leave_beside(place, None)
             if len(self._complete) > 1 and self._out is not None:
                 write_comparison(self._complete, self._out / COMPARISON)
         except HalveError as error:
             return (f"pruned and measured, but not put on record: {error}",)
-        return notes
+        return tuple(notes)
 
 
 def compare(

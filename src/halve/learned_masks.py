@@ -27,6 +27,7 @@ from halve.model.survey import plan_model
 from halve.option_groups import fill, known_names
 from halve.provenance import files_sha256, source_fields
 from halve.pruning import prune
+from halve.report.card import leave_card
 from halve.report.record import mask_facts
 from halve.report.training import learned_record, previous_record
 from halve.run.directory import open_run
@@ -181,7 +182,8 @@ def apply_masks(
         trust_remote_code: run Python code that comes with the model.
 
     Returns:
-        dict[str, Any]: the content of ``halve.json`` but for the files' sha256.
+        dict[str, Any]: the content of ``halve.json`` but for the files' sha256; its warnings also say what there is to
+            say of the model card.
 
     Raises:
         InputError: the masks are of another model, or an argument cannot be used.
@@ -228,8 +230,9 @@ def apply_masks(
             raise HalveError(
                 f"the checkpoint just written to {run.staging} is wrong, do not use it: {verdict.problems[0]}"
             )
-        run.publish(files)
-    return record
+        cards, said = leave_card(run.staging, source)
+        run.publish(files | cards)
+    return {**record, "warnings": [*record["warnings"], *said]}
 
 
 def _of_other_weights(learned: Mapping[str, str], given: Mapping[str, Any], masks: str | Path) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from halve.model.layers import Layout, is_conv1d, is_linear, matrix_view
 from halve.option_groups import fill, group
 from halve.provenance import environment, source_fields
 from halve.recorded import Record, pattern_of, read_record
+from halve.report.card import leave_card
 from halve.report.record import finite, mask_sha256
 from halve.run.directory import open_run
 from halve.run.events import Listener, Progress, announce, writing_told_to
@@ -222,6 +223,7 @@ def merge(
             "calibration": None if asked.calibration is None else calibration_record(data),
         }
         run.begin({**source_fields(source), "merge": json.dumps(about, sort_keys=True)}, None, None, {})
+        said: list[str] = []
         if run.verified:  # a merge that was stopped while its files were moved
             run.publish()
         else:
@@ -231,8 +233,9 @@ def merge(
             content = _content(source, loaded, targets, matrices, pattern, about)
             files = write_checkpoint(run.prepare_staging(), loaded, [target.name for target in targets], content)
             _verify(run.staging, source)
-            run.publish(files)
-    return _result(place, loaded.notes)
+            cards, said = leave_card(run.staging, source)
+            run.publish(files | cards)
+    return _result(place, (*loaded.notes, *said))
 
 
 def _record_of(source: Source) -> tuple[_Record, Pattern]:

@@ -1,6 +1,6 @@
 """Prune a whole model: from what the user names to a pruned model, and to a verified checkpoint on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,13 +22,14 @@ from halve.forecast.foreseen import Foreseen, foresee
 from halve.memory import available_memory
 from halve.option_groups import OptionError
 from halve.provenance import code_fields
+from halve.report.card import leave_beside
 from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
 from halve.run.events import Listener, announce, writing_told_to
 from halve.run.phases import Phase, Phases
 from halve.run.request import NO_WORKERS, WORKERS, Request
-from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded, report_notes
+from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded
 from halve.workers.hiring import check_workers, hiring, threads_of_workers
 
 _TIMES = 20
@@ -41,6 +42,7 @@ def prune(
     *,
     tokenizer: Any = None,
     listen: Listener | None = None,
+    values: str | None = None,
     **options: Any,
 ) -> Pruned:
     """Prune every linear layer inside a model's blocks to an N:M (or unstructured) pattern.
@@ -61,6 +63,7 @@ def prune(
             unfinished. None keeps the result in memory alone.
         tokenizer: for a model in memory; otherwise the checkpoint's own.
         listen: called with a `halve.run.events.Progress` at every step.
+        values: ``int4`` is another name of the refit ``int4``, after what `halve.pack` makes of the kept weights.
         **options: see above; None leaves an option at its default.
 
     Returns:
@@ -74,7 +77,29 @@ def prune(
         ResumeMismatchError: ``out`` holds an unfinished run that was begun differently.
         CorruptFileError: a file of the model, or of the unfinished run, was damaged.
     """
-    return prune_as(model, None if out is None else Path(out), Request.of(options), tokenizer, listen)
+    request = Request.of(with_refit_of(values, options))
+    return prune_as(model, None if out is None else Path(out), request, tokenizer, listen)
+
+
+def with_refit_of(values: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the refit that makes kept weights what they are going to be packed as.
+
+    Args:
+        values: ``int4``; ``own``, or None, asks for nothing.
+        options: by their flat names.
+
+    Raises:
+        InputError: nothing is solved for such values, or another refit is given.
+    """
+    if values in (None, "own"):
+        return dict(options)
+    if values != "int4":
+        raise InputError(
+            f"values is {values!r}, and only int4 is solved for: prune without it, and give it to halve pack (--values)"
+        )
+    if options.get("refit") not in (None, "int4"):
+        raise InputError(f"values int4 is the refit int4, and refit {options['refit']} is given: leave one of them out")
+    return {**options, "refit": "int4"}
 
 
 def prune_as(
@@ -327,7 +352,7 @@ class _Judge:
             except HalveError as error:
                 notes.append(f"perplexity was measured, but not put on record: {error}")
             else:
-                notes += report_notes(pruned.out)
+                notes += leave_beside(pruned.out, None)[1]
         return replace(pruned, before=self._before, after=after, notes=tuple(notes))
 
     def _measure(self, loaded: LoadedModel) -> tuple[Perplexity, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halve.checkpoint.directory import (
     CONFIG,
+    PACKED,
     RECORD,
     forbidden_fields,
     is_packed,
@@ -49,6 +50,15 @@ class CheckResult:
     sparsity: float
     tensors: int
     compared: int
+
+    @property
+    def verdict(self) -> str:
+        """What came of it, in one sentence: ``ok``, or what is wrong, the first of it where there is more."""
+        if self.ok:
+            return "ok"
+        first = self.problems[0]
+        others = len(self.problems) - 1
+        return f"failed: {first}" + (f" (and {counted(others, 'more problem')})" if others else "")
 
 
 @dataclass
@@ -118,7 +128,8 @@ def check(
     """
     directory = _finished_directory(path)
     if is_packed(directory):
-        return _check_packed(directory, alone=against is None and pattern is None, code=trust_remote_code)
+        _refuse_beside_packed(directory, against=against is not None, pattern=pattern is not None)
+        return _check_packed(directory, code=trust_remote_code)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is None and not (directory / RECORD).exists():
         raise InputError(f"{directory} has no {RECORD}: give the pattern of its matrices (--pattern 2:4)")
@@ -160,15 +171,24 @@ def _finished_directory(path: str | Path) -> Path:
     return directory
 
 
-def _check_packed(directory: Path, *, alone: bool, code: bool) -> CheckResult:
+def _refuse_beside_packed(directory: Path, *, against: bool, pattern: bool) -> None:
+    """Refuse what a packed checkpoint is not checked for."""
+    if pattern:
+        raise InputError(
+            f"{directory} is packed, and each matrix is checked for the pattern that {PACKED} names: leave that "
+            "out (--pattern)"
+        )
+    if against:
+        raise InputError(
+            f"{directory} is packed, and is not compared with an original: leave that out (--against), or restore the "
+            f"plain checkpoint with `halve unpack {directory} --out DIR`, and check that"
+        )
+
+
+def _check_packed(directory: Path, *, code: bool) -> CheckResult:
     from halve.packed.read import survey_packed
     from halve.packed.verify import restoring_problems, verify
 
-    if not alone:
-        raise InputError(
-            f"{directory} is packed, and can be checked only by itself: restore the plain checkpoint with "
-            f"`halve unpack {directory} --out DIR`, and check that"
-        )
     checkpoint, faults = survey_packed(directory, trust_remote_code=code)
     found = _Findings(problems=[str(fault) for fault in faults])
     if checkpoint is None:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halve.checkpoint.directory import CONFIG, MEASURED, PAGE
-from halve.checkpoint.durable import sha256_of
+from halve.checkpoint.directory import CONFIG, MEASURED, RECORD
 from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
 from halve.checkpoint.precision import differing_dtypes, dtype_to_prune_in
 from halve.checkpoint.quantised import is_plain
@@ -25,9 +24,11 @@ from halve.evaluation.figure import Perplexity
 from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
 from halve.provenance import files_sha256
+from halve.recorded import Record, read_record
 from halve.report import record
+from halve.report.card import leave_beside
 from halve.report.measured import measured_json, write_measured
-from halve.report.page import write_report
+from halve.report.schema import Named, Origin
 from halve.run.directory import RunDirectory
 from halve.run.events import Listener, Progress, RunLog, RunReport
 from halve.run.fingerprint import fingerprint
@@ -219,10 +220,10 @@ def _publish(
     """Write, verify and publish the checkpoint, but for what an earlier process did.
 
     Returns:
-        tuple[RunReport, tuple[str, ...]]: the report with that, and `report_notes`.
+        tuple[RunReport, tuple[str, ...]]: the report with that, and what there is to say, sentences.
     """
     files: dict[str, str] | None = None
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if not run.verified:
         with phases.timing(Phase.WRITE):
             if loaded.weights.mapped:
@@ -237,28 +238,10 @@ def _publish(
             peak_device_memory=dict(phases.peak_device_memory),
         )
         files[MEASURED] = write_measured(run.staging, measured_json(done))
-        notes = report_notes(run.staging, run.out)
-        if not notes:
-            files[PAGE] = sha256_of(run.staging / PAGE)
+        sums, notes = leave_beside(run.staging, loaded.source, run.out)
+        files |= sums
     run.publish(files)
-    return done, notes
-
-
-def report_notes(directory: Path, place: Path | None = None) -> tuple[str, ...]:
-    """Write the report; the checkpoint is complete without it, so what stands in its way is returned, not raised.
-
-    Args:
-        directory: of the checkpoint.
-        place: where it is going to be; None leaves it where it is.
-
-    Returns:
-        tuple[str, ...]: a sentence if the report could not be written.
-    """
-    try:
-        write_report(directory, place=place)
-    except HalveError as error:
-        return (f"the checkpoint is complete, but its report is not written: {error}",)
-    return ()
+    return done, tuple(notes)
 
 
 def _prune(
@@ -335,7 +318,27 @@ def _record(
 def _source_record(loaded: LoadedModel) -> dict[str, Any]:
     if loaded.source is None:
         return {"kind": "memory", "name": type(loaded.model).__name__}
-    return {"kind": loaded.source.kind, "name": loaded.source.name, "revision": loaded.source.revision}
+    source = loaded.source
+    described = {"kind": source.kind, "name": source.name, "revision": source.revision}
+    return described | ({} if source.kind == "gguf" else _made_from(source.path))
+
+
+class _Record(Record, frozen=True, kw_only=True):
+    """What is read of the record of a checkpoint that is pruned again."""
+
+    source: Origin
+
+
+def _made_from(directory: Path) -> dict[str, Any]:
+    """Return what is on record of where a checkpoint came from; nothing where Halve did not write it."""
+    if not (directory / RECORD).is_file():
+        return {}
+    try:
+        before = read_record(directory, _Record).source
+    except HalveError:  # of whoever calls a file so; it says nothing of the weights
+        return {}
+    first: Named = before if before.made_from is None else before.made_from
+    return {"made_from": {"kind": first.kind, "name": first.name, "revision": first.revision}}
 
 
 def _verify(directory: Path, source: Source | None) -> None:

@@ -82,6 +82,7 @@ def test_companions_are_the_files_a_model_needs(llama):
         "chat_template.jinja",
         "LICENSE",
         "preprocessor_config.json",
+        "BASE_MODEL_README.md",
     ]
     unwanted = ["README.md", "modeling.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "halve.json", "x.gguf"]
     for name in [*wanted, *unwanted]:

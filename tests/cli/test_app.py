@@ -41,6 +41,9 @@ def test_check_fails_on_a_dense_model(model, tmp_path, text):
     result = run(app, ["check", str(tmp_path / "out")])
     assert result.exit_code == EXIT_FAILED
     assert "problem:" in result.output
+    last = result.output.splitlines()[-1]
+    assert last.startswith(f"{tmp_path / 'out'} failed: model.safetensors does not have the sha256")
+    assert last.endswith("(and 21 more problems)")
 
 
 def test_a_check_that_read_no_matrix_says_nothing_of_zeros(model, tmp_path, text):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -62,6 +64,50 @@ def test_a_damaged_one_fails_the_check(tmp_path):
     result = run(app, ["check", str(directory)])
     assert result.exit_code == EXIT_FAILED
     assert "problem: packed.safetensors does not have the sha256" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"{directory} failed: packed.safetensors does not have the sha256")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--pattern", "2:4"], "checked for the pattern that halve-packed.json names: leave that out (--pattern)"),
+        (["--against", "dense"], "is not compared with an original: leave that out (--against), or restore"),
+    ],
+)
+def test_what_a_packed_one_is_not_checked_for_is_said_in_one_sentence(options, words, tmp_path):
+    result = run(app, ["check", str(packed(tmp_path)), *options])
+    assert result.exit_code == EXIT_REFUSED
+    assert words in " ".join(result.stderr.split())
+
+
+def test_integers_are_solved_for_and_progress_is_told(checkpoint, text, tmp_path):
+    asked = ["--calibration", text, "--samples", "4", "--seq-len", "16"]
+    result = run(app, ["prune", str(checkpoint), "--out", str(tmp_path / "plain"), "--method", "wanda", *asked])
+    assert result.exit_code == 0, result.output
+    result = run(app, ["pack", str(tmp_path / "plain"), "--out", str(tmp_path / "rounded"), "--values", "int4"])
+    assert result.exit_code == 0, result.output
+    assert "packing: 21 of 21 matrices\n" in result.stderr
+    assert result.stderr.count("packing: ") == 10
+    assert "rounding to int4 has moved the kept weights of 21 of 21 matrices by " in result.stdout
+    result = run(app, ["pack", str(tmp_path / "plain"), "--out", str(tmp_path / "solved"), "--values", "int4", *asked])
+    assert result.exit_code == 0, result.output
+    assert "block 3/3 model.layers.2.mlp.down_proj.weight relative loss" in result.stderr
+    assert "integers times scales already: int4 moves none" in result.stdout
+    run(
+        app,
+        ["prune", str(checkpoint), "--out", str(tmp_path / "grid"), "--values", "int4", "--method", "wanda", *asked],
+    )
+    assert json.loads((tmp_path / "grid" / "halve.json").read_text())["refit"] == "int4"
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensor(tmp_path / "grid" / "model.safetensors", name, lambda weight: weight * 1.01)
+    record_again(tmp_path / "grid")
+    result = run(app, ["pack", str(tmp_path / "grid"), "--out", str(tmp_path / "some"), "--values", "int4"])
+    assert "has moved the kept weights of 1 of 21 matrices by 0." in result.stdout
+    assert f"(no integers before; the first is {name})" in result.stdout
+    result = run(app, ["pack", str(tmp_path / "plain"), "--out", str(tmp_path / "no"), "--samples", "4"])
+    assert result.exit_code == EXIT_REFUSED
+    result = run(app, ["prune", str(checkpoint), "--out", str(tmp_path / "no"), "--values", "int8", *asked])
+    assert "only int4 is solved for" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["prune", "eval", "compare", "report"])

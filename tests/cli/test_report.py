@@ -47,6 +47,13 @@ def test_the_report_is_made_again(run, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.output == f"written: {record / 'report.html'}\n"
     assert (record / "report.html").exists()
+    card = record / "README.md"
+    assert card.read_text().startswith("---\n")
+    card.write_text("mine")
+    result = run(app, ["report", str(record)])
+    assert "README.md was left as it is: it is not as Halve wrote it" in " ".join(result.output.split())
+    assert card.read_text() == "mine"
+    assert run(app, ["report", str(record), "--out", str(tmp_path / "other.html")]).output.count("\n") == 1
 
 
 def test_several_are_compared(run, tmp_path, monkeypatch):
@@ -67,6 +74,7 @@ def test_perplexity_is_measured_on_request(run, checkpoint, text, tmp_path):
     assert f"(1 window of 32 tokens, no BOS, {FORWARD_DTYPE}; halve " in result.output
     assert "perplexity text.txt" in result.output
     assert "32 tokens" in (out / "report.html").read_text()
+    assert "1 window of 32 tokens" in (out / "README.md").read_text()
     result = run(app, ["report", str(out), "--data", text, "--max-windows", "1", "--dense", "none"])
     assert "→" not in result.output
 

@@ -175,3 +175,21 @@ def test_text_that_takes_long_to_write_is_told_with_a_way_out(capsys, seconds_le
     printed = " ".join(capsys.readouterr().err.split())
     assert said in printed
     assert bool(said) is ("100 of 1000 tokens are written" in printed)
+
+
+def test_what_is_counted_is_told_in_tenths_where_it_is_slow_and_shown_on_a_terminal(capsys, monkeypatch):
+    with terminal.counting("packing", slow=True) as tell:
+        for done in range(1, 26):
+            tell(done, 25, "name")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 10
+    assert (said[0], said[-1]) == ("packing: 3 of 25 matrices", "packing: 25 of 25 matrices")
+    with terminal.counting("packing", slow=False) as tell:
+        tell(1, 1, "name")
+    assert capsys.readouterr().err == ""
+    console = Console(force_terminal=True, width=150, file=io.StringIO())
+    monkeypatch.setattr(terminal, "err", console)
+    with terminal.counting("packing", slow=False) as tell:
+        assert console.file.getvalue() == ""  # nothing moves before the first
+        tell(3, 25, "up_proj")
+    assert "3/25" in console.file.getvalue()

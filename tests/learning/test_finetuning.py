@@ -74,7 +74,9 @@ def test_models_of_many_kinds(kind, tmp_path):
 
 def test_norms_alone_and_measured_before_and_after(checkpoint, tmp_path):
     text = checkpoint.parent / "text.jsonl"
-    done = teach(checkpoint, tmp_path / "out", train="norms", eval_data=[text], eval_max_windows=2)
+    shutil.copytree(checkpoint, tmp_path / "pruned")
+    (tmp_path / "pruned" / "BASE_MODEL_README.md").write_text("---\nlicense: mit\n---\n")
+    done = teach(tmp_path / "pruned", tmp_path / "out", data=text, train="norms", eval_data=[text], eval_max_windows=2)
     before, after = weights(checkpoint), weights(tmp_path / "out")
     assert {name for name in before if not torch.equal(before[name], after[name])} <= {
         name for name in before if before[name].ndim == 1
@@ -83,6 +85,12 @@ def test_norms_alone_and_measured_before_and_after(checkpoint, tmp_path):
     again = halve.evaluate(tmp_path / "out", text, seq_len=32, max_windows=2, forward_dtype="float32")
     assert done.after[0].value == pytest.approx(again.value, rel=1e-5)
     assert any("trained on" in note for note in done.notes)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| `text.jsonl` | {done.dense[0].value:.3f} | {done.after[0].value:.3f} |" in card
+    assert f"from {done.before[0].value:.3f} to {done.after[0].value:.3f}" in card
+    assert str(tmp_path) not in card
+    assert (tmp_path / "out" / "BASE_MODEL_README.md").read_text() == "---\nlicense: mit\n---\n"
+    assert "license: mit" in card
 
 
 def test_without_a_teacher(checkpoint, tmp_path):

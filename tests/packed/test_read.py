@@ -89,9 +89,10 @@ def test_the_restored_one_passes_the_check_of_plain_ones(made, tmp_path):
 
 
 def test_is_checked_by_itself(made):
-    for asked in ({"pattern": "2:4"}, {"against": made.parent / "dense"}):
-        with pytest.raises(InputError, match=r"only by itself: restore the plain checkpoint with `halve unpack"):
-            check(made, **asked)
+    with pytest.raises(InputError, match=r"pattern that halve-packed\.json names: leave that out \(--pattern\)"):
+        check(made, pattern="2:4")
+    with pytest.raises(InputError, match=r"leave that out \(--against\), or restore .* with `halve unpack"):
+        check(made, against=made.parent / "dense")
 
 
 def refused(directory, says, error=CorruptFileError):

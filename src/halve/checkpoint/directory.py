@@ -1,6 +1,8 @@
 """The files of a checkpoint directory that nobody here wrote: which belong to it, and which are refused."""
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,6 +19,10 @@ MEASURED = "halve-measured.json"
 """What was measured of the run."""
 PAGE = "report.html"
 """The report: both, for people."""
+CARD = "README.md"
+"""The model card, in the hub's format."""
+BASE_CARD = "BASE_MODEL_README.md"
+"""The card of the model that a checkpoint was made from, as it was there."""
 PACKED = "halve-packed.json"
 """The manifest of a packed checkpoint, which only a packed one has."""
 PACKED_WEIGHTS = "packed*.safetensors"
@@ -27,7 +33,7 @@ TRAINING = "training.json"
 """Name of the manifest in that directory, where what is not complete is a training."""
 LAST = (INDEX, CONFIG)
 """The files that are written, or moved to their place, after all others: without them nothing can be loaded."""
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", BASE_CARD)
 TEMPLATES = "additional_chat_templates"
 CODE = "*.py"
 _FORBIDDEN = {
@@ -43,13 +49,16 @@ _FORBIDDEN = {
 _DTYPES = {"float32", "bfloat16", "float16", "float64", "auto"}
 _ELSEWHERE = "--"
 """What separates a repository from a class in ``auto_map``."""
+_SEAL = "<!-- Written by Halve; as long as nothing above is changed, its sha256 is {}. -->\n"
+_LONGEST_CARD = 1 << 20
+"""Bytes; Halve writes no card that is longer."""
 
 
 def companions(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
     """Return the files that belong to a model besides its weights, its index and its config, sorted.
 
-    Tokenizer, templates, generation and preprocessor settings, licence; no README, pickles or other formats, and Python
-    files only with ``code``.
+    Tokenizer, templates, generation and preprocessor settings, licence, the card of the model that it was made from; no
+    README (`card_of_base`), pickles or other formats, and Python files only with ``code``.
 
     Raises:
         CorruptFileError: one of them is a link that leaves the checkpoint.
@@ -70,6 +79,47 @@ def companion_paths(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
         and path.is_file()
     ]
     return tuple(sorted(kept))
+
+
+def card_of_base(directory: Path) -> tuple[Path | None, str]:
+    """Find the model card that goes along with what is made from a checkpoint, to be called `BASE_CARD` there.
+
+    It is the checkpoint's own card, or the one that it carries along itself where Halve wrote its own.
+
+    Returns:
+        tuple[Path | None, str]: the card, None where there is none that can be taken along; and why not, a sentence,
+            empty where there is nothing to say.
+    """
+    own, carried = directory / CARD, directory / BASE_CARD
+    if carried.exists() and ((directory / RECORD).exists() or is_sealed(own)):
+        return carried, ""
+    if not (own.is_symlink() or own.exists()) or is_sealed(own):
+        return None, ""
+    reason = ""
+    try:
+        contained(directory, own)
+    except CorruptFileError:
+        reason = "it is a link that leaves the checkpoint, or no file"
+    if not reason and not os.access(own, os.R_OK):
+        reason = "it cannot be read"
+    return (None, f"the model card {own} was not taken along: {reason}") if reason else (own, "")
+
+
+def sealed(text: str) -> bytes:
+    """Return the content of a card that Halve writes: at its end is the sum by which a later change shows."""
+    content = f"{text.rstrip()}\n".encode(errors="replace")
+    return content + _SEAL.format(hashlib.sha256(content).hexdigest()).encode()
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a card is one that Halve wrote and nobody changed since, so that it may be replaced."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_CARD + 1)
+    except OSError:
+        return False
+    text = content[: content.rfind(b"\n", 0, -1) + 1]
+    return content == text + _SEAL.format(hashlib.sha256(text).hexdigest()).encode()
 
 
 def is_unfinished(directory: Path) -> bool:

@@ -5,6 +5,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from halve.checkpoint.directory import (
+    CARD,
     CODE,
     COMPANIONS,
     INDEX,
@@ -48,7 +49,7 @@ def download(name: str, revision: str | None, *, code: bool, weights: bool) -> P
         except Exception as error:  # of the hub's client, of what carries its requests, or of the disk
             raise InputError(_why_not_downloaded(name, revision, error, offline=offline)) from error
 
-    path = fetch([*COMPANIONS, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision, [])
+    path = fetch([*COMPANIONS, CARD, f"{TEMPLATES}/*.jinja", *([CODE] if code else [])], revision, [])
     check_config(path, code=code)
     if not weights:
         return path

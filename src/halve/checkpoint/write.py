@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halve.checkpoint.directory import CONFIG, INDEX, LAST, RECORD, WEIGHTS, companions
+from halve.checkpoint.directory import BASE_CARD, CONFIG, INDEX, LAST, RECORD, WEIGHTS, card_of_base, companions
 from halve.checkpoint.disk_layout import DiskLayout, DiskTensor
 from halve.checkpoint.durable import Content, file_chunks, filling
 from halve.checkpoint.load import LoadedModel, Source
@@ -56,8 +56,8 @@ def write_checkpoint(
 
     A model that came from safetensors keeps its shard names, headers, dtypes and every byte of every tensor that did
     not change, those in files that transformers does not load among them. A weight that did not change keeps its bits
-    on disk even where memory holds fewer. A model from a GGUF file or from memory is written whole, in shards of at
-    most 5 GB. ``-0.0`` becomes ``+0.0`` in the tensors that changed.
+    on disk even where memory holds fewer. Its model card goes along under another name. A model from a GGUF file or
+    from memory is written whole, in shards of at most 5 GB. ``-0.0`` becomes ``+0.0`` in the tensors that changed.
 
     Args:
         out: the directory, absent or empty; removed again if anything fails.
@@ -106,6 +106,9 @@ def _rewritten(loaded: LoadedModel, source: Source, changed: Collection[str]) ->
         plan[path.name] = file_chunks(path)
     for path in companions(source.path, code=source.trust_remote_code):
         plan[str(path.relative_to(source.path))] = file_chunks(path)
+    card, _ = card_of_base(source.path)
+    if card is not None:
+        plan[BASE_CARD] = file_chunks(card)
     if source.index is not None:
         plan[INDEX] = file_chunks(source.index)
     plan[CONFIG] = file_chunks(source.path / CONFIG)

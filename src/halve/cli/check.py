@@ -40,5 +40,7 @@ def check(
         verdict = "ok" if result.ok else counted(len(result.problems), "problem")
         compared = "" if against is None else f", {result.compared} of them the same as in {against}"
         say(out, f"{verdict}{looked_at}{compared}")
+        if not result.ok:
+            say(out, f"{directory} {result.verdict}")
     if not result.ok:
         raise typer.Exit(EXIT_FAILED)

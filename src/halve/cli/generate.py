@@ -8,7 +8,7 @@ import typer
 
 from halve.cli.errors import reporting
 from halve.cli.options import DeviceOption, ModelArgument, ThreadsOption, TrustOption
-from halve.cli.terminal import err, say
+from halve.cli.terminal import counting, err, say
 from halve.cli.values import on_threads
 from halve.device import parse_dtype
 from halve.errors import InputError, counted
@@ -148,9 +148,14 @@ def _accelerate(loaded: "LoadedModel", values: str, head: str) -> str:
         one_call = ", each next token in one call" if computes_in_one_call(loaded.model) else ""
         return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}{in_head}{one_call}"
     try:
-        done = accelerate(
-            loaded.model, pattern=_pattern(loaded), values=cast("Values", values), head=cast("Head", head)
-        )
+        with counting("packing layers", slow=values == "int4") as listen:
+            done = accelerate(
+                loaded.model,
+                pattern=_pattern(loaded),
+                values=cast("Values", values),
+                head=cast("Head", head),
+                listen=listen,
+            )
     except InputError as error:
         if values != "own" or head != "own":  # which was asked for in so many words
             raise

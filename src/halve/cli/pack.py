@@ -1,25 +1,30 @@
 """The commands that write a checkpoint in another form: ``halve pack``, ``unpack`` and ``export``."""
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Column, Table
 from rich.text import Text
 
 from halve.cli.errors import reporting
-from halve.cli.options import TrustOption
-from halve.cli.terminal import out, say
+from halve.cli.options import TrustOption, taking
+from halve.cli.terminal import counting, out, progress, say
 from halve.errors import counted, first_few
+from halve.packing import WITHOUT, PackOptions
+from halve.packing import pack as pack_as_asked
 
 if TYPE_CHECKING:
     from halve.packed.write import PackResult
     from halve.runtime.quantised_matrix import Values
 
 
+@taking(PackOptions, without=WITHOUT)
 def pack(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A pruned checkpoint.")],
     out_dir: Annotated[Path, typer.Option("--out", help="The packed checkpoint to write; new or empty.")],
+    given: dict[str, Any],
     pattern: Annotated[str | None, typer.Option(help="For a checkpoint that has no halve.json.")] = None,
     values: Annotated[
         str, typer.Option(help="What kept weights are stored as: own (as they are), bf16, int8 or int4 (rounded).")
@@ -29,12 +34,16 @@ def pack(
     """Pack the pruned matrices of a checkpoint: one bit a weight, and the kept values; `halve unpack` restores it.
 
     With --values int8 or int4 the kept values are rounded, and what is restored are the rounded ones.
+    With --calibration integers of 4 bits are solved for first.
     """
-    from halve.packed.write import pack_checkpoint
-
-    with reporting():
+    with reporting(), ExitStack() as stack:
         asked = cast("Values", values)
-        result = pack_checkpoint(directory, out_dir, pattern, values=asked, trust_remote_code=trust_remote_code)
+        solving = stack.enter_context(progress()) if "calibration" in given else None
+        listen = stack.enter_context(counting("packing", slow=values == "int4")) if solving is None else None
+        code = trust_remote_code
+        result = pack_as_asked(
+            directory, out_dir, pattern, values=asked, trust_remote_code=code, listen=listen, solving=solving, **given
+        )
     out.print(_sizes(result))
     reasons: dict[str, list[str]] = {}
     for name, reason in result.left_dense.items():
@@ -44,8 +53,12 @@ def pack(
     if result.left_out:
         say(out, f"not taken along, no files of a model: {', '.join(result.left_out)}", label="note")
     if result.error:
-        moved = f"rounding to {values} has moved the kept weights by {result.error:.2%} of their size"
-        say(out, f"{moved}; what was measured of them before is not taken along", label="note")
+        matrices = counted(len(result.matrices), "matrix", "matrices")
+        moved = f"rounding to {values} has moved the kept weights of {len(result.moved)} of {matrices}"
+        moved += f" by {result.error:.2%} of the size of all"
+        off_grid = values == "int4" and len(result.moved) < len(result.matrices)
+        where = f" (no integers before; the first is {result.moved[0]})" if off_grid else ""
+        say(out, f"{moved}{where}; what was measured of them before is not taken along", label="note")
     elif values in {"int8", "int4"}:
         say(out, f"the kept weights are integers times scales already: {values} moves none", label="note")
     matrices = counted(len(result.matrices), "matrix", "matrices")

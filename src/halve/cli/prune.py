@@ -21,7 +21,7 @@ from halve.errors import InputError, counted
 from halve.maths.pattern import Pattern
 from halve.model.plan import place_of
 from halve.planner.where_faster import WhereFaster
-from halve.pruning import prune_as
+from halve.pruning import prune_as, with_refit_of
 from halve.pruning import resume as resume_run
 from halve.run.contender import Contender
 from halve.run.request import Request
@@ -48,6 +48,9 @@ def prune(
         typer.Option(help="Say what the run would take of memory, disk and time, and stop; no weights are read."),
     ] = False,
     strict: StrictOption = True,
+    values: Annotated[
+        str | None, typer.Option(help="int4: as --refit int4, for `halve pack --values int4`.", show_default=False)
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("-o", "--option", help="beta=1.02 of the method, refit_steps=200 of the refit. Repeatable."),
@@ -56,6 +59,7 @@ def prune(
     """Prune a model to N:M sparsity and write an ordinary Hugging Face checkpoint."""
     with reporting(out_dir):
         of_auto = {name: given.pop(name) for name in ("effort", "time_limit") if name in given}
+        given = with_refit_of(values, given)
         options = merge_options(parse_options(option or []), **of_auto)
         contender = Contender(given.get("method", Settings.method), given.get("refit", Settings.refit))
         contender.check_option_names(options)

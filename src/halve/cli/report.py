@@ -12,6 +12,7 @@ from halve.errors import InputError
 from halve.evaluation.figure import Perplexity, measured_as, said_difference
 from halve.evaluation.request import Evaluation
 from halve.report.before_after import dense_source, measure
+from halve.report.card import write_card
 from halve.report.page import COMPARISON, cautions, check_page, write_comparison, write_report
 from halve.versions import named_versions
 
@@ -35,7 +36,7 @@ def report(
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Write the report of a pruned checkpoint again, or a page that compares several."""
+    """Write the report and the model card of a pruned checkpoint again, or a page that compares several."""
     with reporting():
         if not given.get("data") and (dense is not None or given):
             idle = "dense" if not given else next(iter(given)).replace("_", "-")
@@ -52,13 +53,21 @@ def report(
                     *measure(directory, evaluation, dense=dense, device=device, trust_remote_code=trust_remote_code)
                 )
                 write_report(directory)
+                _write_card(directory)
         if len(directories) == 1:
             written = write_report(directories[0], page)
+            if page is None and not given:
+                _write_card(directories[0])
         else:
             written = write_comparison(directories, COMPARISON if page is None else page)
             for caution in cautions(directories):
                 say(err, caution, label="warning", style="yellow")
     say(out, f"written: {written}")
+
+
+def _write_card(directory: Path) -> None:
+    if note := write_card(directory):
+        say(err, note, label="note")
 
 
 def say_scores(before: tuple[Perplexity, ...], after: tuple[Perplexity, ...]) -> None:

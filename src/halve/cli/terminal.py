@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -229,6 +229,35 @@ def progress() -> Iterator[Show]:
                 bar.update(task, last=f"{short} {_loss(step.matrix)}")
 
         yield show
+
+
+@contextmanager
+def counting(what: str, *, slow: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """Show how many matrices are finished: a live bar on a terminal; elsewhere, of what is slow, a line for each tenth.
+
+    Args:
+        what: is done to them, such as ``packing``.
+        slow: whether it takes long enough.
+    """
+    if not err.is_terminal:
+
+        def say_tenths(done: int, total: int, _name: str) -> None:
+            if slow and done * 10 // total > (done - 1) * 10 // total:
+                say(err, f"{what}: {done} of {counted(total, 'matrix', 'matrices')}")
+
+        yield say_tenths
+        return
+    bar = progress_bar(err)
+    task = bar.add_task(what, total=None, last="")
+
+    def show(done: int, total: int, name: str) -> None:
+        bar.start()  # not before: what goes before may be a measurement of time
+        bar.update(task, completed=done, total=total, last=name)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def progress_bar(console: Console) -> "ProgressBar":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint.directory import (
+    CARD,
     CONFIG,
     INDEX,
     MEASURED,
@@ -42,7 +43,7 @@ PLACES, SCALES, CODES = ".places", ".scales", ".codes"
 PARTS = (MASK, VALUES, PLACES, SCALES, CODES)
 """What is added to the name of a packed tensor for the names of its parts: a mask and values, or, where it is
 quantised, places, scales and codes."""
-_OTHERS = (RECORD, MEASURED, PAGE, "README.md")
+_OTHERS = (RECORD, MEASURED, PAGE, CARD)
 
 
 @dataclass(frozen=True)

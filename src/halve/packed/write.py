@@ -7,7 +7,7 @@ goes along is that one's.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halve.checkpoint.directory import (
+    CARD,
     INDEX,
     MEASURED,
     PACKED,
@@ -56,7 +57,8 @@ from halve.runtime.native import AnyPacked, expand
 from halve.runtime.packed_matrix import pack
 from halve.runtime.quantised_matrix import QuantisedMatrix, Values, bits_of, quantise
 
-_ABOUT_WEIGHTS = {RECORD, MEASURED, PAGE}
+Listen = Callable[[int, int, str], None]
+_ABOUT_WEIGHTS = {RECORD, MEASURED, PAGE, CARD}
 """What tells of the weights: changed, or left out, where they are rounded."""
 
 
@@ -75,6 +77,7 @@ class PackResult:
         bytes_after: after.
         error: how far quantising has moved the kept weights: the root of the sum of the squared changes over that of
             the squared weights; 0 where they are as they were.
+        moved: names of the tensors whose weights it has moved: they were not on the grid of integers before.
     """
 
     out: Path
@@ -86,6 +89,7 @@ class PackResult:
     bytes_before: int
     bytes_after: int
     error: float = 0.0
+    moved: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def ratio(self) -> float:
@@ -100,6 +104,8 @@ def pack_checkpoint(
     *,
     values: Values = "own",
     trust_remote_code: bool = False,
+    card: bytes | None = None,
+    listen: Listen | None = None,
 ) -> PackResult:
     """Pack the pruned matrices of a checkpoint, and quantise them if asked; everything else is taken along as it is.
 
@@ -112,6 +118,8 @@ def pack_checkpoint(
             each to the nearest integer of a scale that 64 columns share, see
             `halve.runtime.quantised_matrix.quantise`.
         trust_remote_code: whether to accept a model that comes with Python code of its own.
+        card: what the model card says where weights are rounded; None takes the one along that is there.
+        listen: told after every matrix how many are packed, how many there are, and its name.
 
     Raises:
         InputError: no matrix to pack; a matrix that was pruned is not in the pattern; ``pattern`` is missing, or is not
@@ -151,7 +159,8 @@ def pack_checkpoint(
     sizes = [len(header) + _size(_parts(shard, chosen)) for header, shard in zip(headers, shards, strict=True)]
     carried = carried_files(source.path, code=trust_remote_code) | {path.name: path for path in source.carried}
     check_space(target, sum(sizes) + sum(path.stat().st_size for path in carried.values()))
-    error = _write(target, source, shards, headers, carried, chosen, left)
+    moved = _Moved(len(chosen), listen)
+    _write(target, source, shards, headers, carried, chosen, left, moved, card)
     packed = [entry for shard in shards for entry in shard.tensors if entry.name in chosen]
     return PackResult(
         out=target,
@@ -162,7 +171,8 @@ def pack_checkpoint(
         matrix_bytes_after=sum(_size(_parts_of(entry, chosen)) for entry in packed),
         bytes_before=source.size,
         bytes_after=sum(sizes) + sum(path.stat().st_size for path in source.carried),
-        error=error,
+        error=moved.share,
+        moved=tuple(moved.names),
     )
 
 
@@ -230,17 +240,14 @@ def _write(
     carried: Mapping[str, Path],
     chosen: Mapping[str, PackedTensor],
     left: Mapping[str, str],
-) -> float:
-    """Write the directory, restore the weight files from it in memory, and write the manifest if all is well.
-
-    Returns:
-        float: how far quantising has moved the kept weights, see `PackResult.error`.
-    """
+    moved: "_Moved",
+    card: bytes | None,
+) -> None:
+    """Write the directory, restore the weight files from it in memory, and write the manifest if all is well."""
     count = len(shards)
     names = [f"packed-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["packed.safetensors"]
     index = None if source.index is None else b"".join(file_chunks(contained(source.path, source.index)))
-    moved = _Moved()
     with filling(out) as write:
         sums = {}
         for name, header, shard in zip(names, headers, shards, strict=True):
@@ -263,10 +270,12 @@ def _write(
         restored = {shard.path.name: file.sha256 for shard, file in zip(shards, after, strict=True)}
         for name in sorted(_ABOUT_WEIGHTS & carried.keys()):
             content: Content = file_chunks(carried[name])
-            if changed and name != RECORD:
+            if changed and name in {MEASURED, PAGE}:
                 continue
-            if changed:
+            if changed and name == RECORD:
                 content = [_record_of_quantised(carried[name], restored, f"int{bits}")]
+            elif changed and card is not None:
+                content = [card]
             sums[name] = write(name, content, "companion")
         manifest = Manifest(
             matrices=chosen,
@@ -280,7 +289,6 @@ def _write(
             files={name: File(size=(out / name).stat().st_size, sha256=sha256) for name, sha256 in sums.items()},
         )
         write(PACKED, [manifest.to_bytes()], "packed-manifest")
-    return moved.share
 
 
 def _record_of_quantised(path: Path, restored: Mapping[str, str], values: str) -> bytes:
@@ -297,19 +305,31 @@ def _record_of_quantised(path: Path, restored: Mapping[str, str], values: str) -
 
 @dataclass
 class _Moved:
-    """How far quantising has moved weights, matrix by matrix."""
+    """How many matrices are packed, and how far quantising has moved their weights."""
 
+    matrices: int
+    listen: Listen | None
+    finished: int = 0
     changes: float = 0.0
     weights: float = 0.0
+    names: list[str] = field(default_factory=list)
 
-    def note(self, matrix: Tensor, quantised: QuantisedMatrix) -> None:
+    def finish(self, name: str) -> None:
+        """Count another matrix."""
+        self.finished += 1
+        if self.listen is not None:
+            self.listen(self.finished, self.matrices, name)
+
+    def note(self, name: str, matrix: Tensor, quantised: QuantisedMatrix) -> None:
         """Take another matrix in, dense and quantised."""
-        start = 0
+        start, before = 0, self.changes
         for rows in in_parts(matrix):
             exact, rounded = rows.float(), expand(quantised, start, start + len(rows)).float()
             self.weights += float(exact.square().sum(dtype=torch.float64))
             self.changes += float((rounded - exact).square_().sum(dtype=torch.float64))
             start += len(rows)
+        if self.changes > before:
+            self.names.append(name)
 
     @property
     def share(self) -> float:
@@ -335,6 +355,7 @@ def _packed_bytes(
             yield from map(tensor_bytes, (packed.places, packed.scales, packed.codes))
         else:
             yield from map(tensor_bytes, (packed.mask, packed.values))
+        moved.finish(entry.name)
 
 
 def _packed(entry: TensorEntry, how: PackedTensor, moved: _Moved) -> AnyPacked:
@@ -349,7 +370,7 @@ def _packed(entry: TensorEntry, how: PackedTensor, moved: _Moved) -> AnyPacked:
         quantised = quantise(packed, how.bits)
     except InputError as error:
         raise InputError(f"tensor {entry.name!r}: {error}") from error
-    moved.note(matrix, quantised)
+    moved.note(entry.name, matrix, quantised)
     return quantised
 
 

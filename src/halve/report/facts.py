@@ -19,7 +19,7 @@ from halve.evaluation.request import overlap
 from halve.model.plan import places_of
 from halve.recorded import MOST, REMEDY
 from halve.report.measured import Measured, Score, WorkerSeconds, read_measured
-from halve.report.schema import BlockEntry, MatrixEntry, WholeRecord, record_of
+from halve.report.schema import BlockEntry, MatrixEntry, Origin, WholeRecord, record_of
 from halve.report.training_facts import TrainedScore, TrainingFacts, method_with, training_facts
 from halve.report.values import finite_or_none, finite_value, perplexity_value, texts
 from halve.run.events import seconds_of_pruning
@@ -126,6 +126,10 @@ class RunFacts:
         blocks: that were reconstructed.
         trainings: that followed, or made the masks, in order.
         excluded: how many parameters stayed dense, by reason.
+        dense_weights: number of weights in them.
+        origin: what was pruned, and where that came from.
+        merged: names of the adapters that were merged, in order.
+        rounded: kinds of integers that kept weights were rounded to when they were packed, in order.
         warnings: sentences.
         settings: what was asked for, name and value.
         calibration: on what, name and value.
@@ -162,6 +166,10 @@ class RunFacts:
     finished: str
     perplexity: tuple[PerplexityFacts, ...]
     workers: tuple[WorkerSeconds, ...] = ()
+    origin: Origin
+    dense_weights: int
+    merged: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
 
     @property
     def model_name(self) -> str:
@@ -291,6 +299,10 @@ def _facts(directory: Path, record: WholeRecord, measured: Measured) -> RunFacts
         finished=measured.finished,
         perplexity=tuple(_perplexity(entry) for entry in measured.perplexity),
         workers=measured.workers,
+        origin=record.source,
+        dense_weights=int(finite_value(sum(math.prod(entry.shape) for entry in record.excluded if entry.shape))),
+        merged=tuple(entry.adapter.name for entry in record.merges),
+        rounded=tuple(entry.values for entry in record.quantised),
     )
 
 

@@ -7,18 +7,33 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from halve.checkpoint.directory import RECORD, refuse_packed, refuse_unfinished
 from halve.errors import InputError
-from halve.recorded import MOST, Kind, Record, RecordedBlock, RecordedMatrix, RecordedTraining, read_record
+from halve.recorded import (
+    MOST,
+    Kind,
+    Record,
+    RecordedBlock,
+    RecordedMatrix,
+    RecordedMerge,
+    RecordedTraining,
+    read_record,
+)
 
 Count = Annotated[int, Meta(ge=0, lt=int(MOST))]
 
 
-class Origin(Struct, frozen=True, kw_only=True):
-    """What was pruned: its kind, the name that the user gave, a commit of the hub, and the sha256 of its files."""
+class Named(Struct, frozen=True, kw_only=True):
+    """A model: its kind, the name that the user gave, and a commit of the hub."""
 
     kind: Literal["directory", "hub", "gguf", "memory"]
     name: str
     revision: str | None = None
+
+
+class Origin(Named, frozen=True, kw_only=True):
+    """What was pruned, and the sha256 of its files; of a checkpoint that Halve wrote, also what that was made from."""
+
     sha256: str | None = None
+    made_from: Named | None = None
 
 
 class MatrixEntry(RecordedMatrix, frozen=True, kw_only=True):
@@ -42,9 +57,23 @@ class BlockEntry(RecordedBlock, frozen=True, kw_only=True):
 
 
 class ExcludedEntry(Struct, frozen=True, kw_only=True):
-    """One parameter that stayed dense."""
+    """One parameter that stayed dense: why, and its shape."""
 
     reason: str
+    shape: tuple[Count, ...] = ()
+
+
+class MergedAdapter(Struct, frozen=True, kw_only=True):
+    """An adapter that was merged: the name of its directory, and its kind."""
+
+    name: str
+    kind: str
+
+
+class MergeEntry(RecordedMerge, frozen=True, kw_only=True):
+    """One merge of an adapter."""
+
+    adapter: MergedAdapter
 
 
 class ObjectiveEntry(Struct, frozen=True, kw_only=True):
@@ -146,6 +175,7 @@ class WholeRecord(Record, frozen=True, kw_only=True):
     matrices: tuple[MatrixEntry, ...]
     blocks: tuple[BlockEntry, ...]
     trainings: tuple[TrainingEntry, ...] = ()
+    merges: tuple[MergeEntry, ...] = ()
     excluded: tuple[ExcludedEntry, ...]
     warnings: tuple[str, ...]
     environment: dict[str, Any]

@@ -275,7 +275,17 @@ def _of_matrices(reports: Sequence[MatrixReport]) -> list[str]:
             f"{len(fallen)} of {len(reports)} matrices fell back to another method "
             f"(the first is {fallen[0].name}: {fallen[0].reason}); halve.json names all"
         )
+    if loose := [m for m in reports if is_off_grid(m)]:
+        warnings.append(
+            f"{len(loose)} of {len(reports)} matrices are no integers of 4 bits, which refit int4 was to make of them "
+            f"(the first is {loose[0].name}): `halve pack --values int4` is going to round those"
+        )
     return warnings
+
+
+def is_off_grid(matrix: MatrixReport) -> bool:
+    """Whether a matrix that fell back was not put on the grid of integers that was asked for."""
+    return matrix.refit == "int4" and matrix.status is Status.FELL_BACK and "integer_gain" not in matrix.facts
 
 
 def _of_time(report: RunReport) -> list[str]:

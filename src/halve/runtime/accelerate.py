@@ -8,7 +8,7 @@ what the modules compute.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -97,6 +97,7 @@ def accelerate(
     values: Values = "own",
     head: Head = "own",
     one_call: bool = True,
+    listen: Callable[[int, int, str], None] | None = None,
 ) -> Acceleration:
     """Swap, in place, the linear layers of a model that are in a pattern and whose products are measured to be faster.
 
@@ -119,6 +120,7 @@ def accelerate(
         head: ``int8`` lets a dense output layer multiply a few rows with its weight in integers of 8 bits, which it
             then holds beside its own (`halve.runtime.linear.IntegerHead`): on the CPU alone. ``own`` leaves it alone.
         one_call: whether a model of Llama's kind computes each next token in one call, where it can be.
+        listen: told after every layer how many are swapped, how many there are, and its name.
 
     Returns:
         Acceleration: what was swapped, what was not and why.
@@ -156,7 +158,10 @@ def accelerate(
     }
     swapped: dict[str, Sparse] = {}
     try:
-        swapped.update(_swap(model, chosen, how, products))
+        for name, sparse in _swap(model, chosen, how, products):
+            swapped[name] = sparse
+            if listen is not None:
+                listen(len(swapped), len(plain), name)
         if output_layer is not None:
             _replace(model, output_layer, IntegerHead(output_layer))
         off = _check_output(asked, before, allowed, swapped, plain)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from halve.checkpoint.directory import MEASURED, PAGE
+from halve.checkpoint.directory import MEASURED
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.write import write_checkpoint
@@ -18,8 +18,8 @@ from halve.learning.training.state import TrainingFiles
 from halve.learning.training.text import TrainingRows
 from halve.memory import peak_memory
 from halve.provenance import environment, files_sha256, source_fields
+from halve.report.card import leave_beside
 from halve.report.measured import FORMAT, add_perplexity, write_measured
-from halve.report.page import write_report
 from halve.serial import to_plain
 from halve.verification import check
 
@@ -137,7 +137,7 @@ def publish(
         scores: perplexities of the dense model, and of the trained one, text by text.
 
     Returns:
-        tuple[str, ...]: a sentence if the report could not be written.
+        tuple[str, ...]: what there is to say of the report and the model card, sentences.
 
     Raises:
         HalveError: the bytes on disk are not as they should be, or the volume failed.
@@ -165,11 +165,6 @@ def publish(
     if scores[1]:
         add_perplexity(files.staging, *scores)
     sums[MEASURED] = sha256_of(files.staging / MEASURED)
-    notes: tuple[str, ...] = ()
-    try:
-        write_report(files.staging, place=files.out)
-        sums[PAGE] = sha256_of(files.staging / PAGE)
-    except HalveError as error:
-        notes = (f"the checkpoint is complete, but its report is not written: {error}",)
-    files.publish(sums)
-    return notes
+    written, notes = leave_beside(files.staging, loaded.source, files.out)
+    files.publish(sums | written)
+    return tuple(notes)
