@@ -36,7 +36,7 @@ def compressed_product(weight: Tensor) -> tuple[Product | None, int, str]:
     product = partial(_product, layer)
     gain = _gain(product, weight)
     if gain < _MARGIN:
-        return None, 0, f"sparse tensor cores are {gain:.1f} times as fast as a dense product, or slower"
+        return None, 0, f"sparse tensor cores are {gain:.2f} times as fast as a dense product"
     return product, layer.nbytes, ""
 
 
