@@ -7,8 +7,8 @@ All servers run at once, with the same settings, and idle but for the one whose 
 client sees: tokens answered, by the seconds from the first request to the last answer; medians of the rounds count.
 ``bench/vllm_environment.sh`` sets the engine up. ``--running NAME=PORT`` measures servers that run already.
 
-With ``--check DIR`` tokens of running servers are compared instead with what transformers makes of a plain checkpoint in
-float32: each served token has to be the likeliest there, or as likely as it up to rounding.
+With ``--check DIR`` tokens of running servers are compared instead with what transformers makes of a plain checkpoint
+in float32: each served token has to be the likeliest there, or as likely as it up to rounding.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def throughput(port: int, requests: int, prompt: int, tokens: int, seed: int) ->
         begun = time.perf_counter()
         answers = list(pool.map(lambda each: ask(port, each, tokens), prompts))
         seconds = time.perf_counter() - begun
-    return sum(answer["usage"]["completion_tokens"] for answer in answers) / seconds
+    return float(sum(answer["usage"]["completion_tokens"] for answer in answers)) / seconds
 
 
 def measure(ports: dict[str, int], options: argparse.Namespace) -> dict[str, dict[int, list[float]]]:

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from halve.engines.packed_windows import Range, window
 from halve.packed.read import PackedCheckpoint
 from halve.runtime.native import AnyPacked, expand
+from halve.torch_internals import tensor_without_storage
 
 Take = Callable[[Tensor, "PackedTensor"], bool]
 """What is offered a packed tensor that is copied into a plain one: whether it has taken it."""
@@ -63,7 +63,7 @@ class PackedTensor(Tensor):
         """
         (top, bottom), (left, right) = rows or (0, matrix.d_out), columns or (0, matrix.d_in)
         shape = (right - left, bottom - top) if transposed else (bottom - top, right - left)
-        made = cls._make_wrapper_subclass(cls, shape, dtype=matrix.dtype, device=torch.device("cpu"))
+        made = tensor_without_storage(cls, shape, matrix.dtype)
         made.matrix, made.name_on_disk = matrix, name
         made.rows, made.columns, made.transposed = (top, bottom), (left, right), transposed
         return made
@@ -101,7 +101,7 @@ class PackedTensor(Tensor):
             take = _takes.get()
             if take is not None and take(first, args[1]):
                 return first
-        plain_args, plain_kwargs = tree_map_only(cls, cls.plain, (args, kwargs or {}))
+        plain_args, plain_kwargs = _unpacked(args), _unpacked(kwargs or {})
         return func(*plain_args, **plain_kwargs)
 
     def if_packed(self, func: Any, args: tuple[Any, ...]) -> Self | None:
@@ -125,6 +125,15 @@ class PackedTensor(Tensor):
             columns = self.columns[0] + first, self.columns[0] + last
             return self._of(self.rows, columns, self.transposed)
         return self._of((self.rows[0] + first, self.rows[0] + last), self.columns, self.transposed)
+
+
+def _unpacked(given: Any) -> Any:
+    """Return what an operation is given, with plain tensors for packed ones, in lists of tensors too."""
+    if isinstance(given, dict):
+        return {name: _unpacked(each) for name, each in given.items()}
+    if isinstance(given, (list, tuple)):
+        return type(given)(_unpacked(each) for each in given)
+    return given.plain() if isinstance(given, PackedTensor) else given
 
 
 def tensors(checkpoint: PackedCheckpoint) -> Iterator[tuple[str, Tensor]]:
