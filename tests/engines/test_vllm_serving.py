@@ -106,7 +106,7 @@ def checkpoint(tmp_path_factory):
     """A tiny model whose heads are as wide as vLLM takes them, at 2:4, in float32 so that no rounding decides."""
     path = tmp_path_factory.mktemp("served")
     sizes = {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-    model = models.decoder("llama", **sizes, num_key_value_heads=2)
+    model = models.decoder("llama", **sizes, num_key_value_heads=2, max_position_embeddings=1024)
     dense = models.save(model, path / "dense")
     byte_bpe().save_pretrained(dense)
     prune(dense, path / "plain", method="magnitude", refit="none")
@@ -129,7 +129,8 @@ def served(directory, log, *options):
 def likeliest(directory):
     """Return the tokens that transformers answers to each prompt, greedily."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    told = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.eos_token_id = None  # as the servers are told to ignore it
+    told = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
     return [model.generate(torch.tensor([prompt]), **told)[0, len(prompt) :].tolist() for prompt in PROMPTS]
 
 
