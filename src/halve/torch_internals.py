@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from operator import contains, is_
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.sparse import SparseSemiStructuredTensor
 
 from halve.leaning import Leaning
 
+T = TypeVar("T", bound=Tensor)
 _LINEAR = "tests/runtime/test_linear.py"
 _GPU = "tests/runtime/test_semi_structured.py"
 _DECODING = "tests/runtime/test_decoding.py"
@@ -86,6 +87,12 @@ LEANINGS = (
         use="whether a tensor was written in place",
         breaks="blocks that change their own input would be pruned on wrong statistics",
         test="tests/model/test_replay.py",
+    ),
+    Leaning(
+        path="torch.Tensor._make_wrapper_subclass",
+        use="tensors that are packed and look plain",
+        breaks="vLLM could not load packed checkpoints",
+        test="tests/engines/test_packed_tensor.py",
     ),
     Leaning(
         path="torch.nn.Module._forward_hooks",
@@ -275,3 +282,8 @@ def default_algorithm(compressed: SparseSemiStructuredTensor) -> int:
 def fastest_algorithm(packed: Tensor, inputs: Tensor) -> int:
     """Try all algorithms of cuSPARSELt on a product with ``inputs`` (d_in, rows), and return the fastest."""
     return torch._cslt_sparse_mm_search(packed, inputs, transpose_result=True)  # noqa: SLF001
+
+
+def tensor_without_storage(kind: type[T], shape: tuple[int, ...], dtype: torch.dtype) -> T:
+    """Return a tensor of a class of ours, on the CPU, whose elements are nowhere: the class answers every operation."""
+    return kind._make_wrapper_subclass(kind, shape, dtype=dtype, device=torch.device("cpu"))  # noqa: SLF001

@@ -74,7 +74,7 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remot
                 "which `halve unpack` restores"
             )
     for name, place in places.items():
-        _swap(loaded.model, place, _finite(checkpoint.matrix(name), stand_ins[name].tensor.dtype, name))
+        _swap(loaded.model, place, in_dtype(checkpoint.matrix(name), stand_ins[name].tensor.dtype, name))
     freeze(loaded.model, checkpoint.source.name)
     decode_in_one_call(loaded.model)
     return replace(loaded, notes=tuple(_notes(checkpoint, dense)))
@@ -158,8 +158,17 @@ def _is_plain(module: nn.Module, stand_in: _StandIn) -> bool:
     )
 
 
-def _finite(matrix: AnyPacked, dtype: torch.dtype, name: str) -> AnyPacked:
-    """Return a packed matrix in another dtype, refused if that makes it infinite."""
+def in_dtype(matrix: AnyPacked, dtype: torch.dtype, name: str) -> AnyPacked:
+    """Return a packed matrix in another dtype, refused if that makes it infinite.
+
+    Args:
+        matrix: it.
+        dtype: of the products, one of `halve.runtime.packed_matrix.DTYPES`.
+        name: of the tensor, for the error.
+
+    Raises:
+        InputError: a weight is not finite in the dtype.
+    """
     if isinstance(matrix, QuantisedMatrix):
         matrix = replace(matrix, dtype=dtype)
         finite = matrix.fits(dtype)

@@ -249,7 +249,7 @@ def _quantised(packed: PackedMatrix, bits: Bits) -> QuantisedMatrix:
         rows = torch.nn.functional.pad(rows, (0, filled - kept)).view(-1, WORD_KEPT)
         found, of_words = _on_grid(rows, bits)
         integers[start:stop], scales[start:stop] = found.view(stop - start, -1), of_words.view(stop - start, -1)
-    return _assembled(packed, integers, scales, bits)
+    return assembled(packed, integers, scales, bits)
 
 
 def _on_grid(rows: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,7 @@ def _on_grid(rows: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     return integers, scales
 
 
-def _assembled(packed: PackedMatrix, integers: Tensor, scales: Tensor, bits: Bits) -> QuantisedMatrix:
+def assembled(packed: PackedMatrix, integers: Tensor, scales: Tensor, bits: Bits) -> QuantisedMatrix:
     """Return a quantised matrix that keeps what a packed one keeps.
 
     Args:
