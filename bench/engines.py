@@ -6,7 +6,8 @@ PRUNED is a checkpoint at 2:4 of a family that `halve export` writes; without on
 place, in the shape of TinyLlama (1.1B). Every contender is a process of its own that has its model loaded; they take
 turns, each time with one prompt of random tokens, and medians are reported. Contenders whose package is not installed
 are left out by name. llama.cpp (the package xllamacpp) multiplies all matrices in its format, embedding and head of
-Q4_0 in Q8_0; Halve those of the blocks, and leaves the head in bfloat16.
+Q4_0 in Q8_0; Halve those of the blocks, beside int8 and int4 with the head in int8. Halve dense has the blocks' dense
+matrices multiplied by its own kernels, each next token in one call: what lies between it and packed bf16 is sparsity.
 """
 
 import argparse
@@ -27,7 +28,13 @@ import decode
 
 LLAMA = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
 DENSE = "PyTorch bf16"
-OURS = {"Halve packed bf16": "own", "Halve packed int8": "int8", "Halve packed int4": "int4"}
+OWN_DENSE = "Halve dense bf16"
+OURS = {
+    "Halve packed bf16": ("own", "own"),
+    "Halve packed int8": ("int8", "int8"),
+    "Halve packed int4": ("int4", "int8"),
+}
+"""What the packed matrices and the head hold."""
 AIMS = {"Halve packed int8": ("llama.cpp Q8_0", 1.35), "Halve packed int4": ("llama.cpp Q4_0", 1.15)}
 TOKENS = 250
 """Of which prompts are made: any vocabulary has so many."""
@@ -71,16 +78,20 @@ def llama_cpp(path: str, threads: int, context: int) -> Turn:
     return turn
 
 
-def transformers(path: str, threads: int, values: str | None) -> Turn:
+def transformers(path: str, threads: int, name: str) -> Turn:
     """Load a checkpoint, and run it dense or with its pruned matrices packed."""
     from transformers import AutoModelForCausalLM
 
     import halve
+    from halve.runtime.decoding import decode_in_one_call
 
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    if values is not None:
-        halve.accelerate(model, values=values, only_where_faster=None)  # type: ignore[arg-type]
+    if name == OWN_DENSE and (reason := decode_in_one_call(model)):
+        raise SystemExit(f"no next token in one call: {reason}")
+    if name in OURS:
+        values, head = OURS[name]
+        halve.accelerate(model, values=values, head=head, only_where_faster=None)  # type: ignore[arg-type]
 
     def turn(prompt: list[int], new: int) -> tuple[float, float]:
         with torch.inference_mode():
@@ -94,8 +105,7 @@ def serve(name: str, path: str, threads: int, context: int) -> None:
     """Be a contender: read a prompt and a number of tokens from each line, and answer with what a turn has shown."""
     import psutil
 
-    values = OURS.get(name)
-    turn = llama_cpp(path, threads, context) if name in LLAMA else transformers(path, threads, values)
+    turn = llama_cpp(path, threads, context) if name in LLAMA else transformers(path, threads, name)
     for line in sys.stdin:
         asked = json.loads(line)
         prompt, new = turn(asked["prompt"], asked["new"])
@@ -143,7 +153,7 @@ def files(source: Path, work: Path) -> dict[str, Path]:
         for name, kind in LLAMA.items():
             halve.export(source, work / f"{kind}.gguf", kind)
             found[name] = work / f"{kind}.gguf"
-    return found | dict.fromkeys([DENSE, *OURS], source)
+    return found | dict.fromkeys([DENSE, OWN_DENSE, *OURS], source)
 
 
 def measure(places: dict[str, Path], given: argparse.Namespace) -> list[dict[str, Any]]:
