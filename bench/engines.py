@@ -7,7 +7,8 @@ place, in the shape of TinyLlama (1.1B). Every contender is a process of its own
 turns, each time with one prompt of random tokens, and medians are reported. Contenders whose package is not installed
 are left out by name. llama.cpp (the package xllamacpp) multiplies all matrices in its format, embedding and head of
 Q4_0 in Q8_0; Halve those of the blocks, beside int8 and int4 with the head in int8. Halve dense has the blocks' dense
-matrices multiplied by its own kernels, each next token in one call: what lies between it and packed bf16 is sparsity.
+matrices multiplied by its own kernels: what lies between it and packed bf16 is sparsity. PyTorch generates by
+transformers' generate, Halve as `halve generate` does, each next token in one call.
 """
 
 import argparse
@@ -80,10 +81,11 @@ def llama_cpp(path: str, threads: int, context: int) -> Turn:
 
 def transformers(path: str, threads: int, name: str) -> Turn:
     """Load a checkpoint, and run it dense or with its pruned matrices packed."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     import halve
     from halve.runtime.decoding import decode_in_one_call
+    from halve.runtime.streaming import continue_text
 
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -94,9 +96,14 @@ def transformers(path: str, threads: int, name: str) -> Turn:
         halve.accelerate(model, values=values, head=head, only_where_faster=None)  # type: ignore[arg-type]
 
     def turn(prompt: list[int], new: int) -> tuple[float, float]:
+        ids, watch = torch.tensor([prompt]), decode.Watch()
         with torch.inference_mode():
-            _, first, rate = decode.generate(model, torch.tensor([prompt]), new)
-        return len(prompt) / first, rate
+            if name == DENSE:
+                _, first, rate = decode.generate(model, ids, new)
+                return len(prompt) / first, rate
+            continue_text(model, ids, GenerationConfig(max_new_tokens=new), watch)  # type: ignore[no-untyped-call]
+        first, last = watch.moments[1], watch.moments[-1]
+        return len(prompt) / (first - watch.moments[0]), (new - 1) / (last - first)
 
     return turn
 

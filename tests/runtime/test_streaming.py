@@ -4,17 +4,27 @@ import torch
 import models
 from halve.checkpoint.load import LoadedModel
 from halve.errors import InputError
+from halve.runtime.compiled import instruction_sets
+from halve.runtime.decoding import decode_in_one_call
 from halve.runtime.streaming import Streamed, stream
 from tiny_tokenizers import byte_bpe
 
 CHAT = "{% for m in messages %}<s>user: {{ m['content'] }}</s>{% endfor %}model:"
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    tokenizer = byte_bpe()
-    model = models.decoder("llama", vocab_size=len(tokenizer), eos_token_id=None, bos_token_id=None, pad_token_id=None)
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+
+
+@pytest.fixture(scope="module", params=["module by module", "in one call"])
+def loaded(request):
+    tokenizer, one_call = byte_bpe(), request.param == "in one call"
+    if one_call and not instruction_sets():
+        pytest.skip("the compiled kernels are not built")
+    ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+    model = models.decoder("llama", vocab_size=len(tokenizer), **ends, **(WIDE if one_call else {}))
     model.generation_config.eos_token_id = None
+    if one_call:
+        assert decode_in_one_call(model) == ""
     return LoadedModel(model, tokenizer, None)
 
 
