@@ -84,7 +84,7 @@ def transformers(path: str, threads: int, name: str) -> Turn:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     import halve
-    from halve.runtime.decoding import decode_in_one_call
+    from halve.runtime.decoding.next_token import decode_in_one_call
     from halve.runtime.streaming import continue_text
 
     torch.set_num_threads(threads)
@@ -93,7 +93,9 @@ def transformers(path: str, threads: int, name: str) -> Turn:
         raise SystemExit(f"no next token in one call: {reason}")
     if name in OURS:
         values, head = OURS[name]
-        halve.accelerate(model, values=values, head=head, only_where_faster=None)  # type: ignore[arg-type]
+        done = halve.accelerate(model, values=values, head=head, only_where_faster=None)  # type: ignore[arg-type]
+        if done.decoding:
+            raise SystemExit(f"{name}: no next token in one call: {done.decoding}")
 
     def turn(prompt: list[int], new: int) -> tuple[float, float]:
         ids, watch = torch.tensor([prompt]), decode.Watch()

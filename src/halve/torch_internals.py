@@ -15,7 +15,7 @@ from halve.leaning import Leaning
 T = TypeVar("T", bound=Tensor)
 _LINEAR = "tests/runtime/test_linear.py"
 _GPU = "tests/runtime/test_semi_structured.py"
-_DECODING = "tests/runtime/test_decoding.py"
+_DECODING = "tests/runtime/decoding/test_next_token.py"
 
 LEANINGS = (
     Leaning(
@@ -114,6 +114,18 @@ LEANINGS = (
         breaks="a layer that stands in two places would be replaced in one of them",
         test="tests/runtime/test_accelerate.py",
         on_instances=True,
+    ),
+    Leaning(
+        path="torch.nn.modules.module._global_forward_hooks",
+        use="whether somebody listens to every module",
+        breaks="next tokens would be computed in one call where somebody wants to see the modules' calls",
+        test=_DECODING,
+    ),
+    Leaning(
+        path="torch.nn.modules.module._global_forward_pre_hooks",
+        use="whether somebody listens to every module",
+        breaks="next tokens would be computed in one call where somebody wants to see the modules' calls",
+        test=_DECODING,
     ),
     Leaning(
         path="torch.nn.Module._parameters",
@@ -220,15 +232,28 @@ def hooks_of(layer: nn.Module) -> list[Any]:
     return [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]  # noqa: SLF001
 
 
+def has_global_hooks() -> bool:
+    """Whether somebody listens to every module there is."""
+    from torch.nn.modules import module
+
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)  # noqa: SLF001
+
+
 class Holdings:
     """What modules hold at one moment: to be asked later, in microseconds, whether they still do.
 
     Args:
         modules: those that matter.
+        settings: objects and names of their attributes that matter too, numbers for instance.
         heard: whether there is anything on a module that wants to see its calls; asked only where it has hooks.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], heard: Callable[[nn.Module], bool]) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        settings: Iterable[tuple[Any, str]],
+        heard: Callable[[nn.Module], bool],
+    ) -> None:
         self._modules, self._heard = list(modules), heard
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
@@ -239,20 +264,28 @@ class Holdings:
         for module in self._modules:
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]  # noqa: SLF001
             for held in (module._modules, module._parameters, module._buffers):  # noqa: SLF001
-                self._owners += [held] * len(held)
-                self._names += held
-                self._values += held.values()
+                self._hold(held, held)
             for parameter in module.parameters(recurse=False):
                 self._tensors.append(parameter)
                 self._aliases.append(parameter.detach())  # which keeps its memory, whatever becomes of `data`
+        for owner, name in settings:
+            self._hold(vars(owner), [name])
         self._addresses = [alias.data_ptr() for alias in self._aliases]
+        self._types = [type(module) for module in self._modules]
         self._attributes = [vars(module) for module in self._modules]
 
-    def last(self) -> bool:
-        """Return whether modules, parameters and buffers are the same, where they were, and nobody sees the calls."""
+    def _hold(self, held: dict[str, Any], names: Iterable[str]) -> None:
+        for name in names:
+            self._owners.append(held)
+            self._names.append(name)
+            self._values.append(held.get(name))
+
+    def still_hold(self) -> bool:
+        """Return whether modules, their classes, tensors and settings are the same, and no hook listens to them."""
         return (
             all(map(is_, map(dict.get, self._owners, self._names), self._values))
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(type, self._modules)) == self._types
             and not any(map(contains, self._attributes, repeat("forward")))
             and not (any(self._hooks) and any(map(self._heard, self._modules)))
         )

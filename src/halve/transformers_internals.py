@@ -9,6 +9,7 @@ their own names, which imports transformers only then::
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from halve.leaning import Leaning
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _LOADING = "transformers.core_model_loading"
 _LAYOUT = "tests/checkpoint/test_disk_layout.py"
 _LOAD = "tests/checkpoint/test_load.py"
+_ONE_CALL = "tests/runtime/decoding/test_next_token.py"
 _GENERATION = "tests/text/test_generation.py"
 _WRITTEN_BACK = "no checkpoint whose tensors transformers renames, fuses or splits could be written back"
 
@@ -196,20 +198,20 @@ LEANINGS = (
         path="transformers.models.llama.modeling_llama.LlamaModel.forward",
         use="computing the next token in one call in its place",
         breaks="small models would generate text half as fast",
-        test="tests/runtime/test_decoding.py",
+        test=_ONE_CALL,
         parameters=("self", "input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache"),
     ),
     Leaning(
         path="transformers.modeling_outputs.BaseModelOutputWithPast",
         use="what an inner model returns",
         breaks="small models would generate text half as fast",
-        test="tests/runtime/test_decoding.py",
+        test=_ONE_CALL,
     ),
     Leaning(
         path="transformers.utils.output_capturing",
         use="telling the hooks of transformers from a user's",
         breaks="once a model has been asked for hidden states, its next tokens would be computed module by module",
-        test="tests/runtime/test_decoding.py",
+        test=_ONE_CALL,
         optional=True,
     ),
     Leaning(
@@ -332,6 +334,11 @@ def __getattr__(name: str) -> Any:
     found = _IMPORTED[name].find()
     globals()[name] = found
     return found
+
+
+def cache_keyword(forward: Any) -> str:
+    """Return what a model's forward calls its cache of keys and values: past_key_values until transformers 5.24."""
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
 def conversions_when_loaded(model: "PreTrainedModel") -> list[Any] | None:

@@ -271,14 +271,14 @@ bool decodes(const char* name, Values held, const Kernels& plain, const Quantise
     constexpr std::size_t HIDDEN = 64, HEADS = 2, KEY_HEADS = 1, WIDTH = 32, INNER = 64, BATCH = 2, BLOCKS = 2, LENGTH = 20;
     const std::size_t element = held == Values::fp32 ? 4 : 2;
     std::vector<std::unique_ptr<Exact>> arrays;
-    const auto numbers = [&](std::size_t count, std::size_t more = 0) {
-        arrays.push_back(std::make_unique<Exact>((count + more) * element, element));
+    const auto numbers = [&](std::size_t count) {
+        arrays.push_back(std::make_unique<Exact>(count * element, element));
         for (std::size_t i = 0; i < count; ++i)
             put(held, arrays.back()->data + i * element, 1 + int(random_bits() % 3));
         return arrays.back()->data;
     };
     const auto dense = [&](std::size_t d_out, std::size_t d_in) {
-        return Weight{false, {nullptr, numbers(d_out * d_in, OVERREAD), d_out, d_in, d_in, false}, {}, numbers(d_out)};
+        return Weight{false, {nullptr, numbers(d_out * d_in), d_out, d_in, d_in, false}, {}, numbers(d_out)};
     };
     const auto quantised = [&](std::size_t d_out, std::size_t d_in) {
         const std::size_t strips = (d_in + STRIP - 1) / STRIP;

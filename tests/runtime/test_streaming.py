@@ -5,7 +5,7 @@ import models
 from halve.checkpoint.load import LoadedModel
 from halve.errors import InputError
 from halve.runtime.compiled import instruction_sets
-from halve.runtime.decoding import decode_in_one_call
+from halve.runtime.decoding.next_token import decode_in_one_call
 from halve.runtime.streaming import Streamed, stream
 from tiny_tokenizers import byte_bpe
 

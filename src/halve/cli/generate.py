@@ -135,7 +135,7 @@ def _check_values(model: str, values: str, head: str, *, dense: bool) -> None:
 def _accelerate(loaded: "LoadedModel", values: str, head: str) -> str:
     """Run a model's pruned layers sparse, and return what came of it."""
     from halve.runtime.accelerate import accelerate, quantise_head
-    from halve.runtime.decoding import computes_in_one_call
+    from halve.runtime.decoding.next_token import computes_in_one_call
     from halve.runtime.linear import SparseLinear
     from halve.runtime.speed import describe
 

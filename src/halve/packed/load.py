@@ -24,7 +24,7 @@ from halve.maths.linalg import is_finite
 from halve.model.layers import is_conv1d, is_plain_linear
 from halve.packed.read import PackedCheckpoint, open_packed
 from halve.runtime.compiled import instruction_sets
-from halve.runtime.decoding import decode_in_one_call
+from halve.runtime.decoding.next_token import decode_in_one_call
 from halve.runtime.linear import SparseLinear
 from halve.runtime.native import AnyPacked, describe
 from halve.runtime.packed_matrix import DTYPES, OVERREAD, PackedMatrix
@@ -33,17 +33,24 @@ from halve.runtime.quantised_matrix import QuantisedMatrix
 _NO_PLACE = "the model has no plain linear layer for each of them alone"
 
 
-def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> LoadedModel:
+def load(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    one_call: bool = True,
+) -> LoadedModel:
     """Load a model and its tokenizer on the CPU, from a plain checkpoint or a packed one.
 
     The linear layers of a packed one are `SparseLinear`: they take no more memory than the file does, and the model's
     ``state_dict()`` and ``save_pretrained`` give the plain checkpoint's tensors, bit for bit if ``dtype`` is not given.
-    Where it is of Llama's kind, each next token is computed in one call (`halve.runtime.decoding`).
+    Where it is of Llama's kind, each next token is computed in one call (`halve.runtime.decoding.next_token`).
 
     Args:
         directory: of a packed checkpoint; anything else is loaded by `halve.checkpoint.load.load_model`.
         dtype: of the parameters in memory; None takes the checkpoint's own.
         trust_remote_code: whether to accept a model that comes with Python code of its own, and to run it.
+        one_call: whether a packed model of Llama's kind computes each next token in one call, where it can be.
 
     Returns:
         LoadedModel: in evaluation mode, without gradients; ``notes`` name what had to be unpacked.
@@ -52,7 +59,7 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remot
         InputError: NaN or infinity in a tensor, or as `load_model`.
         UnsupportedModelError: as `load_model`; a packed checkpoint of a newer version.
         CorruptFileError: as `halve.packed.read.open_packed`; a mask is wrong.
-        HalveError: a next token computed in one call is not what the modules compute.
+        HalveError: a next token computed in one call is not what the modules compute: give ``one_call=False``.
     """
     if not is_packed(Path(directory).expanduser()):
         return load_model(directory, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -76,7 +83,8 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None, trust_remot
     for name, place in places.items():
         _swap(loaded.model, place, in_dtype(checkpoint.matrix(name), stand_ins[name].tensor.dtype, name))
     freeze(loaded.model, checkpoint.source.name)
-    decode_in_one_call(loaded.model)
+    if one_call:
+        decode_in_one_call(loaded.model)
     return replace(loaded, notes=tuple(_notes(checkpoint, dense)))
 
 

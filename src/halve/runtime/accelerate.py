@@ -3,8 +3,8 @@
 On the CPU they become `SparseLinear`, on a GPU `GpuLinear` or `SemiStructuredLinear`; the first two are quantised if
 asked. Every swapped layer's product is held to the dense one before the dense weight is let go, and the model's output
 to what it was; if either fails, everything is put back. Dense weights that are rounded are let go at the end alone.
-Models of Llama's kind on the CPU then have their next tokens computed in one call (`halve.runtime.decoding`), held to
-what the modules compute.
+Models of Llama's kind on the CPU then have their next tokens computed in one call, held to what the modules compute
+(`halve.runtime.decoding.next_token`).
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ from halve.maths.pattern import Pattern
 from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
-from halve.runtime.decoding import decode_in_one_call
+from halve.runtime.decoding.next_token import decode_by_modules, decode_in_one_call
 from halve.runtime.kernels.gpu_linear import GpuLinear
 from halve.runtime.linear import IntegerHead, SparseLinear, why_no_integer_head
 from halve.runtime.probe import Probe, difference, noting_calls
@@ -157,6 +157,7 @@ def accelerate(
         for name, layer in chosen.items()
     }
     swapped: dict[str, Sparse] = {}
+    was_in_one_call = decode_by_modules(model)  # what is compiled keeps the dense weights
     try:
         for name, sparse in _swap(model, chosen, how, products):
             swapped[name] = sparse
@@ -168,8 +169,10 @@ def accelerate(
         decoding = decode_in_one_call(model) if one_call else "it was not asked for"
     except BaseException:
         _put_back(model, swapped, plain)
-        for integers in [module for module in model.modules() if isinstance(module, IntegerHead)]:
-            _replace(model, integers, integers.plain())
+        if output_layer is not None:
+            _replace(model, _output_layer(model), output_layer)
+        if was_in_one_call:
+            decode_in_one_call(model)
         raise
     readers = [name for name in plain if name not in swapped]
     left |= dict.fromkeys(readers, "the model reads its weight, which would be expanded each time")
@@ -266,14 +269,18 @@ def _head_of(model: nn.Module) -> nn.Linear:
     Raises:
         InputError: it cannot, or there is none.
     """
-    asked: Any = getattr(model, "get_output_embeddings", lambda: None)
-    found = asked()
+    found = _output_layer(model)
     name = type(model).__name__
     if not isinstance(found, nn.Linear) or not is_plain_linear(found) or has_hooks(found) or "forward" in vars(found):
         raise InputError(f"this {name} has no plain linear output layer that could multiply in int8: leave head out")
     if reason := why_no_integer_head(found):
         raise InputError(f"the output layer of this {name} {reason}: leave head out")
     return found
+
+
+def _output_layer(model: nn.Module) -> Any:
+    asked: Any = getattr(model, "get_output_embeddings", lambda: None)
+    return asked()
 
 
 def _head_to_quantise(model: nn.Module, chosen: Mapping[str, nn.Module], head: str) -> nn.Linear | None:

@@ -232,7 +232,8 @@ class IntegerHead(nn.Linear):
     """A model's output layer whose weight is there a second time, in integers of 8 bits, for products of a few rows.
 
     The weight itself stays, shared with the input embeddings or not: it is what is saved, what more rows are multiplied
-    with, and what is multiplied with wherever a gradient is wanted or something records what is computed.
+    with, and what is multiplied with wherever a gradient is wanted or something records what is computed. Where it is
+    replaced or written to, the integers are made anew; writing through ``weight.data`` is not seen.
 
     Args:
         layer: the plain one, of which `why_no_integer_head` has nothing to say.
@@ -249,6 +250,7 @@ class IntegerHead(nn.Linear):
         self._quantise()
 
     def _quantise(self) -> None:
+        self._alias = self.weight.detach()  # which keeps its memory, so that no other weight comes to the same address
         self._made_of = self._state()
         self._integers = quantise_dense(self.weight.detach())
 
@@ -256,17 +258,11 @@ class IntegerHead(nn.Linear):
         """Return what changes when the weight does."""
         return self.weight.data_ptr(), writes_to(self.weight)
 
-    def plain(self) -> nn.Linear:
-        """Return the plain layer; the weight is shared."""
-        layer = nn.Linear(1, 1, bias=False, device="meta")
-        layer.in_features, layer.out_features, layer.weight = self.in_features, self.out_features, self.weight
-        return layer
-
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) for x of shape (..., in_features)."""
         wanted = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         rows = x.numel() // self.in_features
-        same = x.dtype == self.weight.dtype and x.is_cpu and self.weight.is_cpu
+        same = x.dtype == self.weight.dtype in DTYPES and x.is_cpu and self.weight.is_cpu
         if wanted or _watched(x) or torch.is_autocast_enabled("cpu") or not same or not multiplies_dense_integers(rows):
             return nn.functional.linear(x, self.weight)
         if self._state() != self._made_of:

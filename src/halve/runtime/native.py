@@ -249,6 +249,11 @@ def _quantised_operand(packed: QuantisedMatrix) -> tuple[int, int, int, int, int
     return DTYPES.index(packed.dtype), *parts, packed.d_out, packed.d_in, packed.bits
 
 
+def few_rows(dtype: torch.dtype) -> int:
+    """Return up to how many rows of x the best kernels here multiply with packed, dense or quantised matrices."""
+    return min(_register_rows_here(_choose(None), dtype), _register_rows_here(quantised_instruction_sets()[0], None))
+
+
 def operand(packed: AnyPacked) -> list[int]:
     """Return a packed matrix as the compiled decoder takes it, without its bias.
 

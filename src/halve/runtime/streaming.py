@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from halve.checkpoint.load import LoadedModel
 from halve.checks import check_count
 from halve.device import model_device
 from halve.errors import InputError, counted
-from halve.runtime.decoding import computes_in_one_call
+from halve.runtime.decoding.next_token import computes_in_one_call
 from halve.text.generation import text_config
-from halve.transformers_internals import DynamicCache
+from halve.transformers_internals import DynamicCache, cache_keyword
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,15 @@ def continue_text(model: Any, ids: Tensor, settings: GenerationConfig, streamer:
 
     Returns:
         Tensor: (1, tokens), the text with its continuation.
+
+    Raises:
+        InputError: there are several texts, or none.
     """
+    if len(ids) != 1:
+        raise InputError(f"one text is continued, not {len(ids)}: give ids of shape (1, tokens)")
     ends = settings.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
-    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    asked = {name: DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
+    asked = {cache_keyword(model.forward): DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
     streamer.put(ids.cpu())
     found, new = [ids], ids
     for _ in range(settings.max_new_tokens or 0):

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from halve.device import autocast, compute_dtype, evaluation_mode, model_device
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.memory import whole_memory
-from halve.transformers_internals import DynamicCache, DynamicLayer, queries_packed
+from halve.transformers_internals import DynamicCache, DynamicLayer, cache_keyword, queries_packed
 
 Listen = Callable[[int, int, float], None]
 """Called with the tokens written, the tokens wanted, and the seconds that the rest takes at the mean speed so far."""
@@ -102,8 +101,7 @@ def _sample(model: nn.Module, first: Tensor, uniform: Tensor, vocabulary: int, p
     ids = list(first.to(device).unbind(1))
     points = uniform.to(device)
     cache = None
-    # transformers called it past_key_values until 5.24.
-    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    name = cache_keyword(model.forward)
     for position in range(first.shape[1], uniform.shape[1]):
         new = torch.stack(ids, dim=1) if cache is None else ids[-1][:, None]
         output = model(input_ids=new, use_cache=True, **{name: cache})

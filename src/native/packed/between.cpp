@@ -199,6 +199,10 @@ void attend_width(const Attention& job) {
         float* const row = scores + q * job.length;
         float largest = row[0], sum = 0.0f;
         for (std::size_t t = 1; t < job.length; ++t) largest = row[t] > largest ? row[t] : largest;
+        if (largest == -__builtin_inff()) {  // all is padding: nothing is attended to
+            for (std::size_t t = 0; t < job.length; ++t) row[t] = 0.0f;
+            continue;
+        }
         for (std::size_t t = 0; t < job.length; t += LANE) {
             const std::size_t some = job.length - t < LANE ? job.length - t : LANE;
             float part[LANE] = {};

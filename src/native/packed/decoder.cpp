@@ -84,16 +84,17 @@ void Decoder::attend(const Tokens& tokens, const void* queries, void* out, const
     // Queries that share keys go together, but where that would leave threads without work.
     const bool together = heads_of_keys % step.threads == 0 || heads_of_keys >= 4 * step.threads;
     const std::size_t count = together ? shared : 1, units = heads_of_keys * shared / count;
+    const std::size_t work = count * (length + shape_.width) + shape_.width;
+    thread_local Workspace workspace;  // taken here, where there is somebody to tell that there is no memory
+    auto* const works = static_cast<float*>(workspace.get(sizeof(float) * units * work));
     share_work(units, 1, step.threads, [&](std::size_t begin, std::size_t end) {
-        thread_local Workspace workspace;
-        auto* const work = static_cast<float*>(workspace.get(sizeof(float) * (count * (length + shape_.width) + shape_.width)));
         for (std::size_t unit = begin; unit < end; ++unit) {
             const std::size_t key_head = unit * count / shared, row = key_head / shape_.key_heads;
             const std::size_t start = key_head * step.capacity * shape_.width * number;
             const std::size_t place = unit * count * shape_.width * number;
             between_.attend({at(queries, place), at(tokens.keys, start), at(tokens.values, start),
                              step.shown ? step.shown + row * length : nullptr, count, shape_.width, length, shape_.scale,
-                             work, at(out, place)});
+                             works + unit * work, at(out, place)});
         }
     });
 }

@@ -20,17 +20,22 @@ using Address = std::uintptr_t;
 
 const void* at(Address address) { return reinterpret_cast<const void*>(address); }
 
+const void* there(Address address) {
+    if (!address) throw std::invalid_argument("a tensor without memory");
+    return at(address);
+}
+
 // (bits, places, codes, scales, d_out, d_in, bias) of a quantised matrix, (0, mask, values, half, kept, d_out, d_in,
 // bias) of another one; a dense one has no mask.
 Weight weight(const std::vector<std::size_t>& of) {
     if (of.size() == 7 && (of[0] == 8 || of[0] == 4)) {
         const QuantisedMatrix matrix{static_cast<const std::uint8_t*>(at(of[1])),
-                                     static_cast<const std::uint8_t*>(at(of[2])),
-                                     static_cast<const std::uint16_t*>(at(of[3])), of[4], of[5], int(of[0])};
+                                     static_cast<const std::uint8_t*>(there(of[2])),
+                                     static_cast<const std::uint16_t*>(there(of[3])), of[4], of[5], int(of[0])};
         return {true, {}, matrix, at(of[6])};
     }
     if (of.size() == 8 && of[0] == 0) {
-        const Matrix matrix{static_cast<const std::uint8_t*>(at(of[1])), at(of[2]), of[5], of[6], of[4], of[3] != 0};
+        const Matrix matrix{static_cast<const std::uint8_t*>(at(of[1])), there(of[2]), of[5], of[6], of[4], of[3] != 0};
         return {false, matrix, {}, at(of[7])};
     }
     throw std::invalid_argument("these are no parts of a matrix");
@@ -49,7 +54,7 @@ void make(Decoder* self, const std::string& plain, const std::string& quantised,
 // Norms: of the attention, of the MLP, of queries and of keys. Weights: query, key, value, output, gate, up and down.
 void add(Decoder& self, const std::vector<Address>& norms, const std::vector<std::vector<std::size_t>>& weights) {
     if (norms.size() != 4 || weights.size() != 7) throw std::invalid_argument("a block has 4 norms and 7 matrices");
-    self.add({at(norms[0]), at(norms[1]), at(norms[2]), at(norms[3]), weight(weights[0]), weight(weights[1]),
+    self.add({there(norms[0]), there(norms[1]), at(norms[2]), at(norms[3]), weight(weights[0]), weight(weights[1]),
               weight(weights[2]), weight(weights[3]), weight(weights[4]), weight(weights[5]), weight(weights[6])});
 }
 

@@ -110,7 +110,8 @@ bool pack(int held, std::uintptr_t weight, std::size_t d_out, std::size_t d_in, 
           std::uintptr_t mask, std::uintptr_t values, std::size_t threads) {
     const halve::Packing job{reinterpret_cast<const void*>(weight), d_out, d_in, keep, group,
                              reinterpret_cast<std::uint8_t*>(mask), reinterpret_cast<void*>(values)};
-    const std::size_t width = halve::value_bytes(Values(held)), part = std::max<std::size_t>(1, halve::PART_BYTES / (d_in * width));
+    const std::size_t width = halve::value_bytes(Values(held));
+    const std::size_t part = std::max<std::size_t>(1, halve::PART_BYTES / (d_in * width));
     nanobind::gil_scoped_release unlocked;
     std::atomic<bool> fits{true};
     halve::share_work(d_out, part, threads, [&](std::size_t first, std::size_t last) {

@@ -1,18 +1,21 @@
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import models
 from halve.errors import HalveError
-from halve.runtime import decoding
 from halve.runtime.accelerate import accelerate, restore
 from halve.runtime.compiled import instruction_sets, quantised_instruction_sets
-from halve.runtime.decoding import computes_in_one_call, decode_by_modules, decode_in_one_call
+from halve.runtime.decoding import blocks, room
+from halve.runtime.decoding.next_token import computes_in_one_call, decode_by_modules, decode_in_one_call
 from packed_models import prune_layers
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the compiled kernels are not built")
@@ -80,12 +83,12 @@ def runs(monkeypatch):
     """The number of sequences of each call of the compiled blocks."""
     found = []
 
-    class Counted(decoding.library.Decoder):
+    class Counted(blocks.library.Decoder):
         def run(self, batch, *rest):
             found.append(batch)
             super().run(batch, *rest)
 
-    monkeypatch.setattr(decoding.library, "Decoder", Counted)
+    monkeypatch.setattr(blocks.library, "Decoder", Counted)
     return found
 
 
@@ -93,7 +96,7 @@ def runs(monkeypatch):
 @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_logits_are_those_of_a_whole_text_in_double(family, dtype, name, monkeypatch, runs):
-    monkeypatch.setattr(decoding, "instruction_sets", lambda: (name,))
+    monkeypatch.setattr(blocks, "instruction_sets", lambda: (name,))
     model = model_of(family, dtype)
     ids, mask = prompt(3, 30), padded(3, 30, 4)
     expected = in_double(model, ids, mask, 9)
@@ -108,7 +111,7 @@ def test_logits_are_those_of_a_whole_text_in_double(family, dtype, name, monkeyp
 @pytest.mark.parametrize("values", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", list(ERROR), ids=str)
 def test_quantised_matrices_multiply_as_in_the_modules(dtype, values, name, monkeypatch):
-    monkeypatch.setattr(decoding, "quantised_instruction_sets", lambda: (name,))
+    monkeypatch.setattr(blocks, "quantised_instruction_sets", lambda: (name,))
     model = model_of("qwen2", dtype)
     assert accelerate(model, values=values, only_where_faster=None).decoding == ""
     ids, mask = prompt(2, 12), padded(2, 12, 3)
@@ -144,7 +147,7 @@ def test_generated_text_is_that_of_the_modules(family, runs):
 
 
 def test_a_cache_grows_and_is_an_ordinary_one(monkeypatch, runs):
-    monkeypatch.setattr(decoding, "_ROOM", 2)
+    monkeypatch.setattr(room, "AHEAD", 2)
     model = model_of()
     ids = prompt(1, 20)
     mask = padded(1, 20, 0)
@@ -226,9 +229,116 @@ def test_whoever_listens_to_a_module_is_heard(runs):
     hook.remove()
     step_by_step(model, ids, mask, 5)
     assert (len(heard), runs) == (4, [1] * 3)
-    model.model.layers[0].mlp.act_fn.forward = lambda x: x * 0
+    for module in (model.model.norm, model.model.layers[0].mlp.act_fn):
+        runs.clear()
+        module.forward = lambda x: x * 0
+        step_by_step(model, ids, mask, 5)
+        assert runs == []
+        del module.forward
+    hook = model.model.norm.register_forward_hook(lambda *_: heard.append(1))
+    everywhere = nn.modules.module.register_module_forward_hook
+    for other in (hook, everywhere(lambda *_: heard.append(1))):
+        heard.clear()
+        step_by_step(model, ids, mask, 5)
+        assert heard
+        assert runs == []
+        hook.remove()
+        other.remove()
     step_by_step(model, ids, mask, 5)
     assert runs == [1] * 3
+
+
+def test_what_is_set_otherwise_counts(runs):
+    model = model_of()
+    assert decode_in_one_call(model) == ""
+    ids, mask = prompt(1, 8), padded(1, 8, 0)
+    step_by_step(model, ids, mask, 5)
+    for module, name, value in (
+        (model.model.layers[1].self_attn, "scaling", 0.9),
+        (model.model.layers[1].mlp, "act_fn", nn.GELU()),
+        (model.model.norm, "variance_epsilon", 0.7),
+        (model.config, "num_hidden_layers", 2),
+        (model.config, "output_hidden_states", True),
+    ):
+        before = getattr(module, name)
+        setattr(module, name, value)
+        got = step_by_step(model, ids, mask, 5)
+        assert off(got, in_double(model, ids, mask, 5)) < 1e-5, name
+        setattr(module, name, before)
+    runs.clear()
+    step_by_step(model, ids, mask, 5)
+    assert runs == [1] * 3
+
+
+@torch.no_grad()
+def test_caches_and_inputs_that_do_not_fit_are_the_modules_business(runs):
+    model = model_of()
+    assert decode_in_one_call(model) == ""
+    ids = prompt(1, 8)
+
+    class Own(DynamicCache):
+        pass
+
+    def filled(cache, of=model, sequences=1):
+        of(ids[:, :5].expand(sequences, -1), cache=cache)
+        return cache
+
+    runs.clear()
+    model(ids[:, 5:6], cache=filled(Own(config=model.config)))
+    uneven = filled(DynamicCache(config=model.config))
+    uneven.layers[1].keys, uneven.layers[1].values = uneven.layers[1].keys[:, :, 1:], uneven.layers[1].values[:, :, 1:]
+    model(ids[:, 5:6], cache=uneven)
+    for other in (model_of(num_key_value_heads=4), model_of(head_dim=64), model_of(dtype=torch.float64)):
+        with pytest.raises(RuntimeError):
+            model(ids[:, 5:6], cache=filled(DynamicCache(config=other.config), other))
+    with pytest.raises(RuntimeError):
+        model(inputs_embeds=torch.randn(1, 1, 48), cache=filled(DynamicCache(config=model.config)))
+    model(ids[:, 5:6], cache=filled(DynamicCache(config=model.config)), nobody_knows_this=[1])
+    assert runs == []
+
+
+@torch.no_grad()
+def test_masks_of_any_kind_and_texts_of_padding_alone():
+    model = model_of()
+    ids = prompt(2, 6)
+    for mask in (torch.tensor([[0, 0.5, 1, 1, 1, 1], [1] * 6]), torch.tensor([[0, 256, 1, 1, 1, 1], [1] * 6])):
+        got = []
+        for one_call in (False, True):
+            assert not one_call or decode_in_one_call(model) == ""
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :5], attention_mask=mask[:, :5], cache=cache)
+            got.append(model(ids[:, 5:], attention_mask=mask, cache=cache).logits)
+            decode_by_modules(model)
+        assert off(got[1], got[0].double()) < 1e-5
+    assert decode_in_one_call(model) == ""
+    cache = DynamicCache(config=model.config)
+    mask = torch.tensor([[0] * 6, [1] * 6])
+    model(ids[:, :5], cache=cache)
+    assert model(ids[:, 5:], attention_mask=mask, cache=cache).logits.isfinite().all()
+
+
+def test_a_model_that_is_let_go_is_gone(runs):
+    gc.disable()
+    try:
+        model = model_of()
+        assert decode_in_one_call(model) == ""
+        step_by_step(model, prompt(1, 8), padded(1, 8, 0), 5)
+        gone = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_accelerating_says_what_is_so(runs):
+    model = model_of()
+    assert decode_in_one_call(model) == ""
+    assert accelerate(model, only_where_faster=None).decoding == ""
+    assert computes_in_one_call(model)
+    other = model_of()
+    assert decode_in_one_call(other) == ""
+    assert accelerate(other, only_where_faster=None, one_call=False).decoding == "it was not asked for"
+    assert not computes_in_one_call(other)
 
 
 @torch.no_grad()
@@ -306,16 +416,68 @@ def test_a_compiled_model_goes_the_ordinary_way(runs):
     assert runs == []
 
 
+class OwnMLP(LlamaMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose numbers are elsewhere, as quantisers have them."""
+
+    @staticmethod
+    def __new__(cls, held):
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [arg.held if isinstance(arg, Wrapped) else arg for arg in args]
+        found = func(*plain, **(kwargs or {}))
+        return Wrapped(found) if func is torch.ops.aten.detach.default else found
+
+
+def changed(place, module):
+    model = model_of()
+    model.model.set_submodule(place, module)
+    return model
+
+
+def with_weight(place, weight):
+    model = model_of()
+    model.model.get_submodule(place).weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def setting(place, name, value):
+    model = model_of()
+    setattr(model.model.get_submodule(place), name, value)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda: models.decoder("gpt2"), "not of a family"),
         (lambda: models.decoder("llama"), "heads of width 8 are no multiple of 32"),
         (lambda: model_of(hidden_act="gelu"), "its activation is GELUActivation, not SiLU"),
-        (lambda: model_of(intermediate_size=80), "down_proj is dense, and d_in = 80 no multiple of 64"),
-        (lambda: model_of().double(), "its norms are float64"),
+        (lambda: model_of(intermediate_size=80), "the dense weight of down_proj is not contiguous, or its 80 columns"),
+        (lambda: model_of().double(), "its last norm is float64"),
+        (lambda: changed("norm", nn.LayerNorm(64)), "its last norm is a LayerNorm"),
+        (lambda: changed("norm", nn.Identity()), "its last norm is a Identity"),
+        (lambda: changed("layers.1.mlp", nn.Identity()), "block 1: mlp is a Identity"),
+        (lambda: changed("layers.1.mlp", OwnMLP(model_of().config)), "block 1: mlp is a OwnMLP"),
+        (
+            lambda: changed("layers.2.self_attn.q_proj", nn.Linear(64, 64, bias=False)),
+            "block 2: o_proj has shape (64, 128), where (64, 64) goes",
+        ),
+        (lambda: with_weight("layers.0.input_layernorm", torch.rand(128)[::2]), "block 0: input_layernorm has shape"),
+        (lambda: with_weight("layers.0.mlp.up_proj", Wrapped(torch.rand(192, 64))), "is no plain tensor"),
+        (lambda: setting("layers.1.self_attn", "scaling", 0.5), "its norms or its attentions are set differently"),
+        (lambda: setting("norm", "variance_epsilon", 0.5), "its norms or its attentions are set differently"),
+        (lambda: setting("layers.1.self_attn", "layer_idx", 0), "block 1: it says that it is block 0"),
+        (lambda: with_weight("layers.0.input_layernorm", torch.full((64,), torch.nan)), "returns no finite numbers"),
     ],
-    ids=["family", "width", "activation", "dense", "dtype"],
 )
 def test_what_cannot_be_computed_in_one_call_is_left_with_the_reason(make, reason):
     model = make()
@@ -326,18 +488,18 @@ def test_what_cannot_be_computed_in_one_call_is_left_with_the_reason(make, reaso
 def test_a_sliding_window_goes_the_ordinary_way(runs):
     model = model_of("mistral", sliding_window=8)
     expected = model.generate(prompt(), max_new_tokens=12, min_new_tokens=12, do_sample=False)
-    assert decode_in_one_call(model) == ""
-    runs.clear()
+    assert "a sliding window of 8 tokens" in decode_in_one_call(model)
     assert torch.equal(model.generate(prompt(), max_new_tokens=12, min_new_tokens=12, do_sample=False), expected)
     assert runs == []
+    assert decode_in_one_call(model_of("mistral", sliding_window=128)) == ""  # as long as a text can be
 
 
 def test_a_wrong_computation_is_found_out(monkeypatch):
-    class Wrong(decoding.library.Decoder):
+    class Wrong(blocks.library.Decoder):
         def run(self, batch, x, cosines, sines, *rest):
             super().run(batch, x, sines, cosines, *rest)
 
-    monkeypatch.setattr(decoding.library, "Decoder", Wrong)
+    monkeypatch.setattr(blocks.library, "Decoder", Wrong)
     model = model_of()
     with pytest.raises(HalveError, match=r"block \d computed in one call differs from the modules' by \S+ times"):
         decode_in_one_call(model)
