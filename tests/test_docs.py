@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import layer_oracles as oracle
+from dense_engines import Steady
 from halve import check
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
@@ -104,8 +105,9 @@ def test_every_key_of_a_plan_is_documented(monkeypatch):
     needed = planner.speed.needed_bytes
     monkeypatch.setattr(planner.speed, "needed_bytes", lambda *a, **k: 1 << 60 if a[2] == 2 else needed(*a, **k))
     text = (DOCS / "plan.md").read_text()
-    record = plan(decoder("llama"), batches=[1, 2]).as_json()
+    record = plan(decoder("llama"), batches=[1, 2], against=Steady()).as_json()
     assert record["left_out"]
+    assert record["against"]
     nested = [entry for value in record.values() if isinstance(value, list) for entry in value]
     keys = {key for entry in (record, record["machine"], *nested) if isinstance(entry, dict) for key in entry}
     for key in keys:

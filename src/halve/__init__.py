@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halve.comparison import Comparison, compare
     from halve.engines.gguf_export import export_gguf as export
+    from halve.engines.llama_cpp import LlamaCpp
     from halve.errors import HalveError
     from halve.evaluation.figure import Perplexity
     from halve.evaluation.perplexity import evaluate
@@ -52,6 +53,7 @@ _HOMES = {
     "GramAccumulator": "maths.gram",
     "KeepMasks": "learning.callback",
     "KeptMasks": "learning.keeping",
+    "LlamaCpp": "engines.llama_cpp",
     "Loading": "run.request",
     "Merged": "merging",
     "Objective": "solve.objective",
@@ -100,6 +102,7 @@ __all__ = [
     "HalveError",
     "KeepMasks",
     "KeptMasks",
+    "LlamaCpp",
     "Loading",
     "Merged",
     "Objective",

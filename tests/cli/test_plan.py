@@ -1,10 +1,13 @@
 import json
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import halve.cli.plan
+from dense_engines import Steady
 from halve.cli.app import app
 from halve.cli.errors import EXIT_REFUSED
 from halve.planner import speed_plan as planner
@@ -103,6 +106,22 @@ def test_what_has_no_end_to_end_says_why(quick):
     assert len(quick) == 8
 
 
+@pytest.mark.parametrize("failing", [None, "x2"])
+def test_a_dense_engine_has_a_table_and_its_sentences(llama, quick, monkeypatch, failing):
+    monkeypatch.setattr(planner.packed_decoding, "packed_seconds", lambda *_: 0.5)
+    monkeypatch.setattr(halve.cli.plan, "_engine", lambda name: Steady(failing) if name == "steady" else None)
+    result = run(app, ["plan", str(llama), "--batch", "1", "--against", "steady", "--threads", "2"])
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert ["Halve 2:4 in float32", "3 of 3", "500.00", "2.0", ""] in rows
+    assert ["steady x1", "3 of 3", "1750.00", "0.6", "3.50"] in rows
+    assert (["steady x2", "3 of 3", "875.00", "1.1", "1.75"] in rows) == (failing is None)
+    assert (["steady x2", "3 of 3", "", "", ""] in rows) == (failing is not None)
+    assert ("steady x2 was not measured (it fell over)" in result.stdout) == (failing is not None)
+    assert "3.50 times what steady x1 makes dense (0.6)" in result.stdout
+    assert len(quick) == 4
+
+
 @pytest.mark.usefixtures("quick")
 def test_what_does_not_fit_and_a_busy_machine_are_named(llama, monkeypatch):
     monkeypatch.setattr(planner, "free_memory", lambda _device: 1)
@@ -129,6 +148,7 @@ def test_what_does_not_fit_and_a_busy_machine_are_named(llama, monkeypatch):
         (["--pattern", "5:4"], "pattern '5:4' is not understood"),
         (["--device", "tpu"], "device 'tpu' is not understood"),
         (["--device", "cuda:99"], "device 'cuda:99' is not present"),
+        (["--against", "llama"], "unknown engine for --against 'llama': did you mean 'llama.cpp'?"),
         (["--threads", "0"], "threads must be a whole number of at least 1, got 0"),
     ],
 )
@@ -139,6 +159,13 @@ def test_malformed_arguments_are_one_sentence_and_exit_code_2(llama, quick, argu
     assert message in result.stderr
     assert result.stdout == ""
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
+    assert quick == []
+
+
+def test_beside_llama_cpp_one_sequence_is_decoded(llama, quick):
+    result = run(app, ["plan", str(llama), "--against", "llama.cpp", "--batch", "8"])
+    assert result.exit_code == EXIT_REFUSED, result.output
+    assert "error: beside llama.cpp one sequence is decoded: let the batches have 1 among them" in result.stderr
     assert quick == []
 
 
@@ -165,3 +192,21 @@ def test_a_real_run(tmp_path, monkeypatch):
     record = json.loads(result.stdout)
     assert record["dtype"] == "bfloat16"
     assert record["end_to_end"][0]["speedup"] > 0
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the package xllamacpp")
+def test_a_real_run_beside_llama_cpp(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "copies_beyond_cache", lambda _nbytes: 2)
+    sizes = {"vocab_size": 320, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = save(decoder("llama", **sizes).to(torch.bfloat16), tmp_path / "in")
+    asked = ["--batch", "1", "--values", "int4", "--against", "llama.cpp", "--threads", "1", "--json"]
+    result = run(app, ["plan", str(path), *asked])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["against"]
+    assert [row["contender"] for row in rows] == [
+        "Halve 2:4 in int4, head in int8",
+        "llama.cpp bf16",
+        "llama.cpp Q8_0",
+        "llama.cpp Q4_0",
+    ]
+    assert all(row["packed_speedup"] > 0 and row["blocks_run"] == [3] and not row["reason"] for row in rows)

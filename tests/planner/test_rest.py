@@ -68,7 +68,7 @@ def taking(module, seconds, clock):
 
 
 def test_time_is_told_apart(monkeypatch):
-    clock, build = [0.0], rest._build
+    clock, build = [0.0], rest.build_random
 
     def slow(*arguments):
         model = build(*arguments)
@@ -80,7 +80,7 @@ def test_time_is_told_apart(monkeypatch):
         taking(model.lm_head, 4.0, clock)
         return model
 
-    monkeypatch.setattr(rest, "_build", slow)
+    monkeypatch.setattr(rest, "build_random", slow)
     monkeypatch.setattr(rest, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     assert measured(decoder("llama"))[1] == Rest(
         batch=1,
@@ -113,7 +113,7 @@ def test_fewer_blocks_stand_for_all_where_memory_is_short(monkeypatch):
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3", "gpt2", "bloom"])
 def test_fewer_blocks_of_every_family(family):
-    built = rest._build(decoder(family), 2, torch.float32, CPU)
+    built = rest.build_random(decoder(family), 2, torch.float32, CPU)
     assert len(find_stack(built)[1]) == 2
 
 
@@ -130,18 +130,18 @@ def test_a_cache_must_not_hold_the_blocks(monkeypatch):
 
 def test_the_weights_are_finite_and_tied_as_the_models_are():
     for family in ("llama_tied", "gemma3", "mixtral"):
-        built = rest._build(outline(decoder(family)).skeletons[0], 3, torch.float16, CPU)
+        built = rest.build_random(outline(decoder(family)).skeletons[0], 3, torch.float16, CPU)
         assert all(bool(parameter.isfinite().all()) for parameter in built.parameters())
         assert all(bool((parameter == 1).all()) for parameter in built.parameters() if parameter.ndim < 2)
         assert bool(built(torch.arange(6).view(2, 3)).logits.isfinite().all())
-    tied = rest._build(decoder("llama_tied"), 3, torch.float16, CPU)
+    tied = rest.build_random(decoder("llama_tied"), 3, torch.float16, CPU)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
 def test_the_models_own_weights_and_settings_are_left_alone():
     model = decoder("llama")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    rest._build(model, 2, torch.bfloat16, CPU)
+    rest.build_random(model, 2, torch.bfloat16, CPU)
     assert model.config.num_hidden_layers == 3
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert model.dtype == torch.float32

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import halve
+from dense_engines import Steady
 from halve.errors import InputError, PatternError
 from halve.planner import speed_plan as planner
 from halve.planner.rest import Rest
@@ -114,6 +115,7 @@ def test_the_json_holds_it_all_in_the_same_order():
         "left_out",
         "rest",
         "end_to_end",
+        "against",
         "conclusion",
     ]
     assert json.loads(json.dumps(record)) == record
@@ -192,6 +194,34 @@ def test_a_listener_hears_of_every_measurement(made_up):
     assert heard[0][0] == "32 x 32"
     assert heard[-1][0] == "the rest of the model at batch 8"
     assert len(made_up) == 4
+
+
+def test_a_dense_engine_is_measured_beside_packed_weights(made_up, monkeypatch):
+    heard, engine = [], Steady()
+    monkeypatch.setattr(planner.packed_decoding, "packed_seconds", lambda _skeleton, blocks, *_: 0.5 * blocks)
+    found = halve.plan(
+        decoder("llama"), batches=[8, 1], against=engine, listen=lambda *step: heard.append(step), values="own"
+    )
+    assert [(row.contender, row.seconds) for row in found.against] == [
+        ("Halve 2:4 in float32", 1.5),
+        ("steady x1", 1.75),
+        ("steady x2", 0.875),
+    ]
+    assert [row["packed_speedup"] for row in found.as_json()["against"]] == [1.0, 1.75 / 1.5, 0.875 / 1.5]
+    assert [step[1:] for step in heard] == [(done, 9) for done in range(9)]
+    assert heard[-1][0] == "decoding by steady x2"
+    assert {threads for *_, threads in engine.asked} == {torch.get_num_threads()}
+    without = halve.plan(decoder("llama"), batches=[8, 1])
+    assert found.sentence.startswith(f"{without.sentence} Decoding one sequence with a short context, Halve 2:4")
+    assert made_up
+
+
+def test_what_an_engine_refuses_is_refused_before_anything_is_measured(made_up):
+    with pytest.raises(InputError, match="let the batches have 1 among them"):
+        halve.plan(decoder("llama"), batches=[8], against=Steady())
+    with pytest.raises(InputError, match="paper is not one model"):
+        halve.plan("paper", against=Steady())
+    assert made_up == []
 
 
 @pytest.mark.usefixtures("made_up")

@@ -17,6 +17,7 @@ from halve.device import parse_dtype
 from halve.errors import InputError
 
 if TYPE_CHECKING:
+    from halve.planner.dense_engine import DenseEngine
     from halve.planner.speed_plan import PlanListener, SpeedPlan
     from halve.runtime.quantised_matrix import Values
 
@@ -41,6 +42,9 @@ def plan_command(
     values: Annotated[
         str, typer.Option(help="What sparse weights hold: own (the dtype's numbers), bf16, int8 or int4.")
     ] = "own",
+    against: Annotated[
+        str | None, typer.Option(help="A dense engine to decode beside, on the CPU: llama.cpp (package xllamacpp).")
+    ] = None,
     threads: ThreadsOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -51,6 +55,7 @@ def plan_command(
 
         batches = None if batch is None else _parse_batches(batch)
         parsed = None if dtype is None else parse_dtype(dtype)
+        engine = None if against is None else _engine(against)
         with on_threads(threads), _progress() as listen:
             found = plan(
                 model,
@@ -59,6 +64,7 @@ def plan_command(
                 device=device,
                 dtype=parsed,
                 values=cast("Values", values),
+                against=engine,
                 trust_remote_code=trust_remote_code,
                 listen=listen,
             )
@@ -67,6 +73,13 @@ def plan_command(
         out.print_json(json.dumps(found.as_json()))
     else:
         _show(found)
+
+
+def _engine(name: str) -> "DenseEngine":
+    from halve.engines.llama_cpp import LlamaCpp
+    from halve.lookup import find_row
+
+    return find_row({LlamaCpp.name: LlamaCpp}, name, "engine for --against")()
 
 
 def _parse_batches(text: str) -> list[int]:
@@ -114,6 +127,8 @@ def _show(found: "SpeedPlan") -> None:
         )
     if (table := _end_to_end_table(found)) is not None:
         out.print(table)
+    if found.against:
+        out.print(_decoding_table(found))
     say(out, found.sentence)
 
 
@@ -172,4 +187,29 @@ def _end_to_end_table(found: "SpeedPlan") -> Table | None:
     table.add_section()
     table.add_row("times as fast, all sparse", *[f"{gain.everywhere:.2f}" for gain in gains])
     table.add_row("times as fast, each the faster", *[f"{gain.where_faster:.2f}" for gain in gains])
+    return table
+
+
+def _decoding_table(found: "SpeedPlan") -> Table:
+    """Return a row a contender: how fast it decodes, and how many times as fast the packed model is."""
+    from halve.planner.dense_engine import speedup
+
+    packed = found.against[0]
+    threads = found.machine["threads"]
+    table = Table(
+        Column("contender", overflow="fold"),
+        *[
+            Column(name, justify="right")
+            for name in ("blocks run", "ms a token", "tokens a second", "packed, times as fast")
+        ],
+        title=Text(f"decoding one sequence, {threads} thread{'' if threads == 1 else 's'}"),
+    )
+    for row in found.against:
+        run = f"{' and '.join(map(str, row.blocks_run))} of {row.blocks}"
+        ratio = speedup(packed, row)
+        if row.seconds is None or row.tokens_per_second is None:
+            table.add_row(Text(row.contender), run, "", "", "")
+            continue
+        numbers = f"{1e3 * row.seconds:.2f}", f"{row.tokens_per_second:.1f}"
+        table.add_row(Text(row.contender), run, *numbers, "" if ratio is None or row is packed else f"{ratio:.2f}")
     return table

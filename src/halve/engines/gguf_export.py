@@ -4,14 +4,16 @@ No engine that reads GGUF gains from the zeros: the file is for running a pruned
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from halve.checkpoint.durable import sync_directory, writing
-from halve.checkpoint.load import Source, has_tokenizer, load_tokenizer, resolve, skeleton
+from halve.checkpoint.load import has_tokenizer, load_tokenizer, resolve, skeleton
 from halve.checkpoint.room import check_space
 from halve.engines.gguf_families import Shape, write_shape
 from halve.engines.gguf_tensors import Planned, contents, planned
@@ -75,7 +77,8 @@ def export_gguf(
     tokens = read_vocabulary(source.name, load_tokenizer(source), shape.vocabulary)
     tensors = planned(source, shape, kind)
     check_space(target.parent, sum(each.nbytes for each in tensors) + (1 << 24), f"{target.name}")
-    _write(target, source, shape, tokens, tensors, kind)
+    name = source.path.resolve().name
+    write_file(target, name, shape, tokens, tensors, contents(tensors, shape), kind)
     notes = []
     if shape.window is not None and shape.window < shape.context:
         notes.append(
@@ -85,13 +88,34 @@ def export_gguf(
     return ExportResult(path=target, tensors=len(tensors), nbytes=target.stat().st_size, notes=tuple(notes))
 
 
-def _write(target: Path, source: Source, shape: Shape, tokens: Vocabulary, tensors: list[Planned], kind: str) -> None:
-    """Write the file so that it is whole or absent."""
+def write_file(
+    target: Path,
+    name: str,
+    shape: Shape,
+    tokens: Vocabulary,
+    tensors: list[Planned],
+    stored: Iterable[Any],
+    kind: str,
+) -> None:
+    """Write the file so that it is whole or absent.
+
+    Args:
+        target: the file.
+        name: of the model.
+        shape: of the model.
+        tokens: its vocabulary.
+        tensors: in their order.
+        stored: what each of them holds, NumPy arrays.
+        kind: what matrices are stored as.
+
+    Raises:
+        HalveError: the volume is full, or failed.
+    """
     from gguf import GGUFWriter, LlamaFileType
 
     temporary = target.with_name(f".{target.name}.tmp")
     writer = GGUFWriter(temporary, shape.family.architecture)
-    writer.add_name(source.path.resolve().name)
+    writer.add_name(name)
     writer.add_file_type(getattr(LlamaFileType, f"MOSTLY_{kind.upper()}"))
     if kind in {"q8_0", "q4_0"}:
         writer.add_quantization_version(2)
@@ -105,7 +129,7 @@ def _write(target: Path, source: Source, shape: Shape, tokens: Vocabulary, tenso
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for content in contents(tensors, shape):
+            for content in stored:
                 writer.write_tensor_data(content)
             writer.close()
             with temporary.open("rb+") as file:

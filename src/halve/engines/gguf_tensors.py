@@ -1,6 +1,6 @@
 """The tensors of a GGUF file: which of a checkpoint's go into it, how each is stored, and their numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,27 +51,43 @@ def planned(source: Source, shape: Shape, kind: str) -> list[Planned]:
     Raises:
         UnsupportedModelError: the checkpoint has one that has no place in it.
     """
+    entries = (entry for path in source.shards for entry in read_shard(path).tensors)
+    return placed(source.name, ((entry.name, entry) for entry in entries), shape, kind)
+
+
+def placed(model: str, entries: Iterable[tuple[str, TensorEntry | Tensor]], shape: Shape, kind: str) -> list[Planned]:
+    """Return the tensors of the file in their order.
+
+    Args:
+        model: its name, for messages.
+        entries: the model's tensors by their names; of those in memory only dtypes and shapes are looked at.
+        shape: of the model.
+        kind: what matrices are stored as.
+
+    Raises:
+        UnsupportedModelError: one of them has no place in the file.
+    """
     from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 
     stored = GGMLQuantizationType
     names = get_tensor_name_map(getattr(MODEL_ARCH, shape.family.architecture.upper()), shape.blocks)
     factors = frequencies(shape)
     found = [] if factors is None else [Planned(FREQUENCIES, factors, tuple(factors.shape), stored.F32)]
-    for entry in (entry for path in source.shards for entry in read_shard(path).tensors):
-        if entry.name.endswith("rotary_emb.inv_freq") or (shape.tied and entry.name == "lm_head.weight"):
+    for name, entry in entries:
+        if name.endswith("rotary_emb.inv_freq") or (shape.tied and name == "lm_head.weight"):
             continue
-        name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
-        if name is None or not entry.dtype.is_floating_point:
+        place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if place is None or not entry.dtype.is_floating_point:
             raise UnsupportedModelError(
-                f"tensor {entry.name!r} of {source.name} ({entry.dtype}) has no place in a GGUF file of a "
+                f"tensor {name!r} of {model} ({entry.dtype}) has no place in a GGUF file of a "
                 f"{shape.family.architecture}: convert the model with llama.cpp's own script"
             )
-        how = getattr(stored, "Q8_0" if kind == "q4_0" and name in _AT_8_BITS else kind.upper())
+        how = getattr(stored, "Q8_0" if kind == "q4_0" and place in _AT_8_BITS else kind.upper())
         if len(entry.shape) < 2:
             how = stored.F32
         elif how in {stored.Q8_0, stored.Q4_0} and entry.shape[-1] % _BLOCK:
             how = stored.F16
-        found.append(Planned(name, entry, entry.shape, how))
+        found.append(Planned(place, entry, tuple(entry.shape), how))
     return found
 
 

@@ -189,7 +189,7 @@ def _runnable(skeleton: nn.Module, dtype: torch.dtype, device: torch.device, fre
             f"one block and what lies outside of the blocks need {(everything - in_blocks + one) / 1e9:.1f} GB, more "
             f"than half of the {(free or 0) / 1e9:.1f} GB of memory that are free"
         )
-    return _build(skeleton, count, dtype, device), len(stack)
+    return build_random(skeleton, count, dtype, device), len(stack)
 
 
 def _affordable(total: int, block_bytes: int, room: int | None, device: torch.device) -> int:
@@ -201,7 +201,18 @@ def _affordable(total: int, block_bytes: int, room: int | None, device: torch.de
     return min(max(_LEAST_BLOCKS, beyond_cache), max(0, room // block_bytes), most)
 
 
-def _build(skeleton: Any, count: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def build_random(skeleton: Any, count: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return a model like another one, of so many blocks and with random weights, to run.
+
+    Args:
+        skeleton: of transformers, with or without values: only its class and configuration are used.
+        count: blocks.
+        dtype: of the weights.
+        device: where they are.
+
+    Raises:
+        HalveError: it cannot be built with so many.
+    """
     config = copy.deepcopy(skeleton.config)
     config.get_text_config().num_hidden_layers = count
     try:

@@ -22,8 +22,9 @@ from halve.errors import InputError
 from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.memory import free_memory
-from halve.planner import rest
+from halve.planner import dense_engine, packed_decoding, rest
 from halve.planner.conclusion import conclusion
+from halve.planner.dense_engine import Decoding, DenseEngine
 from halve.planner.outline import PAPER, PAPER_BATCHES, Kind, LeftDense, Outline, outline
 from halve.planner.rest import Rest
 from halve.runtime import speed
@@ -103,6 +104,7 @@ class SpeedPlan:
         left_out: shapes and batches that do not fit into the memory.
         rests: by batch, the time of everything else, or why it was not measured.
         machine: what it was measured on.
+        against: how fast packed weights decode, and then each kind of the dense engine's; empty if none was asked for.
     """
 
     model: str
@@ -117,6 +119,7 @@ class SpeedPlan:
     left_out: tuple[LeftOut, ...]
     rests: dict[int, Rest | str] = field(repr=False)
     machine: dict[str, Any]
+    against: tuple[Decoding, ...] = ()
 
     def speed(self, kind: Kind, batch: int) -> Speed | None:
         """Return how fast products with such a matrix are, None where that was not measured."""
@@ -162,7 +165,7 @@ class SpeedPlan:
             for row in self.speeds
             if (row.d_out, row.d_in) == kind.shape
         ]
-        return conclusion(
+        text = conclusion(
             self.pattern,
             {batch: gain.everywhere for batch, gain in known.items()},
             {batch: gain.where_faster for batch, gain in known.items()},
@@ -170,6 +173,7 @@ class SpeedPlan:
             max(products, default=None, key=lambda product: product[0]),
             of_device=self.device.type == "cuda",
         )
+        return f"{text} {dense_engine.said(self.against, self.pattern)}" if self.against else text
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values, the keys always in the same order."""
@@ -191,6 +195,7 @@ class SpeedPlan:
             "left_out": [dict(vars(entry)) for entry in self.left_out],
             "rest": rest.as_json(self.rests),
             "end_to_end": [_gain_json(batch, self.gain(batch)) for batch in self.batches],
+            "against": [row.as_json(self.against[0]) for row in self.against],
             "conclusion": self.sentence,
         }
 
@@ -203,6 +208,7 @@ def plan(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     values: Values = "own",
+    against: DenseEngine | None = None,
     trust_remote_code: bool = False,
     listen: PlanListener | None = None,
 ) -> SpeedPlan:
@@ -220,13 +226,15 @@ def plan(
         dtype: of weights and inputs; None takes the model's own, float32 for GGUF, bfloat16 for a preset.
         values: what sparse weights hold: numbers of ``dtype`` (``own``, or ``bf16``, which ``dtype`` must then be), or
             integers, ``int8`` or ``int4``, at 2:4; dense ones hold ``dtype`` whatever it is.
+        against: a dense engine to decode one sequence beside packed weights on the CPU, such as `halve.LlamaCpp()`.
         trust_remote_code: whether to run Python code that comes with the model.
         listen: called before every measurement.
 
     Raises:
-        InputError: an argument cannot be used, nothing of the model could be sparse, or this machine has no such
-            products.
-        UnsupportedModelError: the model has no stack of blocks, or its settings are not supported.
+        InputError: an argument cannot be used, nothing of the model could be sparse, this machine has no such
+            products, or the engine is not installed.
+        UnsupportedModelError: the model has no stack of blocks, or its settings are not supported, by the engine
+            neither.
         CorruptFileError: a file of the model is damaged.
     """
     parsed, place = Pattern.parse(pattern), resolve_device(device)
@@ -238,17 +246,31 @@ def plan(
     speed.check_measurable(parsed, dtype, place, bits)
     if values == "bf16" and dtype != torch.bfloat16:
         raise InputError(f"values is 'bf16', and the model is {_name(dtype)}: leave it out, or give dtype bfloat16")
+    if against is not None:
+        dense_engine.check_engine(against, found.name, found.skeletons, place.type, min(rows))
     machine = describe_machine(place, bits)  # before our own work is load
     kinds, left_dense = found.kinds(parsed, dtype, place)
     shapes = list(dict.fromkeys(kind.shape for kind in kinds))
     fits = {shape: _fitting(*shape, rows, parsed, dtype, place, bits) for shape in shapes}
     products = {shape: fitting for shape, (fitting, _) in fits.items() if fitting}
     whole = [batch for batch in rows if any(batch in fitting for fitting in products.values())]
-    steps = _Steps(listen, len(products) + (len(whole) if len(found.skeletons) == 1 else 0))
+    contenders = 0 if against is None else 1 + len(against.kinds)
+    steps = _Steps(listen, len(products) + (len(whole) if len(found.skeletons) == 1 else 0) + contenders)
     speeds: list[Speed] = []
     for (d_out, d_in), fitting in products.items():
         steps.next(f"{d_out} x {d_in}")
         speeds += speed.measure(d_out, d_in, fitting, pattern=parsed, dtype=dtype, device=place, bits=bits)
+    rests = _rests(found, whole, rows, parsed, dtype, place, steps)
+    beside: tuple[Decoding, ...] = ()
+    if against is not None:
+        beside = dense_engine.measure_beside(
+            against,
+            found.skeletons[0],
+            packed_decoding.packed_name(parsed, values, dtype),
+            lambda blocks: packed_decoding.packed_seconds(found.skeletons[0], blocks, parsed, values, dtype),
+            threads=machine["threads"],
+            listen=steps.next,
+        )
     return SpeedPlan(
         model=found.name,
         pattern=parsed.text,
@@ -260,8 +282,9 @@ def plan(
         left_dense=left_dense,
         speeds=tuple(speeds),
         left_out=tuple(row for _, others in fits.values() for row in others),
-        rests=_rests(found, whole, rows, parsed, dtype, place, steps),
+        rests=rests,
         machine=machine,
+        against=beside,
     )
 
 
