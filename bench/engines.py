@@ -28,6 +28,8 @@ import torch
 import decode
 
 LLAMA = {"llama.cpp bf16": "bf16", "llama.cpp Q8_0": "q8_0", "llama.cpp Q4_0": "q4_0"}
+OPENVINO = {"OpenVINO int8": ["int8"], "OpenVINO int4": ["int4", "--group-size", "64"]}
+"""How its exporter is asked for them: groups of 64 weights, since its 128 do not divide SmolLM2's 576 inputs."""
 DENSE = "PyTorch bf16"
 OWN_DENSE = "Halve dense bf16"
 OURS = {
@@ -126,12 +128,13 @@ def serve(name: str, path: str, threads: int, context: int) -> None:
 class Contender:
     """A process that has its model loaded, and waits for its turn."""
 
-    def __init__(self, name: str, path: Path, threads: int, context: int) -> None:
+    def __init__(self, name: str, path: Path, threads: int, context: int, openvino: Path | None) -> None:
         command = [sys.executable, __file__, str(path), "--serve", name, "--threads", str(threads)]
+        command += ["--contexts", str(context)]
+        if name in OPENVINO:
+            command = [str(openvino), str(Path(__file__).with_name("openvino_worker.py")), str(path), str(threads)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            [*command, "--contexts", str(context)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         self.name = name
 
     def turn(self, prompt: list[int], new: int) -> dict[str, float]:
@@ -151,7 +154,7 @@ class Contender:
         self._process.wait()
 
 
-def files(source: Path, work: Path) -> dict[str, Path]:
+def files(source: Path, work: Path, openvino: Path | None) -> dict[str, Path]:
     """Return what each contender loads; those whose package is not there are named and left out."""
     import halve
 
@@ -162,6 +165,14 @@ def files(source: Path, work: Path) -> dict[str, Path]:
         for name, kind in LLAMA.items():
             halve.export(source, work / f"{kind}.gguf", kind)
             found[name] = work / f"{kind}.gguf"
+    if openvino is None:
+        print("left out, since no Python that has it was given (--openvino): OpenVINO")
+    else:
+        for name, asked in OPENVINO.items():
+            found[name] = work / name.replace(" ", "-")
+            command = [openvino.with_name("optimum-cli"), "export", "openvino", "--model", source]
+            command += ["--task", "text-generation-with-past", "--weight-format", *asked, found[name]]
+            subprocess.run([str(word) for word in command], check=True, capture_output=True)
     return found | dict.fromkeys([DENSE, OWN_DENSE, *OURS], source)
 
 
@@ -171,7 +182,7 @@ def measure(places: dict[str, Path], given: argparse.Namespace) -> list[dict[str
     random = torch.Generator().manual_seed(0)
     for threads in given.threads:
         most = max(given.contexts) + given.new + 8
-        contenders = [Contender(name, path, threads, most) for name, path in places.items()]
+        contenders = [Contender(name, path, threads, most, given.openvino) for name, path in places.items()]
         for context in given.contexts:
             told: dict[str, list[dict[str, float]]] = defaultdict(list)
             for number in range(given.rounds + 1):
@@ -215,6 +226,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens that are generated")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--openvino", type=Path, help="a Python that has openvino-genai and optimum-intel")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
@@ -223,7 +235,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="halve-engines-") as name:
         work = Path(name)
         source = random_checkpoint(work / "model") if given.pruned is None else given.pruned
-        rows = measure(files(source, work), given)
+        rows = measure(files(source, work, given.openvino), given)
     show(rows)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
