@@ -18,7 +18,7 @@ from halve.engines.packed_windows import Range, window
 from halve.errors import HalveError
 from halve.packed.read import PackedCheckpoint
 from halve.runtime.native import AnyPacked, expand
-from halve.torch_internals import tensor_without_storage
+from halve.torch_internals import tensor_without_storage, written_arguments
 
 Take = Callable[[Tensor, "PackedTensor"], bool]
 """What is offered a packed tensor that is copied into a plain one: whether it has taken it."""
@@ -95,7 +95,7 @@ class PackedTensor(Tensor):
         Raises:
             HalveError: always.
         """
-        raise self._no_write("an assignment to a part of it")
+        raise self.no_write("an assignment to a part of it")
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -108,7 +108,7 @@ class PackedTensor(Tensor):
         """
         del types
         for written in _written(func, args, kwargs or {}):
-            raise written._no_write(f"the operation {func}")
+            raise written.no_write(f"the operation {func}")
         first = args[0]
         if isinstance(first, cls) and (still_packed := first.if_packed(func, args[1:])) is not None:
             return still_packed
@@ -130,7 +130,8 @@ class PackedTensor(Tensor):
             return self._slice(*args[:3])
         return None
 
-    def _no_write(self, what: str) -> HalveError:
+    def no_write(self, what: str) -> HalveError:
+        """Return what is raised when something would write to the tensor."""
         return HalveError(
             f"{self.name_on_disk} is packed and cannot be written to, as {what} would: clone it, and write to the clone"
         )
@@ -149,12 +150,11 @@ class PackedTensor(Tensor):
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[PackedTensor]:
     """Yield the packed tensors that an operation would write to."""
-    for at, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[at] if at < len(args) else kwargs.get(argument.name)
-            for each in given if isinstance(given, (list, tuple)) else [given]:
-                if isinstance(each, PackedTensor):
-                    yield each
+    for at, name in written_arguments(func):
+        given = args[at] if at < len(args) else kwargs.get(name)
+        for each in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(each, PackedTensor):
+                yield each
 
 
 def _unpacked(given: Any) -> Any:
