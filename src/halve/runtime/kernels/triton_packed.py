@@ -60,7 +60,7 @@ def multiply(
         bias: (d_out,), of x's dtype.
         splits: parts that the columns are split into.
         config: of the kernel; None takes the fastest of `_CONFIGS`, which are tried once a process for every shape,
-            kind of weights and number of splits (and in the interpreter the first).
+            dtype, bits and number of splits (and in the interpreter the first).
     """
     rows, d_in = x.shape
     d_out = len(parts[0])
@@ -410,7 +410,14 @@ _KERNELS: dict[tuple[bool, bool], Any] = {
     (False, True): _numbers_by_cores,
     (True, True): _integers_by_cores,
 }
+
+
+def _key(kind: tuple[bool, bool]) -> list[str]:
+    """Return the arguments that decide which configuration is the fastest."""
+    are_integers, cores = kind
+    return ["d_out", "groups", "splits", "KIND", *(["BITS"] if are_integers else []), *([] if cores else ["rows"])]
+
+
 _TUNED: dict[tuple[bool, bool], Any] = {
-    kind: triton.autotune(_CONFIGS[kind], key=["d_out", "groups", "splits", *([] if kind[1] else ["rows"])])(kernel)
-    for kind, kernel in _KERNELS.items()
+    kind: triton.autotune(_CONFIGS[kind], key=_key(kind))(kernel) for kind, kernel in _KERNELS.items()
 }
