@@ -97,8 +97,9 @@ LEANINGS = (
     Leaning(
         path="torch._ops.OpOverload._schema",
         use="which arguments of an operation it writes to, so that packed tensors refuse to be written to",
-        breaks="packed checkpoints do not load in other engines",
+        breaks="vLLM could not load packed checkpoints",
         test="tests/engines/test_packed_tensor.py",
+        on_instances=True,
     ),
     Leaning(
         path="torch.nn.Module._forward_hooks",
