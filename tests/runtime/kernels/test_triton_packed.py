@@ -169,9 +169,9 @@ def compiled_kernel(name, bits, capability=80, **given):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from halve.runtime.kernels import triton_packed
+    from halve.runtime.kernels import triton_expand, triton_packed
 
-    kernel = getattr(triton_packed, name)
+    kernel = getattr(triton_expand if name.startswith("expand") else triton_packed, name)
     kind = next((kind for kind, each in triton_packed._KERNELS.items() if each is kernel), None)
     config = triton_packed._CONFIGS[kind][0] if kind else None
     blocks = config.kwargs if config else triton_packed._EXPANDED if "expand" in name else {"BLOCK": 256}
@@ -235,10 +235,10 @@ def test_more_rows_are_multiplied_by_tensor_cores(bits):
         ("_numbers_by_cores", None, {"splits": 1, "bias_ptr": None, "groups": 1, "columns": 1}),
         ("_add_up", None, {}),
         ("_add_up", None, {"bias_ptr": None, "d_out": 1}),
-        ("_expand_numbers", None, {}),
-        ("_expand_numbers", None, {"rows": 1, "groups": 1, "columns": 1}),
-        ("_expand_integers", 8, {}),
-        ("_expand_integers", 4, {}),
+        ("expand_numbers", None, {}),
+        ("expand_numbers", None, {"rows": 1, "groups": 1, "columns": 1}),
+        ("expand_integers", 8, {}),
+        ("expand_integers", 4, {}),
     ],
 )
 def test_every_kind_of_call_compiles(name, bits, given):
