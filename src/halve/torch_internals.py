@@ -95,6 +95,13 @@ LEANINGS = (
         test="tests/engines/test_packed_tensor.py",
     ),
     Leaning(
+        path="torch._ops.OpOverload._schema",
+        use="which arguments of an operation it writes to, so that packed tensors refuse to be written to",
+        breaks="vLLM could not load packed checkpoints",
+        test="tests/engines/test_packed_tensor.py",
+        on_instances=True,
+    ),
+    Leaning(
         path="torch.nn.Module._forward_hooks",
         use="whether hooks are on a layer",
         breaks="a layer would be replaced by a sparse one that does not call its hooks",
@@ -320,3 +327,9 @@ def fastest_algorithm(packed: Tensor, inputs: Tensor) -> int:
 def tensor_without_storage(kind: type[T], shape: tuple[int, ...], dtype: torch.dtype) -> T:
     """Return a tensor of a class of ours, on the CPU, whose elements are nowhere: the class answers every operation."""
     return kind._make_wrapper_subclass(kind, shape, dtype=dtype, device=torch.device("cpu"))  # noqa: SLF001
+
+
+def written_arguments(operation: Any) -> list[tuple[int, str]]:
+    """Return the arguments that an operation writes to, of those that a ``__torch_dispatch__`` sees: places, names."""
+    arguments = enumerate(operation._schema.arguments)  # noqa: SLF001
+    return [(at, each.name) for at, each in arguments if each.alias_info is not None and each.alias_info.is_write]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from halve.engines.packed_tensor import PackedTensor, taking, tensors
+from halve.errors import HalveError
 from halve.packed.read import open_packed
 from halve.runtime.native import expand
 from halve.runtime.packed_matrix import pack
@@ -56,6 +57,30 @@ def test_whatever_computes_with_it_has_the_plain_tensor(weight):
         assert type(found) is torch.Tensor
         assert torch.equal(found, expected)
     assert repr(tensor) == "PackedTensor(w, shape=(12, 128), dtype=torch.bfloat16)"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda tensor: tensor.mul_(2),
+        lambda tensor: tensor.__iadd__(1),
+        lambda tensor: tensor[2:4].t().zero_(),
+        lambda tensor: tensor.copy_(torch.zeros(12, 128)),
+        lambda tensor: tensor.__setitem__(0, 1),
+        lambda tensor: tensor.__setitem__(slice(2, 4), 1),
+        lambda tensor: tensor.__setitem__(torch.zeros(12, dtype=torch.bool), 1),
+        lambda tensor: torch.mul(tensor.t().t(), 2, out=tensor),
+        lambda tensor: torch._foreach_mul_([torch.zeros(3), tensor], 2),
+    ],
+)
+def test_writing_to_it_is_refused(weight, write):
+    tensor = PackedTensor.of(pack(weight, "2:4"), "w")
+    with pytest.raises(HalveError, match=r"^w is packed and cannot be written to, as .*: clone it"):
+        write(tensor)
+    assert same_bits(tensor.plain(), weight)
+    clone = tensor.clone()
+    clone.mul_(2)
+    assert torch.equal(clone, 2 * weight)
 
 
 def test_a_copy_is_offered_and_made_if_nobody_takes_it(weight):

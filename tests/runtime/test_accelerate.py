@@ -18,7 +18,7 @@ from halve.runtime import kernels, native, probe, product_check, semi_structured
 from halve.runtime.accelerate import Acceleration, accelerate, restore
 from halve.runtime.kernels.gpu_linear import GpuLinear
 from halve.runtime.linear import IntegerHead, SparseLinear
-from halve.runtime.quantised_matrix import quantised_bytes
+from halve.runtime.quantised_matrix import bits_of, quantised_bytes
 from halve.runtime.semi_structured import SemiStructuredLinear
 from halve.runtime.speed import Speed
 from packed_matrices import same_bits
@@ -26,6 +26,9 @@ from packed_models import prune_layers
 
 needs_sparse_cores = pytest.mark.skipif(
     bool(semi_structured.unusable()), reason=f"needs sparse tensor cores: {semi_structured.unusable()}"
+)
+needs_packed_products = pytest.mark.skipif(
+    bool(kernels.unusable()), reason=f"needs a GPU for packed products: {kernels.unusable()}"
 )
 IDS = models.tokens(2, 12)
 
@@ -295,21 +298,49 @@ def test_compiles_and_keeps_gradients_of_the_inputs():
 
 
 @needs_sparse_cores
-@pytest.mark.parametrize(("batch", "kind"), [(1, GpuLinear), (64, SemiStructuredLinear)])
-def test_on_a_gpu(batch, kind):
-    if kind is GpuLinear and kernels.unusable():
-        pytest.skip(kernels.unusable())
+@pytest.mark.parametrize("batch", [1, 64])
+def test_on_a_gpu_sparse_tensor_cores_multiply_where_nothing_is_measured(batch):
     model = pruned(hidden_size=128, intermediate_size=256, dtype=torch.bfloat16).cuda()
     before = state_of(model)
     done = accelerate(model, only_where_faster=None, probe=IDS.cuda(), batch=batch)
     assert len(done.swapped) == 21
-    assert {type(model.get_submodule(name)) for name in done.swapped} == {kind}
+    assert {type(model.get_submodule(name)) for name in done.swapped} == {SemiStructuredLinear}
     assert done.difference < 8e-2
     assert same_state(model.state_dict(), before)
     model.generate(IDS.cuda(), max_new_tokens=3)
 
 
-@pytest.mark.skipif(bool(kernels.unusable()), reason=f"needs a GPU for packed products: {kernels.unusable()}")
+@needs_packed_products
+def test_on_a_gpu_what_is_measured_to_be_faster_packed_is_packed(ratios):
+    assert not ratios  # measuring finds packed products
+    model = pruned(hidden_size=128, intermediate_size=256, dtype=torch.bfloat16).cuda()
+    before = state_of(model)
+    done = accelerate(model, probe=IDS.cuda())
+    assert {type(model.get_submodule(name)) for name in done.swapped} == {GpuLinear}
+    assert done.difference < 8e-2
+    assert same_state(model.state_dict(), before)
+    model.generate(IDS.cuda(), max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "usable", "expected"),
+    [
+        ("own", "", "tensor cores"),
+        ("own", "too old", "packed"),
+        ("int8", "", "packed"),
+        ("int4", "", "packed"),
+    ],
+)
+def test_on_a_gpu_sparse_tensor_cores_are_the_product_where_nothing_is_measured(monkeypatch, values, usable, expected):
+    monkeypatch.setattr(kernels, "unusable", lambda _device: "")
+    monkeypatch.setattr(semi_structured, "unusable", lambda _device: usable)
+    monkeypatch.setattr(semi_structured, "_searchable", lambda: True)
+    how = module._How(Pattern("2:4"), 1, bits_of(values, Pattern("2:4")))
+    key = torch.Size((64, 64)), torch.bfloat16, torch.device("cuda")
+    assert module._product(key, how, {}) == expected
+
+
+@needs_packed_products
 @pytest.mark.parametrize("values", ["own", "int8", "int4"])
 def test_on_a_gpu_odd_shapes_are_packed(values):
     model = pruned(hidden_size=128, intermediate_size=200, dtype=torch.bfloat16).cuda()

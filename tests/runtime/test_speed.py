@@ -213,6 +213,19 @@ def test_on_a_gpu_the_faster_product_counts(usable, monkeypatch, faster):
     assert usable == {"packed": "", "cores": ""}
 
 
+def test_on_a_gpu_the_product_counts_that_gains_more_with_and_without_launches(usable, monkeypatch):
+    del usable
+    times = {"dense": (8.0, 4.0), "packed": (10.0, 1.0), "tensor cores": (6.0, 3.0)}  # with launches, and without
+    monkeypatch.setattr(
+        speed, "take_turns", lambda *_, **_given: {name: Turns([call], [own]) for name, (call, own) in times.items()}
+    )
+    (row,) = measure(64, 64, [1], dtype=torch.bfloat16, device=CPU)
+    assert (row.product, row.lesser_ratio) == ("tensor cores", row.call_ratio)
+    times["packed"] = (5.0, 1.0)
+    (row,) = measure(64, 64, [1], dtype=torch.bfloat16, device=CPU)
+    assert (row.product, row.lesser_ratio) == ("packed", 8 / 5)
+
+
 def test_memory_is_foreseen(monkeypatch):
     monkeypatch.setattr(speed, "copies_beyond_cache", lambda nbytes: max(2, (1 << 25) // nbytes))
     arguments = {"pattern": "2:4", "dtype": torch.bfloat16}

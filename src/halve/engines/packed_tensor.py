@@ -3,7 +3,7 @@
 Engines lay out a model's weights by their own rules: they slice what a checkpoint holds, transpose it, and copy it into
 what they have allocated. A `PackedTensor` goes through slices and transposes packed. When it is copied into the weight
 of a layer that takes packed matrices (`taking`), its matrix goes there; in any other operation, and in any other place,
-it is unpacked first.
+it is unpacked first. It cannot be written to: what is unpacked, a view of it too, is a copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from halve.engines.packed_windows import Range, window
+from halve.errors import HalveError
 from halve.packed.read import PackedCheckpoint
 from halve.runtime.native import AnyPacked, expand
-from halve.torch_internals import tensor_without_storage
+from halve.torch_internals import tensor_without_storage, written_arguments
 
 Take = Callable[[Tensor, "PackedTensor"], bool]
 """What is offered a packed tensor that is copied into a plain one: whether it has taken it."""
@@ -88,12 +89,26 @@ class PackedTensor(Tensor):
         del tensor_contents
         return f"PackedTensor({self.name_on_disk}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    def __setitem__(self, *_: Any) -> None:
+        """Refuse to write a part of the tensor.
+
+        Raises:
+            HalveError: always.
+        """
+        raise self.no_write("an assignment to a part of it")
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Slice and transpose packed, offer copies to whoever takes them; all else computes with the plain tensor."""
+        """Slice and transpose packed, offer copies to whoever takes them; all else computes with the plain tensor.
+
+        Raises:
+            HalveError: the operation writes to a packed tensor, which would be lost.
+        """
         del types
+        for written in _written(func, args, kwargs or {}):
+            raise written.no_write(f"the operation {func}")
         first = args[0]
         if isinstance(first, cls) and (still_packed := first.if_packed(func, args[1:])) is not None:
             return still_packed
@@ -115,6 +130,12 @@ class PackedTensor(Tensor):
             return self._slice(*args[:3])
         return None
 
+    def no_write(self, what: str) -> HalveError:
+        """Return what is raised when something would write to the tensor."""
+        return HalveError(
+            f"{self.name_on_disk} is packed and cannot be written to, as {what} would: clone it, and write to the clone"
+        )
+
     def _of(self, rows: Range, columns: Range, transposed: bool) -> Self:
         return self.of(self.matrix, self.name_on_disk, rows, columns, transposed)
 
@@ -125,6 +146,15 @@ class PackedTensor(Tensor):
             columns = self.columns[0] + first, self.columns[0] + last
             return self._of(self.rows, columns, self.transposed)
         return self._of((self.rows[0] + first, self.rows[0] + last), self.columns, self.transposed)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[PackedTensor]:
+    """Yield the packed tensors that an operation would write to."""
+    for at, name in written_arguments(func):
+        given = args[at] if at < len(args) else kwargs.get(name)
+        for each in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(each, PackedTensor):
+                yield each
 
 
 def _unpacked(given: Any) -> Any:

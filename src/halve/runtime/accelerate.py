@@ -111,7 +111,8 @@ def accelerate(
             decoded at once.
         only_where_faster: layers stay dense whose shape is not this many times as fast on this machine, two decimals
             counted; on a GPU with and without what launching costs, for the faster of packed products and sparse tensor
-            cores. None swaps all of them, and measures nothing: on a GPU they are packed up to a batch of 16.
+            cores. None swaps all of them, and measures nothing: on a GPU sparse tensor cores then multiply, and layers
+            are packed that are quantised or whose shape these do not take.
         probe: keyword arguments of the model's call, or its ``input_ids``, to compare outputs on; None takes 16 tokens
             from all over the vocabulary.
         values: what the kept weights are held as. ``int8`` and ``int4`` round them, see
@@ -381,7 +382,7 @@ def _keep_faster(
         speed.check_room(d_out, d_in, batch, pattern=pattern, dtype=dtype, device=device, bits=bits, remedy=remedy)
         measured = speed.measure(d_out, d_in, [batch], pattern=pattern, dtype=dtype, device=device, bits=bits)
         speeds[key] = measured[0]
-    ratios = {key: round(min(row.ratio, row.call_ratio), 2) for key, row in speeds.items()}
+    ratios = {key: round(row.lesser_ratio, 2) for key, row in speeds.items()}
     slower = tuple(name for name, layer in chosen.items() if ratios[_key(layer)] < factor)
     for name in slower:
         ratio = ratios[_key(chosen.pop(name))]

@@ -40,7 +40,7 @@ class Speed:
         sparse_seconds: likewise.
         dense_call_seconds: from the call to its end, the same on the CPU.
         sparse_call_seconds: likewise.
-        product: which sparse product was timed, on a GPU the faster one.
+        product: which sparse product was timed, on a GPU the one of the greater `lesser_ratio`.
     """
 
     d_out: int
@@ -61,6 +61,11 @@ class Speed:
     def call_ratio(self) -> float:
         """The same with what launches cost, as a program has it that waits for each product or gives the GPU little."""
         return self.dense_call_seconds / self.sparse_call_seconds
+
+    @property
+    def lesser_ratio(self) -> float:
+        """The lesser of the two: how many times as fast it is at least, whatever launches cost."""
+        return min(self.ratio, self.call_ratio)
 
 
 def check_measurable(
@@ -237,8 +242,7 @@ def measure(
             x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(batch)).to(device, dtype)
             turns = take_turns(multiply(x), device=device, seconds=seconds)
             dense = turns.pop("dense")
-            product, sparse = min(turns.items(), key=lambda item: item[1].seconds)
-            found.append(
+            rows = [
                 Speed(
                     d_out=d_out,
                     d_in=d_in,
@@ -249,7 +253,9 @@ def measure(
                     sparse_call_seconds=sparse.call_seconds,
                     product=cast("Product", product),
                 )
-            )
+                for product, sparse in turns.items()
+            ]
+            found.append(max(rows, key=lambda row: (row.lesser_ratio, row.ratio)))
     return found
 
 

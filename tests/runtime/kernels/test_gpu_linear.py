@@ -26,6 +26,9 @@ gpu_matrix._TILE = 64 * 6  # so that more rows than 16 take several tiles
 found = {}
 for name, (layer, x) in torch.load(sys.argv[1], weights_only=False).items():
     found[name] = layer(x)
+    scales = None if layer.scales is None else layer.scales.view(torch.float16)
+    parts = layer.mask, layer.values, scales, layer.in_features, layer.bits or 0, layer.empty.dtype
+    found[f"operator {name}"] = torch.ops.halve.gpu_linear(x, layer.bias, *parts)
     if x.dtype == torch.float16:
         with torch.autocast("cpu", torch.bfloat16):
             found[f"autocast {name}"] = layer(x.float())
@@ -99,6 +102,7 @@ def test_products_of_any_number_of_rows_in_the_interpreter(tmp_path):
         expected = x.double() @ float64_weight(sparse).T + sparse.bias.double()
         assert found[name].shape == (*x.shape[:-1], 20)
         torch.testing.assert_close(found[name].double(), expected, rtol=2e-3, atol=2e-3)
+        assert torch.equal(found[f"operator {name}"], found[name])
         assert torch.equal(found[f"unpacked {name}"], sparse._dense())
         assert found[f"autocast {name}"].dtype == torch.bfloat16
         torch.testing.assert_close(found[f"autocast {name}"].double(), expected, rtol=1e-2, atol=2e-2)
@@ -125,9 +129,32 @@ def test_what_traces_the_layer_sees_its_shape():
     _, sparse = pruned_layer()
     parts = sparse.mask.to("meta"), sparse.values.to("meta")
     product = torch.ops.halve.gpu_linear(
-        torch.empty(2, 3, 64, dtype=torch.float16, device="meta"), None, *parts, None, 64, 0
+        torch.empty(2, 3, 64, dtype=torch.float16, device="meta"), None, *parts, None, 64, 0, torch.float16
     )
     assert (product.shape, product.dtype) == ((2, 3, 20), torch.float16)
+
+
+def operands(sparse):
+    """Return what the operator takes of a layer after x and bias."""
+    scales = None if sparse.scales is None else sparse.scales.view(torch.float16)
+    return sparse.mask, sparse.values, scales, sparse.in_features, sparse.bits or 0, sparse.empty.dtype
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_operator_refuses_inputs_of_another_dtype(bits, dtype):
+    _, sparse = pruned_layer(bits)
+    with pytest.raises(InputError, match=rf"x is {dtype} .* does not go with a packed matrix .* in torch.float16"):
+        torch.ops.halve.gpu_linear(torch.ones(2, 64, dtype=dtype), None, *operands(sparse))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_compiled_layer_refuses_inputs_of_another_dtype(bits):
+    _, sparse = pruned_layer(bits)
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), pytest.raises(InputError, match=r"x is torch.bfloat16 .* does not go with a packed matrix"):
+        compiled(torch.ones(2, 64, dtype=torch.bfloat16))
 
 
 @needs_gpu

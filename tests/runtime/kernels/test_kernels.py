@@ -1,3 +1,4 @@
+import importlib.metadata
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -68,6 +69,32 @@ def test_a_gpu_that_triton_cannot_use_is_announced(monkeypatch):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), 2),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), 2),
+        (RuntimeError("no compiler"), 1),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_was_full_is_tried_again(monkeypatch, error, tries):
+    tried = []
+
+    def fail(device):
+        tried.append(device)
+        raise error
+
+    a_gpu(monkeypatch)
+    monkeypatch.setattr(kernels, "_try", fail)
+    for _ in range(2):
+        assert kernels.unusable() == f"Triton cannot run here ({type(error).__name__}: {error})"
+    assert len(tried) == tries
+    monkeypatch.setattr(kernels, "_try", lambda _device: None)
+    assert (kernels.unusable() == "") == (tries == 2)
+
+
+@needs_triton
 @pytest.mark.parametrize("right", [True, False])
 def test_a_product_is_tried_before_any_is_trusted(monkeypatch, right):
     from halve.runtime.kernels import gpu_matrix
@@ -88,8 +115,12 @@ def test_a_product_is_tried_before_any_is_trusted(monkeypatch, right):
 
 
 @needs_triton
-def test_says_what_multiplies():
+def test_says_what_multiplies(monkeypatch):
     import triton
 
+    def without(name):  # as a build of another name is installed
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
     assert kernels.describe() == f"Triton {triton.__version__}, packed"
     assert kernels.describe(8) == f"Triton {triton.__version__}, packed, int8"

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -113,9 +114,6 @@ def interpreted(tmp_path_factory):
             start = packed.d_out // 3
             out = torch.empty(packed.d_out - start, packed.d_in, dtype=packed.dtype)
             asked[f"expand {name}"] = out, parts_of(packed), getattr(packed, "bits", None), None, 0, start
-    first = next(name for name in asked if name.endswith("1096 float16 4 2"))
-    asked["again"] = (*asked[first][:4], 3, {"BLOCK_ROWS": 4, "BLOCK": 16})
-    asked["again and again"] = asked["again"]
     torch.save(asked, folder / "cases.pt")
     command = [sys.executable, "-W", "ignore", "-c", INTERPRETED, folder / "cases.pt", folder / "found.pt"]
     subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
@@ -161,12 +159,6 @@ def test_rows_are_unpacked_to_the_same_bits(interpreted, shape, dtype, bits):
     assert torch.equal(got.view(torch.int16), whole[shape[0] // 3 :].to(DTYPES[dtype]).view(torch.int16))
 
 
-@needs_triton
-def test_the_same_call_gives_the_same_bits(interpreted):
-    _, found = interpreted
-    assert torch.equal(found["again"], found["again and again"])
-
-
 NUMBERS = {"rows": 3, "d_out": 4096, "groups": 1024, "columns": 1024, "splits": 2, "start": 5, "size": 12288}
 """What is multiplied of a large model's matrix; not what decides anything but alignment."""
 
@@ -177,9 +169,9 @@ def compiled_kernel(name, bits, capability=80, **given):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from halve.runtime.kernels import triton_packed
+    from halve.runtime.kernels import triton_expand, triton_packed
 
-    kernel = getattr(triton_packed, name)
+    kernel = getattr(triton_expand if name.startswith("expand") else triton_packed, name)
     kind = next((kind for kind, each in triton_packed._KERNELS.items() if each is kernel), None)
     config = triton_packed._CONFIGS[kind][0] if kind else None
     blocks = config.kwargs if config else triton_packed._EXPANDED if "expand" in name else {"BLOCK": 256}
@@ -243,14 +235,51 @@ def test_more_rows_are_multiplied_by_tensor_cores(bits):
         ("_numbers_by_cores", None, {"splits": 1, "bias_ptr": None, "groups": 1, "columns": 1}),
         ("_add_up", None, {}),
         ("_add_up", None, {"bias_ptr": None, "d_out": 1}),
-        ("_expand_numbers", None, {}),
-        ("_expand_numbers", None, {"rows": 1, "groups": 1, "columns": 1}),
-        ("_expand_integers", 8, {}),
-        ("_expand_integers", 4, {}),
+        ("expand_numbers", None, {}),
+        ("expand_numbers", None, {"rows": 1, "groups": 1, "columns": 1}),
+        ("expand_integers", 8, {}),
+        ("expand_integers", 4, {}),
     ],
 )
 def test_every_kind_of_call_compiles(name, bits, given):
     assert "ld.local" not in compiled_kernel(name, bits, **given).asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 3])
+def test_configurations_are_tried_for_every_shape_dtype_and_width_of_integers(monkeypatch, rows):
+    from halve.runtime.kernels import triton_packed
+
+    tried = []
+
+    def bench(*_, config, **_named):
+        tried.append(config)
+        return 0.0
+
+    for tuned in triton_packed._TUNED.values():
+        monkeypatch.setattr(tuned, "cache", {})
+        monkeypatch.setattr(tuned, "_bench", bench)
+        monkeypatch.setattr(tuned.fn, "run", lambda *_, **_named: None)  # there need be no GPU to launch it on
+    monkeypatch.setattr(triton_packed, "_add_up", defaultdict(lambda: lambda *_, **_named: None))
+    for d_in in (64, 128):
+        for bits in (None, 8, 4):
+            for dtype in DTYPES.values():
+                packed = packed_case(8, d_in, dtype, bits)
+                tried.clear()
+                for _ in range(2):
+                    triton_packed.multiply(torch.zeros(rows, d_in, dtype=dtype), parts_of(packed), bits, None, 2)
+                assert tried == triton_packed._CONFIGS[bits is not None, rows == 3], (d_in, bits, dtype)
+
+
+@needs_triton
+@needs_gpu
+@pytest.mark.parametrize(("d_out", "d_in"), [(256, 4096), (1024, 8192)])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_same_call_gives_the_same_bits_on_a_gpu(d_out, d_in, bits):
+    matrix = GpuMatrix.of(packed_case(d_out, d_in, torch.float16, bits), torch.device("cuda"))
+    x = torch.randn(2, d_in, device="cuda").half()
+    products = [sparse_linear(x, matrix, splits=4) for _ in range(8)]
+    assert all(torch.equal(products[0], product) for product in products)
 
 
 @needs_triton

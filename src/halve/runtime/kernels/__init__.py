@@ -4,7 +4,6 @@ The matrices are those of `halve.runtime.packed_matrix` and `halve.runtime.quant
 cannot multiply them, `unusable` says why.
 """
 
-import importlib.metadata
 from functools import cache
 from types import ModuleType
 
@@ -18,18 +17,25 @@ DTYPES = (torch.bfloat16, torch.float16)
 """Of inputs, products, and weights that are no integers."""
 _CAPABILITY = (8, 0)
 """From which on tensor cores multiply bfloat16."""
+_NO_ROOM = "out of memory"
+"""What CUDA says, through PyTorch and through Triton."""
 
 
 def unusable(device: torch.device | None = None) -> str:
     """Return why a GPU, None for the current one, cannot multiply packed matrices; empty if it can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU"
-    return _unusable(torch.cuda.current_device() if device is None or device.index is None else device.index)
+    reason = _unusable(torch.cuda.current_device() if device is None or device.index is None else device.index)
+    if _NO_ROOM in reason:  # which may pass
+        _unusable.cache_clear()
+    return reason
 
 
 def describe(bits: int | None = None) -> str:
     """Return what multiplies packed matrices, where nothing is in the way; quantised ones of so many bits."""
-    return f"Triton {importlib.metadata.version('triton')}, packed" + (f", int{bits}" if bits else "")
+    import triton
+
+    return f"Triton {triton.__version__}, packed" + (f", int{bits}" if bits else "")
 
 
 @cache

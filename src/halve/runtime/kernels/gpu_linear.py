@@ -16,12 +16,19 @@ from halve.runtime.packed_matrix import pack, unpack
 from halve.runtime.quantised_matrix import PATTERN, QuantisedMatrix, quantise
 
 
-@torch.library.custom_op("halve::gpu_linear", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("halve::gpu_linear", mutates_args=())
 def _operator(
-    x: Tensor, bias: Tensor | None, mask: Tensor, values: Tensor, scales: Tensor | None, d_in: int, bits: int
+    x: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    d_in: int,
+    bits: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     parts = (mask, values) if scales is None else (mask, values, scales)
-    return sparse_linear(x, GpuMatrix(parts, (len(mask), d_in), cast("Bits | None", bits or None), x.dtype), bias)
+    return sparse_linear(x, GpuMatrix(parts, (len(mask), d_in), cast("Bits | None", bits or None), dtype), bias)
 
 
 @_operator.register_fake
@@ -102,7 +109,8 @@ class GpuLinear(CompressedLinear):
         bias = None if self.bias is None else self.bias.detach()
         if torch.compiler.is_compiling():
             scales = None if self.scales is None else self.scales.view(torch.float16)
-            return cast("Tensor", _operator(x, bias, self.mask, self.values, scales, self.in_features, self.bits or 0))
+            parts = self.mask, self.values, scales
+            return cast("Tensor", _operator(x, bias, *parts, self.in_features, self.bits or 0, self.empty.dtype))
         return sparse_linear(x, self.matrix, bias)
 
     def extra_repr(self) -> str:

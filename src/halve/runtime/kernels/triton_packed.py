@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from halve.runtime.kernels import LANE_ROWS
+from halve.runtime.kernels.triton_expand import expand_integers, expand_numbers
 from halve.runtime.kernels.triton_groups import (
-    bits_of,
     four_numbers,
     integers,
     narrowed,
@@ -60,7 +60,7 @@ def multiply(
         bias: (d_out,), of x's dtype.
         splits: parts that the columns are split into.
         config: of the kernel; None takes the fastest of `_CONFIGS`, which are tried once a process for every shape,
-            kind of weights and number of splits (and in the interpreter the first).
+            dtype, bits and number of splits (and in the interpreter the first).
     """
     rows, d_in = x.shape
     d_out = len(parts[0])
@@ -113,7 +113,7 @@ def expand(parts: tuple[Tensor, ...], bits: int | None, out: Tensor, start: int)
     words = [part.view(dtype) for part, dtype in zip(parts, _WORDS[bits], strict=True)]
     columns = d_in // 4 if not bits else words[0].shape[1]
     grid = triton.cdiv(rows, _EXPANDED["BLOCK_ROWS"]), triton.cdiv(columns, _EXPANDED["BLOCK"])
-    kernel: Any = _expand_integers if bits else _expand_numbers
+    kernel: Any = expand_integers if bits else expand_numbers
     given: dict[str, Any] = {"BITS": bits} if bits else {}
     kernel[grid](
         *words, out.view(torch.int64), start, rows, d_in // 4, columns, KIND=_KINDS[out.dtype], **given, **_EXPANDED
@@ -319,67 +319,6 @@ def _add_up(sums_ptr, bias_ptr, out_ptr, size, d_out, splits, BLOCK: tl.constexp
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _write_groups(out_ptr, row, rows, group, groups, first, last, at0, at1, at2, at3):
-    """Write the weights of groups, four numbers of 16 bits each, as one word a group."""
-    w0, w1, w2, w3 = spread(bits_of(first), bits_of(last), at0, at1, at2, at3)
-    low = (w0 | (w1 << 16)).to(tl.int64) & 0xFFFFFFFF
-    word = low | ((w2 | (w3 << 16)).to(tl.int64) << 32)
-    inside = (row < rows)[:, None] & (group < groups)[None, :]
-    tl.store(out_ptr + row[:, None] * groups + group[None, :], word, mask=inside)
-
-
-@triton.jit
-def _expand_numbers(
-    mask_ptr,
-    values_ptr,
-    out_ptr,
-    start,
-    rows,
-    groups,
-    columns,
-    KIND: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-    source = start + tl.minimum(row, rows - 1)
-    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at0, at1, at2, at3 = places_of_bits(mask_ptr, source, group, groups, (columns + 15) // 16 * 2)
-    pair = tl.load(values_ptr + source[:, None] * groups + group[None, :], mask=(group < groups)[None, :], other=0)
-    first, last = two_numbers(pair, KIND, False)
-    _write_groups(out_ptr, row, rows, group, groups, first, last, at0, at1, at2, at3)
-
-
-@triton.jit
-def _expand_integers(
-    places_ptr,
-    codes_ptr,
-    scales_ptr,
-    out_ptr,
-    start,
-    rows,
-    groups,
-    columns,
-    KIND: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-    source = start + tl.minimum(row, rows - 1)
-    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (word < columns)[None, :]
-    places = tl.load(places_ptr + source[:, None] * columns + word[None, :], mask=inside, other=0).to(tl.int32)
-    for q in tl.static_range(4):
-        at0, at1, at2, at3 = places_of_bytes(places, q)
-        scale = scales(scales_ptr, source, word, q // 2, columns)
-        first, last = integers(codes_ptr, source, word, q, columns, BITS)
-        first, last = (first * scale).to(KIND), (last * scale).to(KIND)
-        group = word // 8 * 32 + 8 * q + word % 8
-        _write_groups(out_ptr, row, rows, group, groups, first, last, at0, at1, at2, at3)
-
-
 _WORDS: dict[int | None, tuple[torch.dtype, ...]] = {
     None: (torch.int32, torch.int32),
     8: (torch.int16, torch.int16, torch.float16),
@@ -410,7 +349,14 @@ _KERNELS: dict[tuple[bool, bool], Any] = {
     (False, True): _numbers_by_cores,
     (True, True): _integers_by_cores,
 }
+
+
+def _key(kind: tuple[bool, bool]) -> list[str]:
+    """Return the arguments that decide which configuration is the fastest."""
+    are_integers, cores = kind
+    return ["d_out", "groups", "splits", "KIND", *(["BITS"] if are_integers else []), *([] if cores else ["rows"])]
+
+
 _TUNED: dict[tuple[bool, bool], Any] = {
-    kind: triton.autotune(_CONFIGS[kind], key=["d_out", "groups", "splits", *([] if kind[1] else ["rows"])])(kernel)
-    for kind, kernel in _KERNELS.items()
+    kind: triton.autotune(_CONFIGS[kind], key=_key(kind))(kernel) for kind, kernel in _KERNELS.items()
 }
