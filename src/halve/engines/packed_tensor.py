@@ -3,7 +3,7 @@
 Engines lay out a model's weights by their own rules: they slice what a checkpoint holds, transpose it, and copy it into
 what they have allocated. A `PackedTensor` goes through slices and transposes packed. When it is copied into the weight
 of a layer that takes packed matrices (`taking`), its matrix goes there; in any other operation, and in any other place,
-it is unpacked first.
+it is unpacked first. Nothing writes to one; what else an operation returns, views too, is plain memory of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halve.engines.packed_windows import Range, window
+from halve.errors import HalveError
 from halve.packed.read import PackedCheckpoint
 from halve.runtime.native import AnyPacked, expand
 from halve.torch_internals import tensor_without_storage
@@ -92,8 +93,13 @@ class PackedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Slice and transpose packed, offer copies to whoever takes them; all else computes with the plain tensor."""
+        """Slice and transpose packed, offer copies to whoever takes them; all else computes with the plain tensor.
+
+        Raises:
+            HalveError: the operation would write to a packed tensor.
+        """
         del types
+        _check_reads(func, args, kwargs or {})
         first = args[0]
         if isinstance(first, cls) and (still_packed := first.if_packed(func, args[1:])) is not None:
             return still_packed
@@ -103,6 +109,15 @@ class PackedTensor(Tensor):
                 return first
         plain_args, plain_kwargs = _unpacked(args), _unpacked(kwargs or {})
         return func(*plain_args, **plain_kwargs)
+
+    def __setitem__(self, at: Any, value: Any) -> None:  # torch would write to a view, which is plain memory
+        """Refuse to be written to.
+
+        Raises:
+            HalveError: always.
+        """
+        del at, value
+        raise _unwritable(self)
 
     def if_packed(self, func: Any, args: tuple[Any, ...]) -> Self | None:
         """Return what an operation makes of the tensor that leaves it packed; None if none does."""
@@ -125,6 +140,21 @@ class PackedTensor(Tensor):
             columns = self.columns[0] + first, self.columns[0] + last
             return self._of(self.rows, columns, self.transposed)
         return self._of((self.rows[0] + first, self.rows[0] + last), self.columns, self.transposed)
+
+
+def _unwritable(tensor: PackedTensor) -> HalveError:
+    return HalveError(f"{tensor.name_on_disk} is packed and cannot be written to in place: compute a new tensor of it")
+
+
+def _check_reads(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check that an operation writes to no packed tensor: what it wrote to would be a copy, and lost."""
+    for at, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - the one place that tells what is written
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = args[at] if at < len(args) else kwargs.get(argument.name)
+        for each in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(each, PackedTensor):
+                raise _unwritable(each)
 
 
 def _unpacked(given: Any) -> Any:
