@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -165,6 +166,31 @@ def test_rows_are_unpacked_to_the_same_bits(interpreted, shape, dtype, bits):
 def test_the_same_call_gives_the_same_bits(interpreted):
     _, found = interpreted
     assert torch.equal(found["again"], found["again and again"])
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 16])
+def test_every_kind_of_weights_is_tuned_by_itself(monkeypatch, rows):
+    from halve.runtime.kernels import triton_packed
+
+    if triton_packed.INTERPRETED:
+        pytest.skip("the interpreter tunes nothing")
+    tuned = set()
+
+    def time(*args, config, **given):
+        tuned.add((given.get("BITS"), str(given["KIND"])))
+        return [1.0]
+
+    for each in triton_packed._TUNED.values():
+        monkeypatch.setattr(each, "cache", {})
+        monkeypatch.setattr(each, "_bench", time)
+        monkeypatch.setattr(each, "fn", MagicMock())
+    monkeypatch.setattr(triton_packed, "_add_up", MagicMock())
+    for dtype in DTYPES.values():
+        for bits in (None, 8, 4):
+            parts = parts_of(packed_case(7, 128, dtype, bits))
+            triton_packed.multiply(torch.zeros(rows, 128, dtype=dtype), parts, bits, None, splits=2)
+    assert tuned == {(bits, kind) for bits in (None, 8, 4) for kind in ("bf16", "fp16")}
 
 
 NUMBERS = {"rows": 3, "d_out": 4096, "groups": 1024, "columns": 1024, "splits": 2, "start": 5, "size": 12288}

@@ -75,7 +75,7 @@ def multiply(
         given["WIDE"] = INTERPRETED  # it has no products of bfloat16
     if config is None and INTERPRETED:
         config = _CONFIGS[kind][0].kwargs
-    kernel = _TUNED[kind] if config is None else _KERNELS[kind]
+    kernel = _TUNED[*kind, x.dtype] if config is None else _KERNELS[kind]
 
     def grid(meta: Mapping[str, int]) -> tuple[int, int]:
         return triton.cdiv(d_out, meta["BLOCK_ROWS"]), splits
@@ -410,7 +410,12 @@ _KERNELS: dict[tuple[bool, bool], Any] = {
     (False, True): _numbers_by_cores,
     (True, True): _integers_by_cores,
 }
-_TUNED: dict[tuple[bool, bool], Any] = {
-    kind: triton.autotune(_CONFIGS[kind], key=["d_out", "groups", "splits", *([] if kind[1] else ["rows"])])(kernel)
+_TUNED: dict[tuple[bool, bool, torch.dtype], Any] = {
+    # One for each dtype, which cannot be in the key: what Triton keeps on disk has to be JSON.
+    (*kind, dtype): triton.autotune(
+        _CONFIGS[kind],
+        key=["d_out", "groups", "splits", *(["BITS"] if kind[0] else []), *([] if kind[1] else ["rows"])],
+    )(kernel)
     for kind, kernel in _KERNELS.items()
+    for dtype in _KINDS
 }
