@@ -88,7 +88,7 @@ def set_some(tensor):
 )
 def test_nothing_is_written_to_it(weight, write):
     tensor = PackedTensor.of(pack(weight, "2:4"), "w")
-    with pytest.raises(HalveError, match="^w is packed and cannot be written to in place"):
+    with pytest.raises(HalveError, match=r"^w is packed and cannot be written to in place"):
         write(tensor)
     assert same_bits(tensor.plain(), weight)
 
