@@ -15,6 +15,8 @@ import argparse
 import json
 import os
 import random
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -29,9 +31,10 @@ from typing import Any
 HALVE = ("--quantization", "halve")
 PACKED = (*HALVE, "--load-format", "halve")
 SETTINGS = ("--max-model-len", "1024", "--max-num-seqs", "16", "--no-enable-prefix-caching", "--served-model-name", "m")
-FIRST_PORT = 8151
 PATIENCE = 900.0
 """Seconds that a server may take to compile its model."""
+FAREWELL = 60.0
+"""Seconds that it may take to end once it is told to."""
 
 
 def ask(port: int, prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
@@ -52,14 +55,35 @@ def healthy(port: int) -> bool:
         return False
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def end(process: "subprocess.Popen[bytes]", patience: float = FAREWELL) -> None:
+    """Tell a process to end; if it does not, end it, and all that it has started in its session."""
+    process.terminate()
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @contextmanager
-def server(python: Path, model: Path, port: int, extra: tuple[str, ...], log: Path) -> Iterator[int]:
+def server(python: Path, model: Path, extra: tuple[str, ...], log: Path) -> Iterator[int]:
     """Yield the port of a server that is ready."""
+    port = free_port()
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as told:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", *SETTINGS, *extra], stdout=told, stderr=subprocess.STDOUT, env=environment
+            [*command, "--host", "127.0.0.1", *SETTINGS, *extra],
+            stdout=told,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + PATIENCE
@@ -69,8 +93,7 @@ def server(python: Path, model: Path, port: int, extra: tuple[str, ...], log: Pa
             time.sleep(1)
         yield port
     finally:
-        process.terminate()
-        process.wait()
+        end(process)
 
 
 def throughput(port: int, requests: int, prompt: int, tokens: int, seed: int) -> float:
@@ -163,7 +186,7 @@ def main() -> None:
         for number, (name, path, extra) in enumerate(() if options.running else wanted):
             if path is not None:
                 log = Path(f"vllm-{number}.log").absolute()
-                ports[name] = stack.enter_context(server(options.python, path, FIRST_PORT + number, extra, log))
+                ports[name] = stack.enter_context(server(options.python, path, extra, log))
         if not ports:
             sys.exit("there is nothing to measure: give --python with --dense and --sparse, or --running")
         found = measure(ports, options)

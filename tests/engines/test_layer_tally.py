@@ -1,4 +1,5 @@
-from halve.engines.layer_tally import LayerTally
+from halve.engines.layer_tally import LayerTally, multiplied_by
+from halve.runtime.native import describe
 
 
 def test_one_line_when_all_layers_are_known():
@@ -26,3 +27,8 @@ def test_a_model_without_any_says_so():
     tally.expect("a")
     tally.leave("a", "it is not at 2:4")
     assert said == ["0 of 1 layers packed; 1 dense because it is not at 2:4: a"]
+
+
+def test_what_multiplies_is_that_of_the_device():
+    assert multiplied_by("cpu", 8) == describe(8)
+    assert multiplied_by("cuda", 8).startswith("sparse tensor cores through torch")

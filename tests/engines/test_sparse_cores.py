@@ -30,7 +30,7 @@ def on_the_cpu(monkeypatch):
 def test_the_product_is_the_dense_one_where_it_is_faster(monkeypatch, rows):
     monkeypatch.setattr(sparse_cores, "_gain", lambda _product, _weight: 1.3)
     weight, x = pruned(64, 128, "2:4"), torch.randn(rows, 128).bfloat16()
-    product, nbytes, reason = compressed_product(weight)
+    product, nbytes, reason = compressed_product(weight, {})
     assert not reason
     assert nbytes == 64 * 128 * 2 * 9 // 16
     assert_close(product(x, None), x, weight)
@@ -41,20 +41,40 @@ def test_the_product_is_the_dense_one_where_it_is_faster(monkeypatch, rows):
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_layer_stays_dense_where_it_is_not(monkeypatch):
     monkeypatch.setattr(sparse_cores, "_gain", lambda _product, _weight: 0.91)
-    product, _, reason = compressed_product(pruned(64, 128, "2:4"))
+    product, _, reason = compressed_product(pruned(64, 128, "2:4"), {})
     assert product is None
     assert reason == "sparse tensor cores are 0.91 times as fast as a dense product"
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize(("gain", "compressed"), [(0.91, 2), (1.3, 3)])
+def test_layers_of_one_shape_and_dtype_are_measured_once(monkeypatch, gain, compressed):
+    measured, made, gains = [], [], {}
+    layer = sparse_cores.SemiStructuredLinear
+    monkeypatch.setattr(sparse_cores, "_gain", lambda _product, weight: measured.append(weight.shape) or gain)
+    monkeypatch.setattr(sparse_cores, "SemiStructuredLinear", lambda *given: made.append(given) or layer(*given))
+    reasons = {compressed_product(pruned(rows, 128, "2:4"), gains)[2] for rows in (64, 64, 96)}
+    assert measured == [(64, 128), (96, 128)]
+    assert len(made) == compressed
+    assert len(reasons) == 1
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_without_room_to_compress_it_stays_dense(monkeypatch):
+    monkeypatch.setattr(sparse_cores, "_gain", lambda _product, _weight: 1.3)
+    monkeypatch.setattr(sparse_cores, "free_memory", lambda _device: 3 * 64 * 128 * 2 + 128 * 128 * 2 - 1)
+    assert compressed_product(pruned(64, 128, "2:4"), {}) == (None, 0, "there is no room to compress it")
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 def test_what_the_cores_do_not_take_says_why():
-    assert "take multiples of" in compressed_product(pruned(60, 128, "2:4"))[2]
-    assert compressed_product(pruned(64, 128, "2:4", torch.float32))[2].endswith("do not multiply float32")
+    assert "take multiples of" in compressed_product(pruned(60, 128, "2:4"), {})[2]
+    assert compressed_product(pruned(64, 128, "2:4", torch.float32), {})[2].endswith("do not multiply float32")
 
 
 def test_without_a_gpu_it_stays_dense(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert compressed_product(pruned(64, 128, "2:4")) == (None, 0, "torch sees no CUDA GPU")
+    assert compressed_product(pruned(64, 128, "2:4"), {}) == (None, 0, "torch sees no CUDA GPU")
 
 
 def test_the_gain_is_the_ratio_of_medians(monkeypatch):
@@ -71,6 +91,6 @@ def test_the_gain_is_the_ratio_of_medians(monkeypatch):
 def test_on_a_gpu_it_is_the_dense_product(monkeypatch):
     monkeypatch.setattr(sparse_cores, "_MARGIN", 0.0)
     weight, x = pruned(256, 512, "2:4").cuda(), torch.randn(16, 512, device="cuda").bfloat16()
-    product, _, reason = compressed_product(weight)
+    product, _, reason = compressed_product(weight, {})
     assert not reason
     assert_close(product(x, None).cpu(), x.cpu(), weight.cpu())

@@ -5,7 +5,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -58,27 +57,24 @@ print(json.dumps([transformers.__version__, len(public), halve.check(packed.out)
     assert sound
 
 
-def test_registering_is_passive_cheap_and_may_be_repeated():
+def test_registering_is_passive_and_may_be_repeated():
     program = """
-import json, time
+import json
 from vllm.model_executor.layers import quantization
 from vllm import plugins
 from vllm.model_executor import model_loader
 before, loaders = list(quantization.QUANTIZATION_METHODS), dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER)
-begun = time.perf_counter()
 plugins.load_general_plugins()
-seconds = time.perf_counter() - begun
 from halve.engines.vllm_plugin import register
 register()
 added = [name for name in quantization.QUANTIZATION_METHODS if name not in before]
 kept = {name: kind for name, kind in model_loader._LOAD_FORMAT_TO_MODEL_LOADER.items() if name != "halve"} == loaders
 config = quantization.get_quantization_config("halve")
-print(json.dumps([added, kept, seconds, config.__name__]))
+print(json.dumps([added, kept, config.__name__]))
 """
-    added, kept, seconds, name = json.loads(run(program))
+    added, kept, name = json.loads(run(program))
     assert added == ["halve"]
     assert kept
-    assert seconds < 10
     assert name == "HalveConfig"
 
 
@@ -113,15 +109,9 @@ def checkpoint(tmp_path_factory):
     return path / "plain"
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def served(directory, log, *options):
     """Return the tokens that a server answers to each prompt."""
-    with server(Path(ENGINE), directory, free_port(), options, log) as port:
+    with server(Path(ENGINE), directory, options, log) as port:
         answers = [ask(port, prompt, TOKENS, return_token_ids=True) for prompt in PROMPTS]
     return [answer["choices"][0]["token_ids"] for answer in answers]
 

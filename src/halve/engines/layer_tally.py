@@ -4,6 +4,15 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from halve.errors import first_few
+from halve.maths.grid import Bits
+from halve.runtime.native import describe
+
+
+def multiplied_by(device_type: str, bits: Bits | None) -> str:
+    """Return what multiplies an engine's packed layers on a kind of device, integers of so many bits."""
+    if device_type == "cpu":
+        return describe(bits)
+    return "sparse tensor cores through torch, Halve's Triton kernels are not used here"
 
 
 class LayerTally:

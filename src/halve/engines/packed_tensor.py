@@ -3,7 +3,7 @@
 Engines lay out a model's weights by their own rules: they slice what a checkpoint holds, transpose it, and copy it into
 what they have allocated. A `PackedTensor` goes through slices and transposes packed. When it is copied into the weight
 of a layer that takes packed matrices (`taking`), its matrix goes there; in any other operation, and in any other place,
-it is unpacked first. It cannot be written to: what is unpacked, a view of it too, is a copy.
+it is unpacked first. Nothing writes to one; what else an operation returns, views too, is plain memory of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -89,14 +89,6 @@ class PackedTensor(Tensor):
         del tensor_contents
         return f"PackedTensor({self.name_on_disk}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    def __setitem__(self, *_: Any) -> None:
-        """Refuse to write a part of the tensor.
-
-        Raises:
-            HalveError: always.
-        """
-        raise self.no_write("an assignment to a part of it")
-
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -104,11 +96,10 @@ class PackedTensor(Tensor):
         """Slice and transpose packed, offer copies to whoever takes them; all else computes with the plain tensor.
 
         Raises:
-            HalveError: the operation writes to a packed tensor, which would be lost.
+            HalveError: the operation would write to a packed tensor.
         """
         del types
-        for written in _written(func, args, kwargs or {}):
-            raise written.no_write(f"the operation {func}")
+        _check_reads(func, args, kwargs or {})
         first = args[0]
         if isinstance(first, cls) and (still_packed := first.if_packed(func, args[1:])) is not None:
             return still_packed
@@ -118,6 +109,15 @@ class PackedTensor(Tensor):
                 return first
         plain_args, plain_kwargs = _unpacked(args), _unpacked(kwargs or {})
         return func(*plain_args, **plain_kwargs)
+
+    def __setitem__(self, at: Any, value: Any) -> None:  # torch would write to a view, which is plain memory
+        """Refuse to be written to.
+
+        Raises:
+            HalveError: always.
+        """
+        del at, value
+        raise _unwritable(self)
 
     def if_packed(self, func: Any, args: tuple[Any, ...]) -> Self | None:
         """Return what an operation makes of the tensor that leaves it packed; None if none does."""
@@ -129,12 +129,6 @@ class PackedTensor(Tensor):
         if func is aten.slice.Tensor and (len(args) < 4 or args[3] == 1):
             return self._slice(*args[:3])
         return None
-
-    def no_write(self, what: str) -> HalveError:
-        """Return what is raised when something would write to the tensor."""
-        return HalveError(
-            f"{self.name_on_disk} is packed and cannot be written to, as {what} would: clone it, and write to the clone"
-        )
 
     def _of(self, rows: Range, columns: Range, transposed: bool) -> Self:
         return self.of(self.matrix, self.name_on_disk, rows, columns, transposed)
@@ -148,13 +142,17 @@ class PackedTensor(Tensor):
         return self._of((self.rows[0] + first, self.rows[0] + last), self.columns, self.transposed)
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[PackedTensor]:
-    """Yield the packed tensors that an operation would write to."""
+def _unwritable(tensor: PackedTensor) -> HalveError:
+    return HalveError(f"{tensor.name_on_disk} is packed and cannot be written to in place: compute a new tensor of it")
+
+
+def _check_reads(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Check that an operation writes to no packed tensor: what it wrote to would be a copy, and lost."""
     for at, name in written_arguments(func):
         given = args[at] if at < len(args) else kwargs.get(name)
-        for each in given if isinstance(given, (list, tuple)) else [given]:
+        for each in given if isinstance(given, (list, tuple)) else (given,):
             if isinstance(each, PackedTensor):
-                yield each
+                raise _unwritable(each)
 
 
 def _unpacked(given: Any) -> Any:

@@ -10,13 +10,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.platforms import current_platform
 
 from halve.checkpoint.directory import is_packed
-from halve.engines.layer_tally import LayerTally
+from halve.engines.layer_tally import LayerTally, multiplied_by
 from halve.engines.layer_weight import PATTERN
 from halve.engines.vllm_linear import HalveLinearMethod
 from halve.errors import InputError
-from halve.runtime.native import describe
 from halve.runtime.packed_matrix import DTYPES
 from halve.runtime.quantised_matrix import bits_of
 
@@ -39,7 +39,9 @@ class HalveConfig(QuantizationConfig):  # type: ignore[misc] # vLLM need not be 
     def __init__(self, values: str = "own") -> None:
         super().__init__()
         self.values, self.bits = values, bits_of(values, PATTERN)
-        self.tally = LayerTally(lambda line: logger.info("halve (%s): %s", describe(self.bits), line))
+        head = multiplied_by(current_platform.device_type, self.bits)
+        self.tally = LayerTally(lambda line: logger.info("halve (%s): %s", head, line))
+        self.gains: dict[tuple[torch.Size, torch.dtype], float] = {}
         self._checked = False
 
     def get_name(self) -> str:
@@ -79,7 +81,7 @@ class HalveConfig(QuantizationConfig):  # type: ignore[misc] # vLLM need not be 
         """
         self._check_once()
         if isinstance(layer, LinearBase):
-            return HalveLinearMethod(prefix, self.bits, self.tally)
+            return HalveLinearMethod(prefix, self.bits, self.tally, self.gains)
         if isinstance(layer, VocabParallelEmbedding):
             self.tally.leave(prefix or type(layer).__name__, "embeddings and heads are not packed")
         elif "Experts" in type(layer).__name__ or "MoE" in type(layer).__name__:

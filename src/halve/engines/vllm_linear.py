@@ -17,7 +17,7 @@ from halve.engines.layer_product import Product, hold, multiply
 from halve.engines.layer_tally import LayerTally
 from halve.engines.layer_weight import LayerWeight, check_split, why_dense
 from halve.engines.packed_tensor import taking
-from halve.engines.sparse_cores import compressed_product
+from halve.engines.sparse_cores import Gains, compressed_product
 from halve.errors import InputError
 from halve.maths.grid import Bits
 from halve.runtime.native import sparse_linear
@@ -33,11 +33,12 @@ class HalveLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM need not
         name: of the layer in the model.
         bits: of the integers that plain weights are rounded to; None leaves them as they are.
         tally: is told what becomes of the layer.
+        gains: of sparse tensor cores, as measured for the model's layers so far.
     """
 
-    def __init__(self, name: str, bits: Bits | None, tally: LayerTally) -> None:
+    def __init__(self, name: str, bits: Bits | None, tally: LayerTally, gains: Gains) -> None:
         super().__init__()
-        self.name, self.bits, self.tally = name, bits, tally
+        self.name, self.bits, self.tally, self.gains = name, bits, tally, gains
         self.dense = UnquantizedLinearMethod()
         self.loading: LayerWeight | None = None
         tally.expect(name)
@@ -100,8 +101,8 @@ class HalveLinearMethod(LinearMethodBase):  # type: ignore[misc] # vLLM need not
             return None, 0, "attention reads its weight itself"
         if weight.data.device.type != "cpu":
             weight.mix()
-            reason = why_dense(weight.data) or ("GPUs multiply no integers at 2:4" if self.bits else "")
-            return (None, 0, reason) if reason else compressed_product(weight.data)
+            reason = why_dense(weight.data) or ("on a GPU the plugin multiplies no integers" if self.bits else "")
+            return (None, 0, reason) if reason else compressed_product(weight.data, self.gains)
         matrix, reason = weight.became(self.bits)
         return (None, 0, reason) if matrix is None else (partial(_packed_product, matrix), matrix.nbytes, "")
 

@@ -15,12 +15,27 @@ from halve.packed.read import open_packed
 class HalveModelLoader(BaseModelLoader):  # type: ignore[misc] # vLLM need not be installed
     """Gives a model's own loading code the tensors of a packed checkpoint, under the names of the plain one."""
 
-    def download_model(self, model_config: Any) -> None:
-        """Check that the checkpoint is there: it is never downloaded.
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """Load a model, once it is known that it will be served packed.
 
         Raises:
-            InputError: it is no packed checkpoint on this machine.
+            InputError: as `download_model`.
         """
+        self.download_model(model_config)
+        loaded: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        return loaded
+
+    def download_model(self, model_config: Any) -> None:
+        """Check that the checkpoint is there, since it is never downloaded, and that its layers will take it packed.
+
+        Raises:
+            InputError: it is no packed checkpoint on this machine, or is to be served without Halve's layers.
+        """
+        if model_config.quantization != "halve":
+            raise InputError(
+                "--load-format halve alone would unpack every matrix and serve the model dense: add --quantization "
+                "halve"
+            )
         if not is_packed(Path(model_config.model)):
             raise InputError(
                 f"--load-format halve serves packed checkpoints on this machine, and {model_config.model} is none: "
@@ -31,7 +46,7 @@ class HalveModelLoader(BaseModelLoader):  # type: ignore[misc] # vLLM need not b
         """Load a checkpoint into a model.
 
         Raises:
-            InputError: it is no packed checkpoint.
+            InputError: as `download_model`.
             CorruptFileError: it is damaged, or a parameter of the model has no tensor in it.
         """
         self.download_model(model_config)
