@@ -14,6 +14,7 @@ from halve.checkpoint.durable import sha256_of
 from halve.errors import CorruptFileError, InputError
 from halve.packed.write import pack_checkpoint
 from halve.pruning import prune, resume
+from halve.report import card as card_module
 from halve.report.card import card, leave_beside, read_base, rounded_card, write_card
 from halve.report.facts import read_run
 from halve.verification import check
@@ -177,6 +178,16 @@ def test_a_broken_or_hostile_card_costs_a_sentence_and_none_of_its_values_is_tak
     assert (tmp_path / BASE_CARD).read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    "content", ["---\nlicense: mit\n---", "\n--- \r\nlicense: mit\r\n---\t\r\nText", "---\rlicense: mit\r---\r"]
+)
+def test_fields_are_found_between_fences_with_spaces_behind_them(content, tmp_path):
+    (tmp_path / BASE_CARD).write_bytes(content.encode())
+    assert read_base(tmp_path).fields == {"license": "mit"}
+    (tmp_path / BASE_CARD).write_bytes(b"---\n---\nlicense: mit\n---\n")
+    assert read_base(tmp_path) == card_module.BaseCard(True)
+
+
 def test_values_of_the_wrong_type_are_left_out_and_the_others_taken(tmp_path):
     (tmp_path / BASE_CARD).write_text(f"{MERGES}license: mit\nlanguage: {{en: 1}}\ndatasets: 12\n---\n")
     assert read_base(tmp_path).fields == {"license": "mit", "datasets": "12"}
@@ -333,6 +344,18 @@ def test_what_stands_in_the_way_of_a_card_is_no_error(tmp_path):
     sums, notes = leave_beside(tmp_path, None)
     assert not sums
     assert [("report" in note, "card" in note) for note in notes] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("name", ["card", "write_report"])
+def test_no_error_of_any_class_stops_what_is_left_beside_a_checkpoint(name, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise ImportError("no name 'x'\nin module y")
+
+    write_record(tmp_path)
+    monkeypatch.setattr(card_module, name, fail)
+    sums, notes = leave_beside(tmp_path, None)
+    assert len(sums) == len(notes) == 1
+    assert notes[0].endswith("is not written: ImportError: no name 'x' in module y")
 
 
 def test_packing_takes_both_cards_along_as_they_are(base, tmp_path):

@@ -39,6 +39,8 @@ _LONGEST_VALUE = 300
 _MOST_VALUES = 500
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _IN_HUB_CACHE = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/[^/]+/?")
+_FENCE = re.compile(rb"---[ \t]*[\r\n]")
+_END_FENCE = re.compile(rb"[\r\n]---[ \t]*(?:[\r\n]|$)")
 _CLASS = re.compile(r"[A-Z]\w*")
 _VERSIONS = ("halve", "torch", "transformers", "python")
 
@@ -74,8 +76,8 @@ def leave_beside(directory: Path, source: Source | None, place: Path | None = No
     try:
         write_report(directory, place=place)
         sums[PAGE] = sha256_of(directory / PAGE)
-    except HalveError as error:
-        notes.append(f"the checkpoint is complete, but its report is not written: {error}")
+    except Exception as error:  # noqa: BLE001  hours may lie behind the checkpoint, and it needs no report
+        notes.append(f"the checkpoint is complete, but its report is not written: {_said(error)}")
     cards, said = leave_card(directory, source)
     return sums | cards, [*notes, *said]
 
@@ -87,9 +89,14 @@ def leave_card(directory: Path, source: Source | None) -> tuple[dict[str, str], 
     try:
         notes.append(write_card(directory))
         sums[CARD] = sha256_of(directory / CARD)
-    except HalveError as error:
-        notes.append(f"the checkpoint is complete, but its model card is not written: {error}")
+    except Exception as error:  # noqa: BLE001  hours may lie behind the checkpoint, and it needs no card
+        notes.append(f"the checkpoint is complete, but its model card is not written: {_said(error)}")
     return sums, [note for note in notes if note]
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, and, where it is none of ours, which it is."""
+    return str(error) if isinstance(error, HalveError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def write_card(directory: str | Path) -> str:
@@ -233,21 +240,19 @@ def _fields(content: bytes) -> dict[str, str | list[str]]:
 
 
 def _front_matter(content: bytes) -> str:
-    """Return the YAML that a card begins with, as the hub finds it; empty where there is none.
+    """Return the YAML that a card begins with, between two lines of three dashes; empty where there is none.
 
     Raises:
         ValueError: it does not end, or is no UTF-8.
     """
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
     text = content.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text.startswith(b"---"):
+    if (opening := _FENCE.match(text)) is None:
         return ""
-    end = re.search(rb"[\r\n]---[ \t]*(\r\n|\n|$)", text)
+    first = opening.end()
+    end = _END_FENCE.search(text, first - 1)  # the line break of the one fence may be that before the other
     if end is None:
         raise ValueError(f"they do not end within {_LONGEST} bytes")
-    block = REGEX_YAML_BLOCK.search(text[: end.end()].decode())
-    return "" if block is None else str(block.group(2))
+    return text[first : end.start()].decode()
 
 
 def _inside(node: Any) -> list[Any]:
