@@ -12,10 +12,11 @@ from halve.checkpoint import directory
 from halve.checkpoint.directory import BASE_CARD, card_of_base, is_sealed, sealed
 from halve.checkpoint.durable import sha256_of
 from halve.errors import CorruptFileError, InputError
+from halve.packed.read import unpack_checkpoint
 from halve.packed.write import pack_checkpoint
 from halve.pruning import prune, resume
 from halve.report import card as card_module
-from halve.report.card import card, leave_beside, read_base, rounded_card, write_card
+from halve.report.card import card, leave_beside, read_base, write_card
 from halve.report.facts import read_run
 from halve.verification import check
 from models import decoder, save, tokens
@@ -231,7 +232,6 @@ def test_a_card_is_written_again_until_somebody_has_changed_it(tmp_path):
     own = second.replace(b"## What it cost", b"## What it came to")
     (tmp_path / "README.md").write_bytes(own)
     assert "left as it is" in write_card(tmp_path)
-    assert rounded_card(tmp_path, "int4") is None
     assert (tmp_path / "README.md").read_bytes() == own
     (tmp_path / "README.md").write_bytes(sealed("text"))
     assert is_sealed(tmp_path / "README.md")
@@ -326,7 +326,9 @@ def test_which_card_goes_along(tmp_path):
     write_record(tmp_path)
     assert card_of_base(tmp_path) == (own, "")  # no base card: what somebody wrote is all there is
     carried.write_text("the base's")
-    assert card_of_base(tmp_path) == (carried, "")
+    found, said = card_of_base(tmp_path)
+    assert found == carried
+    assert "README.md was not taken along" in said
     own.write_bytes(sealed("ours"))
     assert card_of_base(tmp_path) == (carried, "")
     carried.unlink()
@@ -358,9 +360,19 @@ def test_no_error_of_any_class_stops_what_is_left_beside_a_checkpoint(name, tmp_
     assert notes[0].endswith("is not written: ImportError: no name 'x' in module y")
 
 
-def test_packing_takes_both_cards_along_as_they_are(base, tmp_path):
+def test_a_packed_checkpoint_has_a_card_of_its_own_and_gives_the_plain_one_back(base, tmp_path):
     plain = prune(base, tmp_path / "plain", calibration=tokens(4)).out
     pack_checkpoint(plain, tmp_path / "packed")
-    for name in ("README.md", BASE_CARD):
-        assert (tmp_path / "packed" / name).read_bytes() == (plain / name).read_bytes()
+    assert (tmp_path / "packed" / BASE_CARD).read_bytes() == (plain / BASE_CARD).read_bytes()
+    found = ModelCard.load(tmp_path / "packed" / "README.md")
+    assert found.text.lstrip().startswith("> **This is the packed form")
+    assert found.data.license_name == "small-licence"
+    assert is_sealed(tmp_path / "packed" / "README.md")
     assert check(tmp_path / "packed").ok
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "back")
+    for path in plain.iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+    content = (tmp_path / "packed" / "README.md").read_bytes().replace(b"ordinary", b"ordinery")
+    (tmp_path / "packed" / "README.md").write_bytes(content)
+    with pytest.raises(CorruptFileError, match=r"README\.md of .* does not come out"):
+        unpack_checkpoint(tmp_path / "packed", tmp_path / "changed")

@@ -123,24 +123,22 @@ def write_card(directory: str | Path) -> str:
     return base.note
 
 
-def rounded_card(directory: Path, kind: str) -> bytes | None:
-    """Return the card of a checkpoint once its weights are rounded.
+def rounded_card(directory: Path, kind: str) -> tuple[bytes | None, str]:
+    """Return the card of a checkpoint once its weights are rounded: nothing here stops packing.
 
     Args:
         directory: of the checkpoint as it is.
         kind: of integers, such as ``int4``.
 
     Returns:
-        bytes | None: the content; None where the card there is not as Halve wrote it.
-
-    Raises:
-        InputError, CorruptFileError: as `write_card`.
+        tuple[bytes | None, str]: the content, None where it could not be made; and why not, a sentence.
     """
-    if not is_sealed(directory / CARD):
-        return None
-    run = read_run(directory)
-    run = replace(run, rounded=(*run.rounded, kind), perplexity=(), mean_loss=None)
-    return card(run, read_base(directory), _architecture(directory))
+    try:
+        run = read_run(directory)
+        run = replace(run, rounded=(*run.rounded, kind), perplexity=())
+        return card(run, read_base(directory), _architecture(directory)), ""
+    except Exception as error:  # noqa: BLE001  a card is no reason not to pack
+        return None, f"the packed checkpoint is complete, but has no model card: {_said(error)}"
 
 
 def card(run: RunFacts, base: BaseCard, architecture: str = "") -> bytes:
