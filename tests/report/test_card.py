@@ -60,6 +60,7 @@ def test_a_card_has_the_fields_of_the_hub_and_says_what_was_done(tmp_path):
     write_record(tmp_path, source=HUB, measured={"perplexity": [SCORE | {"before": 10.5, "after": 12.25}]})
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     (tmp_path / BASE_CARD).write_text(BASE)
+    (tmp_path / "LICENSE").touch()
     fields, text = card_of(tmp_path)
     assert fields == {
         "base_model": "org/small",
@@ -87,6 +88,7 @@ def test_a_card_has_the_fields_of_the_hub_and_says_what_was_done(tmp_path):
         "halve 0.1.0, torch 2.13.0",
     ):
         assert words in text
+    assert "\n\n`BASE_MODEL_README.md` is the card" in text
     assert "Scores 99" not in text
     assert "/home" not in text
 
@@ -106,8 +108,8 @@ def test_trainings_merges_roundings_and_fallbacks_are_told(tmp_path):
     fields, text = card_of(write_record(tmp_path, **changes))
     assert fields["base_model_relation"] == "finetune"
     for words in (
-        "256 tokens of `texts/a.txt`, `self`, learning rate 0.0003, taught by `org/small`",
-        "The training took the perplexity of `texts/wiki.txt` from 60.000 to 45.000",
+        "256 tokens of `a.txt`, `self`, learning rate 0.0003, taught by `org/small`",
+        "The training took the perplexity of `wiki.txt` from 60.000 to 45.000",
         "`my-adapter`",
         r"**1 of 6 matrices fell back** to another method: `model.layers.1.mlp.down_proj.weight`",
         r"it \<b\>failed\</b\>",
@@ -161,7 +163,7 @@ MERGES = "---\na0: &a0 {b: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i 
         (b"---\n- mit\n---\n", "a list"),
         (b"---\n" + b"[" * 100_000 + b"\n---\n", "nest"),
         (b"---\nx: " + b"y" * (1 << 20) + b"\n---\n", "do not end"),
-        (b"---\nlicense: {a: [mit]}\nlanguage: [[en], null, ~]\npipeline_tag: " + b"x" * 400 + b"\n---\n", None),
+        (b"---\nlicense: {a: [mit]}\nlanguage: [[en], null, ~]\npipeline_tag: " + b"x" * 400 + b"\n---\n", "`license`"),
         (b"---\n!!python/object/apply:os.system ['false']\n---\n", "a list"),
         (BOMB.encode(), None),
         (b"", None),
@@ -177,6 +179,17 @@ def test_a_broken_or_hostile_card_costs_a_sentence_and_none_of_its_values_is_tak
     assert len(note) < 400
     assert ModelCard.load(tmp_path / "README.md").data.to_dict().keys() == {"library_name", "tags"}
     assert (tmp_path / BASE_CARD).read_bytes() == content
+
+
+def test_licence_fields_that_are_not_taken_and_a_licence_file_that_is_not_there_are_told(tmp_path):
+    write_record(tmp_path)
+    (tmp_path / BASE_CARD).write_text(f"---\nlicense: mit\nlicense_name: {'x' * 400}\nlicense_link: Terms.pdf\n---\n")
+    said = write_card(tmp_path)
+    assert "`license_name`" in said
+    assert "`license`" not in said
+    assert "Terms.pdf" in said
+    (tmp_path / "Terms.pdf").touch()
+    assert "Terms.pdf" not in write_card(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +262,7 @@ def base(tmp_path):
     """A tiny model with a card of its own."""
     place = save(decoder("llama"), tmp_path / "base")
     (place / "README.md").write_text(BASE)
+    (place / "LICENSE").write_text("terms")
     return place
 
 
@@ -346,6 +360,23 @@ def test_what_stands_in_the_way_of_a_card_is_no_error(tmp_path):
     sums, notes = leave_beside(tmp_path, None)
     assert not sums
     assert [("report" in note, "card" in note) for note in notes] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("texts/me/wiki.TXT", "wiki.TXT"),
+        ("C:\\Users\\me\\texts", "texts"),
+        ("file:///home/me/texts/", "texts"),
+        ("~/texts", "texts"),
+        ("../me/texts", "texts"),
+        ("data/me/wiki.jsonl.gz", "wiki.jsonl.gz"),
+        ("allenai/c4", "allenai/c4"),
+        ("c4", "c4"),
+    ],
+)
+def test_a_source_that_is_a_file_is_named_without_its_directories(name, expected):
+    assert card_module._local(name) == expected
 
 
 @pytest.mark.parametrize("name", ["card", "write_report"])

@@ -33,7 +33,12 @@ TRAINING = "training.json"
 """Name of the manifest in that directory, where what is not complete is a training."""
 LAST = (INDEX, CONFIG)
 """The files that are written, or moved to their place, after all others: without them nothing can be loaded."""
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", BASE_CARD)
+_TERMS = tuple(
+    "".join(f"[{letter}{letter.swapcase()}]" if letter.isalpha() else letter for letter in name) + "*"
+    for name in ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+)
+"""What files with terms of use are called, in capitals or not, for `Path.glob` and the hub's client alike."""
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", *_TERMS, BASE_CARD)
 TEMPLATES = "additional_chat_templates"
 CODE = "*.py"
 _FORBIDDEN = {
@@ -85,6 +90,7 @@ def companion_paths(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
         if path.name not in {CONFIG, RECORD, MEASURED, PACKED, "adapter_config.json", "requirements.txt"}
         and not path.name.endswith(".index.json")
         and path.is_file()
+        and (code or path.suffix != ".py")
     ]
     return tuple(sorted(kept))
 
