@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 import halve
 from halve import packing
 from halve.checkpoint.directory import is_sealed
-from halve.errors import CalibrationError, InputError, PatternError
+from halve.errors import CalibrationError, HalveError, InputError, PatternError
 from halve.packing import pack
 from halve.pruning import prune
 from halve.run.events import Progress
 from models import decoder, edit_json, save, tokens
 from packed_models import edit_tensor, sums
+from reported import training_entry
 from tiny_tokenizers import SENTENCES, byte_bpe
 
 ASKED = {"samples": 8, "seq_len": 16}
@@ -57,14 +58,22 @@ def test_one_step_gives_what_the_two_steps_give(plain, text, tmp_path):
     assert told == [(done, 18) for done in range(1, 19)]
     assert all(isinstance(step, Progress) for step in steps)
     record = json.loads((tmp_path / "packed" / "halve.json").read_text())
-    assert (record["method"], record["refit"]) == ("magnitude", "int4")
-    assert record["source"]["name"] == str(plain)
+    before = json.loads((plain / "halve.json").read_text())
+    for name in ("method", "refit", "source", "matrices", "calibration"):
+        assert record[name] == before[name]
+    (rounding,) = record["quantised"]
+    assert rounding["values"] == "int4"
+    assert rounding["weights_before"] == {"model.safetensors": sums(plain)["model.safetensors"]}
+    assert rounding["calibration"]["source"] == text
+    assert 0 < rounding["mean_relative_loss"] < 1
     assert {each["reason"] for each in record["excluded"] if "q_proj" in each["name"]} == {"skipped on request"}
     assert halve.check(tmp_path / "packed").ok
     assert "/solved" not in (tmp_path / "packed" / "report.html").read_text().partition("<script>")[0]
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "license: mit" in card
-    assert "Method: magnitude+int4" in card
+    assert "Method: wanda" in card
+    assert "Kept weights rounded to int4" in card
+    assert result.notes == ()
 
 
 def test_integers_that_are_solved_for_lose_less_than_rounding(plain, text, tmp_path):
@@ -89,11 +98,71 @@ def test_rounded_weights_have_a_card_without_what_was_measured(plain, text, tmp_
     assert is_sealed(tmp_path / "packed" / "README.md")
     halve.unpack(tmp_path / "packed", tmp_path / "back")
     halve.write_report(tmp_path / "back")
-    assert (tmp_path / "back" / "README.md").read_text() == card
+    assert card.count("packed form") == 1
+    back = (tmp_path / "back" / "README.md").read_text()
+    assert "packed form" not in back
+    assert "Kept weights rounded to int8" in back
+    assert is_sealed(tmp_path / "back" / "README.md")
     assert halve.check(tmp_path / "back").ok
     (tmp_path / "measured" / "README.md").write_text("mine")
-    pack(tmp_path / "measured", tmp_path / "again", values="int8")
-    assert (tmp_path / "again" / "README.md").read_text() == "mine"
+    for values in ("int8", "own"):
+        (said,) = pack(tmp_path / "measured", tmp_path / values, values=values).notes
+        assert (tmp_path / values / "README.md").read_text() == "mine"
+        assert "goes along as it is" in said
+        assert ("was measured before" in said) == (values == "int8")
+    halve.unpack(tmp_path / "own", tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+def test_damage_to_what_was_measured_costs_the_card_alone(plain, tmp_path):
+    (plain / "halve-measured.json").write_text("{")
+    result = pack(plain, tmp_path / "packed", values="int8")
+    (said,) = result.notes
+    assert "has no model card: " in said
+    assert "halve-measured.json" in said
+    assert not (tmp_path / "packed" / "README.md").exists()
+    assert halve.check(tmp_path / "packed").ok
+    assert pack(plain, tmp_path / "own").notes == ()
+
+
+def test_history_and_an_edited_card_outlive_solving_even_if_no_page_can_be_written(plain, text, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise RuntimeError("no page")
+
+    edit_json(plain / "halve.json", trainings=[training_entry(tensors=[])])
+    (plain / "README.md").write_text("mine")
+    monkeypatch.setattr("halve.report.card.write_report", fail)
+    (tmp_path / "packed").mkdir()  # where it is, the work is done inside
+    result = pack(plain, tmp_path / "packed", values="int4", calibration=text, **ASKED)
+    assert result.out == tmp_path / "packed"
+    assert [len([note for note in result.notes if words in note]) for words in ("no page", "goes along as it is")] == [
+        1,
+        1,
+    ]
+    assert not [note for note in result.notes if "not taken along" in note]
+    assert (tmp_path / "packed" / "README.md").read_text() == "mine"
+    record = json.loads((tmp_path / "packed" / "halve.json").read_text())
+    assert record["trainings"] == [training_entry(tensors=[])]
+    assert not [path for path in (tmp_path / "packed").iterdir() if path.name.startswith(".")]
+    assert halve.check(tmp_path / "packed").ok
+
+
+def test_there_has_to_be_room_for_both_what_is_solved_for_and_what_is_packed(plain, text, tmp_path, monkeypatch):
+    size = sum(path.stat().st_size for path in plain.glob("*.safetensors"))
+    usage = shutil.disk_usage(plain)
+    monkeypatch.setattr("halve.checkpoint.room.shutil.disk_usage", lambda _path: usage._replace(free=int(size * 1.05)))
+    monkeypatch.setattr(packing, "prune_as", None)
+    with pytest.raises(InputError, match="its volume has"):
+        pack(plain, tmp_path / "packed", values="int4", calibration=text, **ASKED)
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(plain, text, tmp_path, monkeypatch):
+    def refuse(**_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(packing, "TemporaryDirectory", refuse)
+    with pytest.raises(HalveError, match=r"failed \(Permission denied\): check the volume"):
+        pack(plain, tmp_path / "packed", values="int4", calibration=text, **ASKED)
 
 
 def test_matrices_that_are_on_no_grid_are_named(plain, text, tmp_path):

@@ -1,13 +1,28 @@
 """Packing in one step: where integers of 4 bits are to be solved for first, a run does that beside the output."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from halve.checkpoint.directory import RECORD, refuse_packed, refuse_unfinished
+from halve.checkpoint.directory import (
+    CARD,
+    MEASURED,
+    PACKED,
+    PAGE,
+    RECORD,
+    card_of_base,
+    contained,
+    is_sealed,
+    refuse_packed,
+    refuse_unfinished,
+)
+from halve.checkpoint.durable import file_chunks, sync_directory, write_file, writing
 from halve.checkpoint.load import resolve
+from halve.checkpoint.shards import read_json
 from halve.errors import HalveError, InputError
 from halve.maths.pattern import Pattern
 from halve.model.plan import place_of
@@ -16,13 +31,12 @@ from halve.packed.read import check_new
 from halve.packed.write import PackResult, pack_checkpoint
 from halve.pruning import prune_as
 from halve.recorded import Record, pattern_of, read_record
-from halve.report.card import rounded_card
-from halve.report.page import write_report
+from halve.report.card import leave_beside, rounded_card
 from halve.report.schema import MatrixEntry
 from halve.run.events import Listener
 from halve.run.request import Loading, Placement, Request
 from halve.run.settings import Settings
-from halve.runtime.quantised_matrix import QUANTISED, Values, bits_of
+from halve.runtime.quantised_matrix import Values, bits_of, quantised_bytes
 from halve.solve.outcome import Status
 from halve.text.calibration import Calibration
 
@@ -32,8 +46,8 @@ class PackOptions:
     """What packing can be told besides.
 
     Attributes:
-        calibration: on what integers of 4 bits are solved for; None rounds each weight to the nearest.
-        placement: where they are.
+        calibration: the text on which integers of 4 bits are solved for; None rounds each weight to the nearest.
+        placement: where the work is done, and in which precision.
 
     Raises:
         InputError: an option is given that has no effect.
@@ -51,6 +65,7 @@ class PackOptions:
             raise InputError("work and workers are for halve prune: leave them out")
 
 
+_WEIGHTS = ".safetensors"
 WITHOUT = ("work", "workers", "worker_threads")
 """Options of the groups that packing does not take."""
 
@@ -68,8 +83,9 @@ def pack(
 ) -> PackResult:
     """Pack the pruned matrices of a checkpoint, and quantise them if asked; everything else is taken along as it is.
 
-    With ``calibration``, integers of 4 bits are first solved for on the text: the same as pruning the checkpoint with
-    method ``magnitude`` and refit ``int4``, and packing what comes out, which is not kept.
+    With ``calibration``, integers of 4 bits are first solved for on the text. The weights are those of pruning the
+    checkpoint with method ``magnitude`` and refit ``int4``, which is not kept; the record stays that of ``directory``,
+    and has solving as another rounding. What can go wrong with the report or the card is in the result's ``notes``.
 
     Args:
         directory: of a plain checkpoint.
@@ -96,16 +112,83 @@ def pack(
     if asked.calibration is None:
         return _packed(place, target, pattern, values, trust_remote_code, listen)
     request = _request(place, target, pattern, values, asked, trust_remote_code=trust_remote_code)
-    above = next(path for path in target.resolve().parents if path.exists())
-    with TemporaryDirectory(prefix=f".{target.name}-", dir=above, ignore_cleanup_errors=True) as name:
-        solved = Path(name) / "solved"
+    inside = target.is_dir()
+    above = next(path for path in (target.resolve(), *target.resolve().parents) if path.exists())
+    with writing(above):
+        folder = TemporaryDirectory(prefix=f".{target.name}-", dir=above, ignore_cleanup_errors=True)
+    with folder as name:
+        solved, packed = Path(name) / "solved", Path(name) / "packed"
         try:
-            prune_as(place, solved, request, listen=solving)
+            notes = list(prune_as(place, solved, request, listen=solving).notes)
         except HalveError as error:
             error.unfinished = None  # what is finished goes with the folder
             raise
-        write_report(solved, place=target)
-        return _packed(solved, target, None, values, trust_remote_code, listen)
+        notes += _told_as_rounding(place, solved, target)
+        own = _taken_over(place, solved)
+        notes = [note for note in notes if note != own]
+        result = _packed(solved, packed if inside else target, None, values, trust_remote_code, listen)
+        if inside:
+            _move(packed, target)
+    if Path(name).exists():
+        notes.append(f"{name}, in which was solved for integers, could not be removed: remove it")
+    notes += [note.replace(f"{solved}/", f"{place}/") for note in result.notes]
+    return replace(result, out=target, notes=tuple(dict.fromkeys(notes)))
+
+
+def _told_as_rounding(place: Path, solved: Path, out: Path) -> list[str]:
+    """Give what was solved for the record of what it was made of, to which solving adds a rounding, and a card.
+
+    The weights are still of the method, the trainings and the merges before, and so is what was calibrated on.
+
+    Returns:
+        list[str]: what there is to say, sentences.
+    """
+    before, after = read_json(place / RECORD), read_json(solved / RECORD)
+    old, new = before.get("files") or {}, after["files"]
+    rounding = {
+        "values": after["refit"],
+        "weights_before": {name: old[name] for name in sorted(old.keys() & new.keys()) if name.endswith(_WEIGHTS)},
+        "calibration": after["calibration"],
+        "mean_relative_loss": after["mean_relative_loss"],
+    }
+    told = "the kept weights were made integers of 4 bits, solved for on text, after all else here was measured"
+    warnings = [*before.get("warnings", []), *after.get("warnings", []), told]
+    record = before | {
+        "files": new,
+        "quantised": [*before.get("quantised", []), rounding],
+        "warnings": list(dict.fromkeys(warnings)),
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    with writing(solved):
+        write_file(solved / RECORD, [text.encode()], RECORD)
+        for name in (MEASURED, PAGE):  # of solving alone
+            (solved / name).unlink(missing_ok=True)
+    return leave_beside(solved, None, out)[1]
+
+
+def _taken_over(place: Path, solved: Path) -> str:
+    """Take a card that somebody has changed over to what was solved for; return what was said of leaving it out."""
+    if not (place / CARD).is_file() or is_sealed(place / CARD):
+        return ""
+    with writing(solved):
+        write_file(solved / CARD, file_chunks(contained(place, place / CARD)), "card")
+    return card_of_base(place)[1]
+
+
+def _move(packed: Path, out: Path) -> None:
+    """Move a packed checkpoint into an empty directory of the same volume, its manifest last; all of it or nothing."""
+    names = sorted((path.name for path in packed.iterdir()), key=lambda name: name == PACKED)
+    moved = []
+    try:
+        with writing(out):
+            for name in names:
+                (packed / name).rename(out / name)
+                moved.append(name)
+            sync_directory(out)
+    except BaseException:
+        for name in moved:
+            (out / name).rename(packed / name)
+        raise
 
 
 def _packed(
@@ -116,7 +199,7 @@ def _packed(
     trust_remote_code: bool,
     listen: Callable[[int, int, str], None] | None,
 ) -> PackResult:
-    card = rounded_card(place, values) if values in QUANTISED and (place / RECORD).is_file() else None
+    card = partial(rounded_card, place, values)
     return pack_checkpoint(
         place, out, pattern, values=values, trust_remote_code=trust_remote_code, card=card, listen=listen
     )
@@ -161,7 +244,10 @@ def _request(
     if pattern is not None and Pattern.parse(pattern) != found:
         raise InputError(f"{place / RECORD} says that the matrices are {found}, not {pattern}: leave the pattern out")
     bits_of(values, found)
-    check_new(out, resolve(place, trust_remote_code=trust_remote_code), 0)
+    source = resolve(place, trust_remote_code=trust_remote_code)
+    sizes = [each.shape for each in record.matrices if each.status is not Status.FAILED]
+    saved = sum(2 * d_out * d_in - quantised_bytes(d_out, d_in, 4) for d_out, d_in in sizes)  # of 16 bits at least
+    check_new(out, source, 2 * source.size - saved)
     left = [str(entry.get("name")) for entry in record.excluded]
     failed = [each.name.partition("[")[0] for each in record.matrices if each.status is Status.FAILED]
     settings = Settings(

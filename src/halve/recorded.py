@@ -6,7 +6,7 @@ layouts and the outcomes that a record names. A reader that needs more of it ext
 """
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -64,10 +64,14 @@ class RecordedRounding(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         values: the kind of integers.
         weights_before: sha256 of the weight files before it, by name.
+        calibration: the text on which the integers were solved for; None where each weight was rounded to the nearest.
+        mean_relative_loss: of the matrices, where they were solved for.
     """
 
     values: str
     weights_before: dict[str, str]
+    calibration: dict[str, Any] | None = None
+    mean_relative_loss: float | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -81,10 +81,21 @@ def test_companions_are_the_files_a_model_needs(llama):
         "spiece.model",
         "chat_template.jinja",
         "LICENSE",
+        "licence.md",
+        "Copying",
+        "USE_POLICY.md",
         "preprocessor_config.json",
         "BASE_MODEL_README.md",
     ]
-    unwanted = ["README.md", "modeling.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "halve.json", "x.gguf"]
+    unwanted = [
+        "README.md",
+        "modeling.py",
+        "license_check.py",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "halve.json",
+        "x.gguf",
+    ]
     for name in [*wanted, *unwanted]:
         (llama / name).write_text("{}")
     (llama / "additional_chat_templates").mkdir()

@@ -41,7 +41,8 @@ def test_check_fails_on_a_dense_model(model, tmp_path, text):
     result = run(app, ["check", str(tmp_path / "out")])
     assert result.exit_code == EXIT_FAILED
     assert "problem:" in result.output
-    last = result.output.splitlines()[-1]
+    *others, last = result.output.splitlines()
+    assert others[-1].startswith("read: 0 matrices at 2:4; ")
     assert last.startswith(f"{tmp_path / 'out'} failed: model.safetensors does not have the sha256")
     assert last.endswith("(and 21 more problems)")
 

@@ -12,9 +12,11 @@ from halve.checkpoint import directory
 from halve.checkpoint.directory import BASE_CARD, card_of_base, is_sealed, sealed
 from halve.checkpoint.durable import sha256_of
 from halve.errors import CorruptFileError, InputError
+from halve.packed.read import unpack_checkpoint
 from halve.packed.write import pack_checkpoint
 from halve.pruning import prune, resume
-from halve.report.card import card, leave_beside, read_base, rounded_card, write_card
+from halve.report import card as card_module
+from halve.report.card import card, leave_beside, read_base, write_card
 from halve.report.facts import read_run
 from halve.verification import check
 from models import decoder, save, tokens
@@ -58,6 +60,7 @@ def test_a_card_has_the_fields_of_the_hub_and_says_what_was_done(tmp_path):
     write_record(tmp_path, source=HUB, measured={"perplexity": [SCORE | {"before": 10.5, "after": 12.25}]})
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     (tmp_path / BASE_CARD).write_text(BASE)
+    (tmp_path / "LICENSE").touch()
     fields, text = card_of(tmp_path)
     assert fields == {
         "base_model": "org/small",
@@ -85,6 +88,7 @@ def test_a_card_has_the_fields_of_the_hub_and_says_what_was_done(tmp_path):
         "halve 0.1.0, torch 2.13.0",
     ):
         assert words in text
+    assert "\n\n`BASE_MODEL_README.md` is the card" in text
     assert "Scores 99" not in text
     assert "/home" not in text
 
@@ -104,8 +108,8 @@ def test_trainings_merges_roundings_and_fallbacks_are_told(tmp_path):
     fields, text = card_of(write_record(tmp_path, **changes))
     assert fields["base_model_relation"] == "finetune"
     for words in (
-        "256 tokens of `texts/a.txt`, `self`, learning rate 0.0003, taught by `org/small`",
-        "The training took the perplexity of `texts/wiki.txt` from 60.000 to 45.000",
+        "256 tokens of `a.txt`, `self`, learning rate 0.0003, taught by `org/small`",
+        "The training took the perplexity of `wiki.txt` from 60.000 to 45.000",
         "`my-adapter`",
         r"**1 of 6 matrices fell back** to another method: `model.layers.1.mlp.down_proj.weight`",
         r"it \<b\>failed\</b\>",
@@ -159,7 +163,7 @@ MERGES = "---\na0: &a0 {b: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i 
         (b"---\n- mit\n---\n", "a list"),
         (b"---\n" + b"[" * 100_000 + b"\n---\n", "nest"),
         (b"---\nx: " + b"y" * (1 << 20) + b"\n---\n", "do not end"),
-        (b"---\nlicense: {a: [mit]}\nlanguage: [[en], null, ~]\npipeline_tag: " + b"x" * 400 + b"\n---\n", None),
+        (b"---\nlicense: {a: [mit]}\nlanguage: [[en], null, ~]\npipeline_tag: " + b"x" * 400 + b"\n---\n", "`license`"),
         (b"---\n!!python/object/apply:os.system ['false']\n---\n", "a list"),
         (BOMB.encode(), None),
         (b"", None),
@@ -175,6 +179,27 @@ def test_a_broken_or_hostile_card_costs_a_sentence_and_none_of_its_values_is_tak
     assert len(note) < 400
     assert ModelCard.load(tmp_path / "README.md").data.to_dict().keys() == {"library_name", "tags"}
     assert (tmp_path / BASE_CARD).read_bytes() == content
+
+
+def test_licence_fields_that_are_not_taken_and_a_licence_file_that_is_not_there_are_told(tmp_path):
+    write_record(tmp_path)
+    (tmp_path / BASE_CARD).write_text(f"---\nlicense: mit\nlicense_name: {'x' * 400}\nlicense_link: Terms.pdf\n---\n")
+    said = write_card(tmp_path)
+    assert "`license_name`" in said
+    assert "`license`" not in said
+    assert "Terms.pdf" in said
+    (tmp_path / "Terms.pdf").touch()
+    assert "Terms.pdf" not in write_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["---\nlicense: mit\n---", "\n--- \r\nlicense: mit\r\n---\t\r\nText", "---\rlicense: mit\r---\r"]
+)
+def test_fields_are_found_between_fences_with_spaces_behind_them(content, tmp_path):
+    (tmp_path / BASE_CARD).write_bytes(content.encode())
+    assert read_base(tmp_path).fields == {"license": "mit"}
+    (tmp_path / BASE_CARD).write_bytes(b"---\n---\nlicense: mit\n---\n")
+    assert read_base(tmp_path) == card_module.BaseCard(True)
 
 
 def test_values_of_the_wrong_type_are_left_out_and_the_others_taken(tmp_path):
@@ -220,7 +245,6 @@ def test_a_card_is_written_again_until_somebody_has_changed_it(tmp_path):
     own = second.replace(b"## What it cost", b"## What it came to")
     (tmp_path / "README.md").write_bytes(own)
     assert "left as it is" in write_card(tmp_path)
-    assert rounded_card(tmp_path, "int4") is None
     assert (tmp_path / "README.md").read_bytes() == own
     (tmp_path / "README.md").write_bytes(sealed("text"))
     assert is_sealed(tmp_path / "README.md")
@@ -238,6 +262,7 @@ def base(tmp_path):
     """A tiny model with a card of its own."""
     place = save(decoder("llama"), tmp_path / "base")
     (place / "README.md").write_text(BASE)
+    (place / "LICENSE").write_text("terms")
     return place
 
 
@@ -315,7 +340,9 @@ def test_which_card_goes_along(tmp_path):
     write_record(tmp_path)
     assert card_of_base(tmp_path) == (own, "")  # no base card: what somebody wrote is all there is
     carried.write_text("the base's")
-    assert card_of_base(tmp_path) == (carried, "")
+    found, said = card_of_base(tmp_path)
+    assert found == carried
+    assert "README.md was not taken along" in said
     own.write_bytes(sealed("ours"))
     assert card_of_base(tmp_path) == (carried, "")
     carried.unlink()
@@ -335,9 +362,48 @@ def test_what_stands_in_the_way_of_a_card_is_no_error(tmp_path):
     assert [("report" in note, "card" in note) for note in notes] == [(True, False), (False, True)]
 
 
-def test_packing_takes_both_cards_along_as_they_are(base, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("texts/me/wiki.TXT", "wiki.TXT"),
+        ("C:\\Users\\me\\texts", "texts"),
+        ("file:///home/me/texts/", "texts"),
+        ("~/texts", "texts"),
+        ("../me/texts", "texts"),
+        ("data/me/wiki.jsonl.gz", "wiki.jsonl.gz"),
+        ("allenai/c4", "allenai/c4"),
+        ("c4", "c4"),
+    ],
+)
+def test_a_source_that_is_a_file_is_named_without_its_directories(name, expected):
+    assert card_module._local(name) == expected
+
+
+@pytest.mark.parametrize("name", ["card", "write_report"])
+def test_no_error_of_any_class_stops_what_is_left_beside_a_checkpoint(name, tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise ImportError("no name 'x'\nin module y")
+
+    write_record(tmp_path)
+    monkeypatch.setattr(card_module, name, fail)
+    sums, notes = leave_beside(tmp_path, None)
+    assert len(sums) == len(notes) == 1
+    assert notes[0].endswith("is not written: ImportError: no name 'x' in module y")
+
+
+def test_a_packed_checkpoint_has_a_card_of_its_own_and_gives_the_plain_one_back(base, tmp_path):
     plain = prune(base, tmp_path / "plain", calibration=tokens(4)).out
     pack_checkpoint(plain, tmp_path / "packed")
-    for name in ("README.md", BASE_CARD):
-        assert (tmp_path / "packed" / name).read_bytes() == (plain / name).read_bytes()
+    assert (tmp_path / "packed" / BASE_CARD).read_bytes() == (plain / BASE_CARD).read_bytes()
+    found = ModelCard.load(tmp_path / "packed" / "README.md")
+    assert found.text.lstrip().startswith("> **This is the packed form")
+    assert found.data.license_name == "small-licence"
+    assert is_sealed(tmp_path / "packed" / "README.md")
     assert check(tmp_path / "packed").ok
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "back")
+    for path in plain.iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+    content = (tmp_path / "packed" / "README.md").read_bytes().replace(b"ordinary", b"ordinery")
+    (tmp_path / "packed" / "README.md").write_bytes(content)
+    with pytest.raises(CorruptFileError, match=r"README\.md of .* does not come out"):
+        unpack_checkpoint(tmp_path / "packed", tmp_path / "changed")

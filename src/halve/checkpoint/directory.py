@@ -33,7 +33,12 @@ TRAINING = "training.json"
 """Name of the manifest in that directory, where what is not complete is a training."""
 LAST = (INDEX, CONFIG)
 """The files that are written, or moved to their place, after all others: without them nothing can be loaded."""
-COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", BASE_CARD)
+_TERMS = tuple(
+    "".join(f"[{letter}{letter.swapcase()}]" if letter.isalpha() else letter for letter in name) + "*"
+    for name in ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+)
+"""What files with terms of use are called, in capitals or not, for `Path.glob` and the hub's client alike."""
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", *_TERMS, BASE_CARD)
 TEMPLATES = "additional_chat_templates"
 CODE = "*.py"
 _FORBIDDEN = {
@@ -50,6 +55,14 @@ _DTYPES = {"float32", "bfloat16", "float16", "float64", "auto"}
 _ELSEWHERE = "--"
 """What separates a repository from a class in ``auto_map``."""
 _SEAL = "<!-- Written by Halve; as long as nothing above is changed, its sha256 is {}. -->\n"
+_HEADING = b"\n# "
+_ABOUT_PACKED = b"""
+> **This is the packed form of the checkpoint that is described below**: matrices are stored as their kept values and
+> where these are, so that `from_pretrained` finds no weights here. `halve.load("DIR")` loads it, `halve check DIR`
+> checks it, and `halve unpack DIR --out PLAIN` restores the ordinary checkpoint and its card. Of that one, PLAIN, holds
+> what is said below of loading it, of `--against`, and of the room that it takes.
+"""
+"""What stands above the heading of a packed checkpoint's card; unpacking takes it out again."""
 _LONGEST_CARD = 1 << 20
 """Bytes; Halve writes no card that is longer."""
 
@@ -77,6 +90,7 @@ def companion_paths(directory: Path, *, code: bool = False) -> tuple[Path, ...]:
         if path.name not in {CONFIG, RECORD, MEASURED, PACKED, "adapter_config.json", "requirements.txt"}
         and not path.name.endswith(".index.json")
         and path.is_file()
+        and (code or path.suffix != ".py")
     ]
     return tuple(sorted(kept))
 
@@ -92,7 +106,10 @@ def card_of_base(directory: Path) -> tuple[Path | None, str]:
     """
     own, carried = directory / CARD, directory / BASE_CARD
     if carried.exists() and ((directory / RECORD).exists() or is_sealed(own)):
-        return carried, ""
+        if is_sealed(own) or not own.is_file():
+            return carried, ""
+        said = f"the model card {own} was not taken along: it is not as Halve wrote it, and {BASE_CARD} beside it is"
+        return carried, f"{said}; what you wrote into it has to be written again"
     if not (own.is_symlink() or own.exists()) or is_sealed(own):
         return None, ""
     reason = ""
@@ -118,8 +135,34 @@ def is_sealed(path: Path) -> bool:
             content = file.read(_LONGEST_CARD + 1)
     except OSError:
         return False
+    return _unsealed(content) is not None
+
+
+def _unsealed(content: bytes) -> bytes | None:
+    """Return the text of a card without its last line; None where that is not its seal."""
     text = content[: content.rfind(b"\n", 0, -1) + 1]
-    return content == text + _SEAL.format(hashlib.sha256(text).hexdigest()).encode()
+    return text if content == text + _SEAL.format(hashlib.sha256(text).hexdigest()).encode() else None
+
+
+def packed_card(content: bytes) -> bytes:
+    """Return the card of a packed checkpoint: the plain one's, under a paragraph that says what this one is.
+
+    Args:
+        content: of a card that Halve wrote.
+    """
+    text = _unsealed(content)
+    if text is None:
+        raise ValueError("the card is not sealed")
+    head, heading, rest = text.partition(_HEADING)
+    return sealed(b"".join([head, _ABOUT_PACKED, heading, rest]).decode()) if heading else content
+
+
+def plain_card(content: bytes, sha256: str) -> bytes | None:
+    """Return what `packed_card` was made of; None where the content is none, or has another sha256 than on record."""
+    text = _unsealed(content) if hashlib.sha256(content).hexdigest() == sha256 else None
+    if text is None or _ABOUT_PACKED not in text:
+        return None
+    return sealed(text.replace(_ABOUT_PACKED, b"", 1).decode())
 
 
 def is_unfinished(directory: Path) -> bool:

@@ -37,9 +37,9 @@ def check(
         zeros = f", {result.sparsity:.1%} zeros in them" if result.sparsity else ""
         what = f"{matrices} at {result.pattern}{zeros}; "
         looked_at = f": {what}{counted(result.tensors, 'tensor')} in all" if result.tensors else ""
-        verdict = "ok" if result.ok else counted(len(result.problems), "problem")
         compared = "" if against is None else f", {result.compared} of them the same as in {against}"
-        say(out, f"{verdict}{looked_at}{compared}")
+        if result.ok or looked_at:
+            say(out, f"{'ok' if result.ok else 'read'}{looked_at}{compared}")
         if not result.ok:
             say(out, f"{directory} {result.verdict}")
     if not result.ok:

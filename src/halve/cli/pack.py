@@ -40,16 +40,16 @@ def pack(
         asked = cast("Values", values)
         solving = stack.enter_context(progress()) if "calibration" in given else None
         listen = stack.enter_context(counting("packing", slow=values == "int4")) if solving is None else None
-        code = trust_remote_code
-        result = pack_as_asked(
-            directory, out_dir, pattern, values=asked, trust_remote_code=code, listen=listen, solving=solving, **given
-        )
+        given |= {"trust_remote_code": trust_remote_code, "listen": listen, "solving": solving}
+        result = pack_as_asked(directory, out_dir, pattern, values=asked, **given)
     out.print(_sizes(result))
     reasons: dict[str, list[str]] = {}
     for name, reason in result.left_dense.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         say(out, f"left dense, {reason}: {first_few(names)}", label="note")
+    for note in result.notes:
+        say(out, note, label="note")
     if result.left_out:
         say(out, f"not taken along, no files of a model: {', '.join(result.left_out)}", label="note")
     if result.error:

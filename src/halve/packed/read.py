@@ -24,15 +24,16 @@ from halve.checkpoint.directory import (
     companion_paths,
     contained,
     is_packed,
+    plain_card,
 )
-from halve.checkpoint.durable import Content, file_chunks, filling
+from halve.checkpoint.durable import Content, file_chunks, filling, hashed
 from halve.checkpoint.load import Source
 from halve.checkpoint.room import check_destination, refuse_contents
 from halve.checkpoint.shards import Shard, TensorEntry, read_chunks, read_shard, read_tensor, reading, tensor_bytes
 from halve.errors import CorruptFileError, HalveError, InputError, first_few, noting
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
-from halve.packed.manifest import Manifest, PackedTensor, read_manifest
+from halve.packed.manifest import File, Manifest, PackedTensor, read_manifest
 from halve.runtime.native import AnyPacked, expand
 from halve.runtime.packed_matrix import PackedMatrix, kept_per_row, part_shapes
 from halve.runtime.quantised_matrix import QuantisedMatrix, quantised_part_shapes
@@ -334,7 +335,7 @@ def unpack_checkpoint(directory: str | Path, out: str | Path, *, trust_remote_co
 
     Returns:
         dict[str, str]: sha256, in hexadecimal, of every file written, by its name; each is what the packed
-            checkpoint has on record.
+            checkpoint has on record. A card that Halve wrote loses what it says of packing.
 
     Raises:
         InputError: it is no packed checkpoint; ``out`` is in use or overlaps it, or its volume is too full.
@@ -348,6 +349,8 @@ def unpack_checkpoint(directory: str | Path, out: str | Path, *, trust_remote_co
     check_new(target, checkpoint.source, sum(file.size for file in expected.values()))
     plan: dict[str, Content] = {shard.path.name: checkpoint.plain_bytes(shard) for shard in checkpoint.plain}
     plan |= {name: file_chunks(place / name) for name in expected if name not in {*plan, INDEX, CONFIG}}
+    if CARD in plan and (card := plain_card(b"".join(file_chunks(place / CARD)), expected[CARD].sha256)) is not None:
+        plan[CARD], expected[CARD] = [card], File(size=len(card), sha256=hashed([card]))
     if manifest.index is not None:
         plan[INDEX] = [manifest.index]
     plan[CONFIG] = file_chunks(place / CONFIG)  # last: without it nothing loads what is there

@@ -23,6 +23,8 @@ from halve.checkpoint.directory import (
     PAGE,
     RECORD,
     contained,
+    is_sealed,
+    packed_card,
     refuse_unfinished,
 )
 from halve.checkpoint.durable import Content, file_chunks, filling, hashed, sha256_of
@@ -78,6 +80,7 @@ class PackResult:
         error: how far quantising has moved the kept weights: the root of the sum of the squared changes over that of
             the squared weights; 0 where they are as they were.
         moved: names of the tensors whose weights it has moved: they were not on the grid of integers before.
+        notes: what to know besides, sentences.
     """
 
     out: Path
@@ -90,6 +93,7 @@ class PackResult:
     bytes_after: int
     error: float = 0.0
     moved: tuple[str, ...] = field(default=(), repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -104,7 +108,7 @@ def pack_checkpoint(
     *,
     values: Values = "own",
     trust_remote_code: bool = False,
-    card: bytes | None = None,
+    card: Callable[[], tuple[bytes | None, str]] | None = None,
     listen: Listen | None = None,
 ) -> PackResult:
     """Pack the pruned matrices of a checkpoint, and quantise them if asked; everything else is taken along as it is.
@@ -118,7 +122,8 @@ def pack_checkpoint(
             each to the nearest integer of a scale that 64 columns share, see
             `halve.runtime.quantised_matrix.quantise`.
         trust_remote_code: whether to accept a model that comes with Python code of its own.
-        card: what the model card says where weights are rounded; None takes the one along that is there.
+        card: called where rounding has moved weights and the model card is as Halve wrote it; gives another card, None
+            where there can be none, and what there is to say of it. None takes the card along that is there.
         listen: told after every matrix how many are packed, how many there are, and its name.
 
     Raises:
@@ -160,7 +165,7 @@ def pack_checkpoint(
     carried = carried_files(source.path, code=trust_remote_code) | {path.name: path for path in source.carried}
     check_space(target, sum(sizes) + sum(path.stat().st_size for path in carried.values()))
     moved = _Moved(len(chosen), listen)
-    _write(target, source, shards, headers, carried, chosen, left, moved, card)
+    notes = _write(target, source, shards, headers, carried, chosen, left, moved, card)
     packed = [entry for shard in shards for entry in shard.tensors if entry.name in chosen]
     return PackResult(
         out=target,
@@ -173,6 +178,7 @@ def pack_checkpoint(
         bytes_after=sum(sizes) + sum(path.stat().st_size for path in source.carried),
         error=moved.share,
         moved=tuple(moved.names),
+        notes=notes,
     )
 
 
@@ -241,9 +247,14 @@ def _write(
     chosen: Mapping[str, PackedTensor],
     left: Mapping[str, str],
     moved: "_Moved",
-    card: bytes | None,
-) -> None:
-    """Write the directory, restore the weight files from it in memory, and write the manifest if all is well."""
+    card: Callable[[], tuple[bytes | None, str]] | None,
+) -> tuple[str, ...]:
+    """Write the directory, restore the weight files from it in memory, and write the manifest if all is well.
+
+    Returns:
+        tuple[str, ...]: what there is to say of the card, sentences.
+    """
+    notes: list[str] = []
     count = len(shards)
     names = [f"packed-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["packed.safetensors"]
@@ -269,14 +280,16 @@ def _write(
             raise CorruptFileError(f"{changed[0].path} has been changed while it was packed: pack it again")
         restored = {shard.path.name: file.sha256 for shard, file in zip(shards, after, strict=True)}
         for name in sorted(_ABOUT_WEIGHTS & carried.keys()):
-            content: Content = file_chunks(carried[name])
+            content: Content | None = file_chunks(carried[name])
             if changed and name in {MEASURED, PAGE}:
                 continue
             if changed and name == RECORD:
                 content = [_record_of_quantised(carried[name], restored, f"int{bits}")]
-            elif changed and card is not None:
-                content = [card]
-            sums[name] = write(name, content, "companion")
+            elif name == CARD:
+                content, said = _card(carried[name], card, changed=bool(changed))
+                notes += filter(None, [said])
+            if content is not None:
+                sums[name] = write(name, content, "companion")
         manifest = Manifest(
             matrices=chosen,
             left_dense=left,
@@ -289,6 +302,25 @@ def _write(
             files={name: File(size=(out / name).stat().st_size, sha256=sha256) for name, sha256 in sums.items()},
         )
         write(PACKED, [manifest.to_bytes()], "packed-manifest")
+    return tuple(notes)
+
+
+def _card(
+    path: Path, rounded: Callable[[], tuple[bytes | None, str]] | None, *, changed: bool
+) -> tuple[Content | None, str]:
+    """Return the card of the packed checkpoint, None where there can be none, and what there is to say of it."""
+    if not is_sealed(path):
+        more = ", nor that kept weights were rounded: what it says of scores was measured before" if changed else ""
+        said = (
+            f"the model card {path} goes along as it is, because it is not as Halve wrote it: it does not say that the "
+            f"checkpoint is packed{more}"
+        )
+        return file_chunks(path), said
+    content: bytes | None = b"".join(file_chunks(path))
+    note = ""
+    if changed and rounded is not None:
+        content, note = rounded()
+    return (None if content is None else [packed_card(content)]), note
 
 
 def _record_of_quantised(path: Path, restored: Mapping[str, str], values: str) -> bytes:

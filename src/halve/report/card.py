@@ -1,9 +1,9 @@
 """``README.md``: the model card of a checkpoint, in the format of the hub.
 
 It is made of nothing but what lies beside it — the record, what was measured, the base model's card — so that equal
-runs have equal cards, and it can be written again once more is known. It has no times and no paths: it is made to be
-published. Of the base model's card, which anybody may have written, single fields are taken that hold of a pruned model
-too; nothing in it can stop a run.
+runs have equal cards, and it can be written again once more is known. It is made to be published: it has no times, and
+no directories but those whose names may be of the hub. Of the base model's card, which anybody may have written, single
+fields are taken that hold of a pruned model too; nothing in it can stop a run.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from halve.checkpoint.directory import BASE_CARD, CARD, CONFIG, PAGE, card_of_base, is_sealed, sealed
+from halve.checkpoint.directory import BASE_CARD, CARD, CONFIG, PAGE, card_of_base, is_plain_name, is_sealed, sealed
 from halve.checkpoint.durable import sha256_of, write_file, writing
 from halve.checkpoint.load import Source
 from halve.checkpoint.shards import read_json
@@ -39,6 +39,10 @@ _LONGEST_VALUE = 300
 _MOST_VALUES = 500
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _IN_HUB_CACHE = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/[^/]+/?")
+_ON_A_MACHINE = re.compile(r"file:|[A-Za-z]:[\\/]|[~.\\/]")
+_TEXT_FILE = re.compile(r"\.(txt|text|md|jsonl?|csv|tsv|parquet|arrow)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+_FENCE = re.compile(rb"---[ \t]*[\r\n]")
+_END_FENCE = re.compile(rb"[\r\n]---[ \t]*(?:[\r\n]|$)")
 _CLASS = re.compile(r"[A-Z]\w*")
 _VERSIONS = ("halve", "torch", "transformers", "python")
 
@@ -74,8 +78,8 @@ def leave_beside(directory: Path, source: Source | None, place: Path | None = No
     try:
         write_report(directory, place=place)
         sums[PAGE] = sha256_of(directory / PAGE)
-    except HalveError as error:
-        notes.append(f"the checkpoint is complete, but its report is not written: {error}")
+    except Exception as error:  # noqa: BLE001  hours may lie behind the checkpoint, and it needs no report
+        notes.append(f"the checkpoint is complete, but its report is not written: {_said(error)}")
     cards, said = leave_card(directory, source)
     return sums | cards, [*notes, *said]
 
@@ -87,9 +91,14 @@ def leave_card(directory: Path, source: Source | None) -> tuple[dict[str, str], 
     try:
         notes.append(write_card(directory))
         sums[CARD] = sha256_of(directory / CARD)
-    except HalveError as error:
-        notes.append(f"the checkpoint is complete, but its model card is not written: {error}")
+    except Exception as error:  # noqa: BLE001  hours may lie behind the checkpoint, and it needs no card
+        notes.append(f"the checkpoint is complete, but its model card is not written: {_said(error)}")
     return sums, [note for note in notes if note]
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, and, where it is none of ours, which it is."""
+    return str(error) if isinstance(error, HalveError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def write_card(directory: str | Path) -> str:
@@ -116,24 +125,22 @@ def write_card(directory: str | Path) -> str:
     return base.note
 
 
-def rounded_card(directory: Path, kind: str) -> bytes | None:
-    """Return the card of a checkpoint once its weights are rounded.
+def rounded_card(directory: Path, kind: str) -> tuple[bytes | None, str]:
+    """Return the card of a checkpoint once its weights are rounded: nothing here stops packing.
 
     Args:
         directory: of the checkpoint as it is.
         kind: of integers, such as ``int4``.
 
     Returns:
-        bytes | None: the content; None where the card there is not as Halve wrote it.
-
-    Raises:
-        InputError, CorruptFileError: as `write_card`.
+        tuple[bytes | None, str]: the content, None where it could not be made; and why not, a sentence.
     """
-    if not is_sealed(directory / CARD):
-        return None
-    run = read_run(directory)
-    run = replace(run, rounded=(*run.rounded, kind), perplexity=(), mean_loss=None)
-    return card(run, read_base(directory), _architecture(directory))
+    try:
+        run = read_run(directory)
+        run = replace(run, rounded=(*run.rounded, kind), perplexity=())
+        return card(run, read_base(directory), _architecture(directory)), ""
+    except Exception as error:  # noqa: BLE001  a card is no reason not to pack
+        return None, f"the packed checkpoint is complete, but has no model card: {_said(error)}"
 
 
 def card(run: RunFacts, base: BaseCard, architecture: str = "") -> bytes:
@@ -195,18 +202,33 @@ def read_base(directory: Path) -> BaseCard:
         return BaseCard()
     try:
         with path.open("rb") as file:
-            found = _fields(file.read(_LONGEST))
+            found, left = _fields(file.read(_LONGEST))
     except (ValueError, OSError, RecursionError) as error:
         # what is wrong with YAML is a ValueError here, and so is what is no UTF-8
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else shown(" ".join(str(error).split()))
         return BaseCard(
             True, {}, f"the fields of {BASE_CARD}, licence and language among them, could not be read: {reason}"
         )
-    return BaseCard(True, found)
+    return BaseCard(True, found, _licence_note(directory, found, left))
 
 
-def _fields(content: bytes) -> dict[str, str | list[str]]:
-    """Return those of `CARRIED` that a card begins with.
+def _licence_note(directory: Path, found: Mapping[str, str | list[str]], left: list[str]) -> str:
+    """Say what of the licence could not be taken over; empty where all was."""
+    said = []
+    if left:
+        named = ", ".join(f"`{name}`" for name in left)
+        said.append(f"{named} of {BASE_CARD} could not be taken over: see to it that the card names the licence")
+    link = found.get("license_link", "")
+    if link and "://" not in link and not (is_plain_name(link) and (directory / link).is_file()):
+        name = shown(repr(link))
+        said.append(
+            f"the licence file {name}, which {BASE_CARD} names, was not taken along: copy it if terms ask for it"
+        )
+    return "; ".join(said)
+
+
+def _fields(content: bytes) -> tuple[dict[str, str | list[str]], list[str]]:
+    """Return those of `CARRIED` that a card begins with, and the names of those of the licence that cannot be taken.
 
     What YAML would make of a value is not asked: ``no`` is a language. And no node is built of others, so that a few
     lines that stand for billions do no harm.
@@ -224,30 +246,31 @@ def _fields(content: bytes) -> dict[str, str | list[str]]:
     if root is not None and root.id != "mapping":
         raise ValueError("they are a list, or a text")
     found: dict[str, str | list[str]] = {}
+    left = []
     for key, node in () if root is None else root.value:
         name = _scalar(key)
         values = [value for value in map(_scalar, _inside(node)) if value] if name in CARRIED else []
         if values:
             found[name] = values if node.id == "sequence" and name not in _SINGLE else values[0]
-    return found
+        elif name in CARRIED[:3] and not node.tag.endswith(":null"):
+            left.append(name)
+    return found, left
 
 
 def _front_matter(content: bytes) -> str:
-    """Return the YAML that a card begins with, as the hub finds it; empty where there is none.
+    """Return the YAML that a card begins with, between two lines of three dashes; empty where there is none.
 
     Raises:
         ValueError: it does not end, or is no UTF-8.
     """
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
     text = content.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not text.startswith(b"---"):
+    if (opening := _FENCE.match(text)) is None:
         return ""
-    end = re.search(rb"[\r\n]---[ \t]*(\r\n|\n|$)", text)
+    first = opening.end()
+    end = _END_FENCE.search(text, first - 1)  # the line break of the one fence may be that before the other
     if end is None:
         raise ValueError(f"they do not end within {_LONGEST} bytes")
-    block = REGEX_YAML_BLOCK.search(text[: end.end()].decode())
-    return "" if block is None else str(block.group(2))
+    return text[first : end.start()].decode()
 
 
 def _inside(node: Any) -> list[Any]:
@@ -341,9 +364,13 @@ def _without_paths(sentence: str, run: RunFacts) -> str:
 
 
 def _local(name: str) -> str:
-    """Return a name without the directories of the machine that it was on."""
-    outside = Path(name).is_absolute() or name.startswith(("~", "."))
-    return (Path(name).name or name) if outside else name
+    """Return a name without the directories of the machine that it was on.
+
+    One of two parts without the ending of a text file, such as ``allenai/c4``, may be of the hub, and is left.
+    """
+    if not (_ON_A_MACHINE.match(name) or _TEXT_FILE.search(name)):
+        return name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name
 
 
 def _code(text: str) -> str:
