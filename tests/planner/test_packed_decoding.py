@@ -9,7 +9,8 @@ from halve.maths.pattern import Pattern
 from halve.planner import packed_decoding
 from halve.planner.dense_engine import NEW, PROMPT, ROUNDS
 from halve.planner.packed_decoding import packed_name, packed_seconds
-from halve.runtime.linear import IntegerHead, SparseLinear
+from halve.runtime.heads import IntegerHead
+from halve.runtime.linear import SparseLinear
 from models import decoder
 
 PATTERN = Pattern("2:4")

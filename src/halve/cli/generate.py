@@ -16,7 +16,7 @@ from halve.errors import InputError, counted
 if TYPE_CHECKING:
     from halve.checkpoint.load import LoadedModel
     from halve.maths.grid import Bits
-    from halve.runtime.accelerate import Head
+    from halve.runtime.heads import Head
     from halve.runtime.quantised_matrix import Values
 
 
@@ -116,7 +116,7 @@ def _check_values(model: str, values: str, head: str, *, dense: bool) -> None:
     """
     from halve.checkpoint.directory import is_packed
     from halve.maths.pattern import Pattern
-    from halve.runtime.accelerate import Head
+    from halve.runtime.heads import Head
     from halve.runtime.quantised_matrix import bits_of
 
     bits_of(values, Pattern("2:4"))
@@ -134,8 +134,9 @@ def _check_values(model: str, values: str, head: str, *, dense: bool) -> None:
 
 def _accelerate(loaded: "LoadedModel", values: str, head: str) -> str:
     """Run a model's pruned layers sparse, and return what came of it."""
-    from halve.runtime.accelerate import accelerate, quantise_head
+    from halve.runtime.accelerate import accelerate
     from halve.runtime.decoding.next_token import computes_in_one_call
+    from halve.runtime.heads import quantise_head
     from halve.runtime.linear import SparseLinear
     from halve.runtime.speed import describe
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from halve.torch_internals import children_with_repeats
+
 Layout = Literal["out_in", "in_out"]
 """How a matrix lies in its parameter: (d_out, d_in) as in ``Linear``, or transposed as in GPT-2's ``Conv1D``."""
 
@@ -75,3 +77,12 @@ def block_weight_count(block: nn.Module) -> int:
 def is_fused(owner: nn.Module, parameter: Tensor) -> bool:
     """Whether ``parameter`` of ``owner`` looks like the matrices of several experts, stacked along dimension 0."""
     return parameter.ndim == 3 and not isinstance(owner, _ConvNd)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module wherever another is."""
+    new.train(old.training)
+    for parent in list(model.modules()):
+        for name, child in children_with_repeats(parent):
+            if child is old:
+                setattr(parent, name, new)

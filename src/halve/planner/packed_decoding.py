@@ -18,8 +18,8 @@ from halve.model.layers import block_weight_count, is_conv1d, is_linear, layer_m
 from halve.model.stacks import find_stack
 from halve.planner.dense_engine import NEW, PROMPT, ROUNDS
 from halve.planner.rest import build_random
-from halve.runtime.accelerate import Head, quantise_head
 from halve.runtime.decoding.next_token import decode_in_one_call
+from halve.runtime.heads import Head, quantise_head
 from halve.runtime.linear import SparseLinear
 from halve.runtime.packed_matrix import pack
 from halve.runtime.quantised_matrix import QUANTISED, Values, bits_of, quantise

@@ -10,7 +10,7 @@ Models of Llama's kind on the CPU then have their next tokens computed in one ca
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,19 @@ from halve.errors import HalveError, InputError, counted
 from halve.maths.grid import Bits
 from halve.maths.linalg import is_finite
 from halve.maths.pattern import Pattern
-from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix
+from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_linear, layer_matrix, replace_module
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
 from halve.runtime.decoding.next_token import decode_by_modules, decode_in_one_call
+from halve.runtime.heads import Head, IntegerHead, head_to_quantise, output_layer
 from halve.runtime.kernels.gpu_linear import GpuLinear
-from halve.runtime.linear import IntegerHead, SparseLinear, why_no_integer_head
+from halve.runtime.linear import SparseLinear
 from halve.runtime.probe import Probe, difference, noting_calls
 from halve.runtime.product_check import check_product, reference_of
 from halve.runtime.quantised_matrix import Values, bits_of
 from halve.runtime.semi_structured import SemiStructuredLinear
 from halve.runtime.speed import Product, Speed
-from halve.torch_internals import children_with_repeats, has_hooks
+from halve.torch_internals import has_hooks
 
 _OUTPUT = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
 """Relative difference of a whole model's output that rounding explains, by the dtype of the swapped layers. It grows
@@ -42,9 +43,6 @@ _QUANTISED_OUTPUT: dict[Bits, float] = {8: 0.2, 4: 0.7}
 """The same where weights are rounded, which changes the output for good: this finds what is no rounding."""
 
 Sparse = SparseLinear | GpuLinear | SemiStructuredLinear
-
-Head = Literal["own", "int8"]
-"""What a dense output layer multiplies a few rows with."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def accelerate(
             `halve.runtime.quantised_matrix.quantise`, and on the CPU with few rows what they are multiplied with: at
             2:4. The model's ``state_dict`` is then that of the rounded weights.
         head: ``int8`` lets a dense output layer multiply a few rows with its weight in integers of 8 bits, which it
-            then holds beside its own (`halve.runtime.linear.IntegerHead`): on the CPU alone. ``own`` leaves it alone.
+            then holds beside its own (`halve.runtime.heads.IntegerHead`): on the CPU alone. ``own`` leaves it alone.
         one_call: whether a model of Llama's kind computes each next token in one call, where it can be.
         listen: told after every layer how many are swapped, how many there are, and its name.
 
@@ -143,7 +141,7 @@ def accelerate(
             f"no linear layer of this {type(model).__name__} can run sparse at {pattern} ({_most_common(left)}): prune "
             "it first, or give its pattern"
         )
-    output_layer = _head_to_quantise(model, chosen, head)
+    dense_head = head_to_quantise(model, chosen, head)
     asked = Probe.of(model, probe)
     before = _dense_output(asked, chosen, left)
     how = _How(pattern, batch, bits)
@@ -152,7 +150,7 @@ def accelerate(
     device = layer_matrix(next(iter(chosen.values()))).device
     sizes = {name: layer_matrix(layer).nbytes for name, layer in chosen.items()}
     allowed = _allowed(chosen) if bits is None else _QUANTISED_OUTPUT[bits]
-    allowed = allowed if output_layer is None else max(allowed, _QUANTISED_OUTPUT[8])
+    allowed = allowed if dense_head is None else max(allowed, _QUANTISED_OUTPUT[8])
     plain = {
         name: _Plain(bool(layer.weight.requires_grad), None if bits is None else layer)
         for name, layer in chosen.items()
@@ -164,14 +162,14 @@ def accelerate(
             swapped[name] = sparse
             if listen is not None:
                 listen(len(swapped), len(plain), name)
-        if output_layer is not None:
-            _replace(model, output_layer, IntegerHead(output_layer))
+        if dense_head is not None:
+            replace_module(model, dense_head, IntegerHead(dense_head))
         off = _check_output(asked, before, allowed, swapped, plain)
         decoding = decode_in_one_call(model) if one_call else "it was not asked for"
     except BaseException:
         _put_back(model, swapped, plain)
-        if output_layer is not None:
-            _replace(model, _output_layer(model), output_layer)
+        if dense_head is not None:
+            replace_module(model, output_layer(model), dense_head)
         if was_in_one_call:
             decode_in_one_call(model)
         raise
@@ -202,7 +200,7 @@ def restore(model: nn.Module, name: str) -> None:
     sparse = dict(model.named_modules()).get(name)
     if not isinstance(sparse, Sparse):
         raise InputError(f"{name} is no sparse layer of this model")
-    _replace(model, sparse, sparse.plain())
+    replace_module(model, sparse, sparse.plain())
 
 
 @dataclass(frozen=True)
@@ -217,7 +215,7 @@ def _put_back(model: nn.Module, names: Iterable[str], plain: Mapping[str, _Plain
     for name in names:
         layer = plain[name].layer
         if layer is not None:
-            _replace(model, model.get_submodule(name), layer)
+            replace_module(model, model.get_submodule(name), layer)
         else:
             restore(model, name)
             model.get_parameter(f"{name}.weight").requires_grad_(plain[name].trained)
@@ -252,52 +250,6 @@ def _candidates(model: nn.Module, pattern: Pattern, values: Values) -> tuple[dic
         else:
             chosen[name] = module
     return chosen, left
-
-
-def quantise_head(model: nn.Module) -> None:
-    """Let a model's dense output layer multiply a few rows in integers, as `accelerate` does with ``head="int8"``.
-
-    Raises:
-        InputError: the model has no output layer that can.
-    """
-    layer = _head_of(model)
-    _replace(model, layer, IntegerHead(layer))
-
-
-def _head_of(model: nn.Module) -> nn.Linear:
-    """Return the output layer of a model, which can multiply in integers.
-
-    Raises:
-        InputError: it cannot, or there is none.
-    """
-    found = _output_layer(model)
-    name = type(model).__name__
-    if not isinstance(found, nn.Linear) or not is_plain_linear(found) or has_hooks(found) or "forward" in vars(found):
-        raise InputError(f"this {name} has no plain linear output layer that could multiply in int8: leave head out")
-    if reason := why_no_integer_head(found):
-        raise InputError(f"the output layer of this {name} {reason}: leave head out")
-    return found
-
-
-def _output_layer(model: nn.Module) -> Any:
-    asked: Any = getattr(model, "get_output_embeddings", lambda: None)
-    return asked()
-
-
-def _head_to_quantise(model: nn.Module, chosen: Mapping[str, nn.Module], head: str) -> nn.Linear | None:
-    """Return the output layer that is to multiply in integers, None if none is.
-
-    Raises:
-        InputError: there is no such kind of head, or the model has no head that can have it.
-    """
-    if head not in get_args(Head):
-        raise InputError(f"head is {head!r}: give {' or '.join(get_args(Head))}")
-    if head == "own":
-        return None
-    found = _head_of(model)
-    if any(found is layer for layer in chosen.values()):
-        raise InputError(f"the output layer of this {type(model).__name__} is pruned and runs sparse: leave head out")
-    return found
 
 
 def _why_dense(layer: nn.Module, pattern: Pattern, values: Values, *, shared: bool) -> str:
@@ -422,7 +374,7 @@ def _swap(
             for rows in sorted({1, 3, how.batch}):  # each may take another way through the kernels
                 check_product(name, layer, sparse, expected, rows)
             del expected
-        _replace(model, layer, sparse)
+        replace_module(model, layer, sparse)
         del layer
         yield name, sparse
 
@@ -464,12 +416,3 @@ def _check_output(
     if not off <= allowed:
         raise HalveError(f"the sparse model's output differs from the dense one's by {off:.2g} of its norm")
     return off
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put one module wherever another is."""
-    new.train(old.training)
-    for parent in list(model.modules()):
-        for name, child in children_with_repeats(parent):
-            if child is old:
-                setattr(parent, name, new)

@@ -14,16 +14,10 @@ from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
-from halve.runtime.native import (
-    AnyPacked,
-    dense_integers_linear,
-    expand,
-    multiplies_dense_integers,
-    sparse_linear,
-)
+from halve.runtime.native import AnyPacked, expand, sparse_linear
 from halve.runtime.packed_matrix import DTYPES, PackedMatrix, pack
-from halve.runtime.quantised_matrix import QuantisedMatrix, quantise, quantise_dense
-from halve.torch_internals import has_tangent, is_recorded, writes_to
+from halve.runtime.quantised_matrix import QuantisedMatrix, quantise
+from halve.torch_internals import has_tangent, is_recorded
 
 Parts = tuple[Tensor, Tensor, Tensor | None, int, str, int, int]
 """What operators take of a packed matrix: mask, values, None, d_in, pattern, 0 and the number of its dtype in `DTYPES`;
@@ -101,8 +95,8 @@ def _fake_unpack(
     return values.new_empty(mask.shape[0], d_in, dtype=DTYPES[held])
 
 
-def _watched(x: Tensor) -> bool:
-    """Whether something records or transforms what is computed, and so has to see the operator."""
+def is_watched(x: Tensor) -> bool:
+    """Return whether something records or transforms what is computed, and so has to see operators."""
     return torch.compiler.is_compiling() or type(x) is not Tensor or is_recorded()
 
 
@@ -196,7 +190,7 @@ class SparseLinear(CompressedLinear):
             raise InputError("a SparseLinear has no forward-mode derivative: restore the plain layer for that")
         bias = self.bias
         wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if wanted or _watched(x):
+        if wanted or is_watched(x):
             return cast("Tensor", _operator(x, bias, *self._operand()))
         return sparse_linear(x, self.packed, bias)  # beside a small product, the operator would cost as much again
 
@@ -216,59 +210,3 @@ class SparseLinear(CompressedLinear):
             return
         packed = pack(matrix.to("cpu", self.empty.dtype), self.pattern)
         self._hold(quantise(packed, cast("Bits", self.bits)) if self.bits else packed)
-
-
-def why_no_integer_head(layer: nn.Linear) -> str:
-    """Return what keeps an output layer from being an `IntegerHead`; empty if nothing does."""
-    if layer.bias is not None:
-        return "has a bias"
-    if layer.weight.dtype not in DTYPES or layer.weight.device.type != "cpu":
-        held = str(layer.weight.dtype).removeprefix("torch.")
-        return f"is {held} on {layer.weight.device}, not bfloat16, float16 or float32 on the CPU"
-    return "" if multiplies_dense_integers(1) else "has no compiled kernels to multiply with"
-
-
-class IntegerHead(nn.Linear):
-    """A model's output layer whose weight is there a second time, in integers of 8 bits, for products of a few rows.
-
-    The weight itself stays, shared with the input embeddings or not: it is what is saved, what more rows are multiplied
-    with, and what is multiplied with wherever a gradient is wanted or something records what is computed. Where it is
-    replaced or written to, the integers are made anew; writing through ``weight.data`` is not seen.
-
-    Args:
-        layer: the plain one, of which `why_no_integer_head` has nothing to say.
-
-    Raises:
-        InputError: the weight is not finite, or too large to be quantised.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight = layer.weight
-        self.register_parameter("bias", None)
-        self._quantise()
-
-    def _quantise(self) -> None:
-        self._alias = self.weight.detach()  # which keeps its memory, so that no other weight comes to the same address
-        self._made_of = self._state()
-        self._integers = quantise_dense(self.weight.detach())
-
-    def _state(self) -> tuple[int, int]:
-        """Return what changes when the weight does."""
-        return self.weight.data_ptr(), writes_to(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out_features) for x of shape (..., in_features)."""
-        wanted = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        rows = x.numel() // self.in_features
-        same = x.dtype == self.weight.dtype in DTYPES and x.is_cpu and self.weight.is_cpu
-        if wanted or _watched(x) or torch.is_autocast_enabled("cpu") or not same or not multiplies_dense_integers(rows):
-            return nn.functional.linear(x, self.weight)
-        if self._state() != self._made_of:
-            self._quantise()
-        return dense_integers_linear(x, self._integers)
-
-    def extra_repr(self) -> str:
-        """Return what is printed between the brackets."""
-        return f"{super().extra_repr()}, values=int8"
