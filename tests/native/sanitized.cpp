@@ -264,7 +264,7 @@ bool packs() {
     return used == dense.size() / 2 && !pack_rows(job, sizeof(Bits) == 4, 0, 1);
 }
 
-// Blocks in which dense and quantised matrices alternate, on three threads and on one: the same bits, and numbers. Keys
+// Blocks in which matrices of all forms lie side by side, on three threads and on one: the same bits, and numbers. Keys
 // and values lie in memory that ends with the last token that there is room for.
 bool decodes(const char* name, Values held, const Kernels& plain, const QuantisedKernels& integers,
              const BetweenKernels& between) {
@@ -291,12 +291,33 @@ bool decodes(const char* name, Values held, const Kernels& plain, const Quantise
         for (std::size_t i = 0; i < 2 * d_out * strips; ++i) scales[i] = 0x2400;  // 1/64
         return Weight{true, {}, {nullptr, reinterpret_cast<std::uint8_t*>(codes), scales, d_out, d_in, 8}, nullptr};
     };
+    const auto packed = [&](std::size_t d_out, std::size_t d_in) {  // the first and the third of every four columns
+        arrays.push_back(std::make_unique<Exact>(d_out * words(d_in) * 8, 1));
+        auto* const mask = reinterpret_cast<std::uint8_t*>(arrays.back()->data);
+        std::memset(mask, 0x55, d_out * words(d_in) * 8);
+        const char* const values = numbers(d_out * d_in / 2 + OVERREAD);
+        return Weight{false, {mask, values, d_out, d_in, d_in / 2, true}, {}, nullptr};
+    };
+    const auto quartered = [&](std::size_t d_out, std::size_t d_in) {  // 4 bits at 2:4, the first two of every four
+        const std::size_t strips = (d_in + STRIP - 1) / STRIP;
+        arrays.push_back(std::make_unique<Exact>(d_out * strips * STRIP_PLACES, 1));
+        char* const places = arrays.back()->data;
+        for (std::size_t i = 0; i < d_out * strips * STRIP_PLACES; ++i) places[i] = i % 2 ? 0x55 : 0;
+        arrays.push_back(std::make_unique<Exact>(d_out * strips * KEPT / 2, 1));
+        char* const codes = arrays.back()->data;
+        for (std::size_t i = 0; i < d_out * strips * KEPT / 2; ++i) codes[i] = char(0x80 | random_bits() % 16);
+        arrays.push_back(std::make_unique<Exact>((2 * d_out * strips + OVERREAD) * 2, 2));
+        auto* const scales = reinterpret_cast<std::uint16_t*>(arrays.back()->data);
+        for (std::size_t i = 0; i < 2 * d_out * strips; ++i) scales[i] = 0x2400;  // 1/64
+        return Weight{true, {}, {reinterpret_cast<std::uint8_t*>(places), reinterpret_cast<std::uint8_t*>(codes), scales,
+                                 d_out, d_in, 4}, nullptr};
+    };
     const void* const last_norm = numbers(HIDDEN);
     Decoder decoder(held, plain, integers, between, {HIDDEN, HEADS, KEY_HEADS, WIDTH, INNER, 1e-5f, 0.2f}, last_norm);
     for (std::size_t i = 0; i < BLOCKS; ++i)
         decoder.add({numbers(HIDDEN), numbers(HIDDEN), i ? numbers(WIDTH) : nullptr, i ? numbers(WIDTH) : nullptr,
-                     dense(HEADS * WIDTH, HIDDEN), quantised(KEY_HEADS * WIDTH, HIDDEN), dense(KEY_HEADS * WIDTH, HIDDEN),
-                     dense(HIDDEN, HEADS * WIDTH), quantised(INNER, HIDDEN), dense(INNER, HIDDEN),
+                     dense(HEADS * WIDTH, HIDDEN), quantised(KEY_HEADS * WIDTH, HIDDEN), packed(KEY_HEADS * WIDTH, HIDDEN),
+                     packed(HIDDEN, HEADS * WIDTH), quartered(INNER, HIDDEN), dense(INNER, HIDDEN),
                      quantised(HIDDEN, INNER)});
     const std::size_t bytes = BATCH * HIDDEN * element;
     const char* const embedded = numbers(BATCH * HIDDEN);
