@@ -77,8 +77,11 @@ def draw(points: Sequence[Point], text: str, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")  # no screen
-    mpl.rcParams["svg.hashsalt"] = "engines"  # the same bytes every time
-    mpl.rcParams["svg.fonttype"] = "none"
+    with mpl.rc_context({"svg.hashsalt": "engines", "svg.fonttype": "none"}):  # the same bytes every time
+        _draw(points, text, path)
+
+
+def _draw(points: Sequence[Point], text: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
