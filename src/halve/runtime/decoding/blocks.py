@@ -87,6 +87,9 @@ def why_not(inner: nn.Module, family: str) -> str:
         return "it has no blocks"
     if len({widths_of(block) for block in blocks}) > 1:
         return "its blocks differ in their widths"
+    norms = [stack.norm, *(norm for block in blocks for norm in norms_of(block) if norm is not None)]
+    if len({norm.variance_epsilon for norm in norms}) > 1 or len({block.self_attn.scaling for block in blocks}) > 1:
+        return "its norms or its attentions are set differently"
     return ""
 
 
@@ -242,10 +245,6 @@ class Compiled:
             modules += block.modules()
             settings += [(part, "variance_epsilon") for part in norms if part is not None]
             settings += [(block.self_attn, name) for name in ("scaling", "layer_idx", "head_dim")]
-        self.alike = all(
-            getattr(owner, name) == {"variance_epsilon": eps, "scaling": scale}.get(name, getattr(owner, name))
-            for owner, name in settings
-        )
         self._holdings = Holdings(modules, settings, is_heard)
 
     def holds(self) -> bool:
@@ -261,6 +260,13 @@ class Compiled:
             for layer in layers
             for part in (layer.keys, layer.values)
         )
+
+    def takes_room(self, room: Room, sequences: int) -> bool:
+        """Return whether keys and values that were taken before are those of these blocks."""
+        _, head, _, keys, _ = self.widths
+        blocks, rows, heads, _, width = room.keys.shape
+        shape = (self.blocks, sequences, keys // head, head)
+        return (blocks, rows, heads, width) == shape and room.keys.dtype == self.dtype
 
     def run(self, x: Tensor, room: Room, cosines: Tensor, sines: Tensor, mask: Tensor | None) -> Tensor:
         """Return what the blocks, and the norm, make of one token of each sequence, (sequences, 1, hidden).

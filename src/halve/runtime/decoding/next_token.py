@@ -99,11 +99,7 @@ class NextToken:
         """Return why the blocks cannot be computed in one call; empty if they can."""
         inner = self._inner
         family = family_of(inner)
-        if family is None:
-            return f"it has become a {type(inner).__name__}"
-        if reason := why_not(inner, family):
-            return reason
-        return "" if Compiled(blocks_of(inner), inner).alike else "its norms or its attentions are set differently"
+        return f"it has become a {type(inner).__name__}" if family is None else why_not(inner, family)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Do as the inner model's ``forward``."""
@@ -162,11 +158,7 @@ class NextToken:
         """Return whether a cache holds keys and values of these blocks, of at least one token."""
         layers, room = cache.layers, self._rooms.get(cache)
         if room is not None and room.holds(layers):
-            return (
-                room.keys.shape[1] == sequences
-                and room.keys.dtype == compiled.dtype
-                and compiled.takes(layers[:1] * compiled.blocks, sequences)
-            )
+            return compiled.takes_room(room, sequences)
         plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers)
         return plain and compiled.takes(layers, sequences) and layers[0].keys.shape[2] > 0
 
