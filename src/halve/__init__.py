@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from halve.evaluation.figure import Perplexity
     from halve.evaluation.perplexity import evaluate
     from halve.evaluation.request import Evaluation
+    from halve.evaluation.top_one import ImageEvaluation, TopOne, top_one
     from halve.learned_masks import apply_masks, learn
     from halve.learning.callback import KeepMasks
     from halve.learning.finetuning import finetune
@@ -51,6 +52,7 @@ _HOMES = {
     "HalveError": "errors",
     "Gradient": "maths.gram",
     "GramAccumulator": "maths.gram",
+    "ImageEvaluation": "evaluation.top_one",
     "KeepMasks": "learning.callback",
     "KeptMasks": "learning.keeping",
     "LlamaCpp": "engines.llama_cpp",
@@ -68,6 +70,7 @@ _HOMES = {
     "Statistics": "maths.gram",
     "Status": "solve.outcome",
     "Taught": "learning.lesson",
+    "TopOne": "evaluation.top_one",
     "WhereFaster": "planner.where_faster",
     "accelerate": "runtime.accelerate",
     "check": "verification",
@@ -86,6 +89,7 @@ _HOMES = {
     "prune": "pruning",
     "prune_weight": "solve.matrix",
     "resume": "pruning",
+    "top_one": "evaluation.top_one",
     "unpack": "packed.read:unpack_checkpoint",
     "write_comparison": "report.page",
     "write_report": "report.page",
@@ -100,6 +104,7 @@ __all__ = [
     "Gradient",
     "GramAccumulator",
     "HalveError",
+    "ImageEvaluation",
     "KeepMasks",
     "KeptMasks",
     "LlamaCpp",
@@ -117,6 +122,7 @@ __all__ = [
     "Statistics",
     "Status",
     "Taught",
+    "TopOne",
     "WhereFaster",
     "accelerate",
     "apply_masks",
@@ -135,6 +141,7 @@ __all__ = [
     "prune",
     "prune_weight",
     "resume",
+    "top_one",
     "unpack",
     "write_comparison",
     "write_report",

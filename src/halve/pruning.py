@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,18 @@ from halve.checkpoint.precision import bytes_in_memory, dtype_in_config
 from halve.checkpoint.room import check_destination, check_shared_space, same_volume
 from halve.checkpoint.streamed import ALWAYS, stays_on_disk
 from halve.device import weight_dtype
-from halve.errors import HalveError, InputError
-from halve.evaluation.figure import Perplexity
-from halve.evaluation.request import Evaluation, overlap
+from halve.errors import InputError
 from halve.forecast.foreseen import Foreseen, foresee
+from halve.judging import judge_of
 from halve.memory import available_memory
 from halve.option_groups import OptionError
 from halve.provenance import code_fields
-from halve.report.card import leave_beside
-from halve.report.measured import add_perplexity
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
 from halve.run.events import Listener, announce, writing_told_to
 from halve.run.phases import Phase, Phases
 from halve.run.request import NO_WORKERS, WORKERS, Request
-from halve.whole_model import Pruned, as_written, find, load_found, prune_loaded
+from halve.whole_model import Pruned, find, load_found, prune_loaded
 from halve.workers.hiring import check_workers, hiring, threads_of_workers
 
 _TIMES = 20
@@ -52,16 +49,17 @@ def prune(
 
     Everything else is an option, a keyword by its flat name: ``pattern="2:4"``, ``method="wanda"``,
     ``calibration="c4"``, ``samples=64``, ``device="cpu"``, … Those that belong together are fields of a group
-    (`Objective`, `Reconstruction`, `WhereFaster`, `Calibration`, `Placement`, `Loading`, `Evaluation`; docs/options.md
-    lists them all), and a whole group may be given instead: ``objective=``, ``reconstruct=``, ``only_where_faster=``,
-    ``calibration=``, ``placement=``, ``loading=``, ``evaluation=``. What is an option of the method or the refit
+    (`Objective`, `Reconstruction`, `WhereFaster`, `Calibration`, `Placement`, `Loading`, `Evaluation`,
+    `ImageEvaluation`; docs/options.md lists them all), and a whole group may be given instead: ``objective=``,
+    ``reconstruct=``, ``only_where_faster=``, ``calibration=``, ``placement=``, ``loading=``, ``evaluation=``,
+    ``image_evaluation=``. What is an option of the method or the refit
     (``effort="best"``, ``refit_steps=200``) is one too.
 
     Args:
         model: a model in memory (pruned in place), a local directory, a ``.gguf`` file, or a hub id.
         out: directory for the pruned Hugging Face checkpoint; it must not exist yet, be empty, or hold the same run,
             unfinished. None keeps the result in memory alone.
-        tokenizer: for a model in memory; otherwise the checkpoint's own.
+        tokenizer: for a model in memory, or its image processor; otherwise the checkpoint's own.
         listen: called with a `halve.run.events.Progress` at every step.
         values: ``int4`` is another name of the refit ``int4``, after what `halve.pack` makes of the kept weights.
         **options: see above; None leaves an option at its default.
@@ -158,9 +156,7 @@ def prune_as(
         if run is not None:
             _check_room(loaded, run, request.loading.written_dtype)
         request = _with_ratios(request, loaded, run, phases, listen)
-        judge = None
-        if request.evaluation is not None:
-            judge = _Judge(request.evaluation, loaded, request, run, phases, listen)
+        judge = judge_of(loaded, request, run, phases, listen)
         data = _data(loaded, request, run, phases, listen)
         pruned = prune_loaded(
             loaded,
@@ -296,64 +292,3 @@ def _run_dtype(loaded: LoadedModel) -> torch.dtype:
     """Return the dtype in which people load the model, and multiply with its matrices."""
     named = None if loaded.source is None else dtype_in_config(loaded.source)
     return named or weight_dtype(loaded.model)
-
-
-class _Judge:
-    """Perplexity before and after: the dense model's is measured once, however often the run is stopped."""
-
-    def __init__(
-        self,
-        evaluation: Evaluation,
-        loaded: LoadedModel,
-        request: Request,
-        run: RunDirectory | None,
-        phases: Phases,
-        listen: Listener | None,
-    ) -> None:
-        self._evaluation = evaluation
-        self._loaded = loaded
-        self._request = request
-        self._run = run
-        self._phases = phases
-        self._listen = listen
-        self._texts = evaluation.texts(loaded, request.calibration.length)
-        self._before: tuple[Perplexity, ...] = ()
-
-    def measure_dense(self) -> None:
-        """Measure the dense model, or take what was measured before the run was stopped."""
-        asked = {
-            "texts": [[text.source, text.sha256, text.bos] for text in self._texts],
-            "forward_dtype": str(self._evaluation.precision(self._request.placement.target)),
-        }
-        kept = None if self._run is None else self._run.measured(asked)
-        if kept is not None:
-            self._before = tuple(Perplexity(**entry | {"window_nll": tuple(entry["window_nll"])}) for entry in kept)
-            return
-        announce(self._listen, Phase.EVALUATE)
-        with self._phases.timing(Phase.EVALUATE):
-            self._before = self._measure(self._loaded)
-        if self._run is not None:
-            self._run.keep_measured(asked, [asdict(score) for score in self._before])
-
-    def measure_pruned(self, pruned: Pruned) -> Pruned:
-        """Measure the pruned model, and put both on record; what fails is a note beside the complete checkpoint."""
-        announce(self._listen, Phase.EVALUATE)
-        notes = list(pruned.notes)
-        if caution := overlap(pruned.record["calibration"]["source"], [text.source for text in self._texts]):
-            notes.append(caution)
-        try:
-            after = self._measure(as_written(self._loaded, pruned, self._request))
-        except (HalveError, RuntimeError, MemoryError) as error:
-            notes.append(f"the model is pruned, but its perplexity was not measured: {error}")
-            return replace(pruned, before=self._before, notes=tuple(notes))
-        if pruned.out is not None:
-            try:
-                add_perplexity(pruned.out, self._before, after)
-            except HalveError as error:
-                notes.append(f"perplexity was measured, but not put on record: {error}")
-            else:
-                notes += leave_beside(pruned.out, None)[1]
-        return replace(pruned, before=self._before, after=after, notes=tuple(notes))
-
-    def _measure(self, loaded: LoadedModel) -> tuple[Perplexity, ...]:
-        return self._evaluation.measure(loaded.model, self._texts, self._request.placement.target, loaded.weights)

@@ -21,6 +21,7 @@ from halve.checkpoint.write import refuse_unlike_config, write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.figure import Perplexity
+from halve.evaluation.top_one import TopOne
 from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
 from halve.provenance import files_sha256
@@ -54,6 +55,8 @@ class Pruned:
         out: the checkpoint's directory, None if none was asked for.
         before: the dense model's perplexities, one a text of the evaluation, empty without one.
         after: the pruned model's.
+        top_one_before: the dense model's top-1 accuracy; None where no pictures were to be looked at.
+        top_one_after: the pruned model's.
         notes: what to know of the model on disk, and what could not be done once the checkpoint was complete (its
             report, or its evaluation); sentences.
     """
@@ -64,6 +67,8 @@ class Pruned:
     out: Path | None
     before: tuple[Perplexity, ...] = ()
     after: tuple[Perplexity, ...] = ()
+    top_one_before: TopOne | None = None
+    top_one_after: TopOne | None = None
     notes: tuple[str, ...] = ()
 
 

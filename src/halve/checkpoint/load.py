@@ -174,7 +174,7 @@ def load_model(
     """
     found = source if isinstance(source, Source) else resolve(source, trust_remote_code=trust_remote_code)
     refuse_quantised(found.name, found.shards, lambda: skeleton(found))
-    with _validated_files(found) as directory:
+    with validated_files(found) as directory:
         gguf = {"gguf_file": found.path.name} if found.kind == "gguf" else {}
         with without_progress_bars():
             model, note = _load_weights(found, directory, dtype, gguf, attention=attention)
@@ -193,7 +193,7 @@ def load_feature_extractor(source: Source) -> Any:
     """
     from transformers import AutoFeatureExtractor
 
-    with _validated_files(source) as directory:
+    with validated_files(source) as directory:
         try:
             return AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
                 directory, local_files_only=True, trust_remote_code=source.trust_remote_code
@@ -211,7 +211,7 @@ def load_tokenizer(source: Source) -> Any | None:
     Raises:
         InputError: it cannot be loaded.
     """
-    with _validated_files(source) as directory:
+    with validated_files(source) as directory:
         return _load_tokenizer(source, directory, {})
 
 
@@ -233,7 +233,7 @@ def assemble(
     Raises:
         InputError, UnsupportedModelError: as `load_model`, but NaN and infinity are not looked for.
     """
-    with _validated_files(source) as directory:
+    with validated_files(source) as directory:
         model, note = _load_weights(source, directory, dtype, {}, tensors, attention=attention)
         return LoadedModel(model, _load_tokenizer(source, directory, {}), source, (note,) if note else ())
 
@@ -266,7 +266,7 @@ def skeleton(source: Source) -> "PreTrainedModel":
     Raises:
         UnsupportedModelError: an architecture that transformers does not have, or settings that it cannot use.
     """
-    with _validated_files(source) as directory:
+    with validated_files(source) as directory:
         gguf = {"gguf_file": source.path.name} if source.kind == "gguf" else {}
         model_class = _model_class(source, directory, gguf)
         options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
@@ -342,7 +342,7 @@ def _resolve_gguf(path: Path, name: str) -> Source:
 
 
 @contextmanager
-def _validated_files(source: Source) -> Iterator[Path]:
+def validated_files(source: Source) -> Iterator[Path]:
     """Show the validated files that transformers is to read, and nothing else, in a directory of links."""
     with tempfile.TemporaryDirectory(prefix="halve-") as name:
         for path in source_files(source):

@@ -23,6 +23,7 @@ from halve.device import forward_precision, resolve_device
 from halve.errors import InputError
 from halve.evaluation.figure import Perplexity, said_difference
 from halve.evaluation.request import Evaluation
+from halve.evaluation.top_one import ImageEvaluation, TopOne
 from halve.versions import named_versions
 
 if TYPE_CHECKING:
@@ -36,9 +37,13 @@ class _Measured:
     model: str
     perplexities: list[Perplexity]
     tasks: "TaskResults | None"
+    top_one: TopOne | None = None
 
 
-@taking(Evaluation)
+_OF_IMAGES = ("images", "max_images")
+
+
+@taking(Evaluation, ImageEvaluation)
 def evaluate_command(
     models: Annotated[list[str], typer.Argument(help="Directories, .gguf files or hub ids, one or more to compare.")],
     given: dict[str, Any],
@@ -62,7 +67,7 @@ def evaluate_command(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity (--data), accuracy on tasks (--tasks), or both, of one model or of several side by side."""
+    """Measure perplexity (--data), accuracy on tasks (--tasks) or pictures (--images) of one model, or of several."""
     measured: list[_Measured] = []
     with reporting():
         place = resolve_device(device)
@@ -73,15 +78,21 @@ def evaluate_command(
             raise InputError("--tasks runs the whole model for every batch, so that its weights cannot stay on disk")
         of_tasks = {"tasks-path": tasks_path, "limit": limit, "num-fewshot": num_fewshot}
         _check_wanted(given, tasks, of_tasks)
-        evaluation = Evaluation(**given) if given.get("data") else None
+        of_text = {name: value for name, value in given.items() if name not in _OF_IMAGES}
+        evaluation = Evaluation(**of_text) if given.get("data") else None
         if evaluation is not None:
             evaluation.check(place)
-        sources = [_resolve(model, trust_remote_code=trust_remote_code) for model in models]
+        shared = {name: given[name] for name in (*_OF_IMAGES, "forward_dtype") if name in given}
+        pictures = ImageEvaluation(**shared) if "images" in given else None
+        if pictures is not None:
+            pictures.check(place)
+        reads = evaluation is not None or tasks is not None
+        sources = [_resolve(model, trust_remote_code=trust_remote_code, reads=reads) for model in models]
         opened = None if tasks is None else _open_tasks(tasks, tasks_path, limit, num_fewshot)
         try:
             for source in sources:
                 settings = {"device": place, "forward_dtype": given.get("forward_dtype", Evaluation.forward_dtype)}
-                measured.append(_measure(source, evaluation, opened, batch_size, settings, stream))
+                measured.append(_measure(source, evaluation, pictures, opened, batch_size, settings, stream))
         finally:  # what is finished is worth having, whatever stopped the rest
             if as_json and measured:
                 out.print_json(json.dumps([entry for one in measured for entry in _entries(one, measured[0])]))
@@ -90,20 +101,28 @@ def evaluate_command(
 
 
 def _check_wanted(given: dict[str, Any], tasks: str | None, of_tasks: dict[str, Any]) -> None:
-    if not given.get("data") and tasks is None:
-        raise InputError("nothing to measure: give --data for perplexity, --tasks for accuracy, or both")
+    images = given.get("images")
+    if not given.get("data") and tasks is None and images is None:
+        raise InputError(
+            "nothing to measure: give --data for perplexity, --tasks or --images for accuracy, or several of them"
+        )
     if given.get("data") and "seq_len" not in given:
         raise InputError("--data needs --seq-len: perplexities depend on it, so there is no default")
     of_data = {name.replace("_", "-"): given.get(name) for name in ("seq_len", "max_windows", "text_field", "bos")}
-    for flag, wanted, others in (("--data", given.get("data"), of_data), ("--tasks", tasks, of_tasks)):
+    of_images = {"max-images": given.get("max_images")}
+    for flag, wanted, others in (
+        ("--data", given.get("data"), of_data),
+        ("--tasks", tasks, of_tasks),
+        ("--images", images, of_images),
+    ):
         idle = [name for name, value in others.items() if not wanted and value is not None]
         if idle:
             raise InputError(f"--{idle[0]} is for {flag}, which is not given: leave it out, or give {flag}")
 
 
-def _resolve(model: str, *, trust_remote_code: bool) -> Source:
+def _resolve(model: str, *, trust_remote_code: bool, reads: bool) -> Source:
     source = resolve(model, trust_remote_code=trust_remote_code)
-    if not has_tokenizer(source):
+    if reads and not has_tokenizer(source):
         raise InputError(f"{model} has no tokenizer, and text needs one: put its files beside the weights")
     return source
 
@@ -119,6 +138,7 @@ def _open_tasks(tasks: str, tasks_path: Path | None, limit: int | None, num_fews
 def _measure(
     source: Source,
     evaluation: Evaluation | None,
+    images: ImageEvaluation | None,
     tasks: "TaskSet | None",
     batch_size: int,
     settings: dict[str, Any],
@@ -133,15 +153,16 @@ def _measure(
         if evaluation is not None:
             texts = evaluation.texts(loaded, None)
             perplexities += evaluation.measure(loaded.model, texts, settings["device"], loaded.weights)
+        seen = None if images is None else images.measure(loaded, images.ready(loaded), settings["device"])
         if tasks is None:
-            return _Measured(source.name, perplexities, None)
+            return _Measured(source.name, perplexities, None, seen)
         from halve.evaluation.tasks import measure_tasks
 
         with _progress(source.name) as show:
             scores = measure_tasks(
                 loaded.model, loaded.tokenizer, tasks, batch_size=batch_size, **settings, progress=show
             )
-        return _Measured(source.name, perplexities, scores)
+        return _Measured(source.name, perplexities, scores, seen)
 
 
 @contextmanager
@@ -161,10 +182,12 @@ def _progress(model: str) -> Iterator[Any]:
 
 
 def _entries(measured: _Measured, first: _Measured) -> Iterator[dict[str, Any]]:
-    """Return what ``--json`` prints of a model: an entry a perplexity, and one with the scores of all tasks."""
+    """Return what ``--json`` prints of a model: an entry a perplexity, one of top-1, and one of all tasks."""
     for index, result in enumerate(measured.perplexities):
         of_first = None if measured is first else first.perplexities[index]
         yield {"model": measured.model, **result.as_json(of_first)}
+    if measured.top_one is not None:
+        yield {"model": measured.model, **measured.top_one.as_json(None if measured is first else first.top_one)}
     if measured.tasks is not None:
         from halve.cli.task_tables import task_entry
 
@@ -174,6 +197,11 @@ def _entries(measured: _Measured, first: _Measured) -> Iterator[dict[str, Any]]:
 def _show(measured: list[_Measured]) -> None:
     if any(one.perplexities for one in measured):
         out.print(_perplexity_table(measured))
+    accuracies = [one.top_one for one in measured if one.top_one is not None]
+    if accuracies:
+        from halve.cli.task_tables import top_one_table
+
+        out.print(top_one_table([one.model for one in measured], accuracies))
     notes = [result.note for one in measured for result in one.perplexities]
     results = [one.tasks for one in measured if one.tasks is not None]
     if results:

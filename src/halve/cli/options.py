@@ -61,7 +61,8 @@ def taking(*roots: type[Any], without: Collection[str] = ()) -> Callable[[Any], 
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        options = [each for root in roots for each in options_of(root) if each.name not in without]
+        listed = [each for root in roots for each in options_of(root) if each.name not in without]
+        options = list({each.name: each for each in reversed(listed)}.values())[::-1]  # those that are shared once
         own = [each for each in inspect.signature(command).parameters.values() if each.name != GIVEN]
         flags = [
             inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(each))

@@ -14,7 +14,7 @@ from halve.checkpoint.directory import PAGE
 from halve.checkpoint.room import check_space
 from halve.cli.errors import EXIT_FALLBACKS, reporting
 from halve.cli.options import ModelArgument, StrictOption, taking
-from halve.cli.report import say_scores
+from halve.cli.report import say_scores, say_top_one
 from halve.cli.terminal import err, forecast_table, out, progress, say, summary_table, told_before
 from halve.cli.values import allowed_fallback, merge_options, parse_options
 from halve.errors import InputError, counted
@@ -176,6 +176,7 @@ def _finish(pruned: Pruned, out_dir: Path, text_field: str | None = None) -> Non
         count = f"{len(gained)} of {len(report.reconstructions)} blocks gained by reconstruction"
         say(out, f"{count}: {which} error times {ratio:.3f}" if gained else count)
     say_scores(pruned.before, pruned.after)
+    say_top_one(pruned.top_one_before, pruned.top_one_after)
     for note in pruned.notes:
         say(err, note, label="warning", style="yellow")
     say(out, f"verified and written: {out_dir}")

@@ -11,6 +11,7 @@ from halve.cli.terminal import err, out, say
 from halve.errors import InputError
 from halve.evaluation.figure import Perplexity, measured_as, said_difference
 from halve.evaluation.request import Evaluation
+from halve.evaluation.top_one import TopOne
 from halve.report.before_after import dense_source, measure
 from halve.report.card import write_card
 from halve.report.page import COMPARISON, cautions, check_page, write_comparison, write_report
@@ -81,3 +82,15 @@ def say_scores(before: tuple[Perplexity, ...], after: tuple[Perplexity, ...]) ->
         say(out, f"perplexity {Path(score.source).name}: {change}{apart} ({how}; {named_versions(score.versions)})")
         if score.note:
             say(err, score.note, label="note")
+
+
+def say_top_one(before: TopOne | None, after: TopOne | None) -> None:
+    """Say top-1 accuracy, dense and pruned, and how far they are apart."""
+    if after is None:
+        return
+    change = None if before is None else after.minus(before)
+    first = "" if before is None else f"{100 * before.value:.2f} % → "
+    low, high = after.interval
+    apart = f", {change} ({change.lost} lost, {change.gained} gained, p = {change.p_value:.2g})" if change else ""
+    how = f"{after.pictures} pictures, 95 % interval {100 * low:.2f} to {100 * high:.2f} %, {after.dtype}"
+    say(out, f"top-1 {Path(after.source).name}: {first}{100 * after.value:.2f} %{apart} ({how})")

@@ -1,4 +1,4 @@
-"""What ``halve eval --tasks`` prints: a table of scores, one of paired tests, and the same as JSON."""
+"""What ``halve eval`` prints of accuracy: tables of tasks' scores and paired tests, the same as JSON, and of top-1."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -11,6 +11,7 @@ from rich.text import Text
 from halve.evaluation.paired import Difference, differences
 from halve.evaluation.scores import TaskScore
 from halve.evaluation.tasks import TaskResults
+from halve.evaluation.top_one import TopOne
 from halve.report.record import finite
 
 
@@ -33,6 +34,42 @@ def score_table(models: Sequence[str], results: Sequence[TaskResults]) -> Table:
             str(some.examples),
             *["none" if score is None else _number(score.value, score.stderr) for score in scores],
             *[_number(one[key].value, one[key].stderr, sign="+") if key in one else "" for one in against],
+        )
+    return table
+
+
+def top_one_table(models: Sequence[str], results: Sequence[TopOne]) -> Table:
+    """Return a row a model; with several models, the differences to the first one's, picture by picture."""
+    several = len(models) > 1
+    apart = [Column(name, justify="right") for name in (f"- {Path(models[0]).name}'s", "lost", "gained", "p")]
+    counted = [Column("95 % interval", justify="right"), *(apart if several else [])]
+    meant = "difference in points ± standard error; lost: only the first is right; p: exact McNemar test, two-sided; "
+    how = f"{', '.join(f'{package} {version}' for package, version in results[0].versions.items())}"
+    table = Table(
+        "model",
+        "pictures of",
+        Column("top-1", justify="right"),
+        *counted,
+        "pictures",
+        "dtype",
+        "seconds",
+        caption=Text((meant if several else "") + how),
+    )
+    for model, result in zip(models, results, strict=True):
+        change = None if result is results[0] else result.minus(results[0])
+        told = ["", "", "", ""]
+        if change is not None:
+            told = [str(change), str(change.lost), str(change.gained), f"{change.p_value:.2g}"]
+        low, high = result.interval
+        table.add_row(
+            Text(model),
+            Text(result.source),
+            f"{100 * result.value:.2f} %",
+            f"{100 * low:.2f} to {100 * high:.2f}",
+            *(told if several else []),
+            str(result.pictures),
+            result.dtype,
+            f"{result.seconds:.1f}",
         )
     return table
 

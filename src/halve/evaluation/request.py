@@ -96,14 +96,17 @@ class Evaluation:
         )
 
 
-def overlap(calibrated_on: str | None, evaluated_on: Iterable[str], *, used: str = "calibrated") -> str:
-    """Say that a model is measured on the very text that it was calibrated on; empty where it is not.
+def overlap(
+    calibrated_on: str | None, evaluated_on: Iterable[str], *, used: str = "calibrated", figures: str = "perplexities"
+) -> str:
+    """Say that a model is measured on the very data that it was calibrated on; empty where it is not.
 
     Args:
         calibrated_on: source of the calibration text (`halve.text.tokens.TokenSet`), None where that is not known.
         evaluated_on: sources of the texts that perplexity is measured on.
         used: what the text was used for, if not for that: ``trained``.
+        figures: what is measured on it.
     """
     if calibrated_on is None or calibrated_on not in set(evaluated_on):
         return ""
-    return f"{calibrated_on} is both {used} on and evaluated on: perplexities on it flatter"
+    return f"{calibrated_on} is both {used} on and evaluated on: {figures} on it flatter"

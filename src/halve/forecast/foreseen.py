@@ -13,11 +13,14 @@ from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.precision import bytes_in, dtype_to_prune_in
 from halve.checkpoint.streamed import ALWAYS, AUTO, NEVER, computed_bytes
 from halve.device import weight_dtype
+from halve.errors import counted
 from halve.forecast import operations
 from halve.forecast.needs import Needs, Plan, needs, sums_of
 from halve.forecast.operations import Counts
 from halve.forecast.rates import Rates, measured_rates
 from halve.forecast.shapes import BlockShape, Shapes
+from halve.images.positions import picture_size, positions
+from halve.images.processor import input_name, sees_pictures
 from halve.memory import free_memory, would_fill
 from halve.model.blocks import Batch
 from halve.model.reconstruct import RATES
@@ -110,7 +113,8 @@ def foresee(
     files = () if source is None else source.shards or (source.path,)
     shapes = Shapes.of(skeleton, dtype=dtype, skip=settings.skip, tower=settings.tower)
     whole = isinstance(found, nn.Module) or out is None or (source is not None and not source.shards)
-    plan, length = _plan(skeleton, shapes, request, keeps=out is not None, streams=not whole)
+    directory = None if source is None or source.kind == "gguf" else source.path
+    plan, length = _plan(skeleton, shapes, request, directory, keeps=out is not None, streams=not whole)
     output = sum(bytes_in(each, request.loading.written_dtype) for each in skeleton.parameters()) if out else 0
     used = psutil.Process().memory_info().rss
     computed = 0
@@ -121,7 +125,7 @@ def foresee(
     if by_itself and not plan.streamed and sum(wanted.memory.values()) > free_memory(_CPU) + used:
         plan = replace(plan, streamed=True)
         wanted = needs(shapes, plan, used, output, computed)
-    notes = _not_in_it(request)
+    notes = _not_in_it(request, skeleton, length)
     if plan.sums_on_host:
         notes.append(
             "the statistics of a block would fill the GPU: its inputs are summed by the processor, in the machine's "
@@ -147,9 +151,14 @@ def foresee(
     return Foreseen(shapes, plan, wanted, seconds, rates, used, tuple(notes))
 
 
-def _not_in_it(request: Request) -> list[str]:
-    """Return what a run takes besides, as sentences."""
+def _not_in_it(request: Request, model: nn.Module, length: int) -> list[str]:
+    """Return what a run takes besides, or less, as sentences; ``length`` is what a picture is counted as."""
     notes = []
+    if sees_pictures(model) and request.settings.needs_calibration:
+        notes.append(
+            f"a picture counts as {counted(length, 'position')} in every block: a model that makes pictures smaller on "
+            "the way takes less"
+        )
     if request.placement.workers is not None:
         notes.append("this is what one process takes: workers share the time, and each takes memory of its own")
     if request.calibration.is_self_written and request.settings.needs_calibration:
@@ -162,18 +171,21 @@ def _has_weights(path: Path) -> bool:
     return path.is_file() or any(path.glob("*.safetensors"))
 
 
-def _plan(model: nn.Module, shapes: Shapes, request: Request, *, keeps: bool, streams: bool) -> tuple[Plan, int]:
-    """Return what decides what the run takes, and the tokens in a sequence.
+def _plan(
+    model: nn.Module, shapes: Shapes, request: Request, directory: Path | None, *, keeps: bool, streams: bool
+) -> tuple[Plan, int]:
+    """Return what decides what the run takes, and the tokens in a sequence, or the positions of a picture.
 
     Args:
         model: without its weights.
         shapes: of it.
         request: what is asked for.
+        directory: where its settings lie; None where they are not on disk.
         keeps: whether there is an output directory, beside which hidden states may be kept.
         streams: whether its weights could stay on disk.
     """
     settings, placement = request.settings, request.placement
-    samples, length = _amount(model, request)
+    samples, length = _amount(model, request, directory)
     tokens = samples * length if settings.needs_calibration else 0
     experts = any(each.experts > 1 or each.share < 1 for block in shapes.blocks for each in block.bundles)
     matching, tuned = settings.matches_dense and not experts, settings.reconstruction is not None
@@ -203,27 +215,31 @@ def _plan(model: nn.Module, shapes: Shapes, request: Request, *, keeps: bool, st
     return replace(plan, sums_on_host=home_of_sums(most_sums, plan.device) != plan.device), length
 
 
-def _amount(model: nn.Module, request: Request) -> tuple[int, int]:
-    """Return the number of calibration sequences, and the tokens in each."""
+def _amount(model: nn.Module, request: Request, directory: Path | None) -> tuple[int, int]:
+    """Return the number of calibration sequences or pictures, and the tokens or positions in each."""
     source = request.calibration.source
     if isinstance(source, TokenSet):
         return source.samples, source.seq_len
     if isinstance(source, Tensor) and source.ndim == 2:
         return source.shape[0], source.shape[1]
+    if isinstance(source, Tensor) and source.ndim == 4:
+        return source.shape[0], positions(model, *source.shape[-2:])
     if source is not None and not isinstance(source, str | Path | Tensor):
-        return _amount_of_batches(source)
+        return _amount_of_batches(model, source)
+    if sees_pictures(model):
+        return request.calibration.samples, positions(model, *picture_size(model, directory))
     length = request.calibration.seq_len or default_length(LoadedModel(model, None, None))  # type: ignore[arg-type]
     return request.calibration.samples, length
 
 
-def _amount_of_batches(batches: Sequence[Batch]) -> tuple[int, int]:
+def _amount_of_batches(model: nn.Module, batches: Sequence[Batch]) -> tuple[int, int]:
     """Return the rows of ready batches, and their most positions; what is wrong with them is told later."""
     rows, longest = 0, 1
     for batch in batches:
-        given = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if isinstance(given, Tensor) and given.ndim == 2:
+        given = batch.get("input_ids", batch.get(input_name(model))) if isinstance(batch, Mapping) else None
+        if isinstance(given, Tensor) and given.ndim in (2, 4):
             rows += given.shape[0]
-            longest = max(longest, given.shape[1])
+            longest = max(longest, given.shape[1] if given.ndim == 2 else positions(model, *given.shape[-2:]))
     return rows, longest
 
 

@@ -26,6 +26,7 @@ from halve.maths.pattern import Pattern
 from halve.report.facts import RunFacts, read_run
 from halve.report.page import write_report
 from halve.report.schema import Named
+from halve.report.top_one_facts import percent, saw_pictures
 from halve.versions import named_versions
 
 CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag", "base_model")
@@ -169,6 +170,7 @@ def card(run: RunFacts, base: BaseCard, architecture: str = "") -> bytes:
             calibration=_calibration(run.calibration),
             cautions=[_without_paths(caution, run) for caution in run.cautions],
             loader=_loader(architecture),
+            reader="AutoImageProcessor" if run.sees else "AutoTokenizer",
             licence=_licence(base.fields),
             base_card=BASE_CARD if base.exists else "",
             versions=named_versions({name: run.environment[name] for name in _VERSIONS if name in run.environment}),
@@ -190,6 +192,8 @@ def _metadata(run: RunFacts, base: BaseCard, hub_id: str, architecture: str) -> 
         fields["base_model_relation"] = "finetune"  # there is none for a model that was pruned alone
     if architecture.endswith("ForCausalLM"):
         fields.setdefault("pipeline_tag", "text-generation")
+    if architecture.endswith("ForImageClassification"):
+        fields.setdefault("pipeline_tag", "image-classification")
     unstructured = run.pattern.endswith("%")
     tags = [*_TAGS[:2], "unstructured-sparsity"] if unstructured else [*_TAGS, shown(run.pattern)]
     return ModelCardData(library_name="transformers", tags=[*tags, *dict.fromkeys(run.rounded)], **fields)
@@ -327,7 +331,8 @@ def _calibration(facts: Mapping[str, str]) -> str:
     if "sha256" not in facts:
         return "none was needed"
     source = _code(_local(facts.get("source", "—")))
-    size = f"{_plain(facts['samples'])} sequences" if facts.get("samples") else "sequences"
+    what = "pictures" if saw_pictures(facts) else "sequences"
+    size = f"{_plain(facts['samples'])} {what}" if facts.get("samples") else what
     length = f" of {_plain(facts['seq_len'])} tokens" if facts.get("seq_len", "—") != "—" else ""
     return f"{source}, {size}{length} (sha256 {_code(facts['sha256'])})"
 
@@ -342,6 +347,8 @@ def _licence(fields: Mapping[str, str | list[str]]) -> str:
 def _loader(architecture: str) -> str:
     if architecture.endswith("ForCausalLM"):
         return "AutoModelForCausalLM"
+    if architecture.endswith("ForImageClassification"):
+        return "AutoModelForImageClassification"
     return architecture if _CLASS.fullmatch(architecture) and architecture.isascii() else ""
 
 
@@ -357,6 +364,7 @@ def _architecture(directory: Path) -> str:
 def _without_paths(sentence: str, run: RunFacts) -> str:
     """Return a sentence in which files of this machine have lost their directories."""
     paths = {run.calibration.get("source", ""), *(score.source for score in run.perplexity)}
+    paths |= {score.source for score in run.top_one}
     paths |= {source for training in run.trainings for source in training.sources}
     for path in sorted(filter(None, paths), key=len, reverse=True):
         sentence = sentence.replace(path, _local(path))
@@ -399,5 +407,12 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"counted": counted, "number": _number, "code": _code, "plain": _plain, "local": _local}
+    environment.filters |= {
+        "percent": percent,
+        "counted": counted,
+        "number": _number,
+        "code": _code,
+        "plain": _plain,
+        "local": _local,
+    }
     return environment

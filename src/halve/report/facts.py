@@ -20,6 +20,7 @@ from halve.model.plan import places_of
 from halve.recorded import MOST, REMEDY
 from halve.report.measured import Measured, Score, WorkerSeconds, read_measured
 from halve.report.schema import BlockEntry, MatrixEntry, Origin, WholeRecord, record_of
+from halve.report.top_one_facts import TopOneFacts, saw_pictures
 from halve.report.training_facts import TrainedScore, TrainingFacts, method_with, training_facts
 from halve.report.values import finite_or_none, finite_value, perplexity_value, texts
 from halve.run.events import seconds_of_pruning
@@ -141,6 +142,7 @@ class RunFacts:
         resumed_blocks: that an earlier process had finished.
         finished: UTC time at which the run ended, empty where that is not known.
         perplexity: one entry a text.
+        top_one: one entry a set of pictures.
         workers: one entry a worker, where there were several.
     """
 
@@ -165,6 +167,7 @@ class RunFacts:
     resumed_blocks: int
     finished: str
     perplexity: tuple[PerplexityFacts, ...]
+    top_one: tuple[TopOneFacts, ...] = ()
     workers: tuple[WorkerSeconds, ...] = ()
     origin: Origin
     dense_weights: int
@@ -222,9 +225,16 @@ class RunFacts:
         measured = {score.source for score in self.perplexity}
         measured |= {score.source for training in self.trainings for score in training.scores}
         found = [overlap(self.calibration.get("source"), measured)]
+        pictures = [score.source for score in self.top_one]
+        found.append(overlap(self.calibration.get("source"), pictures, figures="accuracies"))
         trained_on = dict.fromkeys(source for each in self.trainings for source in each.sources)
         found += [overlap(source, measured, used="trained") for source in trained_on]
         return tuple(f"{sentence}." for sentence in found if sentence)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model was shown pictures, so that text says nothing of it."""
+        return bool(self.top_one) or saw_pictures(self.calibration)
 
     @property
     def tokens_trained_on(self) -> int:
@@ -298,6 +308,7 @@ def _facts(directory: Path, record: WholeRecord, measured: Measured) -> RunFacts
         resumed_blocks=int(measured.resumed_blocks),
         finished=measured.finished,
         perplexity=tuple(_perplexity(entry) for entry in measured.perplexity),
+        top_one=tuple(map(TopOneFacts.of, measured.top_one)),
         workers=measured.workers,
         origin=record.source,
         dense_weights=int(finite_value(sum(math.prod(entry.shape) for entry in record.excluded if entry.shape))),

@@ -8,15 +8,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from halve.checkpoint.directory import MEASURED
 from halve.checkpoint.durable import write_file, writing
 from halve.checkpoint.shards import read_json
 from halve.checkpoint.validated import validated, wrong
 from halve.evaluation.figure import Perplexity, paired_difference, rounded
+from halve.evaluation.top_one import Change, TopOne, wilson
 from halve.recorded import MOST
 from halve.report.record import finite
 from halve.run.events import RunReport
@@ -114,6 +115,45 @@ class Score(Struct, frozen=True, kw_only=True):
         return paired_difference(after, before)
 
 
+class TopOneScore(Struct, frozen=True, kw_only=True):
+    """Top-1 accuracy on one set of pictures, dense and pruned.
+
+    Attributes:
+        source: of the pictures.
+        pictures: number of them.
+        sha256: of their pixels and classes.
+        dtype: that the pruned model was measured in.
+        processor: class of the image processor.
+        before: pictures that the dense model has right, None where it was not measured.
+        after: pictures that the pruned model has right.
+        lost: pictures that only the dense model has right.
+        gained: pictures that only the pruned model has right.
+        versions: of the packages that measured the pruned model.
+    """
+
+    source: str
+    pictures: Annotated[int, Meta(ge=1)]
+    sha256: str = ""
+    dtype: str = ""
+    processor: str = ""
+    before: Annotated[int, Meta(ge=0)] | None = None
+    after: Annotated[int, Meta(ge=0)]
+    lost: Annotated[int, Meta(ge=0)] | None = None
+    gained: Annotated[int, Meta(ge=0)] | None = None
+    versions: dict[str, str] = {}
+
+    @property
+    def change(self) -> Change | None:
+        """How the two models differ on the same pictures; None where that is not known."""
+        known = self.lost is not None and self.gained is not None
+        return Change(self.lost or 0, self.gained or 0, self.pictures) if known else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the pruned model's accuracy."""
+        return wilson(min(self.after, self.pictures), self.pictures)
+
+
 class WorkerSeconds(Struct, frozen=True, kw_only=True):
     """What one of several workers did (`halve.run.events.WorkerReport`)."""
 
@@ -125,7 +165,7 @@ class WorkerSeconds(Struct, frozen=True, kw_only=True):
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """What a checkpoint's ``halve-measured.json`` says; what ``measured_json`` says of a run, and perplexities."""
+    """What a checkpoint's ``halve-measured.json`` says; what ``measured_json`` says of a run, and what was measured."""
 
     format: int = FORMAT
     finished: str = ""
@@ -136,6 +176,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     matrix_seconds: dict[str, float] = {}
     workers: tuple[WorkerSeconds, ...] = ()
     perplexity: tuple[Score, ...]
+    top_one: tuple[TopOneScore, ...] = ()
 
     def numbers(self) -> Iterator[float | None]:
         """Yield every number."""
@@ -144,6 +185,8 @@ class Measured(Struct, frozen=True, kw_only=True):
         yield self.resumed_blocks
         for worker in self.workers:
             yield from (worker.number, *worker.shards, *worker.seconds.values(), worker.waited)
+        for each in self.top_one:
+            yield from (each.pictures, each.before, each.after, each.lost, each.gained)
         for score in self.perplexity:
             yield from (score.seq_len, score.windows, score.before, score.before_nll, score.after, score.after_nll)
             yield from (*(score.before_windows or ()), *(score.after_windows or ()))
@@ -216,3 +259,32 @@ def add_perplexity(directory: Path, before: Sequence[Perplexity], after: Sequenc
             entry |= {name: known.get(name) for name in _OF_DENSE}
         content["perplexity"] = [*[old for old in content["perplexity"] if old not in same], entry]
     write_measured(directory, content)
+
+
+def add_top_one(directory: Path, before: TopOne | None, after: TopOne) -> None:
+    """Put the top-1 accuracy on record; that of the same pictures is replaced.
+
+    Args:
+        directory: of the pruned checkpoint.
+        before: the dense model's, None where it was not measured.
+        after: the pruned model's.
+
+    Raises:
+        CorruptFileError: as `read_measured`.
+        HalveError: as `write_measured`.
+    """
+    path = directory / MEASURED
+    empty: dict[str, Any] = {"format": FORMAT, "perplexity": []}
+    content = read_json(path) if path.exists() else empty
+    _checked(content, path)
+    entry = {name: value for name, value in asdict(after).items() if name not in ("right", "seconds")}
+    change = None if before is None else after.minus(before)
+    entry |= {
+        "pictures": after.pictures,
+        "before": None if before is None else sum(before.right),
+        "after": sum(after.right),
+        "lost": None if change is None else change.lost,
+        "gained": None if change is None else change.gained,
+    }
+    kept = [old for old in content.get("top_one", []) if old["sha256"] != after.sha256]
+    write_measured(directory, {**content, "top_one": [*kept, entry]})

@@ -21,6 +21,7 @@ from halve.checkpoint.durable import write_file, writing
 from halve.errors import InputError, counted
 from halve.report import charts
 from halve.report.facts import PerplexityFacts, RunFacts, read_run
+from halve.report.top_one_facts import percent
 
 COMPARISON = "comparison.html"
 MOST_ROWS = 2000
@@ -203,6 +204,7 @@ def _templates() -> jinja2.Environment:
         "counted": counted,
         "number": number,
         "memory": memory,
+        "percent": percent,
         "shell": shlex.quote,
         "python": repr,
     }

@@ -71,7 +71,8 @@ def read_back(call: dict[str, Any]) -> Call:
 def _places(request: Request) -> Iterator[str]:
     """Yield what may be paths."""
     texts = () if request.evaluation is None else request.evaluation.data
-    for place in (request.calibration.source, request.placement.offload, *texts):
+    images = None if request.image_evaluation is None else request.image_evaluation.images
+    for place in (request.calibration.source, request.placement.offload, images, *texts):
         if isinstance(place, str | Path):
             yield str(place)
 

@@ -6,6 +6,7 @@ import torch
 
 from halve.checkpoint.load import LoadedModel
 from halve.checkpoint.shards import hash_tensors
+from halve.images.picture_set import PictureSet
 from halve.provenance import Fingerprint, deciding_environment, flat, hash_text, source_fields
 from halve.run.request import Request
 from halve.serial import to_plain
@@ -71,6 +72,6 @@ def _model(loaded: LoadedModel) -> dict[str, str]:
 
 
 def _calibration(data: CalibrationData) -> str:
-    if isinstance(data, TokenSet | PairSet):
+    if isinstance(data, TokenSet | PairSet | PictureSet):
         return data.sha256
     return hash_tensors(named for batch in data for named in sorted(batch.items()))

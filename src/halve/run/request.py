@@ -19,6 +19,7 @@ from halve.checks import check_count
 from halve.device import forward_precision, parse_dtype, resolve_device
 from halve.errors import InputError
 from halve.evaluation.request import Evaluation
+from halve.evaluation.top_one import ImageEvaluation
 from halve.model.reconstruct import Reconstruction, parse_reconstruction
 from halve.option_groups import OptionError, fill, group, known_names, option
 from halve.run.settings import Settings, default_reconstruction
@@ -138,7 +139,8 @@ class Request:
         calibration: on what.
         placement: where.
         loading: of the model.
-        evaluation: what to measure before and after; None measures nothing.
+        evaluation: texts to measure perplexity on before and after; None measures none.
+        image_evaluation: pictures to measure top-1 accuracy on before and after; None measures none.
 
     Raises:
         InputError: a part of what is asked for would have no effect.
@@ -150,6 +152,7 @@ class Request:
     placement: Placement = group(factory=Placement)
     loading: Loading = group(factory=Loading)
     evaluation: Evaluation | None = group(None, prefix="eval_")
+    image_evaluation: ImageEvaluation | None = group(None, prefix="eval_")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Request":
@@ -191,7 +194,7 @@ class Request:
             check_measurable(self.settings.pattern, torch.bfloat16, self.placement.target)
 
     def check_texts(self) -> None:
-        """Refuse texts that are not there, and numbers that they cannot be cut by.
+        """Refuse texts and pictures that are not there, and numbers that they cannot be cut by.
 
         Raises:
             InputError: one of them is not usable.
@@ -199,6 +202,8 @@ class Request:
         self.calibration.check()
         if self.evaluation is not None:
             self.evaluation.check(self.placement.target)
+        if self.image_evaluation is not None:
+            self.image_evaluation.check(self.placement.target)
 
 
 def _suggest(options: Mapping[str, Any], given: Mapping[str, Any], known: Any) -> None:

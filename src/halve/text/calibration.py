@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from halve.checkpoint.load import LoadedModel, load_feature_extractor
 from halve.checks import check_count
 from halve.errors import InputError
+from halve.images.picture_set import PictureSet, calibration_pictures, given_pictures
+from halve.images.pictures import check_pillow, is_picture_folder
+from halve.images.processor import sees_pictures
 from halve.model.blocks import Batch
 from halve.option_groups import OptionError, option
 from halve.text import tokens
 from halve.text.audio import audio_pairs
-from halve.text.documents import is_on_hub, open_corpus, read_pairs
+from halve.text.documents import has_text, is_on_hub, open_corpus, read_pairs
 from halve.text.generation import Listen
 from halve.text.halves import Frames, Halves, calibration_halves, shift_right
 from halve.text.limits import (
@@ -37,15 +40,16 @@ from halve.text.tokens import TokenSet
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQ_LEN = 2048
 _ON_CPU, _ON_GPU, _STEP = 1024, 4096, 512
-"""Tokens of a batch: what the caches of a processor hold of a block's activations, what keeps a GPU busy, and where
-blocks are reconstructed, which takes one optimiser step a batch."""
+"""Tokens of a batch, or positions of pictures: what the caches of a processor hold of a block's activations, what keeps
+a GPU busy, and where blocks are reconstructed, which takes one optimiser step a batch."""
 
 SHARDS = 8
 """Parts of the calibration set that are summed by themselves."""
 
 CalibrationSource = str | Path | TokenSet | Tensor | Sequence[Batch] | None
-"""A file, directory, ``c4``, ``wikitext2`` or ``self`` (None); tokens (samples, seq_len); or ready batches."""
-CalibrationData = TokenSet | PairSet | Sequence[Batch]
+"""A file, directory, ``c4``, ``wikitext2`` or ``self`` (None); tokens (samples, seq_len); pictures (samples, channels,
+height, width), floating point; or ready batches."""
+CalibrationData = TokenSet | PairSet | PictureSet | Sequence[Batch]
 """What a source comes to, for one model."""
 
 
@@ -55,11 +59,12 @@ class Calibration:
 
     Attributes:
         source: text: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a directory of them, ``c4``, ``wikitext2``, or
-            ``self``, which lets the model write. In Python also tokens (samples, seq_len), or ready batches.
-        samples: number of sequences.
+            ``self``, which lets the model write. For a model that sees, a folder of pictures. In Python also tokens
+            (samples, seq_len), pictures (samples, channels, height, width), or ready batches.
+        samples: number of sequences, or of pictures.
         seq_len: tokens in each; 2048, or the model's maximum if that is less, where nobody says. For an
             encoder-decoder, those on both sides together, or with pair_fields on each side at most.
-        seed: of the choice among documents; a ``.txt`` file is one document, and read from its start.
+        seed: of the choice among documents or pictures; a ``.txt`` file is one document, and read from its start.
         text_field: name of the text in ``.jsonl`` and ``.parquet`` files.
         bos: which sequences of text begin with BOS: ``auto``, where the tokenizer itself puts it before text, or
             ``always``, every one; ``never``, none; ``once``, only the beginning of a text that perplexity is measured
@@ -149,6 +154,8 @@ class Calibration:
             return
         if self.fields is not None:
             next(read_pairs(self.source, self.fields), None)
+        elif is_picture_folder(self.source) and not has_text(self.source):
+            check_pillow()
         elif isinstance(self.source, Path) or not is_on_hub(self.source):
             open_corpus(self.source, use="calibration", text_field=self.text_field)
 
@@ -188,17 +195,19 @@ class Calibration:
                 "that is cut in two, or a .jsonl file of pairs with its two fields as pair_fields"
             )
 
-    def data(self, loaded: LoadedModel, listen: Listen | None = None) -> TokenSet | PairSet | list[Batch]:
-        """Turn the source into tokens or pairs for a model; ready batches pass through.
+    def data(self, loaded: LoadedModel, listen: Listen | None = None) -> TokenSet | PairSet | PictureSet | list[Batch]:
+        """Turn the source into tokens, pairs or pictures for a model; ready batches pass through.
 
         Args:
-            loaded: the model, and its tokenizer.
+            loaded: the model, and its tokenizer or image processor.
             listen: told how long it takes where the model writes, as by `halve.text.generation.sample_text`.
 
         Raises:
             InputError: the source is not usable, or its tokens do not fit the model.
             CalibrationError: the model that writes its own text gives logits that are not finite.
         """
+        if isinstance(self.source, Tensor) and self.source.ndim == 4 and self.source.is_floating_point():
+            return given_pictures(self.source, loaded.model)
         if isinstance(self.source, Tensor | TokenSet):
             found = _token_set(self.source)
             check_fits(found, loaded.model)
@@ -207,7 +216,22 @@ class Calibration:
             return _checked_batches(self.source)
         if self.fields is not None:
             return self._pairs(loaded, self.fields)
+        if is_picture_folder(self.source) and (sees_pictures(loaded.model) or not has_text(self.source or "")):
+            return self._pictures(loaded)
         return self.text_tokens(loaded, listen)
+
+    def _pictures(self, loaded: LoadedModel) -> PictureSet:
+        """Choose pictures of a folder for a model that sees."""
+        if not isinstance(self.source, str | Path):
+            raise InputError("calibration names no folder of pictures: give one")
+        of_text = {
+            "seq_len": self.seq_len is not None,
+            "bos": self.bos != "auto",
+            "span_corruption": self.span_corruption,
+        }
+        if idle := next((name for name, given in of_text.items() if given), None):
+            raise OptionError("{} is for text, and {} is a folder of pictures: leave it out", idle, "calibration")
+        return calibration_pictures(self.source, loaded, samples=self.samples, seed=self.seed)
 
     def text_tokens(self, loaded: LoadedModel, listen: Listen | None = None) -> TokenSet:
         """Tokenise text for a model, or let it write.
@@ -224,8 +248,9 @@ class Calibration:
             raise InputError("calibration must name a text here, not hand over tokens or batches")
         taken = getattr(loaded.model, "main_input_name", "input_ids")
         if taken != "input_ids" and not is_encoder_decoder(loaded.model):
+            folder = "a folder of pictures, or " if sees_pictures(loaded.model) else ""
             raise InputError(
-                f"{type(loaded.model).__name__} takes {taken}, not text: give batches in Python, "
+                f"{type(loaded.model).__name__} takes {taken}, not text: give {folder}batches in Python, "
                 f"calibration=[{{{taken!r}: …}}]"
             )
         tokenizer = _tokenizer(loaded)
@@ -307,7 +332,8 @@ def _token_set(source: Tensor | TokenSet) -> TokenSet:
     if source.ndim != 2 or source.is_floating_point() or not source.numel():
         raise InputError(
             f"calibration is a tensor of shape {tuple(source.shape)} and {source.dtype}: "
-            "give token ids of shape (samples, seq_len), or batches as dictionaries"
+            "give token ids of shape (samples, seq_len), pictures of shape (samples, channels, height, width), or "
+            "batches as dictionaries"
         )
     return TokenSet(source, "tokens", tokens.hash_ids(source), source.shape[0])
 
@@ -347,11 +373,11 @@ def calibration_batches(data: CalibrationData, model: nn.Module, most: int) -> S
     """Turn calibration data into batches for the model's forward.
 
     Args:
-        data: tokens or pairs; ready batches pass through.
+        data: tokens, pairs or pictures; ready batches pass through.
         model: the model.
-        most: tokens that a batch holds at most (at least one sequence or pair).
+        most: tokens that a batch holds at most (at least one sequence, pair or picture).
     """
-    if isinstance(data, PairSet):
+    if isinstance(data, PairSet | PictureSet):
         return data.batches(model, most)
     if not isinstance(data, TokenSet):
         return data
@@ -385,6 +411,14 @@ def calibration_record(data: CalibrationData) -> dict[str, Any]:
             "pairs": f"fields {' and '.join(data.fields)}",
             "encoder_tokens": data.encoder_tokens,
             "decoder_tokens": data.decoder_tokens,
+            "sha256": data.sha256,
+        }
+    if isinstance(data, PictureSet):
+        return {
+            "source": data.source,
+            "samples": data.samples,
+            "pictures": data.sizes,
+            "processor": data.processor,
             "sha256": data.sha256,
         }
     if isinstance(data, TokenSet):

@@ -94,9 +94,10 @@ def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"]
         return _hub_corpus(source, use)
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
+        files = sorted(_texts(path))
         if not files:
-            raise InputError(f"directory {path} holds no text: expected {', '.join(_READERS)} files in it")
+            seen = ", or pictures for a model that sees" if use == "calibration" else ""
+            raise InputError(f"directory {path} holds no text: expected {', '.join(_READERS)} files in it{seen}")
     elif path.is_file():
         if path.suffix.lower() not in _READERS:
             raise InputError(f"{path} has an unknown suffix: expected {', '.join(_READERS)}, or a directory of those")
@@ -107,6 +108,16 @@ def open_corpus(source: str | Path, *, use: Literal["calibration", "evaluation"]
         )
     joined = len(files) > 1 or path.suffix.lower() != ".txt"
     return Corpus(str(source), partial(_read_files, files, text_field), joined=joined, local=True)
+
+
+def has_text(source: str | Path) -> bool:
+    """Whether a source is a directory with text in it, or in one below."""
+    path = Path(source)
+    return path.is_dir() and next(_texts(path), None) is not None
+
+
+def _texts(directory: Path) -> Iterator[Path]:
+    return (file for file in directory.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
 
 
 def read_pairs(source: str | Path, fields: tuple[str, str]) -> Iterator[Pair]:
