@@ -237,7 +237,7 @@ def test_a_failing_task_is_an_error(model, asked, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to measure: give --data for perplexity, --tasks for accuracy, or both"),
+        ([], "nothing to measure: give --data for perplexity, --tasks or --images for accuracy"),
         (["--data", "TEXT"], "--data needs --seq-len: perplexities depend on it, so there is no default"),
         (["--seq-len", "8"], "nothing to measure"),
         (["--tasks", "first", "--seq-len", "8"], "--seq-len is for --data, which is not given"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import halve
-from halve import pruning
+from halve import judging
 from halve.checkpoint.load import load_model
 from halve.errors import CorruptFileError, HalveError, InputError
 from halve.evaluation.perplexity import evaluation_texts, perplexity
@@ -197,7 +197,7 @@ def test_what_was_measured_is_told_though_it_cannot_be_put_on_record(checkpoint,
     def full(*_):
         raise HalveError("volume full")
 
-    monkeypatch.setattr(pruning, "add_perplexity", full)
+    monkeypatch.setattr(judging, "add_perplexity", full)
     options = {"calibration": tokens(8), "evaluation": Evaluation([text], 16, 2)}
     pruned = halve.prune(checkpoint, tmp_path / "out", **options, **FAST)
     assert pruned.notes == ("perplexity was measured, but not put on record: volume full",)

@@ -37,7 +37,11 @@ def test_what_is_written_is_read(tmp_path):
     write_measured(tmp_path, content)
     assert on_disk(tmp_path) == content
     found = read_measured(tmp_path)
-    assert to_builtins(found) == content | {"perplexity": (), "workers": ({**content["workers"][0], "shards": (0, 1)},)}
+    assert to_builtins(found) == content | {
+        "perplexity": (),
+        "top_one": (),
+        "workers": ({**content["workers"][0], "shards": (0, 1)},),
+    }
     assert (found.seconds, found.matrix_seconds) == ({"solve": 1.5}, {"a": 0.25})
     assert content["seconds"] == {"solve": 1.5}
     assert content["peak_memory"] == {"solve": 1000}

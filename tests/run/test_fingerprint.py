@@ -139,6 +139,8 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "eval_data": ["a"],
         "eval_seq_len": 3,
         "eval_max_windows": 3,
+        "eval_images": "pictures",
+        "eval_max_images": 3,
     }
     assert changed.keys() == {each.name for each in options_of(Request)}  # a new option needs a word here
     base = {"forward_dtype": "float32", "only_where_faster": 1.1, "reconstruct": "none", "eval_data": ["b"]}
@@ -160,6 +162,8 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "trust_remote_code",
     }
     idle |= {"fallback", "least_prunable", "device", "eval_data", "eval_seq_len", "eval_max_windows"}
+    idle |= {"eval_images", "eval_max_images"}
+    base |= {"eval_images": "others"}
 
     def of(**options):
         return fingerprint(loaded, token_set(), Request.of(options))
