@@ -54,7 +54,7 @@ def convnext() -> Any:
     """Return an untrained ConvNeXt of two stages."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    widths = {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2, "layer_scale_init_value": 1.0}
+    widths = {"hidden_sizes": [16, 16], "depths": [1, 1], "num_stages": 2, "layer_scale_init_value": 1.0}
     return ConvNextForImageClassification(ConvNextConfig(image_size=8, patch_size=2, id2label=_NAMES, **widths))
 
 

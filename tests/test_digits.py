@@ -1,0 +1,85 @@
+"""An image classifier from a folder of pictures, as a user prunes it; and the scripts that do so."""
+
+import json
+import re
+import runpy
+import sys
+
+import pytest
+
+import digits
+import halve
+from halve.cli.app import main
+from test_examples import EXAMPLES
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small ViT trained on scikit-learn's digits, and folders of these to train on and held out."""
+    place = tmp_path_factory.mktemp("digits")
+    train, test = digits.write_digits(place / "digits")
+    digits.train_checkpoint("vit", train, place / "vit", seed=0, epochs=8)
+    return place / "vit", train, test
+
+
+def halve_command(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main([*map(str, arguments)])
+    assert left.value.code in (0, None)
+
+
+def test_the_digits_are_all_there(trained):
+    _, train, test = trained
+    counts = [len(list(folder.glob("*/*.png"))) for folder in (train, test)]
+    assert counts == [digits.TRAINED_ON, 1797 - digits.TRAINED_ON]
+    assert not {path.name for path in train.glob("*/*")} & {path.name for path in test.glob("*/*")}
+
+
+def test_a_classifier_is_pruned_from_a_folder_of_pictures(trained, tmp_path, capsys):
+    model, train, test = trained
+    for method in ("magnitude", "auto"):
+        options = ["--method", method, "--calibration", train, "--samples", 128, "--eval-images", test]
+        halve_command("prune", model, "--out", tmp_path / method, *options, "--reconstruct", "none")
+        assert re.search(r"top-1 test: [\d.]+ % → [\d.]+ %", capsys.readouterr().out)
+    halve_command("check", tmp_path / "auto", "--against", model)
+    capsys.readouterr()
+    halve_command("eval", model, tmp_path / "magnitude", tmp_path / "auto", "--images", test, "--json")
+    dense, magnitude, auto = json.loads(capsys.readouterr().out)
+    assert dense["pictures"] == 597
+    assert dense["top_one"] > 0.85
+    assert auto["top_one"] > dense["top_one"] - 0.05
+    assert magnitude["top_one"] < auto["top_one"]
+    measured = json.loads((tmp_path / "auto" / "halve-measured.json").read_text())["top_one"][0]
+    assert measured["after"] == round(auto["top_one"] * 597)
+    halve_command("eval", model, tmp_path / "auto", "--images", test, "--max-images", 20)
+    assert "20" in capsys.readouterr().out
+
+
+def test_the_table_of_the_digits_is_printed(trained, monkeypatch, capsys, tmp_path):
+    model, train, _ = trained
+    (tmp_path / "digits").symlink_to(train.parent)
+    (tmp_path / "vit-0").symlink_to(model)
+    small = ["--models", "vit", "--seeds", "0", "--methods", "magnitude,wanda+block", "--samples", "16"]
+    monkeypatch.setattr(sys, "argv", ["digits", str(tmp_path), *small])
+    digits.main()
+    header, _, row, mean = capsys.readouterr().out.splitlines()
+    assert header == "| model | seed | dense | magnitude | wanda+block |"
+    assert row.replace("| 0 |", "| mean |") == mean
+    assert len(re.findall(r"\d\d\.\d\d", row)) == 3
+
+
+@pytest.mark.parametrize("name", digits.MODELS)
+def test_every_model_of_the_digits_learns(name, trained, tmp_path):
+    _, train, test = trained
+    digits.train_checkpoint(name, train, tmp_path / name, seed=0, epochs=1)
+    assert halve.top_one(tmp_path / name, test, max_images=200).value > 0.2  # by chance it would be 0.1
+
+
+def test_the_script_for_imagenet_runs(trained, monkeypatch, capsys, tmp_path):
+    model, train, test = trained
+    small = ["--methods", "wanda,auto+block", "--samples", "16", "--pictures", "50", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["imagenet", str(model), str(train), str(test), *small])
+    runpy.run_path(str(EXAMPLES / "imagenet.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\S+): top-1 \d", printed, re.MULTILINE) == ["dense", "wanda", "auto+block"]
+    assert halve.check(tmp_path / "wanda").ok
