@@ -18,11 +18,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small ViT trained on scikit-learn's digits, and folders of these to train on and held out."""
+    """A small ConvNeXt trained on scikit-learn's digits, and folders of these to train on and held out."""
     place = tmp_path_factory.mktemp("digits")
     train, test = digits.write_digits(place / "digits")
-    digits.train_checkpoint("vit", train, place / "vit", seed=0, epochs=8)
-    return place / "vit", train, test
+    digits.train_checkpoint("convnext", train, place / "convnext", seed=0, epochs=12)
+    return place / "convnext", train, test
 
 
 def halve_command(*arguments):
@@ -42,7 +42,7 @@ def test_the_digits_are_all_there(trained):
 def test_a_classifier_is_pruned_from_a_folder_of_pictures(trained, tmp_path):
     model, train, test = trained
     for method in ("magnitude", "auto"):
-        options = ["--method", method, "--calibration", train, "--samples", 128, "--eval-images", test]
+        options = ["--pattern", "1:4", "--method", method, "--calibration", train, "--samples", 128, "--eval-images", test]
         printed = halve_command("prune", model, "--out", tmp_path / method, *options)
         assert re.search(r"top-1 test: [\d.]+ % → [\d.]+ %", printed)
     halve_command("check", tmp_path / "auto", "--against", model)
@@ -50,7 +50,7 @@ def test_a_classifier_is_pruned_from_a_folder_of_pictures(trained, tmp_path):
     dense, magnitude, auto = json.loads(halve_command("eval", *several, "--images", test, "--json"))
     assert dense["pictures"] == 597
     assert dense["top_one"] > 0.85
-    assert auto["top_one"] > dense["top_one"] - 0.05
+    assert auto["top_one"] > dense["top_one"] - 0.1
     assert magnitude["top_one"] < auto["top_one"]
     measured = json.loads((tmp_path / "auto" / "halve-measured.json").read_text())["top_one"][0]
     assert measured["after"] == round(auto["top_one"] * 597)
@@ -61,8 +61,8 @@ def test_a_classifier_is_pruned_from_a_folder_of_pictures(trained, tmp_path):
 def test_the_table_of_the_digits_is_printed(trained, monkeypatch, capsys, tmp_path):
     model, train, _ = trained
     (tmp_path / "digits").symlink_to(train.parent)
-    (tmp_path / "vit-0").symlink_to(model)
-    small = ["--models", "vit", "--seeds", "0", "--methods", "magnitude,wanda+block", "--samples", "16"]
+    (tmp_path / "convnext-0").symlink_to(model)
+    small = ["--models", "convnext", "--seeds", "0", "--methods", "magnitude,wanda+block", "--samples", "16"]
     monkeypatch.setattr(sys, "argv", ["digits", str(tmp_path), *small])
     digits.main()
     header, _, row, mean = capsys.readouterr().out.splitlines()
@@ -71,10 +71,10 @@ def test_the_table_of_the_digits_is_printed(trained, monkeypatch, capsys, tmp_pa
     assert len(re.findall(r"\d\d\.\d\d", row)) == 3
 
 
-@pytest.mark.parametrize("name", digits.MODELS)
-def test_every_model_of_the_digits_learns(name, trained, tmp_path):
+@pytest.mark.parametrize(("name", "epochs"), [("vit", 8), ("resnet", 1)])
+def test_every_model_of_the_digits_learns(name, epochs, trained, tmp_path):
     _, train, test = trained
-    digits.train_checkpoint(name, train, tmp_path / name, seed=0, epochs=1)
+    digits.train_checkpoint(name, train, tmp_path / name, seed=0, epochs=epochs)
     assert halve.top_one(tmp_path / name, test, max_images=200).value > 0.2  # by chance it would be 0.1
 
 
