@@ -59,7 +59,7 @@ class _Products(TorchFunctionMode):
             padding = 0
         for group, part in enumerate(x.double().chunk(groups, 1)):
             columns = nn.functional.unfold(part, weight.shape[2:], dilation, padding, stride)
-            taps = columns.unflatten(1, (part.shape[1], -1)).transpose(1, 2).flatten(1, 2)
+            taps = columns.reshape(len(x), part.shape[1], -1, columns.shape[-1]).transpose(1, 2).flatten(1, 2)
             self._add(found[0], group if groups > 1 else None, taps.mT)
 
     def _note(self, name: str, parameter: Tensor, x: Tensor, weight: Tensor) -> None:
