@@ -105,7 +105,7 @@ class _Judge:
         done, listening = _prune_listening(dense, batches, method="wanda", refit="none")
         reference = oracle.Reference(dense, done.model, done.report.changed, batches)
         self._take(oracle.judge_streams(listening, reference, dense_too=False))
-        matrices = [masks.Matrix(m.parameter, m.expert, m.layout == "in_out") for m in done.report.matrices]
+        matrices = [masks.Matrix.reported(each, done.model) for each in done.report.matrices]
         plain = [m for m, row in zip(matrices, done.report.matrices, strict=True) if row.method == "wanda"]
         self._take(masks.judge_masks(plain, reference, listening.blocks))
         self._take(masks.judge_routers(matrices, done.model, EXPERTS))
@@ -157,7 +157,10 @@ class _Judge:
                 self._say([f"plain transformers reports {what} {min(extra)}"])
         self._take(masks.judge_untouched(dense, found, pruned, {matrix.parameter for matrix in matrices}))
         self._say(_compare_tensors(source, out))
-        self._pack(out)
+        if all(len(dense.get_parameter(matrix.parameter).shape) == 4 for matrix in matrices):
+            self.facts["packing"] = "not judged: all that was pruned are convolutions"
+        else:
+            self._pack(out)
 
     def _pack(self, out: Path) -> None:
         self.stage = "pack"

@@ -35,6 +35,8 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if name == "conv2d":
+            self._convolve(*args, **(kwargs or {}))
         if name in {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "__rmatmul__"}:
             operands = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
             for position, weight in enumerate(operands):
@@ -42,6 +44,23 @@ class _Products(TorchFunctionMode):
                 if found is not None and position > 0 and weight.ndim >= 2:
                     self._note(*found, operands[position - 1], weight)
         return func(*args, **(kwargs or {}))
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, _bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> None:
+        """Note what a convolution multiplies with: for every tap the channels, as ``unfold`` gives them."""
+        found = self._at.get(weight.untyped_storage().data_ptr())
+        if found is None:
+            return
+        if padding in {"same", "valid"}:
+            whole = [apart * (size - 1) for apart, size in zip(dilation, weight.shape[2:], strict=True)]
+            whole = whole if padding == "same" else [0, 0]
+            x = nn.functional.pad(x, [side for size in whole[::-1] for side in (size // 2, size - size // 2)])
+            padding = 0
+        for group, part in enumerate(x.double().chunk(groups, 1)):
+            columns = nn.functional.unfold(part, weight.shape[2:], dilation, padding, stride)
+            taps = columns.reshape(len(x), part.shape[1], -1, columns.shape[-1]).transpose(1, 2).flatten(1, 2)
+            self._add(found[0], group if groups > 1 else None, taps.mT)
 
     def _note(self, name: str, parameter: Tensor, x: Tensor, weight: Tensor) -> None:
         if parameter.ndim == 2:
@@ -66,16 +85,29 @@ class Matrix:
         parameter: name of the parameter that holds it.
         expert: its index there, None for a parameter of two dimensions.
         transposed: whether it is stored as (d_in, d_out).
+        groups: into how many matrices a convolution's parameter, of four dimensions, is cut.
     """
 
     parameter: str
     expert: int | None
     transposed: bool
+    groups: int = 1
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Return it as (d_out, d_in)."""
+        """Return it as (d_out, d_in), d_in of a convolution tap by tap."""
+        if parameter.ndim == 4:
+            stored = parameter.detach().chunk(self.groups)[self.expert or 0]
+            return torch.stack(
+                [stored[:, :, i, j] for i in range(stored.shape[2]) for j in range(stored.shape[3])], 1
+            ).flatten(1)
         stored = parameter.detach() if self.expert is None else parameter.detach()[self.expert]
         return stored.T if self.transposed else stored
+
+    @classmethod
+    def reported(cls, matrix: Any, model: nn.Module) -> "Matrix":
+        """Return what a run's report says of a matrix."""
+        groups = model.get_parameter(matrix.parameter).shape[0] // matrix.shape[0] if matrix.layout == "conv" else 1
+        return cls(matrix.parameter, matrix.expert, matrix.layout == "in_out", groups)
 
 
 def judge_masks(matrices: Sequence[Matrix], reference: Reference, blocks: Iterable[str]) -> Findings:

@@ -95,6 +95,20 @@ def vit(seed: int = 0) -> Any:
     return _alive(tf.ViTForImageClassification(tf.ViTConfig(**settings, image_size=16, patch_size=4)))
 
 
+def resnet(seed: int = 0) -> Any:
+    """Return a random ResNet for 16 x 16 grey images, with two stages of two blocks."""
+    torch.manual_seed(seed)
+    settings = {"num_channels": 1, "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2]}
+    return _alive(tf.ResNetForImageClassification(tf.ResNetConfig(**settings, layer_type="basic", num_labels=10)))
+
+
+def convnext(seed: int = 0) -> Any:
+    """Return a random ConvNeXt for 16 x 16 grey images, with two stages of two blocks."""
+    torch.manual_seed(seed)
+    settings = {"num_channels": 1, "patch_size": 2, "hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2}
+    return _alive(tf.ConvNextForImageClassification(tf.ConvNextConfig(**settings, num_labels=10)))
+
+
 _SEQ2SEQ = {"d_model": 32, "vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
 _BART = {
     **_SEQ2SEQ,

@@ -155,6 +155,12 @@ LEANINGS = (
         test="tests/model/test_classify.py",
     ),
     Leaning(
+        path="torch.nn.Conv2d._conv_forward",
+        use="whether a convolution multiplies by its weight as it is",
+        breaks="classes that change the weight there would be pruned as if they did not",
+        test="tests/model/test_layers.py",
+    ),
+    Leaning(
         path="torch.cuda._sleep",
         use="keeping a GPU busy until Python is ahead of it",
         breaks="measured times would hold what launches cost",

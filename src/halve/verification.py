@@ -23,6 +23,7 @@ from halve.checkpoint.weight_files import Weights, survey_weights
 from halve.errors import HalveError, InputError, PatternError, counted, first_few, noting
 from halve.maths.linalg import in_parts, is_finite
 from halve.maths.pattern import Pattern
+from halve.model.layers import Layout, inputs_last
 from halve.model.plan import place_of
 from halve.recorded import Record, change_of, pattern_of, read_record
 
@@ -115,7 +116,8 @@ def check(
         path: a directory of safetensors, or a packed one.
         against: the original: anything ``halve.checkpoint.load.resolve`` takes.
         pattern: what to check for instead of the pattern recorded; needed where there is no ``halve.json``, and then
-            the tensors that have it are counted, along either of their last two dimensions.
+            the tensors that have it are counted, along either of their last two dimensions, or the input channels of a
+            convolution.
         trust_remote_code: whether a model that comes with Python code of its own is accepted; none of it is run.
 
     Returns:
@@ -302,7 +304,7 @@ def _what_was_lost(found: _Findings, pattern: Pattern, *, recorded: bool) -> lis
 def _check_tensor(
     entry: TensorEntry,
     tensor: Tensor,
-    layouts: Mapping[str, str],
+    layouts: Mapping[str, Layout],
     pattern: Pattern | None,
     found: _Findings,
     *,
@@ -330,24 +332,29 @@ def _check_tensor(
     return True
 
 
-def _violation(tensor: Tensor, pattern: Pattern, layout: str) -> str:
+def _violation(tensor: Tensor, pattern: Pattern, layout: Layout) -> str:
     """Say how a tensor breaks the pattern; empty when it does not."""
-    if tensor.ndim < 2:
-        return f"it has shape {tuple(tensor.shape)}, which is no matrix"
+    if tensor.ndim < 2 or (layout == "conv" and tensor.ndim != _CONVOLUTION):
+        return f"it has shape {tuple(tensor.shape)}, which is no matrix" + " of a convolution" * (layout == "conv")
     try:
-        bad = [pattern.violating_groups(part) for part in in_parts(tensor if layout == "out_in" else tensor.mT)]
+        bad = [pattern.violating_groups(part) for part in in_parts(inputs_last(tensor, layout))]
     except PatternError as error:
         return str(error)
     count = sum(int(part.sum()) for part in bad)
     return f"{count} of {sum(part.numel() for part in bad)} groups have too many non-zeros" if count else ""
 
 
+_CONVOLUTION = 4
+"""Dimensions of a convolution's weights."""
+
+
 def _has_pattern(tensor: Tensor, pattern: Pattern) -> bool:
+    layouts: tuple[Layout, ...] = ("conv",) if tensor.ndim == _CONVOLUTION else ("out_in", "in_out")
     return (
         tensor.ndim >= 2
         and tensor.is_floating_point()
         and any(bool((part != 0).any()) for part in in_parts(tensor))
-        and any(not _violation(tensor, pattern, layout) for layout in ("out_in", "in_out"))
+        and any(not _violation(tensor, pattern, layout) for layout in layouts)
     )
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from halve.forecast.shapes import Bundle, Shapes
 from halve.maths.pattern import Pattern
 from halve.model.survey import plan_model
-from models import DECODERS, decoder, encoder_decoder, llava, pairs, tokens
+from models import DECODERS, convnext, decoder, encoder_decoder, llava, pairs, resnet, tokens
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -20,6 +21,25 @@ def test_a_runs_matrices_are_all_foreseen(family):
     routers = [block.others for block in found.blocks]
     assert all(one >= other for one, other in zip(weights, expected, strict=True))
     assert sum(weights) <= sum(expected) + sum(routers) + 0.1 * sum(expected)  # what a run leaves dense is small
+
+
+@pytest.mark.parametrize("model", [resnet(), convnext()])
+def test_convolutions_are_foreseen_each_with_inputs_of_its_own(model):
+    plan, _ = plan_model(model, [{"pixel_values": torch.randn(1, 1, 16, 16)}], Pattern("2:4"))
+    for index, block in enumerate(Shapes.of(model).blocks):
+        found = sorted((rows, each.d_in) for each in block.bundles for rows in each.rows)
+        assert found == sorted((matrix.d_out, matrix.d_in) for matrix in plan.of_block(index))
+        convolutions = sum(matrix.layout == "conv" for matrix in plan.of_block(index))
+        assert sum(len(each.rows) for each in block.bundles) - len(block.bundles) <= len(found) - convolutions
+
+
+def test_groups_of_a_convolution_are_bundles_and_depthwise_ones_none():
+    block = nn.Sequential(nn.Conv2d(16, 32, 3, groups=2), nn.Conv2d(32, 32, 7, groups=32), nn.Conv2d(32, 16, 1))
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    (found,) = Shapes.of(model).blocks
+    assert [(each.rows, each.d_in) for each in found.bundles] == [((16,), 72), ((16,), 72), ((16,), 32)]
+    assert found.others == 32 * 49
 
 
 def test_a_llamas_siblings_share_their_inputs():

@@ -4,7 +4,7 @@ from torch import nn
 
 from halve.errors import InputError, UnsupportedModelError
 from halve.maths.pattern import Pattern
-from halve.model.classify import ROUTER, UNSEEN, make_plan
+from halve.model.classify import NOT_CALLED, ROUTER, UNSEEN, make_plan
 from halve.model.plan import Observed, place_of, set_matrix
 from models import DECODERS, MIXTURES, bert, decoder, encoder_decoder, llava, vit
 
@@ -147,7 +147,7 @@ def test_convolutions_gates_and_nested_expert_lists():
     assert [m.name for m in plan.of_block(1)] == ["layers.1.experts.0.weight", "layers.1.experts.1.weight"]
     assert all(m.routed for m in plan.matrices)
     reasons = {e.name.removeprefix("layers.0."): e.reason for e in plan.excluded}
-    assert reasons["conv.weight"] == "convolution"
+    assert reasons["conv.weight"] == "not a convolution in 2D (Conv1d)"
     assert reasons["gate.weight"] == "one output: a gate"
     assert reasons["table"] == "not the weight of a linear layer (Block.table)"
 
@@ -262,3 +262,52 @@ def test_the_plan_of_an_encoder_decoder_has_both_stacks():
 )
 def test_block_and_kind_are_read_off_the_name(name, place):
     assert place_of(name) == place
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+def test_convolutions_are_matrices_and_grouped_ones_several():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = nn.Conv2d(8, 16, 3)
+            self.pointwise = nn.Conv2d(8, 16, 1)
+            self.grouped = nn.Conv2d(16, 32, 3, groups=2)
+            self.depthwise = nn.Conv2d(16, 16, 7, groups=16)
+            self.narrow = nn.Conv2d(16, 16, 3, groups=8)
+            self.coloured = nn.Conv2d(3, 16, 3)
+            self.thin = nn.Conv2d(8, 4, 3)
+            self.own = Standardised(8, 8, 3)
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(), Block()])
+    plan = make_plan(model, PATTERN)
+    found = {m.name: (m.d_out, m.d_in, m.taps, m.layout, m.expert) for m in plan.of_block(1)}
+    assert found == {
+        "layers.1.plain.weight": (16, 72, 9, "conv", None),
+        "layers.1.pointwise.weight": (16, 8, 1, "conv", None),
+        "layers.1.grouped.weight[0]": (16, 72, 9, "conv", 0),
+        "layers.1.grouped.weight[1]": (16, 72, 9, "conv", 1),
+    }
+    reasons = {e.name.removeprefix("layers.0."): e.reason for e in plan.excluded}
+    assert reasons["depthwise.weight"] == "depthwise convolution: every output sees one channel"
+    assert reasons["narrow.weight"] == "2 x 18 is too small ever to gain"
+    assert reasons["coloured.weight"] == "the number of input channels that an output sees = 3 is not divisible by 4"
+    assert reasons["thin.weight"] == "4 x 72 is too small ever to gain"
+    assert reasons["own.weight"] == "convolution with code of its own (Standardised)"
+
+
+def test_groups_of_a_pattern_do_not_cross_from_one_tap_to_the_next():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"a": nn.Conv2d(6, 16, 2), "b": nn.Conv2d(8, 16, 2)})])
+    assert [matrix.name for matrix in make_plan(model, PATTERN).matrices] == ["layers.0.b.weight"]  # though 24 fits
+
+
+def test_a_convolution_whose_inputs_are_not_seen_stays_dense():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"a": nn.Conv2d(8, 16, 2), "b": nn.Linear(8, 16)})])
+    plan = make_plan(model, PATTERN, Observed(layouts={}, called={"layers.0.b.weight": 4}), least=0.0)
+    assert {e.name: e.reason for e in plan.excluded} == {"layers.0.a.weight": NOT_CALLED}

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -6,9 +7,11 @@ from torch import nn
 
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.pattern import Pattern
-from halve.model import blocks, replay
+from halve.model import blocks, layers, replay
 from halve.model.classify import BYPASSED, make_plan
-from halve.model.collect import Collector, observe
+from halve.model.collect import Collector
+from halve.model.observe import observe
+from halve.model.plan import Matrix
 from halve.model.stacks import find_stack
 from models import DECODERS, MIXTURES, decoder, tokens
 
@@ -336,30 +339,6 @@ def test_an_expert_called_with_no_rows_counts_as_unseen():
     assert seen[2] == 0
 
 
-def test_observe_lists_the_layers_that_were_called():
-    model = Stack()
-    observed = observe(model, list(model.layers), [lambda: model(torch.randn(2, 5, 8))])
-    assert observed.called == {"layers.0.up.weight": 10, "layers.1.up.weight": 10}
-
-
-class UsesBoth(nn.Module):
-    """Calls one layer, multiplies with the weight of another, and does both with a third."""
-
-    def __init__(self):
-        super().__init__()
-        self.called, self.used, self.both = (nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, x):
-        return self.both(self.called(x) @ self.used.weight.T) + torch.einsum("btd,od->bto", x, self.both.weight)
-
-
-def test_a_weight_that_is_multiplied_with_outside_of_its_layer_does_not_count_as_called():
-    model = nn.Module()
-    model.layers = nn.ModuleList([UsesBoth()])
-    observed = observe(model, list(model.layers), [lambda: model.layers[0](torch.randn(2, 5, 8))])
-    assert observed.called == {"layers.0.called.weight": 10}
-
-
 class Branches(nn.Module):
     """A block with two matrices that share their input, and one behind them."""
 
@@ -460,3 +439,74 @@ def test_halves_of_every_batch_reach_the_statistics():
         for half, x in zip(got.halves, (firsts, seconds), strict=True):
             torch.testing.assert_close(half.double(), x.T @ x / 15, rtol=1e-4, atol=1e-6)
         assert got.cross is not None
+
+
+class Pictures(nn.Module):
+    """A block of convolutions: two share their input and their geometry, a third the input alone; one has groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.wide = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+        self.grouped = nn.Conv2d(8, 16, 3, stride=2, groups=2)
+
+    def forward(self, x):
+        return self.grouped(self.a(x) + self.b(x) + self.wide(x))
+
+
+def unfolded(x, layer):
+    """Float64 patches (tokens, taps * channels) as PyTorch's own ``unfold`` makes them."""
+    columns = nn.functional.unfold(x.double(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return columns.unflatten(1, (x.shape[1], -1)).permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_patches_are_what_convolutions_are_judged_by(paired, monkeypatch):
+    monkeypatch.setattr(layers, "_PATCHES", 8 * 9 * 36 * 2)  # two samples at a time
+    torch.manual_seed(0)
+    model = nn.Sequential(Pictures()).eval()
+    block, batches = model[0], [torch.randn(3, 8, 6, 6) for _ in range(2)]
+    dense = [batch + 0.1 * torch.randn_like(batch) for batch in batches]
+    seen = observe(model, [block], [lambda: model(batches[0])])
+    found = nn.Module()
+    found.layers = model
+    plan = make_plan(found, Pattern("2:4"), replace(seen, called={f"layers.{n}": c for n, c in seen.called.items()}))
+    collector = Collector(block, "layers.0", plan.matrices, CPU, halves=True, once=set())
+    inputs = {"a": [], "wide": [], "grouped": []}
+    with collector.watching(), torch.no_grad():
+        for batch, other in zip(batches, dense, strict=True):
+            pair = []
+            for x, first in ((other, True), (batch, False)) if paired else ((batch, False),):
+                collector.start_batch(None, dense=first, shape=x.shape)
+                block(x)
+                assert not collector.end_batch()
+                pair.append({"a": x, "wide": x, "grouped": block.a(x) + block.b(x) + block.wide(x)})
+            for name, parts in inputs.items():
+                parts.append([each[name] for each in pair])
+    statistics = collector.finish()
+    assert statistics["layers.0.a.weight"] is statistics["layers.0.b.weight"]
+    assert statistics["layers.0.a.weight"] is not statistics["layers.0.wide.weight"]
+    for name, parts in inputs.items():
+        layer = block.get_submodule(name)
+        for group in range(layer.groups):
+            matrix = f"layers.0.{name}.weight" + (f"[{group}]" if layer.groups > 1 else "")
+            sides = [
+                torch.cat([unfolded(x.chunk(layer.groups, 1)[group], layer) for x in side])
+                for side in zip(*parts, strict=True)
+            ]
+            ours, tokens_seen = sides[-1], len(sides[-1])
+            stats = statistics[matrix]
+            assert stats.tokens == tokens_seen
+            torch.testing.assert_close(stats.gram, (ours.T @ ours / tokens_seen).float())
+            torch.testing.assert_close(sum(stats.halves) / 2, stats.gram)
+            if paired:
+                torch.testing.assert_close(stats.cross, (sides[0].T @ ours / tokens_seen).float())
+
+
+def test_padding_before_a_convolution_is_refused():
+    block = nn.Sequential(nn.Conv2d(8, 8, 3))
+    matrix = Matrix(name="b.0.weight", parameter="b.0.weight", block=0, d_out=8, d_in=72, layout="conv", taps=9)
+    collector = Collector(block, "b", [matrix], CPU)
+    collector.start_batch(torch.tensor([[True, False]]))
+    with collector.watching(), pytest.raises(CalibrationError, match=r"the patches of a convolution .* mix padding"):
+        block(torch.randn(1, 8, 5, 5))

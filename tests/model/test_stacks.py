@@ -3,7 +3,7 @@ from torch import nn
 
 from halve.errors import InputError, UnsupportedModelError
 from halve.model.stacks import choose_stacks, default_stacks, find_stack, find_stacks
-from models import DECODERS, bert, decoder, encoder_decoder, llava, vit
+from models import DECODERS, bert, convnext, decoder, encoder_decoder, llava, resnet, vit
 
 
 @pytest.mark.parametrize("model", [*map(decoder, DECODERS), bert(), vit()])
@@ -67,3 +67,37 @@ def test_a_model_without_a_list_of_blocks_is_refused():
     for model in (nn.Linear(4, 4), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))):
         with pytest.raises(UnsupportedModelError, match="no list of blocks"):
             find_stacks(model)
+
+
+def stage(count, channels=8):
+    return nn.Sequential(*[Block(nn.Conv2d(channels, channels, 3)) for _ in range(count)])
+
+
+def test_stages_of_convolutions_side_by_side_are_pruned_together():
+    model = nn.Module()
+    model.stem = nn.Sequential(nn.Conv2d(3, 8, 7), nn.BatchNorm2d(8), nn.ReLU())
+    model.layer1, model.layer2 = stage(2), stage(3, 16)
+    model.head = nn.Linear(16, 10)
+    assert [stack.name for stack in default_stacks(model)] == ["layer1", "layer2"]
+    assert {stack.group for stack in default_stacks(model)} == {""}
+    assert find_stacks(model)[1].weights == 3 * 16 * 16 * 9
+
+
+def test_a_stem_of_convolutions_beside_other_blocks_is_no_stage_of_theirs():
+    model = nn.Module()
+    model.stem, model.layers = stage(2), nn.ModuleList([Block(nn.Linear(64, 64)) for _ in range(3)])
+    assert [stack.name for stack in default_stacks(model)] == ["layers"]
+
+
+def test_a_sequence_of_bare_convolutions_is_no_list_of_blocks():
+    model = nn.Module()
+    model.layers = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(UnsupportedModelError, match="no list of blocks with linear layers or convolutions"):
+        find_stacks(model)
+
+
+def test_the_stages_of_a_resnet_and_a_convnext_are_their_blocks():
+    for model in (resnet(), convnext()):
+        (stack,) = default_stacks(model)
+        assert stack.name.endswith("encoder.stages")
+        assert len(stack.blocks) == 2

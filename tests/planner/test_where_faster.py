@@ -211,7 +211,10 @@ def test_the_reason_of_a_matrix():
     reason = "2:4 is 1.09 times as fast as dense at batch 1 on this machine, less than the 1.1 asked for"
     assert settings.why_dense(Matrix(name="a", parameter="a", block=0, d_out=8, d_in=4)) == reason
     assert reason in found.reasons(PATTERN)
-    assert len(found.reasons(PATTERN)) == 2
+    assert len(found.reasons(PATTERN)) == 3
+    convolution = Matrix(name="a", parameter="a", block=0, d_out=4, d_in=8, layout="conv")
+    assert settings.why_dense(convolution) == "a convolution, for which there is no sparse product"
+    assert settings.why_dense(convolution) in found.reasons(PATTERN)
     assert (
         Settings(pattern=PATTERN, method="wanda", refit="none").why_dense(
             Matrix(name="a", parameter="a", block=0, d_out=8, d_in=4)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from halve.checkpoint.precision import bytes_in
-from halve.model.layers import is_fused, is_linear, layer_matrix
+from halve.model.layers import channels_of, is_convolution, is_fused, is_linear, layer_matrix
 from halve.model.stacks import default_stacks
 from halve.run.bundles import likely_input
 from halve.text.generation import text_config
@@ -155,12 +155,20 @@ def _expert(leaf: str, shape: torch.Size, width: int) -> tuple[int, int, int]:
 
 
 def _linear(name: str, module: nn.Module, skip: Sequence[str]) -> tuple[list[Bundle], int]:
-    """Return the bundles among a module's own linear layers, and the weights of those that stay dense.
+    """Return the bundles among a module's own linear layers and convolutions, and the weights that stay dense.
 
     Nothing is run, so that names and widths have to tell which layers read the same (`likely_input`).
     """
     together: dict[Hashable, Bundle] = {}
     dense = 0
+    for leaf, child in module.named_children():
+        if not is_convolution(child):
+            continue
+        if channels_of(child) == 1 or any(fnmatchcase(f"{name}.{leaf}.weight", each) for each in skip):
+            dense += child.weight.numel()
+        else:
+            rows, d_in = child.out_channels // child.groups, child.weight[0].numel()
+            together |= {(child, group): Bundle((rows,), d_in) for group in range(child.groups)}
     for leaf, (d_out, d_in) in _matrices(module):
         if any(fnmatchcase(f"{name}.{leaf}.weight", each) for each in skip):
             dense += d_out * d_in

@@ -14,7 +14,7 @@ from halve.checkpoint.shards import TensorEntry, read_shard, read_tensor
 from halve.errors import HalveError, InputError, UnsupportedModelError, counted, first_few
 from halve.maths.pattern import Pattern
 from halve.model.adapters import adapter_parameters
-from halve.model.layers import Layout, is_conv1d, is_fused, is_linear
+from halve.model.layers import Layout, holds_matrix, inputs_last, is_conv1d, is_convolution, is_fused, is_linear
 from halve.model.masked import FixedMasks, PrunedParameter, pruned_parameters, unpack_mask, whole
 from halve.model.stacks import find_stacks
 from halve.recorded import Record, pattern_of, read_record
@@ -31,9 +31,10 @@ def find_pruned(model: nn.Module, pattern: str | Pattern | None = None, record: 
     """Find the parameters of a model that are pruned, and fix their masks.
 
     Where the model was loaded from a directory, masks that a training saved there come first, then its ``halve.json``.
-    Without them, and for a model with adapters, what counts are matrices in the model's blocks (all linear layers of a
-    model without a list of blocks) that satisfy the pattern and have at least a quarter of zeros, but are not zero
-    altogether; never adapters, embeddings, norms or biases. Of a sharded model every process has to ask at once.
+    Without them, and for a model with adapters, what counts are matrices in the model's blocks (all linear layers and
+    convolutions of a model without a list of blocks) that satisfy the pattern and have at least a quarter of zeros, but
+    are not zero altogether; never adapters, embeddings, norms or biases. Of a sharded model every process has to ask at
+    once.
 
     Args:
         model: with its weights loaded, in no wrapper.
@@ -152,7 +153,7 @@ def _by_zeros(model: nn.Module, pattern: Pattern) -> Iterator[PrunedParameter]:
 
 
 def _matrices(model: nn.Module) -> Iterator[_Candidate]:
-    """Yield what may be pruned: the weights of linear layers and fused experts, in the blocks if there are any."""
+    """Yield what may be pruned: weights of layers and fused experts, those in the blocks if there are any."""
     try:
         inside = tuple(f"{stack.name}.".lstrip(".") for stack in find_stacks(model))
     except UnsupportedModelError:
@@ -162,7 +163,7 @@ def _matrices(model: nn.Module) -> Iterator[_Candidate]:
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}".lstrip(".")
-            matrix = (is_linear(module) and leaf == "weight") or is_fused(module, parameter)
+            matrix = (holds_matrix(module) and leaf == "weight") or is_fused(module, parameter)
             if not matrix or not name.startswith(inside) or name in adapters or id(parameter) in left:
                 continue
             if parameter.is_meta:
@@ -177,6 +178,8 @@ def _layouts(model: nn.Module, name: str) -> tuple[Layout, ...]:
     owner = model.get_submodule(name.rpartition(".")[0])
     if is_conv1d(owner):
         return ("in_out",)
+    if is_convolution(owner):
+        return ("conv",)
     return ("out_in",) if is_linear(owner) else ("out_in", "in_out")
 
 
@@ -186,7 +189,7 @@ def _fitting(model: nn.Module, name: str, weight: Tensor, pattern: Pattern) -> L
     if found.ndim < 2:
         return None
     for layout in _layouts(model, name):
-        rows = found if layout == "out_in" else found.mT
+        rows = inputs_last(found, layout)
         if pattern.fits(rows.shape[-1]) and pattern.satisfied_by(rows):
             return layout
     return None

@@ -1,12 +1,13 @@
 """Which matrices of a model are prunable, and why the others are not.
 
-Structure decides, never a list of names: a prunable matrix is the weight of a ``Linear`` or ``Conv1D``, or one
-expert's slice of a fused 3-D parameter, inside a stack of blocks. Every parameter of two or more dimensions ends
+Structure decides, never a list of names: a prunable matrix is the weight of a ``Linear``, ``Conv1D`` or ``Conv2d``, or
+one expert's slice of a fused 3-D parameter, inside a stack of blocks. Every parameter of two or more dimensions ends
 up either as a matrix or as an exclusion with a reason.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from halve.errors import InputError, UnsupportedModelError, first_few
 from halve.maths.pattern import Pattern
-from halve.model.layers import EXPERTS_IN_ONE, Layout, is_conv1d, is_fused, is_linear
+from halve.model.layers import EXPERTS_IN_ONE, Layout, channels_of, is_conv1d, is_convolution, is_fused, is_linear
 from halve.model.plan import Excluded, Matrix, Observed, Plan
 from halve.model.stacks import Stack, default_stacks, find_stacks
 
@@ -46,7 +47,7 @@ def make_plan(
     Args:
         model: any module with a stack of blocks.
         pattern: the sparsity pattern that has to fit each matrix.
-        seen: how the model uses its weights (`halve.model.collect.observe`): weights whose inputs cannot be seen stay
+        seen: how the model uses its weights (`halve.model.observe.observe`): weights whose inputs cannot be seen stay
             dense, but for layers in lists of experts. None, where nothing was run, leaves fused experts dense, and
             takes it that the inputs of all others can be seen.
         skip: shell-style patterns; a parameter whose name matches one stays dense.
@@ -138,8 +139,10 @@ def _block_of(name: str, blocks: Iterable[str]) -> int | None:
 
 def _unfit(matrix: Matrix, pattern: Pattern, why_dense: Callable[[Matrix], str] | None) -> str:
     """Return why a matrix that could be pruned is not, empty if it is."""
-    if not pattern.fits(matrix.d_in):
-        return f"d_in = {matrix.d_in} is not divisible by {pattern.group}"
+    channels = matrix.d_in // matrix.taps
+    if not pattern.fits(channels):
+        what = "d_in" if matrix.layout != "conv" else "the number of input channels that an output sees"
+        return f"{what} = {channels} is not divisible by {pattern.group}"
     return "" if why_dense is None else why_dense(matrix)
 
 
@@ -176,7 +179,7 @@ class _Classifier:
         if self._uses[id(parameter)] > 1:
             return "shared with another module"
         if isinstance(owner, _ConvNd):
-            return "convolution"
+            return self._convolution(name, owner, parameter, block)
         if is_fused(owner, parameter):
             return _too_small(*parameter.shape[1:]) or self._fused(name, parameter, block)
         return f"not the weight of a linear layer ({type(owner).__name__}.{leaf})"
@@ -194,12 +197,10 @@ class _Classifier:
         small = _too_small(d_out, d_in)
         if small and name not in self._stored_with_others:
             return small
-        seen = self._seen
-        if seen is not None and name in seen.bypassed:
-            return BYPASSED
         routed = self._is_routed(path)
-        if not routed and seen is not None and name not in seen.called:
-            return NOT_CALLED
+        if unseen := self._unseen(name, routed=routed):
+            return unseen
+        seen = self._seen
         return [
             Matrix(
                 name=name,
@@ -213,6 +214,43 @@ class _Classifier:
                 sees_memory=seen is not None and name in seen.memory,
             )
         ]
+
+    def _unseen(self, name: str, *, routed: bool) -> str:
+        """Return why the inputs of a layer cannot be seen, empty if they can."""
+        if self._seen is None:
+            return ""
+        if name in self._seen.bypassed:
+            return BYPASSED
+        return "" if routed or name in self._seen.called else NOT_CALLED
+
+    def _convolution(self, name: str, owner: _ConvNd, parameter: Tensor, block: int) -> list[Matrix] | str:
+        """Return the matrices of a convolution, one for each of its groups."""
+        kind = type(owner).__name__
+        if not is_convolution(owner):
+            own_code = isinstance(owner, nn.Conv2d)
+            return f"convolution with code of its own ({kind})" if own_code else f"not a convolution in 2D ({kind})"
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(f"{name} is {parameter.dtype}, not floating point: prune the model unquantised")
+        channels, taps = channels_of(owner), owner.kernel_size[0] * owner.kernel_size[1]
+        if channels == 1 and owner.groups > 1:
+            return "depthwise convolution: every output sees one channel"
+        d_out, d_in = owner.out_channels // owner.groups, taps * channels
+        if reason := _too_small(d_out, d_in) or self._unseen(name, routed=False):
+            return reason
+        repeated = self._seen is not None and name in self._seen.repeated
+        same = Matrix(
+            name=name,
+            parameter=name,
+            block=block,
+            d_out=d_out,
+            d_in=d_in,
+            layout="conv",
+            taps=taps,
+            repeated=repeated,
+        )
+        if owner.groups == 1:
+            return [same]
+        return [replace(same, name=f"{name}[{group}]", expert=group) for group in range(owner.groups)]
 
     def _outside(self, name: str, owner: nn.Module) -> str:
         if isinstance(owner, nn.Embedding):

@@ -1,4 +1,4 @@
-"""Statistics of every matrix's inputs while a block runs: hooks on linear layers, a watch on fused experts.
+"""Statistics of every matrix's inputs while a block runs: hooks on the layers, a watch on fused experts.
 
 Matrices that receive the very same tensor (query, key and value; gate and up) share one set of statistics.
 """
@@ -7,163 +7,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from halve.errors import CalibrationError, UnsupportedModelError
 from halve.maths.gram import GramAccumulator, Statistics
 from halve.model.blocks import replaced_forward
 from halve.model.calls import Call, leaves
-from halve.model.layers import Layout, is_fused, is_linear, is_plain_linear, layer_matrix
-from halve.model.plan import Matrix, Observed
-
-_LINEAR = {torch.nn.functional.linear}
-_MATMUL = {torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
-
-_ONLY_LOOKING = {
-    "__get__",
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_floating_point",
-    "data_ptr",
-    "element_size",
-    "__len__",
-}
-"""Names of functions that compute nothing from the values of a tensor."""
-
-Key = tuple[int, torch.Size]
-"""Address and shape of a weight as the model multiplies with it."""
-
-
-class _ProductWatch(TorchFunctionMode):
-    """Report every product with a registered slice of a fused parameter, as ``seen(name, expert, input, layout)``.
-
-    ``expert`` is None when all experts are multiplied at once, (E, tokens, d_in) by (E, d_in, d_out).
-    """
-
-    def __init__(self, fused: Mapping[str, Tensor], seen: Callable[[str, int | None, Tensor, Layout], None]) -> None:
-        super().__init__()
-        self._seen = seen
-        self._slices: dict[Key, tuple[str, int | None]] = {}
-        for name, parameter in fused.items():
-            for part, expert in ((parameter, None), *((part, e) for e, part in enumerate(parameter))):
-                self._slices[part.data_ptr(), part.shape] = (name, expert)
-                self._slices[part.data_ptr(), part.mT.shape] = (name, expert)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in _LINEAR or func in _MATMUL:
-            operands = [*args, *(kwargs or {}).values()]
-            if len(operands) >= 2 and isinstance(operands[1], Tensor):
-                self._look(operands[0], operands[1], transposed=func in _LINEAR)
-        return func(*args, **(kwargs or {}))
-
-    def _look(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
-        address = _address(weight)
-        found = None if address is None else self._slices.get((address, weight.shape))
-        if found is None:
-            return
-        # x @ W uses W as (d_in, d_out) unless W itself is a transposed view of how it is stored.
-        stored_transposed = weight.ndim >= 2 and not weight.is_contiguous() and weight.mT.is_contiguous()
-        layout: Layout = "out_in" if transposed != stored_transposed else "in_out"
-        self._seen(*found, x, layout)
-
-
-def _address(tensor: Tensor) -> int | None:
-    """Return where a tensor's values lie; None where it has none, as while functions are mapped."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return None
-
-
-class _BypassWatch(TorchFunctionMode):
-    """Report every use of a weight whose layer is not running."""
-
-    def __init__(
-        self, weights: Mapping[int | None, str], running: Collection[str], seen: Callable[[str], None]
-    ) -> None:
-        super().__init__()
-        self._weights = weights
-        self._running = running
-        self._seen = seen
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") not in _ONLY_LOOKING:
-            for _, operand in leaves((tuple(args), dict(kwargs or {}))):
-                name = self._weights.get(_address(operand)) if isinstance(operand, Tensor) else None
-                if name is not None and name not in self._running:
-                    self._seen(name)
-        return func(*args, **(kwargs or {}))
-
-
-def observe(model: nn.Module, blocks: Sequence[nn.Module], runs: Sequence[Callable[[], None]]) -> Observed:
-    """Find out how the model multiplies with the weights inside its blocks.
-
-    Args:
-        model: the model.
-        blocks: its blocks.
-        runs: each runs a short batch through the model, experts multiplied slice by slice
-            (`halve.model.blocks.eager_experts`).
-    """
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    fused: dict[str, Tensor] = {}
-    layouts: dict[str, Layout] = {}
-    called: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    repeated: set[str] = set()
-    lengths: defaultdict[str, set[int]] = defaultdict(set)
-    bypassed: set[str] = set()
-    running: list[str] = []
-    weights: dict[int | None, str] = {}
-
-    def note_product(name: str, _expert: int | None, _x: Tensor, layout: Layout) -> None:
-        layouts[name] = layout
-
-    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        running.append(name)
-        x = args[0] if args else next(iter(kwargs.values()))
-        calls[name] += 1
-        called[name] += x.numel() // layer_matrix(module).shape[1]
-        if x.ndim > 1:
-            lengths[name].add(x.shape[-2])
-
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in inside and is_fused(module, parameter):
-                    fused[f"{path}.{leaf}"] = parameter
-            if is_linear(module) and id(module.weight) in inside:
-                name = f"{path}.weight"
-                weights[layer_matrix(module).data_ptr()] = name
-                stack.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-                stack.enter_context(
-                    module.register_forward_hook(lambda *_, name=name: running.remove(name), always_call=True)
-                )
-        stack.enter_context(_BypassWatch(weights, running, bypassed.add))
-        if fused:
-            stack.enter_context(_ProductWatch(fused, note_product))
-        for run in runs:
-            calls.clear()
-            run()
-            repeated |= {name for name, count in calls.items() if count > 1}
-    seen = {name: tokens for name, tokens in called.items() if name not in bypassed}
-    return Observed(
-        layouts=layouts,
-        called=seen,
-        repeated=frozenset(repeated),
-        bypassed=frozenset(bypassed),
-        lengths={name: frozenset(sizes) for name, sizes in lengths.items()},
-    )
+from halve.model.layers import Layout, geometry_of, is_convolution, is_plain_linear, patches_in_parts
+from halve.model.observe import ProductWatch
+from halve.model.plan import Matrix
 
 
 @dataclass(frozen=True)
@@ -298,14 +153,18 @@ class Collector:
         self._prefix = f"{prefix}."
         self._device = device
         self._halves = halves
-        self._plain = {self._local(m.parameter): m for m in matrices if m.expert is None}
-        self._experts = {(self._local(m.parameter), m.expert): m for m in matrices if m.expert is not None}
+        layers = [matrix for matrix in matrices if matrix.expert is None or matrix.layout == "conv"]
+        self._layers: defaultdict[str, list[Matrix]] = defaultdict(list)  # several of a grouped convolution
+        for matrix in layers:
+            self._layers[self._local(matrix.parameter)].append(matrix)
+        fused = [matrix for matrix in matrices if matrix not in layers]
+        self._experts = {(self._local(matrix.parameter), matrix.expert): matrix for matrix in fused}
         self._leader: dict[str, str] = {}
         self._accumulators: dict[str, GramAccumulator] = {}
-        self._inputs: list[tuple[Tensor, str]] = []
+        self._inputs: list[tuple[Tensor, object, str]] = []
         self._valid: Tensor | None = None
         self._memory: Memory | None = None
-        self._once = once
+        self._once = None if any(matrix.layout == "conv" for matrix in layers) else once
         self._shape: torch.Size | None = None
         self._calls: Counter[str] = Counter()
         self._spared = False
@@ -319,14 +178,14 @@ class Collector:
     def watching(self) -> Iterator[None]:
         """Observe the block while this context is open; call `start_batch` before each batch."""
         with ExitStack() as stack:
-            for local, matrix in self._plain.items():
+            for local, matrices in self._layers.items():
                 module = self._block.get_submodule(local.rpartition(".")[0])
-                stack.enter_context(module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True))
+                stack.enter_context(module.register_forward_pre_hook(self._hook(module, matrices), with_kwargs=True))
                 if self._once is not None and is_plain_linear(module):
-                    stack.enter_context(replaced_forward(module, self._sparing(matrix, module.forward)))
+                    stack.enter_context(replaced_forward(module, self._sparing(matrices[0], module.forward)))
             if self._experts:
                 fused = {name: self._block.get_parameter(name) for name, _ in self._experts}
-                stack.enter_context(_ProductWatch(fused, self._see_expert))
+                stack.enter_context(ProductWatch(fused, self._see_expert))
             yield
         self._inputs.clear()
         self._dense.clear()
@@ -366,19 +225,20 @@ class Collector:
         """
         if self._once is None or self._shape is None or self._in_dense:
             return False
-        others = [matrix.name for matrix in self._plain.values() if self._calls[matrix.name] != 1]
+        plain = [matrix for matrices in self._layers.values() for matrix in matrices]
+        others = [matrix.name for matrix in plain if self._calls[matrix.name] != 1]
         if self._spared and others:
             raise CalibrationError(
                 f"{others[0]} was called {self._calls[others[0]]} times in one batch and once in another of the same "
                 "shape: Halve cannot tell which statistics it needs; leave it dense with skip"
             )
-        if not (others or self._experts or any(matrix.routed for matrix in self._plain.values())):
+        if not (others or self._experts or any(matrix.routed for matrix in plain)):
             self._once.add(self._shape)
         return self._spared
 
     def _sparing(self, matrix: Matrix, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def spare(*args: Any, **kwargs: Any) -> Tensor:
-            last = self._once is not None and self._shape in self._once and len(self._calls) == len(self._plain)
+            last = self._once is not None and self._shape in self._once and len(self._calls) == len(self._layers)
             if not last or self._in_dense:
                 return forward(*args, **kwargs)
             self._spared = True
@@ -387,32 +247,56 @@ class Collector:
 
         return spare
 
-    def _hook(self, matrix: Matrix) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _hook(
+        self, module: nn.Module, matrices: Sequence[Matrix]
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before_forward(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._see(matrix, args[0] if args else next(iter(kwargs.values())))
-            self._calls[matrix.name] += 1
+            self._see(module, matrices, args[0] if args else next(iter(kwargs.values())))
+            self._calls.update(matrix.name for matrix in matrices)
 
         return before_forward
 
-    def _see(self, matrix: Matrix, x: Tensor) -> None:
+    def _see(self, module: nn.Module, matrices: Sequence[Matrix], x: Tensor) -> None:
+        """Take the input of a layer: of its matrix, or of all the groups of a grouped convolution."""
         if x.numel() == 0:  # an expert called without tokens
             return
-        twin = next((name for other, name in self._inputs if not matrix.repeated and _identical(other, x)), None)
-        leader = self._leader.setdefault(matrix.name, twin or matrix.name)
-        if leader != (twin or matrix.name):
+        first = matrices[0]
+        geometry = geometry_of(module) if is_convolution(module) else None
+        twins = (name for other, how, name in self._inputs if how == geometry and _identical(other, x))
+        twin = None if first.repeated or len(matrices) > 1 else next(twins, None)
+        for matrix in matrices:
+            leader = self._leader.setdefault(matrix.name, twin or matrix.name)
+            if leader != (twin or matrix.name):
+                raise CalibrationError(
+                    f"{matrix.name} shared its input with {leader} in one batch and not in another: "
+                    "Halve cannot tell which statistics it needs"
+                )
+        if twin is not None:
+            return
+        if not first.repeated and len(matrices) == 1:
+            self._inputs.append((x, geometry, first.name))
+        if self._in_dense:
+            self._dense[first.name].append(x if is_convolution(module) else self._counted(x, first))
+            return
+        others = self._dense[first.name]
+        dense = others.pop(0) if others else None
+        if is_convolution(module):
+            self._add_patches(module, matrices, x, dense)
+        else:
+            self._accumulator(first).add(self._counted(x, first), dense)
+
+    def _add_patches(self, layer: nn.Conv2d, matrices: Sequence[Matrix], x: Tensor, dense: Tensor | None) -> None:
+        """Add what the groups of a convolution are multiplied with, by parts: patches overlap."""
+        if self._valid is not None:
             raise CalibrationError(
-                f"{matrix.name} shared its input with {leader} in one batch and not in another: "
-                "Halve cannot tell which statistics it needs"
+                f"the calibration data is padded, and the patches of a convolution ({matrices[0].name}) mix padding "
+                "with data: pack the data without padding"
             )
-        if twin is None:
-            if not matrix.repeated:
-                self._inputs.append((x, matrix.name))
-            counted = self._counted(x, matrix)
-            if self._in_dense:
-                self._dense[matrix.name].append(counted)
-            else:
-                others = self._dense[matrix.name]
-                self._accumulator(matrix).add(counted, others.pop(0) if others else None)
+        others = None if dense is None else patches_in_parts(dense, layer)
+        for part in patches_in_parts(x, layer):
+            paired = None if others is None else next(others)
+            for group, matrix in enumerate(matrices):
+                self._accumulator(matrix).add(part[group], None if paired is None else paired[group])
 
     def _see_expert(self, name: str, expert: int | None, x: Tensor, _layout: Layout) -> None:
         if self._valid is not None:
@@ -455,7 +339,8 @@ class Collector:
 
     def finish(self) -> dict[str, Statistics | None]:
         """Return each matrix's statistics by name, once, as `Sums.finish`."""
-        return self.take().finish((*self._plain.values(), *self._experts.values()))
+        plain = (matrix for matrices in self._layers.values() for matrix in matrices)
+        return self.take().finish((*plain, *self._experts.values()))
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

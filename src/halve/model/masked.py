@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halve.errors import InputError
-from halve.model.layers import Layout
+from halve.model.layers import Layout, as_stored, inputs_last
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -40,11 +40,12 @@ class PrunedParameter:
         return found
 
     def inputs_last(self, tensor: Tensor) -> Tensor:
-        """Return a view of a tensor of the parameter's shape, (…, d_out, d_in), groups along its last dimension.
+        """Return a view of a tensor of the parameter's shape, groups along its last dimension; `as_stored` is back."""
+        return inputs_last(tensor, self.layout)
 
-        It is its own inverse: of a tensor (…, d_out, d_in) it returns one that lies as the parameter does.
-        """
-        return tensor if self.layout == "out_in" else tensor.mT
+    def as_stored(self, tensor: Tensor) -> Tensor:
+        """Return a view of a tensor that has groups along its last dimension, in the parameter's shape."""
+        return as_stored(tensor, self.layout)
 
 
 def pruned_parameters(model: nn.Module, layouts: Mapping[str, Layout]) -> Iterator[PrunedParameter]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from halve.model.layers import Layout, matrix_view
+from halve.model.layers import Layout, matrix_view, write_matrix
 
 _WEIGHT = re.compile(r"\.weight(?=\[\d+\]$|$)")
 _IN_BLOCK = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+?)(?:\[\d+\])?")
@@ -23,9 +23,11 @@ class Matrix:
         parameter: full name of the parameter that holds it.
         block: index of its block.
         d_out: number of outputs.
-        d_in: number of inputs; groups of a pattern run along it.
+        d_in: number of inputs; groups of a pattern run along it, of a convolution each within the channels of one tap.
         layout: how it lies in the parameter.
-        expert: index along the first dimension of a fused parameter, None for a plain matrix.
+        expert: index along the first dimension of a fused parameter, or the group of a grouped convolution; None for a
+            parameter that is one matrix.
+        taps: number of taps of a convolution's kernel: so many runs of channels make up ``d_in``.
         routed: whether only some tokens reach it (a fused expert, or a matrix of a nested list of experts).
         repeated: whether its block calls it several times in one pass, so that its inputs are no other matrix's.
         sees_memory: whether its inputs are the encoder's positions, in a decoder.
@@ -38,13 +40,14 @@ class Matrix:
     d_in: int
     layout: Layout = "out_in"
     expert: int | None = None
+    taps: int = 1
     routed: bool = False
     repeated: bool = False
     sees_memory: bool = False
 
     def view(self, parameter: Tensor) -> Tensor:
-        """Return this matrix as a (d_out, d_in) view of ``parameter``, writable in place."""
-        return matrix_view(parameter, self.expert, self.layout)
+        """Return this matrix (d_out, d_in) as it is in ``parameter``: see `halve.model.layers.matrix_view`."""
+        return matrix_view(parameter, self.expert, self.layout, self.d_out)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Observed:
 def set_matrix(parameter: nn.Parameter, matrix: Matrix, weight: Tensor) -> None:
     """Write ``weight`` (d_out, d_in) into its place in ``parameter``, in the parameter's dtype."""
     with torch.no_grad():
-        matrix.view(parameter.data).copy_(weight)
+        write_matrix(parameter.data, matrix.expert, matrix.layout, weight)
 
 
 def place_of(name: str) -> tuple[int | None, str]:

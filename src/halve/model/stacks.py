@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from halve.errors import InputError, UnsupportedModelError
-from halve.model.layers import block_weight_count, is_linear
+from halve.model.layers import block_weight_count, is_convolution, is_linear
 
 ALL = "all"
 """Asks for every tower that runs."""
@@ -26,7 +26,8 @@ class Stack:
         tower: the part of the model that it belongs to: ``encoder`` and ``decoder`` of an encoder-decoder, or what the
             config calls its parts (``text``, ``vision``, ``audio``, …); ``text`` where there are no parts.
         blocks: the blocks, in order.
-        group: what is pruned together: the list of lists that it stands in (the stages of a vision model), else itself.
+        group: what is pruned together: the list of lists or the module that stages of a vision model stand in, else
+            itself.
     """
 
     name: str
@@ -41,15 +42,17 @@ class Stack:
 
     @property
     def weights(self) -> int:
-        """Number of weights in linear layers and fused experts."""
+        """Number of weights in linear layers, fused experts and convolutions."""
         return sum(block_weight_count(block) for block in self.blocks)
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """Find every outermost list of blocks with linear layers, in the order of the model's modules.
+    """Find every outermost list of blocks with linear layers or convolutions, in the order of the model's modules.
 
-    A list counts when at least half of its members have linear layers below them and none is one itself: hybrids have
-    blocks without. Of a list of lists, which never runs as a whole, every member is a stack.
+    A list counts when at least half of its members have such layers below them and none is a linear layer itself:
+    hybrids have blocks without. Of a list of lists, which never runs as a whole, every member is a stack. Lists of
+    blocks of convolutions that stand side by side in one module (``layer1`` to ``layer4`` of torchvision's ResNets) are
+    one group, as the stages of a vision model are that stand in one list.
 
     Raises:
         UnsupportedModelError: there is none.
@@ -62,7 +65,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
             continue
         if any(name.startswith(f"{outer.name}.") or not outer.name for outer in found):
             continue
-        weights = [block_weight_count(block) for block in module]
+        weights = [0 if is_convolution(block) else block_weight_count(block) for block in module]
         if all(isinstance(member, nn.ModuleList) for member in module):
             groups.append(name)
             continue
@@ -72,10 +75,24 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         found.append(Stack(name, towers.of(name), module, group))
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of blocks with linear layers (a ModuleList or Sequential), "
-            "so Halve cannot run it block by block"
+            f"{type(model).__name__} has no list of blocks with linear layers or convolutions (a ModuleList or "
+            "Sequential), so Halve cannot run it block by block"
         )
-    return found
+    return _with_stages_together(found)
+
+
+def _with_stages_together(stacks: Sequence[Stack]) -> list[Stack]:
+    """Put lists of blocks of convolutions that stand side by side into one group."""
+    parents = {
+        stack.name: (stack.tower, stack.name.rpartition(".")[0])
+        for stack in stacks
+        if stack.group == stack.name and all(any(map(is_convolution, block.modules())) for block in stack.blocks)
+    }
+    count = Counter(parents.values())
+    return [
+        replace(stack, group=parents[stack.name][1]) if count[parents.get(stack.name, ("", ""))] > 1 else stack
+        for stack in stacks
+    ]
 
 
 def default_stacks(model: nn.Module, tower: str | None = None) -> list[Stack]:

@@ -14,7 +14,7 @@ from halve.model import replay
 from halve.model.blocks import Batch, capture, eager_experts, run_model
 from halve.model.calls import Behaviour, Template
 from halve.model.classify import LEAST_PRUNABLE, make_plan
-from halve.model.collect import observe
+from halve.model.observe import observe
 from halve.model.plan import Matrix, Observed, Plan
 from halve.model.stacks import DECODER, ENCODER, TEXT, Stack, choose_stacks, find_stacks
 from halve.model.stream import Stream

@@ -14,7 +14,7 @@ from halve.checkpoint.validated import wrong
 from halve.errors import InputError
 from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
-from halve.model.layers import Layout, is_conv1d, is_fused, is_linear
+from halve.model.layers import CONVOLUTION, Layout, is_conv1d, is_fused, is_linear
 from halve.model.stacks import find_stacks
 from halve.packed.manifest import PackedTensor
 from halve.packed.read import PARTS, as_matrix, matrix_shape
@@ -75,9 +75,10 @@ def _recorded(record: Record, directory: Path, entries: Mapping[str, TensorEntry
         raise InputError(f"{path} says that the matrices are {recorded}, not {pattern}: leave the pattern out")
     if missing := sorted({*record.layouts, *record.failed} - entries.keys()):
         raise InputError(f"{path} lists tensor {missing[0]!r} as pruned, and it is missing: prune the model again")
-    layouts = {name: (layout,) for name, layout in record.layouts.items()}
+    left = {name: CONVOLUTION for name, layout in record.layouts.items() if layout == "conv"}
+    layouts = {name: (layout,) for name, layout in record.layouts.items() if name not in left}
     return Asked(
-        pattern=recorded, layouts=layouts, left=dict.fromkeys(record.failed, "pruning it failed"), recorded=True
+        pattern=recorded, layouts=layouts, left=left | dict.fromkeys(record.failed, "pruning it failed"), recorded=True
     )
 
 

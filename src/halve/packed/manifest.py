@@ -186,7 +186,7 @@ class _Matrix(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pattern: str
     shape: tuple[Dimension, Dimension]
     dtype: Literal["F32", "F16", "BF16"]
-    layout: Layout
+    layout: Literal["out_in", "in_out"]  # convolutions are not packed
     values: Literal["int8", "int4"] | UnsetType = UNSET
 
 

@@ -14,6 +14,7 @@ from halve.device import weight_dtype
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.model.classify import make_plan
+from halve.model.layers import CONVOLUTION
 from halve.model.plan import Matrix, place_of
 from halve.runtime import speed
 
@@ -126,6 +127,8 @@ class Outline:
 
 def why_dense(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> str:
     """Return why a prunable matrix could not run sparse, as half a sentence; empty if it could."""
+    if matrix.layout == "conv":
+        return CONVOLUTION
     return ROUTED if matrix.routed else speed.unfit(matrix.d_out, matrix.d_in, dtype, device)
 
 

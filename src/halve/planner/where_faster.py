@@ -13,7 +13,7 @@ from halve.checks import check_count, check_positive
 from halve.errors import InputError
 from halve.maths.pattern import Pattern
 from halve.model.classify import make_plan
-from halve.model.layers import EXPERTS_IN_ONE
+from halve.model.layers import CONVOLUTION, EXPERTS_IN_ONE
 from halve.model.plan import Matrix
 from halve.option_groups import internal, option
 
@@ -78,7 +78,12 @@ class WhereFaster:
             }
             return replace(self, ratios=dict(sorted(kept.items())))
         plan = make_plan(model, pattern, skip=skip)
-        shapes = dict.fromkeys((matrix.d_out, matrix.d_in) for matrix in plan.matrices)
+        shapes = dict.fromkeys((matrix.d_out, matrix.d_in) for matrix in plan.matrices if matrix.layout != "conv")
+        if not shapes:
+            raise InputError(
+                "all that could be pruned are convolutions, and there is no sparse product of those, so nothing would "
+                "be faster: leave that out (only_where_faster)"
+            )
         ratios = {_name(*shape): _ratio(*shape, self.batch, pattern, dtype, device) for shape in shapes}
         best = max(ratios, key=lambda shape: ratios[shape])
         if ratios[best] < self.factor:
@@ -91,13 +96,15 @@ class WhereFaster:
 
     def why_dense(self, matrix: Matrix, pattern: Pattern) -> str:
         """Return why a matrix stays dense, as half a sentence; empty if it is fast enough."""
+        if matrix.layout == "conv":
+            return CONVOLUTION
         if matrix.expert is not None:
             return EXPERTS_IN_ONE
         return self._reason(self.ratios.get(_name(matrix.d_out, matrix.d_in), 0.0), pattern)
 
     def reasons(self, pattern: Pattern) -> set[str]:
         """Return everything that `why_dense` may say."""
-        return {EXPERTS_IN_ONE, *(self._reason(ratio, pattern) for ratio in self.ratios.values())} - {""}
+        return {CONVOLUTION, EXPERTS_IN_ONE, *(self._reason(ratio, pattern) for ratio in self.ratios.values())} - {""}
 
     def _reason(self, ratio: float, pattern: Pattern) -> str:
         if ratio >= self.factor:

@@ -12,7 +12,6 @@ from halve.checkpoint.mapped import Weights
 from halve.checkpoint.shards import tensor_bytes
 from halve.errors import HalveError
 from halve.maths.pattern import Pattern
-from halve.model.layers import matrix_view
 from halve.model.plan import Matrix
 from halve.provenance import environment
 from halve.recorded import FORMAT, MOST
@@ -108,7 +107,7 @@ def masks(
     found = {}
     for matrix in matrices:
         parameter = model.get_parameter(matrix.parameter)
-        weight = matrix_view(parameter.data, matrix.expert, matrix.layout)
+        weight = matrix.view(parameter.data)
         found[matrix.name] = mask_facts(matrix.name, weight if dtype is None else weight.to(dtype), pattern)
         if weights is not None:
             weights.done_with(parameter)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from halve.errors import counted
 from halve.memory import peak_memory
-from halve.model.layers import Layout
+from halve.model.layers import Layout, matrix_view
 from halve.model.plan import Excluded, Plan
 from halve.model.reconstruct import Tuned
 from halve.run.phases import Phase
@@ -31,7 +33,7 @@ class MatrixReport:
     Attributes:
         name: the matrix (`halve.model.plan.Matrix`).
         parameter: the parameter that holds it.
-        expert: its index in a fused parameter, else None.
+        expert: its index in a fused parameter, or its group of a convolution; None for a parameter that is one matrix.
         shape: (d_out, d_in).
         layout: how it lies in its parameter.
         asked: the method asked for.
@@ -53,6 +55,10 @@ class MatrixReport:
     status: Status
     reason: str
     facts: dict[str, float]
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """Return the matrix (d_out, d_in) as it is in ``parameter``: see `halve.model.layers.matrix_view`."""
+        return matrix_view(parameter, self.expert, self.layout, self.shape[0])
 
 
 @dataclass(frozen=True)

@@ -157,15 +157,15 @@ class _HalfRows(Parametrisation):
         _, group = pattern.budget(weight.shape[-1])
         first = weight.shape[-1] // group // 2 * group
         self._lengths = [length for length in (first, weight.shape[-1] - first) if length]
-        self._lies = target.inputs_last
+        self._target = target
         self.scales = nn.Parameter(weight.new_ones(*weight.shape[:-1], len(self._lengths)))
 
     def effective(self, weight: Tensor) -> Tensor:
         parts = [
             part * self.scales[..., number, None]
-            for number, part in enumerate(torch.split(self._lies(weight), self._lengths, dim=-1))
+            for number, part in enumerate(torch.split(self._target.inputs_last(weight), self._lengths, dim=-1))
         ]
-        return self._lies(torch.cat(parts, dim=-1))
+        return self._target.as_stored(torch.cat(parts, dim=-1))
 
 
 @dataclass

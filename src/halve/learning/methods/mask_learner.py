@@ -155,7 +155,7 @@ def weights_and_vectors(model: nn.Module, targets: Iterable[PrunedParameter]) ->
 
 def mask_of(target: PrunedParameter, scores: Tensor, pattern: Pattern) -> Tensor:
     """Return the mask of the largest scores, both laid out as the parameter."""
-    return target.inputs_last(pattern.keep_mask(target.inputs_last(scores)))
+    return target.as_stored(pattern.keep_mask(target.inputs_last(scores)))
 
 
 class InputScales:
@@ -196,7 +196,7 @@ class InputScales:
 
     def scores(self, target: PrunedParameter, weight: Tensor) -> Tensor:
         """Return ``|w|`` times the scales, laid out as the parameter."""
-        return target.inputs_last(target.inputs_last(weight.abs()) * self.of(target))
+        return target.as_stored(target.inputs_last(weight.abs()) * self.of(target))
 
 
 def checked_prior(

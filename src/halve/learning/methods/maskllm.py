@@ -209,7 +209,7 @@ class _Mixture(Parametrisation):
         self.register_buffer("masks", masks.to(logits.device, logits.dtype), persistent=False)
         self.seed = 0
         self.scale, self.temperature = 1.0, 1.0
-        self._lies = target.inputs_last
+        self._target = target
         self._shape = target.inputs_last(stored(target)).shape
 
     def effective(self, weight: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class _Mixture(Parametrisation):
 
     def retained(self, weight: Tensor) -> Tensor:
         """Return ‖W ⊙ M‖², a scalar."""
-        groups = self._lies(weight.detach()).reshape(-1, self.masks.shape[1])
+        groups = self._target.inputs_last(weight.detach()).reshape(-1, self.masks.shape[1])
         kept: Tensor = _Retained.apply(self.logits, self._draw(), self.masks, groups)  # type: ignore[no-untyped-call]
         return kept
 
@@ -235,7 +235,7 @@ class _Mixture(Parametrisation):
         return _Draw(self.seed, self.scale, self.temperature)
 
     def _laid_out(self, mask: Tensor) -> Tensor:
-        return self._lies(mask.reshape(self._shape))
+        return self._target.as_stored(mask.reshape(self._shape))
 
 
 @dataclass(frozen=True)

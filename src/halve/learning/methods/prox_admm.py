@@ -219,7 +219,7 @@ class ProxADMM(MaskLearner):
         metric = self._metric(target, optimiser)
         scaled = target.inputs_last(weight) * metric
         sparse = prox(scaled, self._lam, self.pattern)
-        return target.inputs_last(torch.where(sparse == scaled, target.inputs_last(weight), sparse / metric))
+        return target.as_stored(torch.where(sparse == scaled, target.inputs_last(weight), sparse / metric))
 
     def _metric(self, target: PrunedParameter, optimiser: Optimizer | None) -> Tensor:
         """Return d / c, which broadcasts against the weights with their inputs last."""
@@ -239,4 +239,4 @@ class ProxADMM(MaskLearner):
         weight = stored(target)
         wanted = weight + self._duals[target.name] if self._copies else weight
         scores = target.inputs_last(wanted).abs() * self._metric(target, optimiser)
-        return target.inputs_last(self.pattern.keep_mask(scores))
+        return target.as_stored(self.pattern.keep_mask(scores))
