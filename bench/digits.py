@@ -54,7 +54,12 @@ def convnext() -> Any:
     """Return an untrained ConvNeXt of two stages."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    widths = {"hidden_sizes": [16, 16], "depths": [1, 1], "num_stages": 2, "layer_scale_init_value": 1.0}
+    widths: dict[str, Any] = {
+        "hidden_sizes": [16, 16],
+        "depths": [1, 1],
+        "num_stages": 2,
+        "layer_scale_init_value": 1.0,
+    }
     return ConvNextForImageClassification(ConvNextConfig(image_size=8, patch_size=2, id2label=_NAMES, **widths))
 
 
@@ -62,7 +67,12 @@ def vit() -> Any:
     """Return an untrained vision transformer."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, id2label=_NAMES, **sizes))
 
 
@@ -70,7 +80,7 @@ def resnet() -> Any:
     """Return an untrained ResNet of two stages; its stem makes pictures four times smaller, so they are enlarged."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    widths = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic"}
+    widths: dict[str, Any] = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic"}
     return ResNetForImageClassification(ResNetConfig(id2label=_NAMES, **widths))
 
 
@@ -103,10 +113,10 @@ def train_checkpoint(name: str, pictures: Path, out: Path, *, seed: int, epochs:
     optimiser = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _RATE, total_steps=epochs * steps)
     for _ in range(epochs):
-        for batch in torch.randperm(len(files)).split(_BATCH):
+        for batch in torch.split(torch.randperm(len(files)), _BATCH):
             loss = F.cross_entropy(model(pixel_values=pixels[batch]).logits, labels[batch])
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
     model.eval().save_pretrained(out)
@@ -142,8 +152,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=40)
     options = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet: Any = transformers.utils.logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
 
     pictures = write_digits(options.work / "digits")
     methods, seeds = options.methods.split(","), [int(seed) for seed in options.seeds.split(",")]

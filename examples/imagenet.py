@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="write each pruned checkpoint to OUT/METHOD")
     options = parser.parse_args()
 
-    processor = AutoImageProcessor.from_pretrained(options.model, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(options.model, backend="pil")  # type: ignore[no-untyped-call]
     dense = halve.top_one(options.model, options.validation, max_images=options.pictures, device=options.device)
     low, high = dense.interval
     print(f"dense: top-1 {100 * dense.value:.2f} % of {dense.pictures} pictures ({100 * low:.2f} to {100 * high:.2f})")

@@ -42,7 +42,18 @@ def test_the_digits_are_all_there(trained):
 def test_a_classifier_is_pruned_from_a_folder_of_pictures(trained, tmp_path):
     model, train, test = trained
     for method in ("magnitude", "auto"):
-        options = ["--pattern", "1:4", "--method", method, "--calibration", train, "--samples", 128, "--eval-images", test]
+        options = [
+            "--pattern",
+            "1:4",
+            "--method",
+            method,
+            "--calibration",
+            train,
+            "--samples",
+            128,
+            "--eval-images",
+            test,
+        ]
         printed = halve_command("prune", model, "--out", tmp_path / method, *options)
         assert re.search(r"top-1 test: [\d.]+ % → [\d.]+ %", printed)
     halve_command("check", tmp_path / "auto", "--against", model)

@@ -161,7 +161,9 @@ def test_the_readme_is_short():
     assert max(map(len, lines)) <= 120
 
 
-@pytest.mark.parametrize("page", [DOCS.parent / "README.md", DOCS / "python.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [DOCS.parent / "README.md", DOCS / "python.md", DOCS / "vision.md"], ids=lambda page: page.name
+)
 def test_whole_programs_on_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     programs = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
