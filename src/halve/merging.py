@@ -56,8 +56,8 @@ from halve.text.calibration import (
     CalibrationData,
     batch_tokens,
     calibration_batches,
-    calibration_record,
 )
+from halve.text.calibration_record import calibration_record
 from halve.verification import check
 
 EXACT, MASKED, REFIT = "exact", "masked", "refit"

@@ -37,7 +37,8 @@ from halve.run.local import LocalExecutor
 from halve.run.loop import Employ, Employing, prune_blocks
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
-from halve.text.calibration import CalibrationData, batch_tokens, calibration_batches, calibration_record
+from halve.text.calibration import CalibrationData, batch_tokens, calibration_batches
+from halve.text.calibration_record import calibration_record
 from halve.text.limits import is_encoder_decoder
 from halve.text.tokens import TokenSet
 from halve.verification import check

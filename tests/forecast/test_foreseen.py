@@ -20,6 +20,7 @@ from halve.forecast.operations import Counts
 from halve.forecast.rates import Rates, measured_rates
 from halve.run.request import Request
 from models import decoder, save, tokens
+from seen import draw, processor, save_vit
 
 run = CliRunner().invoke
 H100 = Rates(400e12, 40e12, 10e12, 2.5e12, 2e9, 1e9)
@@ -61,6 +62,20 @@ def test_time_follows_the_tokens_and_the_method(tmp_path):
         "write",
         "verify",
     } - {"replay"}
+
+
+def test_pictures_are_counted_by_the_positions_that_they_become(tmp_path):
+    place = save_vit(tmp_path / "vit", image_size=32)
+    processor(32).save_pretrained(place)
+    folder = draw(tmp_path / "pictures")
+    found = foresee(place, None, Request.of({"calibration": folder, "samples": 12, "device": "cpu"}), rates=H100)
+    assert found.plan.tokens == 12 * 8 * 8  # patches of 4 x 4 pixels
+    assert found.plan.batch == 12 * 64
+    assert any("a picture counts as 64 positions" in note for note in found.notes)
+    batches = [{"pixel_values": torch.zeros(2, 3, 32, 32)}, {"pixel_values": torch.zeros(1, 3, 16, 16)}]
+    for given, positions in ((torch.zeros(5, 3, 16, 16), 5 * 16), (batches, 3 * 64)):
+        found = foresee(place, None, Request.of({"calibration": given, "device": "cpu"}), measured=False)
+        assert found.plan.tokens == positions
 
 
 def test_what_is_not_counted_is_said(tmp_path):

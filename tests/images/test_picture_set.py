@@ -131,6 +131,18 @@ def test_a_model_that_reads_is_given_the_text_beside_pictures(folder, tmp_path):
     assert found.ids.shape == (2, 8)
 
 
+def test_a_method_that_needs_no_pictures_is_given_none(model, tmp_path):
+    pruned = halve.prune(model, tmp_path / "out", method="magnitude", refit="none", device="cpu")
+    assert len(pruned.report.matrices) == 2 * 6
+    assert pruned.record["calibration"]["source"] == "none"
+    assert halve.check(tmp_path / "out").ok
+
+
+def test_a_model_in_memory_is_written_with_the_processor_that_was_given(folder, tmp_path):
+    halve.prune(vit(), tmp_path / "out", tokenizer=processor(), calibration=folder, samples=4, **FAST)
+    assert tf.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil").size == {"height": 8, "width": 8}
+
+
 def test_an_empty_folder_is_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr("halve.pruning.load_found", lambda *_: pytest.fail("loaded"))
     (tmp_path / "empty").mkdir()

@@ -13,7 +13,8 @@ import halve
 from halve.checkpoint.load import LoadedModel
 from halve.errors import InputError
 from halve.run.loop import prune_blocks
-from halve.text.calibration import Calibration, calibration_batches, calibration_record
+from halve.text.calibration import Calibration, calibration_batches
+from halve.text.calibration_record import calibration_record
 from halve.text.pairs import _mixes_experts
 from models import encoder_decoder, seq2seq
 from pruned_blocks import CPU, settings

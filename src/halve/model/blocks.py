@@ -55,12 +55,17 @@ def _in_dtype_of(model: nn.Module, batch: Batch) -> Batch:
 
 
 def stand_in_batch(model: nn.Module) -> Batch:
-    """Return a batch that shows how a model of text is built, where its values do not matter.
+    """Return a batch that shows how a model of text or of pictures is built, where its values do not matter.
 
     Raises:
         InputError: the model takes something else.
     """
     name = getattr(model, "main_input_name", "input_ids")
+    config = getattr(model, "config", None)
+    if name == "pixel_values" and not getattr(config, "is_encoder_decoder", False):
+        side = getattr(config, "image_size", None)
+        height, width = side if isinstance(side, list | tuple) else (side or 224, side or 224)
+        return {name: torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
     if name != "input_ids":
         raise InputError(
             f"{type(model).__name__} takes {name}, not text, and Halve needs a batch to see how it is built: give "

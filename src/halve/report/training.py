@@ -22,7 +22,7 @@ from halve.report.record import finite, mask_facts
 from halve.report.schema import WholeRecord, record_of
 from halve.report.values import check_nesting
 from halve.solve.outcome import Status
-from halve.text.calibration import calibration_record
+from halve.text.calibration_record import calibration_record
 
 _EXPERT = re.compile(r"(?P<parameter>.*?)(?:\[(?P<expert>\d{1,6})\])?", re.DOTALL)
 _OF_ONE = {"value", "nll", "seconds", "window_nll", "note", "versions"}
