@@ -141,6 +141,6 @@ def _shapes(row: Mapping[str, Tensor]) -> list[tuple[str, torch.Size]]:
 def _is_image_processor(given: Any) -> bool:
     if given is None:
         return False
-    from transformers.image_processing_base import ImageProcessingMixin
+    from transformers import ImageProcessingMixin
 
     return isinstance(given, ImageProcessingMixin)
