@@ -35,6 +35,8 @@ class Phase(StrEnum):
     COLLECT = "collect"
     """Forward passes that gather statistics."""
     SOLVE = "solve"
+    NORMS = "norms"
+    """Forward passes for the statistics of batch norms."""
     RECONSTRUCT = "reconstruct"
     REPLAY = "replay"
     """Forward passes through the pruned block, and through the dense one."""
