@@ -24,7 +24,13 @@ from halve.model.collect import Collector
 from tiny_families import EXPERTS
 from tiny_models import Case
 
-_COMMON: dict[str, Any] = {"forward_dtype": "float32", "device": "cpu", "min_expert_tokens": 8, "fallback": "magnitude"}
+_COMMON: dict[str, Any] = {
+    "forward_dtype": "float32",
+    "device": "cpu",
+    "min_expert_tokens": 8,
+    "fallback": "magnitude",
+    "batch_norm": "keep",  # else passes that end half-way would be among the calls that are judged
+}
 """Few tokens reach some experts of a tiny model, and none of the rest may fall back (`_Judge._in_memory`)."""
 VERDICTS = ("right", "wrong", "refused", "crash", "not built")
 

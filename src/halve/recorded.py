@@ -82,6 +82,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         pattern: that the matrices have, unparsed; None where nothing was pruned.
         matrices: that were to be pruned.
         blocks: that were reconstructed.
+        norm_statistics: tensors on disk of batch norms whose statistics were estimated anew.
         trainings: that followed, in order.
         merges: of adapters, in their order.
         quantised: roundings to integers, in their order.
@@ -92,6 +93,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     pattern: str | None = None
     matrices: tuple[RecordedMatrix, ...] = ()
     blocks: tuple[RecordedBlock, ...] = ()
+    norm_statistics: tuple[str, ...] = ()
     trainings: tuple[RecordedTraining, ...] = ()
     merges: tuple[RecordedMerge, ...] = ()
     quantised: tuple[RecordedRounding, ...] = ()
@@ -114,10 +116,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tuned(self) -> set[str]:
-        """Names of the tensors that a reconstruction, a training or a merge may have changed, pruned or not."""
+        """Names of the tensors, pruned or not, that anything but pruning itself may have changed."""
         changes: tuple[RecordedBlock | RecordedTraining | RecordedMerge, ...]
         changes = (*self.blocks, *self.trainings, *self.merges)
-        return {name for change in changes for name in change.tensors}
+        return {*self.norm_statistics, *(name for change in changes for name in change.tensors)}
 
     @property
     def fell_back(self) -> bool:

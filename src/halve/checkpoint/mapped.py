@@ -170,10 +170,11 @@ class MappedWeights(Weights):
         """See `Weights`; what was changed is from now on read from the file that was kept."""
         module, file = self._model.get_submodule(block), MappedFile(kept)
         finished = self._files(module)
-        for name in file.tensors:
-            self._home[id(self._model.get_parameter(name))] = file, name
-        for name in file.unaligned:  # what was changed stays in memory
-            self._home.pop(id(self._model.get_parameter(name)), None)
+        own = dict(self._model.named_parameters(remove_duplicate=False))  # buffers stay in memory
+        for name in file.tensors.keys() & own.keys():
+            self._home[id(own[name])] = file, name
+        for name in file.unaligned.keys() & own.keys():  # what was changed stays in memory
+            self._home.pop(id(own[name]), None)
         for parameter in module.parameters():
             if id(parameter) in self._home:
                 place, name = self._home[id(parameter)]

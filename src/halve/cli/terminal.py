@@ -139,7 +139,7 @@ def announce(phase: Phase) -> None:
     """Say what is about to take a while outside the blocks."""
     sentences = {
         Phase.GENERATE: "the model writes its calibration text …",
-        Phase.EVALUATE: "measuring perplexity …",
+        Phase.EVALUATE: "measuring perplexity or accuracy …",
         Phase.MEASURE: "measuring which matrices are faster sparse …",
     }
     if phase == Phase.MEASURE and hasattr(os, "getloadavg"):

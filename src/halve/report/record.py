@@ -62,6 +62,7 @@ def to_json(
             _matrix(matrix, locations.get(matrix.name)) | dict(masks.get(matrix.name, {})) for matrix in report.matrices
         ],
         "blocks": [_block(block, changed) for block in report.reconstructions],
+        "norm_statistics": sorted(tensor for norm in report.norms for tensor in changed.get(norm, ())),
         "excluded": [
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
         ],

@@ -113,6 +113,7 @@ class RunReport:
         peak_device_memory: by phase, the most bytes allocated on a CUDA device; empty without one.
         workers: what each of several workers did since this process began; empty without them.
         shards: parts of the calibration set that were summed by themselves.
+        norms: full names of the statistics of batch norms that were estimated anew.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -126,12 +127,13 @@ class RunReport:
     peak_device_memory: Mapping[str, int] = field(default_factory=dict)
     workers: tuple[WorkerReport, ...] = ()
     shards: int = 1
+    norms: tuple[str, ...] = ()
 
     @property
     def changed(self) -> set[str]:
-        """Names of the parameters that differ from the dense model's."""
+        """Names of the parameters and buffers that differ from the dense model's."""
         pruned = {matrix.parameter for matrix in self.matrices}
-        return pruned.union(*(block.parameters for block in self.reconstructions))
+        return pruned.union(self.norms, *(block.parameters for block in self.reconstructions))
 
     @property
     def seconds_of_pruning(self) -> float:

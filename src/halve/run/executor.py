@@ -72,6 +72,17 @@ class Executor(Protocol):
             options: of method and refit for a bundle, asked for when it is begun.
         """
 
+    def estimate_norms(self, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Estimate the statistics of a block's batch norms anew (`halve.run.batch_norms`).
+
+        Args:
+            block: its index in the plan.
+            tensors: its pruned parameters, by full name.
+
+        Returns:
+            dict[str, Tensor]: the new statistics, buffers by full name; none where the block has no batch norms.
+        """
+
     def reconstruct(
         self, block: int, tensors: Mapping[str, Tensor], options: Reconstruction
     ) -> tuple[Tuned, dict[str, Tensor]]:

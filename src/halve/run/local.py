@@ -23,6 +23,7 @@ from halve.model.plan import Matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.model.stream import Stream
 from halve.model.survey import StackRun
+from halve.run.batch_norms import batch_norms, estimate, parameter_or_buffer
 from halve.run.bundles import gradients_of_output
 from halve.run.events import WorkerReport
 from halve.run.executor import Inputs, Job, inputs_of, solve_bundle
@@ -222,6 +223,21 @@ class LocalExecutor:
                     self._statistics.pop(matrix.name, None)  # a Gram matrix may be gigabytes
                 del statistics
 
+    def estimate_norms(self, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Executor`."""
+        job, at = self._job, self._passage(block)
+        if not batch_norms(at.work):
+            return {}
+        if any(valid is not None for valid in at.stream.valid):
+            caution = "the calibration data is padded, which batch norms would count: their statistics stay as they are"
+            job.tell(block, Phase.NORMS, caution=caution)
+            return {}
+        self._put(at, tensors)
+        job.tell(block, Phase.NORMS)
+        with job.phases.timing(Phase.NORMS), autocast(at.work, job.precision):
+            found = estimate(at.work, lambda batch: self._forward(at, batch, at.stream), len(at.stream.hidden))
+        return {f"{job.plan.blocks[block]}.{name}": tensor for name, tensor in found.items()}
+
     def reconstruct(
         self, block: int, tensors: Mapping[str, Tensor], options: Reconstruction
     ) -> tuple[Tuned, dict[str, Tensor]]:
@@ -269,7 +285,7 @@ class LocalExecutor:
 
     def _put(self, at: _Passage, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            at.work.get_parameter(self._local(at, name)).data.copy_(tensor)
+            parameter_or_buffer(at.work, self._local(at, name)).data.copy_(tensor)
 
     def _passage(self, block: int) -> _Passage:
         if self._at is None or self._at.block != block:

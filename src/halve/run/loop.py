@@ -22,6 +22,7 @@ from halve.model.reconstruct import Tuned
 from halve.model.stacks import find_stacks
 from halve.model.survey import StackRun, plan_model
 from halve.provenance import Fingerprint
+from halve.run.batch_norms import ESTIMATE, parameter_or_buffer
 from halve.run.block_record import from_record, to_record
 from halve.run.bundles import bundles, share_of_time
 from halve.run.directory import RunDirectory
@@ -195,8 +196,10 @@ class _Loop:
         self._kept = 0 if ledger is None else ledger.committed
         self._reports: list[MatrixReport] = []
         self._blocks: list[BlockReport] = []
+        self._norms: list[str] = []
         self._tuning = settings.reconstruction
         self._phases = phases
+        self._collects = False
 
     @property
     def finished(self) -> bool:
@@ -205,6 +208,7 @@ class _Loop:
 
     def run(self, job: Job, employ: Employ, before: Callable[[], None] | None) -> RunReport:
         count = len(self._plan.blocks)
+        self._collects = job.collect
         workers: tuple[WorkerReport, ...] = ()
         self._tell(0, Phase.PLAN, plan=self._plan)
         if before is not None:
@@ -234,6 +238,7 @@ class _Loop:
             peak_device_memory=dict(self._phases.peak_device_memory),
             workers=workers,
             shards=len(job.shards),
+            norms=tuple(self._norms),
         )
 
     def _passed(self, job: Job) -> int:
@@ -287,6 +292,9 @@ class _Loop:
         for bundle, outcomes in zip(found, executor.solve(index, found, self._options), strict=True):
             for matrix, outcome in zip(bundle, outcomes, strict=True):
                 self._put(matrix, outcome)
+        if self._settings.batch_norm == ESTIMATE and self._collects:
+            for name, tensor in executor.estimate_norms(index, self._changed(index)).items():
+                self._set_statistics(name, tensor)
         if self._tuning is not None:
             tuned, tensors = executor.reconstruct(index, self._changed(index), self._tuning)
             for name, tensor in tensors.items():
@@ -294,6 +302,14 @@ class _Loop:
             self._blocks.append(BlockReport(self._plan.blocks[index], tuple(tensors), tuned))
             self._choose_rate(tuned)
         return self._changed(index)
+
+    def _set_statistics(self, name: str, tensor: Tensor) -> None:
+        """Replace the statistics of a batch norm; what is there may lie in a file, and is not written to."""
+        path, _, leaf = name.rpartition(".")
+        norm = self._model.get_submodule(path)
+        before = norm.get_buffer(leaf)
+        setattr(norm, leaf, tensor.to(device=before.device, dtype=before.dtype, copy=True))
+        self._norms.append(name)
 
     def _warn_of_few_tokens(self, index: int, inputs: Mapping[str, Inputs]) -> None:
         if self._reports or self._settings.as_followed.objective.shrinkage:
@@ -307,11 +323,12 @@ class _Loop:
             self._tuning = replace(self._tuning, learning_rate=tuned.learning_rate)
 
     def _changed(self, index: int) -> dict[str, Tensor]:
-        """Return the parameters of a block that differ from the dense model's so far, by full name."""
+        """Return what of a block differs from the dense model's so far, by full name."""
         name = self._plan.blocks[index]
         tuned = next((block.parameters for block in self._blocks if block.name == name), ())
-        changed = sorted({matrix.parameter for matrix in self._plan.of_block(index)}.union(tuned))
-        return {parameter: self._model.get_parameter(parameter).data for parameter in changed}
+        norms = [buffer for buffer in self._norms if buffer.startswith(f"{name}.")]
+        changed = sorted({matrix.parameter for matrix in self._plan.of_block(index)}.union(tuned, norms))
+        return {each: parameter_or_buffer(self._model, each).data for each in changed}
 
     def _commit(self, index: int, ledger: RunDirectory, tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished block."""
@@ -326,7 +343,10 @@ class _Loop:
             return {}
         tensors, record = self._ledger.read(index)
         for name, tensor in tensors.items():
-            self._own(name).data.copy_(tensor)
+            if isinstance(parameter_or_buffer(self._model, name), nn.Parameter):
+                self._own(name).data.copy_(tensor)
+            else:
+                self._set_statistics(name, tensor)
         matrices, tuned, spent = from_record(record)
         self._phases.add(spent)
         for report in matrices:

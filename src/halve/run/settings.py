@@ -12,6 +12,7 @@ from halve.model.plan import Matrix
 from halve.model.reconstruct import BLOCK, Reconstruction
 from halve.option_groups import group, internal
 from halve.planner.where_faster import WhereFaster
+from halve.run.batch_norms import ESTIMATE, KEEP
 from halve.solve import methods
 from halve.solve.defaults import Defaults
 from halve.solve.objective import AUTO, Objective
@@ -51,6 +52,8 @@ class Settings:
             encoder-decoder, whose parts are ``encoder`` and ``decoder``, both.
         least_prunable: refuse a model where less than this share of a block's matrix weights can be pruned, 0 to 1.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
+        batch_norm: running statistics of the batch norms in pruned blocks: ``estimate`` them anew on the calibration
+            data, where there is any, or ``keep`` the dense model's. Models without batch norms are not concerned.
     """
 
     pattern: Pattern = Pattern("2:4")
@@ -65,6 +68,7 @@ class Settings:
     tower: str | None = None
     least_prunable: float = LEAST_PRUNABLE
     only_where_faster: WhereFaster | None = group(None)
+    batch_norm: str = ESTIMATE
 
     def why_dense(self, matrix: Matrix) -> str:
         """Return why a matrix that could be pruned stays dense, as half a sentence; empty if it is pruned."""
@@ -131,6 +135,8 @@ class Settings:
         object.__setattr__(self, "skip", tuple(skip))
         Objective.of(self.objective)
         check_count("min_expert_tokens", self.min_expert_tokens)
+        if self.batch_norm not in (ESTIMATE, KEEP):
+            raise InputError(f"batch_norm = {self.batch_norm!r} is not known: choose one of {ESTIMATE}, {KEEP}")
         if not is_number(self.least_prunable) or not 0.0 <= self.least_prunable <= 1.0:
             raise InputError(f"least_prunable must be a share between 0 and 1, got {self.least_prunable!r}")
         if self.tower is not None and not isinstance(self.tower, str):

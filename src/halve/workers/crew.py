@@ -237,6 +237,11 @@ class Crew:
             if late and expected[member] and len(self._roster.alive) > 1:
                 self._roster.give_up(member, "it is much slower than the others")
 
+    def estimate_norms(self, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Executor`; `halve.workers.hiring` refuses models that have any."""
+        del block, tensors
+        return {}
+
     def reconstruct(
         self, block: int, tensors: Mapping[str, Tensor], options: Reconstruction
     ) -> tuple[Tuned, dict[str, Tensor]]:

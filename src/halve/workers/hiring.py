@@ -14,6 +14,7 @@ from torch import nn
 from halve.checkpoint.load import Source, source_files
 from halve.errors import InputError
 from halve.provenance import Fingerprint
+from halve.run.batch_norms import ESTIMATE, batch_norms
 from halve.run.directory import RunDirectory
 from halve.run.executor import Executor, Job
 from halve.run.loop import Employ, Employing
@@ -95,6 +96,7 @@ class Hiring:
         """
 
         def hire(job: Job) -> Executor:
+            _refuse_batch_norms(job)
             return Crew(job, self._cluster, self._charge(job, mark, together), self._files())
 
         return hire
@@ -125,6 +127,17 @@ class Hiring:
 
     def _files(self) -> dict[str, partial[Iterator[Message]]]:
         return {name: partial(_chunks, path) for name, path in self._paths().items()}
+
+
+def _refuse_batch_norms(job: Job) -> None:
+    if job.settings.batch_norm != ESTIMATE or not job.collect:
+        return
+    for name in job.plan.blocks:
+        if found := next(iter(batch_norms(job.model.get_submodule(name))), None):
+            raise InputError(
+                f"the statistics of batch norms ({name}.{found}) are estimated anew in one process: leave workers out, "
+                "or keep the statistics (batch_norm keep)"
+            )
 
 
 @contextmanager
