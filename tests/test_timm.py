@@ -5,6 +5,7 @@ import torch
 
 import halve
 from halve.maths.pattern import Pattern
+from halve.model.layers import layer_matrix
 
 try:
     import timm
@@ -12,15 +13,23 @@ except Exception as error:  # noqa: BLE001 - a torchvision built for another tor
     pytest.skip(f"timm cannot be imported: {type(error).__name__}: {error}", allow_module_level=True)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224"])
-def test_a_model_of_timm_is_pruned_on_a_tensor_of_pictures(name):
+@pytest.mark.parametrize(
+    ("name", "side", "matrices"),
+    [
+        ("vit_tiny_patch16_224", 224, 12 * 4),  # qkv, proj, fc1, fc2
+        ("deit_tiny_patch16_224", 224, 12 * 4),
+        ("convnext_atto", 64, (2 + 2 + 6 + 2) * 2 + 3),  # two pointwise in each block, and downsampling between stages
+        ("resnet18", 64, 8 * 2 + 3),  # two in each block, and the shortcuts
+    ],
+)
+def test_a_model_of_timm_is_pruned_on_a_tensor_of_pictures(name, side, matrices):
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, num_classes=10, depth=2).eval()
-    pictures = torch.randn(8, 3, 224, 224)
+    model = timm.create_model(name, pretrained=False, num_classes=10).eval()
+    pictures = torch.randn(8, 3, side, side)
     pruned = halve.prune(model, calibration=pictures, method="wanda", refit="none", device="cpu")
-    assert pruned.record["calibration"]["pictures"] == ["3 x 224 x 224"]
-    assert len(pruned.report.matrices) == 2 * 4  # qkv, proj, fc1, fc2
+    assert pruned.record["calibration"]["pictures"] == [f"3 x {side} x {side}"]
+    assert len(pruned.report.matrices) == matrices
     for matrix in pruned.report.matrices:
-        weight = model.get_parameter(matrix.parameter)
-        assert Pattern("2:4").satisfied_by(weight)
+        module = model.get_submodule(matrix.parameter.removesuffix(".weight"))
+        assert Pattern("2:4").satisfied_by(layer_matrix(module))
     assert model(pictures[:2]).isfinite().all()
