@@ -383,8 +383,20 @@ def test_gathered_page_keeps_its_prose(tmp_path, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
-def test_page_of_the_paper_is_up_to_date():
+def test_pages_are_up_to_date():
     assert gather.main(["--check"]) == 0
+
+
+def test_one_page_that_is_not_up_to_date_is_enough(tmp_path):
+    pages = [tmp_path / "old.md", tmp_path / "new.md"]
+    pages[0].write_text("<!-- table: levels -->\nold\n<!-- end -->\n")
+    pages[1].write_text("no table\n")
+    results.save("levels", {"data": ["a"], "dense": [2.0], "rows": []}, None, tmp_path)
+    call = [*(word for page in pages for word in ("--page", str(page))), "--numbers", str(tmp_path)]
+    assert gather.main([*call, "--check"]) == 1
+    assert gather.main(call) == 0
+    assert "| dense |" in pages[0].read_text()
+    assert gather.main([*call, "--check"]) == 0
 
 
 def test_page_shows_every_picture():
