@@ -185,31 +185,46 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
 
 
 def picture(numbers: dict[str, Any]) -> Figure:
-    """Return the picture: levels with one share of zeros side by side, the more freedom the further right."""
+    """Return the picture, a panel a text."""
     figure, panels = results.axes(len(numbers["data"]), width=5.6, height=4.2, sharey=True)
-    measured = [row for row in numbers["rows"] if "error" not in row]
-    places = _places([row["level"] for row in measured])
-    methods = list(dict.fromkeys(row["method"] for row in measured))
     for panel, (axis, data) in enumerate(zip(panels, numbers["data"], strict=True)):
-        for index, method in enumerate(methods):
-            found = {row["level"]: ratios(numbers, row)[panel] for row in measured if row["method"] == method}
-            for number, share in enumerate(sorted({Pattern(level).sparsity for level in found})):
-                some = [level for level in places if level in found and Pattern(level).sparsity == share]
-                label = method if number == 0 else None
-                axis.plot([places[at] for at in some], [found[at] for at in some], label=label, **results.style(index))
+        found: dict[str, dict[str, float]] = {}
+        for row in numbers["rows"]:
+            if "error" not in row:
+                found.setdefault(row["method"], {})[row["level"]] = ratios(numbers, row)[panel]
         axis.axhline(1.0, color="black", linestyle=":", label=DENSE)
-        axis.set(yscale="log", title=data)
-        axis.set_xticks(list(places.values()), list(places), fontsize=8)
-        axis.set_xlabel("level, by its share of zeros and the freedom to place them")
-        _mark_shares(axis, places)
-        axis.yaxis.set_major_formatter("{x:g}")
-        ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
-        low, high = axis.get_ylim()
-        axis.set_yticks([tick for tick in ticks if low <= tick <= high])
-        axis.minorticks_off()
+        draw_levels(axis, found)
+        axis.set_title(data)
     panels[0].set_ylabel("perplexity / dense model's")
     results.legend_below(figure, panels[0])
     return figure
+
+
+def draw_levels(axis: Axes, values: dict[str, dict[str, float]]) -> None:
+    """Draw a line a method: levels with one share of zeros side by side, the more freedom the further right.
+
+    Args:
+        axis: to draw on; its vertical scale becomes logarithmic.
+        values: positive, by method and level.
+    """
+    places = _places([level for found in values.values() for level in found])
+    for index, (method, found) in enumerate(values.items()):
+        shares = sorted({Pattern(level).sparsity for level in found})
+        for share in shares:
+            some = [level for level in places if level in found and Pattern(level).sparsity == share]
+            label = method if share == shares[0] else None
+            axis.plot([places[at] for at in some], [found[at] for at in some], label=label, **results.style(index))
+    axis.margins(x=0.08, y=0.15)
+    axis.set(yscale="log", xlabel="level, by its share of zeros and the freedom to place them")
+    axis.set_xticks(list(places.values()), list(places), fontsize=8)
+    for share in sorted({Pattern(level).sparsity for level in places}):
+        name = f"{100 * share:g} % zeros"
+        axis.text(100 * share, 0.99, name, transform=axis.get_xaxis_transform(), ha="center", va="top", fontsize=8)
+    ticks = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
+    low, high = axis.get_ylim()
+    axis.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
 
 
 def _places(levels: Sequence[str]) -> dict[str, float]:
@@ -223,13 +238,6 @@ def _places(levels: Sequence[str]) -> dict[str, float]:
         pattern.text: 100 * pattern.sparsity + _FREEDOM_ON_THE_AXIS * (mask_bits(pattern) - centres[pattern.sparsity])
         for pattern in order
     }
-
-
-def _mark_shares(axis: Axes, places: dict[str, float]) -> None:
-    """Write every share of zeros above its levels."""
-    for share in sorted({Pattern(level).sparsity for level in places}):
-        name = f"{100 * share:g} % zeros"
-        axis.text(100 * share, 0.99, name, transform=axis.get_xaxis_transform(), ha="center", va="top", fontsize=8)
 
 
 def markdown(numbers: dict[str, Any]) -> str:

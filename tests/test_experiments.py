@@ -12,6 +12,7 @@ import calibration_samples
 import gather
 import group_path
 import lambda_schedule
+import level_losses
 import levels
 import masked_gradient
 import matmul_speed
@@ -363,6 +364,25 @@ def test_cost_of_a_level_is_in_nats_and_beside_the_tightest_of_its_share():
     assert "| m | 0.800 | 0.600 (75%) |" in table
     assert "| 2:4 | 0.65 | m | 50.0% | 14.92 | 99.60 | 1.49 / 3.32 | 0.1000 | 7 |" in table
     assert levels.markdown({**numbers, "rows": []}).startswith("| level |")
+
+
+def test_losses_of_levels_fall_with_freedom(model, text, tmp_path, capsys):
+    asked = ["--levels", "2:4", "50%", "4:8", "3:4", "--kinds", "q_proj", "down_proj", "--methods", "wanda", "auto+cg"]
+    level_losses.main([model, "--calibration", text, "--out", str(tmp_path), *TINY, *asked, "--block", "1"])
+    numbers = numbers_of(level_losses, tmp_path)
+    assert [row["kind"] for row in numbers["rows"]] == ["q_proj"] * 8 + ["down_proj"] * 8
+    by_hand = {
+        level: [r["loss"] for r in numbers["rows"] if (r["method"], r["level"]) == ("wanda", level)]
+        for level in ("3:4", "2:4", "4:8", "50%")
+    }
+    found = level_losses.means(numbers)["wanda"]
+    for level, (one, other) in by_hand.items():
+        assert found[level] == pytest.approx(math.sqrt(one * other))
+    assert found["3:4"] < found["50%"] < found["4:8"] < found["2:4"]
+    share = f"{found['4:8'] / found['2:4']:.0%}"
+    assert (
+        f"| wanda | {found['3:4']:.4f} | {found['2:4']:.4f} | {found['4:8']:.4f} ({share}) |" in capsys.readouterr().out
+    )
 
 
 def test_gathered_page_keeps_its_prose(tmp_path, capsys):
