@@ -6,8 +6,8 @@ r"""Perplexity by level of sparsity: what a share of zeros costs, and what the f
 The paper prunes to 2:4 and leaves other levels open. Here every method prunes a copy of the model at every level, with
 the same tokens. A row is appended to ``--rows``, one JSON object a line, as soon as it is measured; what an earlier
 call has measured there in the same way is kept, so that a sweep that was stopped goes on, and methods, levels and
-efforts of ``auto`` can be added one by one. What a method does not take is a row that says so. ``--full``: 1024
-sequences of 2048 tokens and 64 windows, for a GPU.
+efforts of ``auto`` can be added one by one. ``--show`` measures nothing, and shows the rows that are there. What a
+method does not take is a row that says so. ``--full``: 1024 sequences of 2048 tokens and 64 windows, for a GPU.
 """
 
 import argparse
@@ -156,9 +156,15 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         label = label_of(method, given.effort)
         if (level, label) not in known:
             keep({"level": level, "method": label, **prune(level, method)})
-    (dense,) = (row["perplexities"] for row in rows if row["level"] == DENSE)
-    bare = [{name: value for name, value in row.items() if name != "setting"} for row in rows if row["level"] != DENSE]
-    return {**setting, "dense": dense, "rows": bare}
+    return numbers_of(rows)
+
+
+def numbers_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what `run` returns, of rows measured in the way of the last one; the dense model's is among them."""
+    setting = rows[-1]["setting"]
+    alike = [{name: row[name] for name in row if name != "setting"} for row in rows if row["setting"] == setting]
+    dense = next(row["perplexities"] for row in alike if row["level"] == DENSE)
+    return {**setting, "dense": dense, "rows": [row for row in alike if row["level"] != DENSE]}
 
 
 def ratios(numbers: dict[str, Any], row: Row) -> list[float]:
@@ -290,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = results.parser(__doc__ or "")
     parser.add_argument("model", help="checkpoint directory, hub id or .gguf file")
     parser.add_argument("--calibration", default="c4")
-    parser.add_argument("--data", action="append", required=True)
+    parser.add_argument("--data", action="append", help="text that perplexity is measured on; repeat the flag")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), help="N:M keeps N of M; 50%% makes half zeros")
     parser.add_argument("--effort", choices=EFFORTS, default="fast", help="of auto")
@@ -301,12 +307,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=Path, required=True, help="file of rows, one JSON object a line; added to")
     parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--show", action="store_true", help="what is there, measured as the last row was")
     given = parser.parse_args(arguments)
+    if given.show and not read_rows(given.rows):
+        parser.error(f"--show: {given.rows} has no rows yet: leave --show out, and they are measured")
+    if not (given.show or given.data):
+        parser.error("give at least one text to measure perplexity on, with --data")
     given.samples = given.samples or (1024 if given.full else 32)
     given.seq_len = given.seq_len or (2048 if given.full else 512)
     given.windows = given.windows or (64 if given.full else 16)
     given.levels = [Pattern(level).text for level in given.levels]
-    numbers = run(given)
+    numbers = numbers_of(read_rows(given.rows)) if given.show else run(given)
     results.save(NAME, numbers, None, given.out)
     draw(numbers, given.picture)
     print(markdown(numbers))

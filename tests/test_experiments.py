@@ -333,6 +333,9 @@ def test_a_sweep_of_levels_goes_on_after_half_a_row(swept, tmp_path, monkeypatch
     again = [json.loads(line) for line in rows.read_text().splitlines()]
     for row, before in zip(again, map(json.loads, lines), strict=True):
         assert row.get("perplexities") == before.get("perplexities")
+    levels.main([*swept, "--show"])
+    assert len(asked) == 1
+    assert json.loads((tmp_path / "levels.json").read_text())["seed"] == 0
     levels.main([*swept, "--methods", "wanda", "--seed", "1"])  # measured otherwise: nothing is taken over
     assert len(asked) == 4
     assert len(rows.read_text().splitlines()) == 2 * len(lines)
@@ -341,6 +344,16 @@ def test_a_sweep_of_levels_goes_on_after_half_a_row(swept, tmp_path, monkeypatch
     assert len(asked) == 4
     assert (tmp_path / "levels.json").read_bytes() == found
     assert picture.read_bytes() == drawn
+
+
+def test_a_sweep_of_levels_without_text_or_rows_is_refused(model, tmp_path, capsys):
+    rows = ["--rows", str(tmp_path / "rows.jsonl")]
+    with pytest.raises(SystemExit):
+        levels.main([model, *rows])
+    assert "give at least one text to measure perplexity on, with --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        levels.main([model, *rows, "--show"])
+    assert "rows.jsonl has no rows yet: leave --show out" in capsys.readouterr().err
 
 
 def test_freedom_of_levels():
