@@ -1,9 +1,9 @@
-"""Put the tables of all experiments into docs/paper.md, or say whether they are the latest.
+"""Put the tables of all experiments into docs/paper.md and docs/benchmarks.md, or say whether they are the latest.
 
     python experiments/gather.py [--check]
 
 What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is replaced by the experiment's Markdown table of the
-numbers in ``docs/paper/NAME.json``, where there are any. ``--check`` writes nothing and exits with 1 if the page would
+numbers in ``docs/paper/NAME.json``, where there are any. ``--check`` writes nothing and exits with 1 if a page would
 change.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import results
 
 PAGE = results.DEFAULT_OUT.with_suffix(".md")
+PAGES = (PAGE, PAGE.with_name("benchmarks.md"))
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,23 +39,25 @@ def gathered(text: str, numbers: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Rewrite or check the page; return the exit status."""
+    """Rewrite or check the pages; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page", type=Path, action="append", dest="pages", help="default: both; repeat the flag")
     parser.add_argument("--numbers", type=Path, default=results.DEFAULT_OUT)
     given = parser.parse_args(arguments)
-    text = given.page.read_text(encoding="utf-8")
-    latest = gathered(text, given.numbers)
-    if text == latest:
-        print(f"{given.page.name} is up to date.")
-        return 0
-    if given.check:
-        print(f"{given.page.name} is not up to date: run python experiments/gather.py")
-        return 1
-    given.page.write_text(latest, encoding="utf-8")
-    print(f"{given.page.name} has been brought up to date.")
-    return 0
+    changed = False
+    for page in given.pages or PAGES:
+        text = page.read_text(encoding="utf-8")
+        latest = gathered(text, given.numbers)
+        if text == latest:
+            print(f"{page.name} is up to date.")
+        elif given.check:
+            print(f"{page.name} is not up to date: run python experiments/gather.py")
+            changed = True
+        else:
+            page.write_text(latest, encoding="utf-8")
+            print(f"{page.name} has been brought up to date.")
+    return int(changed)
 
 
 if __name__ == "__main__":

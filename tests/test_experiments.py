@@ -12,6 +12,8 @@ import calibration_samples
 import gather
 import group_path
 import lambda_schedule
+import level_losses
+import levels
 import masked_gradient
 import matmul_speed
 import matrices_of_model
@@ -285,6 +287,117 @@ def test_calibration_samples_goes_on_where_it_stopped(model, text, tmp_path, mon
     assert numbers_of(calibration_samples, tmp_path)["rows"] == rows
 
 
+MEASURED = {"kept": 0.5, "mean_relative_loss": 0.1, "cpu_seconds": 7.0}
+SWEPT = ["--levels", "50%", "2:4", "3:4", "--methods", "wanda", "sparse-swaps", "auto+cg"]
+
+
+@pytest.fixture
+def swept(model, text, tmp_path):
+    """The command line of a small sweep; sparse-swaps needs groups, and so does not take 50 %."""
+    data = ["--calibration", text, "--data", text, "--windows", "2"]
+    places = ["--out", str(tmp_path), "--rows", str(tmp_path / "rows.jsonl"), "--picture", str(tmp_path / "a.svg")]
+    return [model, *data, *places, *SWEPT, *TINY]
+
+
+def test_levels_are_kept_to_and_what_a_method_does_not_take_is_said(swept, tmp_path, capsys):
+    settings = dict(levels.mpl.rcParams)
+    levels.main(swept)
+    assert dict(levels.mpl.rcParams) == settings
+    numbers = json.loads((tmp_path / "levels.json").read_text())
+    kept = {(row["method"], row["level"]): row.get("kept") for row in numbers["rows"]}
+    for method in ("wanda", "sparse-swaps", "auto+cg, fast"):
+        assert kept[method, "2:4"] == pytest.approx(0.5, abs=0.01)
+        assert kept[method, "3:4"] == pytest.approx(0.75, abs=0.01)
+    assert kept["wanda", "50%"] == pytest.approx(0.5, abs=0.01)
+    assert kept["sparse-swaps", "50%"] is None
+    text = capsys.readouterr().out
+    assert "| 50% | 1.00 | sparse-swaps | not measured |" in text
+    assert "Not measured: sparse-swaps at 50%: " in text
+    order = [line.split(" | ")[0] for line in text.splitlines() if " | wanda | " in line]
+    assert order == ["| 3:4", "| 2:4", "| 50%"]
+    drawn = (tmp_path / "a.svg").read_text()
+    assert all(f">{word}<" in drawn for word in ("2:4", "3:4", "50%", "25 % zeros", "wanda", "auto+cg, fast"))
+
+
+def test_a_sweep_of_levels_goes_on_after_half_a_row(swept, tmp_path, monkeypatch):
+    levels.main([*swept, "--methods", "wanda"])
+    rows, picture, found = tmp_path / "rows.jsonl", tmp_path / "a.svg", (tmp_path / "levels.json").read_bytes()
+    first, drawn = rows.read_text(), picture.read_bytes()
+    lines = first.splitlines(keepends=True)
+    rows.write_text("".join(lines[:-1]) + lines[-1][:40])
+    asked = []
+    prune = levels.halve.prune
+    monkeypatch.setattr(levels.halve, "prune", lambda *args, **opts: asked.append(opts) or prune(*args, **opts))
+    levels.main([*swept, "--methods", "wanda"])
+    assert [(options["pattern"], options["method"]) for options in asked] == [("3:4", "wanda")]
+    again = [json.loads(line) for line in rows.read_text().splitlines()]
+    for row, before in zip(again, map(json.loads, lines), strict=True):
+        assert row.get("perplexities") == before.get("perplexities")
+    levels.main([*swept, "--show"])
+    assert len(asked) == 1
+    assert json.loads((tmp_path / "levels.json").read_text())["seed"] == 0
+    levels.main([*swept, "--methods", "wanda", "--seed", "1"])  # measured otherwise: nothing is taken over
+    assert len(asked) == 4
+    assert len(rows.read_text().splitlines()) == 2 * len(lines)
+    rows.write_text(first)
+    levels.main([*swept, "--methods", "wanda"])
+    assert len(asked) == 4
+    assert (tmp_path / "levels.json").read_bytes() == found
+    assert picture.read_bytes() == drawn
+
+
+def test_a_sweep_of_levels_without_text_or_rows_is_refused(model, tmp_path, capsys):
+    rows = ["--rows", str(tmp_path / "rows.jsonl")]
+    with pytest.raises(SystemExit):
+        levels.main([model, *rows])
+    assert "give at least one text to measure perplexity on, with --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        levels.main([model, *rows, "--show"])
+    assert "rows.jsonl has no rows yet: leave --show out" in capsys.readouterr().err
+
+
+def test_freedom_of_levels():
+    assert levels.mask_bits(Pattern("2:4")) == pytest.approx(math.log2(6) / 4)
+    assert levels.mask_bits(Pattern("50%")) == pytest.approx(1.0)
+    assert levels.mask_bits(Pattern("25%")) == pytest.approx(math.log2(math.comb(4096, 1024)) / 4096, abs=2e-3)
+    assert levels.ordered(["50%", "8:16", "1:4", "2:4", "2:8", "4:8", "2:4", "6:8", "3:4"]) == [
+        *("3:4", "6:8", "2:4", "4:8", "8:16", "50%", "1:4", "2:8"),
+    ]
+
+
+def test_cost_of_a_level_is_in_nats_and_beside_the_tightest_of_its_share():
+    rows = [
+        {"level": level, "method": "m", "perplexities": [10 * math.exp(cost), 30 * math.exp(3 * cost)]}
+        for level, cost in (("4:8", 0.3), ("2:4", 0.4))
+    ]
+    numbers = {"data": ["a", "b"], "dense": [10.0, 30.0], "rows": [{**row, **MEASURED} for row in rows]}
+    assert levels.excess(numbers, "m", "2:4") == pytest.approx(0.8)
+    assert levels.excess(numbers, "m", "50%") is None
+    table = levels.markdown(numbers)
+    assert "| m | 0.800 | 0.600 (75%) |" in table
+    assert "| 2:4 | 0.65 | m | 50.0% | 14.92 | 99.60 | 1.49 / 3.32 | 0.1000 | 7 |" in table
+    assert levels.markdown({**numbers, "rows": []}).startswith("| level |")
+
+
+def test_losses_of_levels_fall_with_freedom(model, text, tmp_path, capsys):
+    asked = ["--levels", "2:4", "50%", "4:8", "3:4", "--kinds", "q_proj", "down_proj", "--methods", "wanda", "auto+cg"]
+    level_losses.main([model, "--calibration", text, "--out", str(tmp_path), *TINY, *asked, "--block", "1"])
+    numbers = numbers_of(level_losses, tmp_path)
+    assert [row["kind"] for row in numbers["rows"]] == ["q_proj"] * 8 + ["down_proj"] * 8
+    by_hand = {
+        level: [r["loss"] for r in numbers["rows"] if (r["method"], r["level"]) == ("wanda", level)]
+        for level in ("3:4", "2:4", "4:8", "50%")
+    }
+    found = level_losses.means(numbers)["wanda"]
+    for level, (one, other) in by_hand.items():
+        assert found[level] == pytest.approx(math.sqrt(one * other))
+    assert found["3:4"] < found["50%"] < found["4:8"] < found["2:4"]
+    share = f"{found['4:8'] / found['2:4']:.0%}"
+    assert (
+        f"| wanda | {found['3:4']:.4f} | {found['2:4']:.4f} | {found['4:8']:.4f} ({share}) |" in capsys.readouterr().out
+    )
+
+
 def test_gathered_page_keeps_its_prose(tmp_path, capsys):
     numbers = {"paths": [group_path.follow("2:4", (1.0, 0.9, 0.8, 0.0), [0.01, 3.0])]}
     results.save("group_path", numbers, None, tmp_path)
@@ -303,8 +416,20 @@ def test_gathered_page_keeps_its_prose(tmp_path, capsys):
     assert "up to date" in capsys.readouterr().out
 
 
-def test_page_of_the_paper_is_up_to_date():
+def test_pages_are_up_to_date():
     assert gather.main(["--check"]) == 0
+
+
+def test_one_page_that_is_not_up_to_date_is_enough(tmp_path):
+    pages = [tmp_path / "old.md", tmp_path / "new.md"]
+    pages[0].write_text("<!-- table: levels -->\nold\n<!-- end -->\n")
+    pages[1].write_text("no table\n")
+    results.save("levels", {"data": ["a"], "dense": [2.0], "rows": []}, None, tmp_path)
+    call = [*(word for page in pages for word in ("--page", str(page))), "--numbers", str(tmp_path)]
+    assert gather.main([*call, "--check"]) == 1
+    assert gather.main(call) == 0
+    assert "| dense |" in pages[0].read_text()
+    assert gather.main([*call, "--check"]) == 0
 
 
 def test_page_shows_every_picture():

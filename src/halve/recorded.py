@@ -160,6 +160,19 @@ def pattern_of(record: Record, directory: Path) -> Pattern | None:
         raise wrong(directory / RECORD, str(error), REMEDY) from error
 
 
+def pattern_on_disk(model: str | Path) -> Pattern | None:
+    """Return the pattern that a checkpoint was pruned to; None where it is no directory with a record that names one.
+
+    Args:
+        model: as a user writes it: a directory, or anything else.
+
+    Raises:
+        CorruptFileError: there is a record, and it cannot be read.
+    """
+    directory = Path(model).expanduser()
+    return pattern_of(read_record(directory, Record), directory) if (directory / RECORD).is_file() else None
+
+
 def change_of(directory: Path, name: str, sha256: str) -> str:
     """Say how a file is not as it was written; empty where it is.
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import halve
 from dense_engines import Steady
-from halve.errors import InputError, PatternError
+from halve.errors import CorruptFileError, InputError, PatternError
 from halve.planner import speed_plan as planner
 from halve.planner.rest import Rest
 from halve.runtime import speed
@@ -145,6 +146,20 @@ def test_bytes_are_those_of_packed_matrices():
     assert found.dense_bytes(kind) == 3 * 32 * 64 * 2
     one = pack(halve.Pattern("1:4").project(torch.randn(32, 64)).bfloat16(), "1:4")
     assert found.packed_bytes(kind) == 3 * one.nbytes
+
+
+def test_the_pattern_is_the_records_unless_another_is_given(made_up, llama):
+    (Path(llama) / "halve.json").write_text('{"pattern": "8:16"}')
+    assert halve.plan(llama, batches=[1]).pattern == "8:16"
+    assert {pattern for _, _, _, pattern, _, _ in made_up} == {"8:16"}
+    assert halve.plan(llama, batches=[1], pattern="1:4").pattern == "1:4"
+    (Path(llama) / "halve.json").write_text('{"pattern": "16:8"}')
+    with pytest.raises(
+        CorruptFileError, match=r"halve\.json is not as Halve writes it: pattern '16:8' is not understood"
+    ):
+        halve.plan(llama, batches=[1])
+    (Path(llama) / "halve.json").unlink()
+    assert halve.plan(llama, batches=[1]).pattern == "2:4"
 
 
 def test_what_does_not_fit_is_left_out_with_what_it_needs(made_up, monkeypatch):

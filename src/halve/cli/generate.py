@@ -170,10 +170,8 @@ def _accelerate(loaded: "LoadedModel", values: str, head: str) -> str:
 
 def _pattern(loaded: "LoadedModel") -> str:
     """Return the pattern that a checkpoint's record says it was pruned to, 2:4 if it has none."""
-    from halve.checkpoint.directory import RECORD
-    from halve.recorded import Record, read_record
+    from halve.recorded import pattern_on_disk
 
     directory = None if loaded.source is None else loaded.source.path
-    if directory is None or not (directory / RECORD).is_file():
-        return "2:4"
-    return read_record(directory, Record).pattern or "2:4"
+    found = None if directory is None else pattern_on_disk(directory)
+    return "2:4" if found is None else found.text

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from halve.cli.errors import reporting
-from halve.cli.options import DeviceOption, JsonOption, PatternOption, ThreadsOption, TrustOption
+from halve.cli.options import DeviceOption, JsonOption, ThreadsOption, TrustOption
 from halve.cli.terminal import err, out, progress_bar, say, warn_if_busy
 from halve.cli.values import on_threads
 from halve.device import parse_dtype
@@ -38,7 +38,13 @@ def plan_command(
         str | None,
         typer.Option(help="float32, bfloat16 or float16.", show_default="the model's own, bfloat16 for presets"),
     ] = None,
-    pattern: PatternOption = "2:4",
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="N:M keeps N of every M weights; S% zeroes S percent of a row.",
+            show_default="what the model was pruned to, else 2:4",
+        ),
+    ] = None,
     values: Annotated[
         str, typer.Option(help="What sparse weights hold: own (the dtype's numbers), bf16, int8 or int4.")
     ] = "own",

@@ -25,8 +25,9 @@ from halve.memory import free_memory
 from halve.planner import dense_engine, packed_decoding, rest
 from halve.planner.conclusion import conclusion
 from halve.planner.dense_engine import Decoding, DenseEngine
-from halve.planner.outline import PAPER, PAPER_BATCHES, Kind, LeftDense, Outline, outline
+from halve.planner.outline import PAPER, PAPER_BATCHES, PRESETS, Kind, LeftDense, Outline, outline
 from halve.planner.rest import Rest
+from halve.recorded import pattern_on_disk
 from halve.runtime import speed
 from halve.runtime.quantised_matrix import Values, bits_of
 from halve.runtime.speed import Speed
@@ -204,7 +205,7 @@ def plan(
     model: nn.Module | str | Path,
     *,
     batches: Sequence[int] | None = None,
-    pattern: str | Pattern = "2:4",
+    pattern: str | Pattern | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
     values: Values = "own",
@@ -221,7 +222,8 @@ def plan(
             of Llama 3), or ``paper`` (both models' matrices).
         batches: rows of the products, each at least 1: sequences decoded at once, or tokens of a prompt. None is 1, 8,
             64 and 2048, and what the paper measured for its preset.
-        pattern: ``N:M`` or ``S%``; on a GPU only ``2:4``.
+        pattern: ``N:M`` or ``S%``; on a GPU only ``2:4``. None is what a directory's ``halve.json`` says that it was
+            pruned to, and ``2:4`` for any other model.
         device: ``auto``, ``cpu``, ``cuda``, …
         dtype: of weights and inputs; None takes the model's own, float32 for GGUF, bfloat16 for a preset.
         values: what sparse weights hold: numbers of ``dtype`` (``own``, or ``bf16``, which ``dtype`` must then be), or
@@ -237,7 +239,7 @@ def plan(
             neither.
         CorruptFileError: a file of the model is damaged.
     """
-    parsed, place = Pattern.parse(pattern), resolve_device(device)
+    parsed, place = _pattern_of(model) if pattern is None else Pattern.parse(pattern), resolve_device(device)
     bits = bits_of(values, parsed)
     rows = _checked(batches, model)
     speed.check_measurable(parsed, dtype or torch.bfloat16, place, bits)  # what depends on its dtype comes later
@@ -286,6 +288,11 @@ def plan(
         machine=machine,
         against=beside,
     )
+
+
+def _pattern_of(model: nn.Module | str | Path) -> Pattern:
+    found = None if isinstance(model, nn.Module) or model in PRESETS else pattern_on_disk(model)
+    return found or Pattern("2:4")
 
 
 def describe_machine(device: torch.device, bits: Bits | None = None) -> dict[str, Any]:
