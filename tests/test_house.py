@@ -19,7 +19,7 @@ FLOORS = (
     ("solve", "checkpoint"),
     ("model",),
     ("text", "recorded", "provenance", "serial"),
-    ("evaluation", "runtime"),
+    ("evaluation", "runtime", "sensitivity"),
     ("packed", "planner"),
     ("run", "engines"),
     ("report", "verification", "forecast"),

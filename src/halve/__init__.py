@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from halve.report.page import write_comparison, write_report
     from halve.run.request import Loading, Placement
     from halve.runtime.accelerate import Acceleration, accelerate
+    from halve.sensitivity.keep_dense import KeepDense
     from halve.solve.matrix import prune_weight
     from halve.solve.objective import Objective
     from halve.solve.outcome import Outcome, Status
@@ -49,6 +50,7 @@ _HOMES = {
     "Comparison": "comparison",
     "Evaluation": "evaluation.request",
     "HalveError": "errors",
+    "KeepDense": "sensitivity.keep_dense",
     "Gradient": "maths.gram",
     "GramAccumulator": "maths.gram",
     "KeepMasks": "learning.callback",
@@ -100,6 +102,7 @@ __all__ = [
     "Gradient",
     "GramAccumulator",
     "HalveError",
+    "KeepDense",
     "KeepMasks",
     "KeptMasks",
     "LlamaCpp",

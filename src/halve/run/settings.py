@@ -12,6 +12,7 @@ from halve.model.plan import Matrix
 from halve.model.reconstruct import BLOCK, Reconstruction
 from halve.option_groups import group, internal
 from halve.planner.where_faster import WhereFaster
+from halve.sensitivity.keep_dense import KeepDense
 from halve.solve import methods
 from halve.solve.defaults import Defaults
 from halve.solve.objective import AUTO, Objective
@@ -51,6 +52,7 @@ class Settings:
             encoder-decoder, whose parts are ``encoder`` and ``decoder``, both.
         least_prunable: refuse a model where less than this share of a block's matrix weights can be pruned, 0 to 1.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
+        keep_dense: which of the others stay dense for what pruning them costs; None leaves none.
     """
 
     pattern: Pattern = Pattern("2:4")
@@ -65,10 +67,12 @@ class Settings:
     tower: str | None = None
     least_prunable: float = LEAST_PRUNABLE
     only_where_faster: WhereFaster | None = group(None)
+    keep_dense: KeepDense | None = group(None)
 
     def why_dense(self, matrix: Matrix) -> str:
         """Return why a matrix that could be pruned stays dense, as half a sentence; empty if it is pruned."""
-        return "" if self.only_where_faster is None else self.only_where_faster.why_dense(matrix, self.pattern)
+        slow = "" if self.only_where_faster is None else self.only_where_faster.why_dense(matrix, self.pattern)
+        return slow or ("" if self.keep_dense is None else self.keep_dense.why_dense(matrix))
 
     @property
     def matches_dense(self) -> bool:
@@ -87,9 +91,10 @@ class Settings:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method, the refit or the reconstruction looks at calibration data."""
+        """Whether the method, the refit, the reconstruction or the choice of what stays dense looks at it."""
         follows_dense = self.reconstruction is not None or self.matches_dense
-        return methods.get(self.method).needs_statistics or self.refit != "none" or follows_dense
+        uses_gram = methods.get(self.method).needs_statistics or self.refit != "none"
+        return uses_gram or follows_dense or self.keep_dense is not None
 
     def check_objective(self) -> None:
         """Refuse an objective of which a part would have no effect.
