@@ -1,10 +1,12 @@
 """What to leave dense: perplexity over the share of prunable weights pruned, by measured damage and by uniform choices.
 
-Every run appends a JSON line to ``results.jsonl`` as it ends, so that nothing is lost when the time is up, and a second
-call goes on. The table is printed at the end; ``--picture FILE.svg`` draws the curve of what there is::
+Everything is pruned once, and for each choice its matrices are put back dense, which takes an evaluation a choice
+instead of a run; ``--runs`` prunes with the choice from the beginning, as ``--keep-dense`` does. Every figure is a JSON
+line in ``results.jsonl`` as soon as it is there, so that nothing is lost when the time is up, and a second call goes
+on. The table is printed at the end (`bench/keep_dense_picture.py` draws it)::
 
     python bench/keep_dense.py MODEL --train c4-calibration.jsonl --evaluate c4-validation.jsonl wikitext2-test.txt \
-        --work DIR --uniform "nothing" "all v_proj and k_proj" --picture docs/assets/keep_dense.svg
+        --work DIR --choices "nothing" "all down_proj" "measured, 10 %" --runs "nothing" "measured, 10 %"
 """
 
 import argparse
@@ -15,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import halve
 from halve.checkpoint.load import load_model, resolve
@@ -57,7 +61,7 @@ def at_random(share: float, seed: int = 0) -> Callable[[Sequence[Matrix]], list[
     return choose
 
 
-UNIFORM: dict[str, Callable[[Sequence[Matrix]], list[str]]] = {
+CHOICES: dict[str, Callable[[Sequence[Matrix]], list[str]]] = {
     "nothing": lambda _matrices: [],
     "all v_proj and k_proj": of_kinds("v_proj", "k_proj"),
     "all o_proj": of_kinds("o_proj"),
@@ -101,19 +105,30 @@ class Bench:
         if any(entry["name"] == name and entry["method"] == method for entry in self.done()):
             return
         begun = time.monotonic()
-        options: dict[str, Any] = {"method": method, "refit": "none"} if method != "auto" else {"method": method}
-        pruned = halve.prune(
-            self.options.model,
-            pattern=PATTERN,
-            calibration=self.options.train,
-            samples=self.options.samples,
-            seq_len=self.options.seq_len,
-            skip=list(chosen),
-            **options,
-        )
+        pruned = self.prune(method, chosen)
         seconds = time.monotonic() - begun
         kept = weights_of(matrices, chosen) / weights_of(matrices)
-        self._keep(name, method, kept, pruned.model, seconds)
+        self._keep(name, method, kept, pruned, seconds)
+
+    def prune(self, method: str, chosen: Sequence[str] = (), out: Path | None = None) -> torch.nn.Module:
+        """Return the model with everything pruned but what was chosen."""
+        options: dict[str, Any] = {"method": method, "refit": "none"} if method != "auto" else {"method": method}
+        asked = {"samples": self.options.samples, "seq_len": self.options.seq_len, "calibration": self.options.train}
+        return halve.prune(self.options.model, out, pattern=PATTERN, skip=list(chosen), **asked, **options).model
+
+    def put_back(self, name: str, chosen: Sequence[str], matrices: Sequence[Matrix]) -> None:
+        """Prune everything, once for all choices, put back what was chosen, measure, and keep the figures."""
+        method = f"{self.options.method}, put back"
+        if any(entry["name"] == name and entry["method"] == method for entry in self.done()):
+            return
+        out = self.work / "pruned"
+        if not (out / "halve.json").exists():
+            self.prune(self.options.method, out=out)
+        model, dense = (load_model(resolve(place)).model for place in (str(out), self.options.model))
+        with torch.no_grad():
+            for parameter in chosen:
+                model.get_parameter(parameter).copy_(dense.get_parameter(parameter))
+        self._keep(name, method, weights_of(matrices, chosen) / weights_of(matrices), model, 0.0)
 
     def dense(self) -> None:
         """Measure the dense model."""
@@ -153,13 +168,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--uniform", nargs="*", choices=list(UNIFORM), default=[])
+    parser.add_argument("--choices", nargs="*", choices=list(CHOICES), default=list(CHOICES))
+    parser.add_argument("--runs", nargs="*", choices=list(CHOICES), default=[])
     given = parser.parse_args(arguments)
     bench = Bench(given)
     bench.dense()
     matrices = bench.matrices()
-    for name in given.uniform:
-        bench.run(name, given.method, UNIFORM[name](matrices), matrices)
+    for name in given.choices:
+        bench.put_back(name, CHOICES[name](matrices), matrices)
+    for name in given.runs:
+        bench.run(name, given.method, CHOICES[name](matrices), matrices)
     print(table(bench.done()))
     sys.stdout.flush()
 

@@ -315,14 +315,13 @@ def _with_damages(
     with phases.timing(Phase.DAMAGE), evaluation_mode(loaded.model):
         most, together = batch_tokens(target, stepping=False), stored_together(loaded)
         samples = Samples.of(data, loaded.model, asked.tokens, most)
-        plan, runs = survey(loaded.model, samples.judging, settings, loaded.weights, together)
+        plan, _ = survey(loaded.model, samples.judging, settings, loaded.weights, together)
         found = asked.measured(
             loaded.model,
             plan,
             samples,
             settings.pattern,
             together=together,
-            restart=not any(stack.behaviour.living for stack in runs),
             device=target,
         )
     loaded.weights.release()

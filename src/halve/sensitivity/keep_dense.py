@@ -87,7 +87,6 @@ class KeepDense:
         pattern: Pattern,
         *,
         together: Collection[Sequence[str]] = (),
-        restart: bool = True,
         device: torch.device,
     ) -> "KeepDense":
         """Return the same with the choice for a model.
@@ -101,7 +100,6 @@ class KeepDense:
             samples: of the calibration set.
             pattern: to prune to.
             together: names of parameters that are stored in one tensor.
-            restart: as for `halve.sensitivity.alone.damages_alone`.
             device: where the model is run.
 
         Raises:
@@ -115,7 +113,7 @@ class KeepDense:
             samples.check_held_out(model)
         with working(model, device) as copied:
             norms = input_norms(copied, plan.matrices, samples.judging)
-            found = damages_alone(copied, plan.blocks, units, samples.judging, norms, pattern, restart=restart)
+            found = damages_alone(copied, plan.blocks, units, samples.judging, norms, pattern)
             damages = {name: float(f"{damage:.6g}") for name, damage in found.items()}
             if ratio is None:
                 chosen = choose(units, damages, most)
