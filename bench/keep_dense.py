@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ from halve.checkpoint.load import load_model, resolve
 from halve.evaluation.perplexity import evaluation_texts, perplexity
 from halve.maths.pattern import Pattern
 from halve.model.classify import make_plan
-from halve.model.plan import Matrix, place_of
+from halve.model.plan import Matrix, Plan, place_of
+from halve.sensitivity.alone import damages_alone
+from halve.sensitivity.choose import choose
+from halve.sensitivity.keep_dense import KeepDense
+from halve.sensitivity.quick import input_norms
+from halve.sensitivity.samples import Samples
+from halve.sensitivity.units import units_of
 
 PATTERN = "2:4"
 
@@ -77,6 +84,10 @@ CHOICES: dict[str, Callable[[Sequence[Matrix]], list[str]]] = {
 }
 
 
+MEASURED = {f"measured, {share} %": share / 100 for share in (5, 10, 20, 40)}
+"""What stays dense by measured damage: the share of the weights by what the choice is called."""
+
+
 def weights_of(matrices: Sequence[Matrix], names: Sequence[str] | None = None) -> int:
     """Return the number of weights in all matrices, or in those of some names."""
     return sum(m.d_out * m.d_in for m in matrices if names is None or m.parameter in set(names))
@@ -96,10 +107,6 @@ class Bench:
         lines = self.results.read_text(encoding="utf-8").splitlines() if self.results.exists() else []
         return [json.loads(line) for line in lines]
 
-    def matrices(self) -> Sequence[Matrix]:
-        """Return what can be pruned of the model."""
-        return make_plan(load_model(resolve(self.options.model)).model, Pattern.parse(PATTERN)).matrices
-
     def run(self, name: str, method: str, chosen: Sequence[str], matrices: Sequence[Matrix]) -> None:
         """Prune all but what was chosen, measure, and keep the figures; nothing if that was done before."""
         if any(entry["name"] == name and entry["method"] == method for entry in self.done()):
@@ -115,6 +122,34 @@ class Bench:
         options: dict[str, Any] = {"method": method, "refit": "none"} if method != "auto" else {"method": method}
         asked = {"samples": self.options.samples, "seq_len": self.options.seq_len, "calibration": self.options.train}
         return halve.prune(self.options.model, out, pattern=PATTERN, skip=list(chosen), **asked, **options).model
+
+    def chosen(self, name: str, matrices: Sequence[Matrix]) -> list[str]:
+        """Return the parameters of a choice."""
+        if name in CHOICES:
+            return CHOICES[name](matrices)
+        kept = choose(units_of(self.plan), self.damages(), int(MEASURED[name] * weights_of(matrices)))
+        return [unit.name for unit in kept]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What can be pruned of the model."""
+        return make_plan(load_model(resolve(self.options.model)).model, Pattern.parse(PATTERN))
+
+    def damages(self) -> dict[str, float]:
+        """Return what `--keep-dense` measures, once."""
+        kept = self.work / "damages.json"
+        if not kept.exists():
+            begun = time.monotonic()
+            loaded = load_model(resolve(self.options.model), dtype=torch.float32)
+            counts = {"samples": self.options.samples, "seq_len": self.options.seq_len}
+            data = halve.Calibration(self.options.train, **counts).data(loaded)
+            judging = Samples.of(data, loaded.model, KeepDense("10%").tokens, 1024).judging
+            norms = input_norms(loaded.model, self.plan.matrices, judging)
+            asked = (loaded.model, self.plan.blocks, units_of(self.plan), judging, norms, Pattern.parse(PATTERN))
+            found = damages_alone(*asked)
+            print(f"damages measured in {time.monotonic() - begun:.0f} s", flush=True)
+            kept.write_text(json.dumps(found))
+        return dict(json.loads(kept.read_text()))
 
     def put_back(self, name: str, chosen: Sequence[str], matrices: Sequence[Matrix]) -> None:
         """Prune everything, once for all choices, put back what was chosen, measure, and keep the figures."""
@@ -168,16 +203,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--choices", nargs="*", choices=list(CHOICES), default=list(CHOICES))
-    parser.add_argument("--runs", nargs="*", choices=list(CHOICES), default=[])
+    parser.add_argument("--choices", nargs="*", choices=[*CHOICES, *MEASURED], default=[*CHOICES, *MEASURED])
+    parser.add_argument("--runs", nargs="*", choices=[*CHOICES, *MEASURED], default=[])
     given = parser.parse_args(arguments)
     bench = Bench(given)
     bench.dense()
-    matrices = bench.matrices()
+    matrices = bench.plan.matrices
     for name in given.choices:
-        bench.put_back(name, CHOICES[name](matrices), matrices)
+        bench.put_back(name, bench.chosen(name, matrices), matrices)
     for name in given.runs:
-        bench.run(name, given.method, CHOICES[name](matrices), matrices)
+        bench.run(name, given.method, bench.chosen(name, matrices), matrices)
     print(table(bench.done()))
     sys.stdout.flush()
 

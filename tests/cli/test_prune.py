@@ -191,6 +191,8 @@ def test_too_little_text_is_refused(model, tmp_path):
         (["--only-where-faster", "nan"], "only_where_faster must be a finite number above 0, got nan"),
         (["--only-where-faster", "1.1", "--faster-at-batch", "0"], "faster_at_batch must be a whole number of at"),
         (["--faster-at-batch", "8"], "--faster-at-batch goes with --only-where-faster, which is not given"),
+        (["--keep-dense", "10"], "keep_dense = '10' is neither a share of the weights between 0% and 100%"),
+        (["--keep-dense-tokens", "8"], "--keep-dense-tokens goes with --keep-dense, which is not given"),
         (["--reconstruct", "blocks"], "reconstruct 'blocks' is not understood"),
         (["-o", "seed=3"], "has no option 'seed'"),
         (["-o", "shrinkage=0.1"], "shrinkage is not an option of auto+cg: write --shrinkage"),

@@ -46,7 +46,7 @@ class KeepDense:
     """
 
     amount: str = option(name="keep_dense")
-    tokens: int = option(1024, name="keep_dense_tokens")
+    tokens: int = option(512, name="keep_dense_tokens")
     kept: Mapping[str, float] = internal(factory=dict)
     pruned: Mapping[str, float] = internal(factory=dict)
 

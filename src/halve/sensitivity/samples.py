@@ -15,7 +15,7 @@ from halve.model.blocks import Batch
 from halve.text.calibration import CalibrationData, calibration_batches
 from halve.text.tokens import TokenSet
 
-_LENGTH = 256
+_LENGTH = 128
 """Tokens of a sequence that is cut for this: more sequences say more than longer ones."""
 
 
@@ -35,7 +35,7 @@ class Samples:
     def of(cls, data: CalibrationData, model: nn.Module, tokens: int, most: int) -> "Samples":
         """Take what is needed.
 
-        Of plain text, rows at even distances are cut to 256 tokens, or as many more as they must have; pairs and
+        Of plain text, rows at even distances are cut to 128 tokens, or as many more as they must have; pairs and
         ready batches are taken as they are, from the first.
 
         Args:
