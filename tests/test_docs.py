@@ -25,10 +25,10 @@ from halve.option_groups import options_of
 from halve.planner import speed_plan as planner
 from halve.planner.speed_plan import plan
 from halve.planner.where_faster import WhereFaster
-from halve.sensitivity.keep_dense import KeepDense
 from halve.pruning import prune
 from halve.report.measured import add_perplexity
 from halve.run.request import Request
+from halve.sensitivity.keep_dense import KeepDense
 from halve.solve import methods, refit
 from halve.solve.matrix import prune_weight, prune_weights
 from halve.solve.objective import Objective

@@ -148,6 +148,8 @@ def test_amounts_that_make_no_sense_are_refused_before_the_model_is_looked_at():
 
 
 def test_a_share_that_holds_no_matrix_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"keep_dense = 1% of 27,648 weights .* smallest matrix has, 512: ask for 1\.9%"):
+    with pytest.raises(
+        InputError, match=r"keep_dense = 1% of 27,648 weights .* smallest matrix has, 512: ask for 1\.9%"
+    ):
         prune(decoder("llama"), tmp_path / "out", keep_dense="1%")
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,7 @@
 """What damage is measured on."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def test_of_text_rows_at_even_distances_are_cut(rows, length, wanted, taken, cut
     assert not set(judging) & set(held_out)
     assert all(batch["input_ids"].shape[1] == cut for batch in (*found.judging, *found.held_out))
     both = sorted([*judging, *held_out])
-    assert len({b - a for a, b in zip(both, both[1:], strict=False)}) <= 1
+    assert len({b - a for a, b in pairwise(both)}) <= 1
 
 
 def test_a_batch_holds_as_many_as_it_may():
@@ -59,13 +61,13 @@ def test_of_pairs_and_batches_the_first_are_taken_as_they_are():
 def test_perplexity_needs_a_causal_model_and_other_text():
     model = decoder("llama")
     of_rows(2, 8, 8, model=model).check_held_out(model)
-    for found, model in (
+    for found, other in (
         (of_rows(1, 8, 8, model=model), model),
         (Samples([pairs("t5")]), encoder_decoder("t5")),
         (of_rows(4, 8, 8, model=model), vit()),
     ):
-        with pytest.raises(InputError, match=f"for this {type(model).__name__}: give a share, such as 10%"):
-            found.check_held_out(model)
+        with pytest.raises(InputError, match=f"for this {type(other).__name__}: give a share, such as 10%"):
+            found.check_held_out(other)
 
 
 def test_a_float32_model_is_not_copied_and_another_is():
@@ -82,6 +84,6 @@ def test_a_float32_model_is_not_copied_and_another_is():
 
 def test_too_little_memory_for_the_copy_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda _device: 1)
+    copying = working(decoder("llama").to(torch.bfloat16), torch.device("cpu"))
     with pytest.raises(InputError, match=r"a float32 copy need .* with skip instead of keep_dense"):
-        with working(decoder("llama").to(torch.bfloat16), torch.device("cpu")):
-            pass
+        copying.__enter__()
