@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,19 @@ def test_matrices_that_are_not_faster_stay_dense_and_are_named(model, text, tmp_
     assert result.exit_code == EXIT_REFUSED, result.output
     assert "error: no matrix is 1.4 times as fast at 2:4 as dense at batch 1 on this machine" in result.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_matrices_that_cost_most_stay_dense_and_are_counted(model, text, tmp_path):
+    arguments = ["prune", model, "--out", str(tmp_path / "out"), "--calibration", text, *FAST, "--keep-dense", "20%"]
+    result = run(app, [*arguments, "--keep-dense-tokens", "64"])
+    assert result.exit_code == 0, result.output
+    assert "measuring which matrices cost most" in result.stderr
+    record = json.loads((tmp_path / "out" / "halve.json").read_text())
+    assert record["keep_dense"]["tokens"] == 64
+    counts = Counter(".".join(name.split(".")[3:5]) for name in record["keep_dense"]["kept"])
+    for kind, count in counts.items():
+        assert f"left dense: {count} x {kind}: costs most per weight (keep_dense 20%)\n" in result.stdout
+    assert result.stdout.count("left dense: ") == len(counts) > 1
 
 
 def test_too_little_text_is_refused(model, tmp_path):

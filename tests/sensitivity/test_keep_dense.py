@@ -66,10 +66,16 @@ def test_experts_and_pairs_are_measured_too():
     assert parts == {"encoder", "decoder"}
 
 
-def test_what_is_stored_together_stays_dense_together(tmp_path):
-    pruned = prune(decoder("phi3"), tmp_path / "out", keep_dense="60%")
-    assert halve.check(tmp_path / "out").ok
-    assert len(pruned.record["keep_dense"]["kept"]) > 1
+def test_what_is_stored_together_stays_dense_together(monkeypatch):
+    layers = [f"model.layers.{block}.self_attn" for block in range(3)]
+    groups = [(f"{layer}.q_proj.weight", f"{layer}.v_proj.weight") for layer in layers]
+    monkeypatch.setattr(pruning, "stored_together", lambda _loaded: groups)
+    found = prune(decoder("llama"), keep_dense="20%").record["keep_dense"]
+    kept = set(found["kept"])
+    assert any(set(group) <= kept for group in groups)
+    assert all(set(group) <= kept or not set(group) & kept for group in groups)
+    for query, value in groups:
+        assert {**found["kept"], **found["pruned"]}[query] == {**found["kept"], **found["pruned"]}[value]
 
 
 def test_what_is_slow_is_left_out_of_the_share(monkeypatch):

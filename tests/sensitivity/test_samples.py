@@ -51,11 +51,17 @@ def test_a_batch_holds_as_many_as_it_may():
 def test_of_pairs_and_batches_the_first_are_taken_as_they_are():
     batches = [pairs("t5", seed=seed) for seed in range(4)]
     assert positions_of(batches[0]) == 4 * 19
-    found = Samples.of(batches, encoder_decoder("t5"), 80, 1024)
-    assert found.judging == batches[:2]
+    found = Samples.of(batches, encoder_decoder("t5"), 76 + 20, 1024)
+    assert found.judging[0] == batches[0]
+    assert len(found.judging) == 2
+    for name, value in batches[1].items():
+        assert torch.equal(found.judging[1][name], value[:2])  # of 19 tokens each
     assert not found.held_out
     images = [{"pixel_values": torch.randn(4, 3, 16, 16)} for _ in range(4)]
-    assert Samples.of(images, vit(), 5, 1024).judging == images[:2]
+    taken = Samples.of(images, vit(), 5, 1024).judging
+    assert [len(batch["pixel_values"]) for batch in taken] == [4, 1]
+    apart = [{"input_ids": tokens(4, 8), "pixel_values": torch.randn(2, 3, 16, 16)}]
+    assert Samples.of(apart, decoder("llama"), 5, 1024).judging == apart
 
 
 def test_perplexity_needs_a_causal_model_and_other_text():

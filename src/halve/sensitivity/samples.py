@@ -35,8 +35,8 @@ class Samples:
     def of(cls, data: CalibrationData, model: nn.Module, tokens: int, most: int) -> "Samples":
         """Take what is needed.
 
-        Of plain text, rows at even distances are cut to 128 tokens, or as many more as they must have; pairs and
-        ready batches are taken as they are, from the first.
+        Of plain text, rows at even distances are cut to 128 tokens, or as many more as they must have; of pairs and
+        ready batches the first rows are taken, as they are.
 
         Args:
             data: the calibration set, not empty.
@@ -53,8 +53,8 @@ class Samples:
         taken, count = [], 0
         for batch in calibration_batches(data, model, most):
             if count < tokens:
-                taken.append(batch)
-                count += positions_of(batch)
+                taken.append(_first_rows(batch, tokens - count))
+                count += positions_of(taken[-1])
         return cls(taken)
 
     def check_held_out(self, model: nn.Module) -> None:
@@ -76,6 +76,15 @@ def positions_of(batch: Batch) -> int:
     """Return how many positions a batch has: tokens where it has some, else rows."""
     ids = batch.get("decoder_input_ids", batch.get("input_ids"))
     return len(next(iter(batch.values()))) if ids is None else ids.numel()
+
+
+def _first_rows(batch: Batch, positions: int) -> Batch:
+    """Return as many rows of a batch as have so many positions, one at least; all where its tensors have others."""
+    lengths = {len(value) if value.ndim else 0 for value in batch.values()}
+    if len(lengths) > 1 or positions_of(batch) <= positions:
+        return batch
+    rows = -(-positions * lengths.pop() // positions_of(batch))
+    return {key: value[:rows] for key, value in batch.items()}
 
 
 def _batches(ids: Tensor, most: int) -> list[Mapping[str, Tensor]]:
