@@ -250,6 +250,7 @@ def test_what_cannot_be_put_on_record_is_a_warning(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"only_where_faster": 1.5}, "only_where_faster is no option of a comparison: all contenders are pruned alike"),
+        ({"keep_dense": "10%"}, "keep_dense is no option of a comparison: all contenders are pruned alike"),
         ({"work": "a"}, "work is no option of a comparison"),
         ({"method": "wanda"}, "method is no option of a comparison: name it with the methods"),
         ({"reconstruct": "block"}, "reconstruct is no option of a comparison"),

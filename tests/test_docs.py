@@ -28,6 +28,7 @@ from halve.planner.where_faster import WhereFaster
 from halve.pruning import prune
 from halve.report.measured import add_perplexity
 from halve.run.request import Request
+from halve.sensitivity.keep_dense import KeepDense
 from halve.solve import methods, refit
 from halve.solve.matrix import prune_weight, prune_weights
 from halve.solve.objective import Objective
@@ -94,9 +95,9 @@ def test_every_argument_of_a_plan_is_documented_with_its_default():
         rows = [row for row in table if f"`{name}`" in row and flag in row]
         if name not in {"model", "listen"}:
             assert any(f"`{parameter.default}`" in row for row in rows), name
-    for field in fields(WhereFaster):
+    for field in (*fields(WhereFaster), *fields(KeepDense)):
         default = "required" if field.default is MISSING else field.default
-        if field.name != "ratios":
+        if field.name not in {"ratios", "kept", "pruned"}:
             assert any(f"`{field.name}`" in row and f"`{default}`" in row for row in table), field.name
 
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("model",),
     ("images",),
     ("text", "recorded", "provenance", "serial"),
-    ("evaluation", "runtime"),
+    ("evaluation", "runtime", "sensitivity"),
     ("packed", "planner"),
     ("run", "engines"),
     ("report", "verification", "forecast"),

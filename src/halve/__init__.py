@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from halve.report.page import write_comparison, write_report
     from halve.run.request import Loading, Placement
     from halve.runtime.accelerate import Acceleration, accelerate
+    from halve.sensitivity.keep_dense import KeepDense
     from halve.solve.matrix import prune_weight
     from halve.solve.objective import Objective
     from halve.solve.outcome import Outcome, Status
@@ -50,6 +51,7 @@ _HOMES = {
     "Comparison": "comparison",
     "Evaluation": "evaluation.request",
     "HalveError": "errors",
+    "KeepDense": "sensitivity.keep_dense",
     "Gradient": "maths.gram",
     "GramAccumulator": "maths.gram",
     "ImageEvaluation": "evaluation.top_one",
@@ -105,6 +107,7 @@ __all__ = [
     "GramAccumulator",
     "HalveError",
     "ImageEvaluation",
+    "KeepDense",
     "KeepMasks",
     "KeptMasks",
     "LlamaCpp",

@@ -48,6 +48,8 @@ OF_ONE_METHOD = {
     "reconstruct_held_out": "give it in method_options, under block",
     "only_where_faster": "all contenders are pruned alike",
     "faster_at_batch": "all contenders are pruned alike",
+    "keep_dense": "all contenders are pruned alike",
+    "keep_dense_tokens": "all contenders are pruned alike",
     "work": "a comparison that was stopped is not continued",
     "stream": "the dense model is in memory, and a copy of it is pruned",
     "workers": "contenders are pruned by this process: prune with workers, then use halve report on several",

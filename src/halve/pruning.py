@@ -14,7 +14,7 @@ from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.precision import bytes_in_memory, dtype_in_config
 from halve.checkpoint.room import check_destination, check_shared_space, same_volume
 from halve.checkpoint.streamed import ALWAYS, stays_on_disk
-from halve.device import weight_dtype
+from halve.device import evaluation_mode, weight_dtype
 from halve.errors import InputError
 from halve.forecast.foreseen import Foreseen, foresee
 from halve.judging import judge_of
@@ -24,9 +24,12 @@ from halve.provenance import code_fields
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
 from halve.run.events import Listener, announce, writing_told_to
+from halve.run.loop import survey
 from halve.run.phases import Phase, Phases
 from halve.run.request import NO_WORKERS, WORKERS, Request
-from halve.whole_model import Pruned, find, load_found, prune_loaded
+from halve.sensitivity.samples import Samples
+from halve.text.calibration import CalibrationData, batch_tokens
+from halve.whole_model import Pruned, find, load_found, prune_loaded, stored_together
 from halve.workers.hiring import check_workers, hiring, threads_of_workers
 
 _TIMES = 20
@@ -49,11 +52,11 @@ def prune(
 
     Everything else is an option, a keyword by its flat name: ``pattern="2:4"``, ``method="wanda"``,
     ``calibration="c4"``, ``samples=64``, ``device="cpu"``, … Those that belong together are fields of a group
-    (`Objective`, `Reconstruction`, `WhereFaster`, `Calibration`, `Placement`, `Loading`, `Evaluation`,
+    (`Objective`, `Reconstruction`, `WhereFaster`, `KeepDense`, `Calibration`, `Placement`, `Loading`, `Evaluation`,
     `ImageEvaluation`; docs/options.md lists them all), and a whole group may be given instead: ``objective=``,
-    ``reconstruct=``, ``only_where_faster=``, ``calibration=``, ``placement=``, ``loading=``, ``evaluation=``,
-    ``image_evaluation=``. What is an option of the method or the refit
-    (``effort="best"``, ``refit_steps=200``) is one too.
+    ``reconstruct=``, ``only_where_faster=``, ``keep_dense=``, ``calibration=``, ``placement=``, ``loading=``,
+    ``evaluation=``, ``image_evaluation=``. What is an option of the method or the refit (``effort="best"``,
+    ``refit_steps=200``) is one too.
 
     Args:
         model: a model in memory (pruned in place), a local directory, a ``.gguf`` file, or a hub id.
@@ -158,6 +161,7 @@ def prune_as(
         request = _with_ratios(request, loaded, run, phases, listen)
         judge = judge_of(loaded, request, run, phases, listen)
         data = _data(loaded, request, run, phases, listen)
+        request = _with_damages(request, loaded, data, run, phases, listen)
         pruned = prune_loaded(
             loaded,
             data,
@@ -286,6 +290,38 @@ def _with_ratios(
             begun=begun,
         )
     return replace(request, settings=replace(settings, only_where_faster=found))
+
+
+def _with_damages(
+    request: Request,
+    loaded: LoadedModel,
+    data: CalibrationData,
+    run: RunDirectory | None,
+    phases: Phases,
+    listen: Listener | None,
+) -> Request:
+    """Return the request with the choice of what stays dense for its cost, made now or when the run began."""
+    settings, target = request.settings, request.placement.target
+    asked = settings.keep_dense
+    if asked is None:
+        return request
+    if run is not None and run.fingerprint is not None:
+        return replace(request, settings=replace(settings, keep_dense=asked.recalled(run.fingerprint)))
+    announce(listen, Phase.DAMAGE)
+    with phases.timing(Phase.DAMAGE), evaluation_mode(loaded.model):
+        most, together = batch_tokens(target, stepping=False), stored_together(loaded)
+        samples = Samples.of(data, loaded.model, asked.tokens, most)
+        plan, _ = survey(loaded.model, samples.judging, settings, loaded.weights, together)
+        found = asked.measured(
+            loaded.model,
+            plan,
+            samples,
+            settings.pattern,
+            together=together,
+            device=target,
+        )
+    loaded.weights.release()
+    return replace(request, settings=replace(settings, keep_dense=found))
 
 
 def _run_dtype(loaded: LoadedModel) -> torch.dtype:

@@ -190,7 +190,7 @@ def prune_loaded(
     """
     phases = phases or Phases(request.placement.target)
     mark = None if run is None and employing is None else fingerprint(loaded, data, request)
-    employ = LocalExecutor if employing is None or mark is None else employing(mark, _together(loaded))
+    employ = LocalExecutor if employing is None or mark is None else employing(mark, stored_together(loaded))
     if run is None or mark is None:
         done = _prune(loaded, data, request, None, listen, phases, before, employ)
         return Pruned(loaded.model, done, _record(loaded, data, request, done, None), None, notes=loaded.notes)
@@ -281,13 +281,13 @@ def _prune(
             ledger=run,
             phases=phases,
             before=before,
-            together=_together(loaded),
+            together=stored_together(loaded),
             weights=loaded.weights,
             employ=employ,
         )
 
 
-def _together(loaded: LoadedModel) -> list[tuple[str, ...]]:
+def stored_together(loaded: LoadedModel) -> list[tuple[str, ...]]:
     """Return which parameters are stored in one tensor; none where the model has no layout on disk."""
     from transformers import PreTrainedModel
 

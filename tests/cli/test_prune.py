@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,19 @@ def test_matrices_that_are_not_faster_stay_dense_and_are_named(model, text, tmp_
     assert not (tmp_path / "no").exists()
 
 
+def test_matrices_that_cost_most_stay_dense_and_are_counted(model, text, tmp_path):
+    arguments = ["prune", model, "--out", str(tmp_path / "out"), "--calibration", text, *FAST, "--keep-dense", "20%"]
+    result = run(app, [*arguments, "--keep-dense-tokens", "64"])
+    assert result.exit_code == 0, result.output
+    assert "measuring which matrices cost most" in result.stderr
+    record = json.loads((tmp_path / "out" / "halve.json").read_text())
+    assert record["keep_dense"]["tokens"] == 64
+    counts = Counter(".".join(name.split(".")[3:5]) for name in record["keep_dense"]["kept"])
+    for kind, count in counts.items():
+        assert f"left dense: {count} x {kind}: costs most per weight (keep_dense 20%)\n" in result.stdout
+    assert result.stdout.count("left dense: ") == len(counts) > 1
+
+
 def test_too_little_text_is_refused(model, tmp_path):
     (tmp_path / "short.txt").write_text("two words")
     arguments = ["--calibration", str(tmp_path / "short.txt"), "--samples", "2", "--seq-len", "8"]
@@ -191,6 +205,8 @@ def test_too_little_text_is_refused(model, tmp_path):
         (["--only-where-faster", "nan"], "only_where_faster must be a finite number above 0, got nan"),
         (["--only-where-faster", "1.1", "--faster-at-batch", "0"], "faster_at_batch must be a whole number of at"),
         (["--faster-at-batch", "8"], "--faster-at-batch goes with --only-where-faster, which is not given"),
+        (["--keep-dense", "10"], "keep_dense = '10' is neither a share of the weights between 0% and 100%"),
+        (["--keep-dense-tokens", "8"], "--keep-dense-tokens goes with --keep-dense, which is not given"),
         (["--reconstruct", "blocks"], "reconstruct 'blocks' is not understood"),
         (["-o", "seed=3"], "has no option 'seed'"),
         (["-o", "shrinkage=0.1"], "shrinkage is not an option of auto+cg: write --shrinkage"),

@@ -99,6 +99,7 @@ def record() -> bytes:
         "reconstruction": None,
         "objective": {"shrinkage": "auto", "match_dense": 0.25, "match_ridge": 0.1},
         "only_where_faster": {"factor": 1.1, "batch": 1, "ratios": {"4x8": 2.0}},
+        "keep_dense": {"amount": "10%", "tokens": 512, "kept": {"a": 0.1}, "pruned": {"b": 0.01}},
         "calibration": {"source": "c4", "seq_len": 16},
         "device": "cpu",
         "forward_dtype": "float32",

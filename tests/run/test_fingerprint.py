@@ -117,6 +117,8 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "match_ridge": 0.5,
         "only_where_faster": 1.5,
         "faster_at_batch": 2,
+        "keep_dense": "20%",
+        "keep_dense_tokens": 100,
         "calibration": "c4",
         "samples": 3,
         "seq_len": 3,
@@ -145,6 +147,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
     }
     assert changed.keys() == {each.name for each in options_of(Request)}  # a new option needs a word here
     base = {"forward_dtype": "float32", "only_where_faster": 1.1, "reconstruct": "none", "eval_data": ["b"]}
+    base |= {"keep_dense": "10%"}
     base |= {"shrinkage": 0.0, "match_dense": 0.1}
     idle = {
         "calibration",

@@ -72,6 +72,7 @@ FAMILIES = {
         {**WANDA, "reconstruct": halve.Reconstruction(epochs=1, learning_rate=1e-3)},
     ),
     "where faster": (lambda: decoder("llama"), {**WANDA, "only_where_faster": 0.01}),
+    "keep dense": (lambda: decoder("llama"), {**WANDA, "keep_dense": "20%"}),
     "without data": (lambda: decoder("llama"), {"method": "magnitude", "refit": "none", "device": "cpu"}),
 }
 

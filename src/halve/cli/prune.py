@@ -26,6 +26,7 @@ from halve.pruning import resume as resume_run
 from halve.run.contender import Contender
 from halve.run.request import Request
 from halve.run.settings import Settings
+from halve.sensitivity.keep_dense import KeepDense
 from halve.serial import from_plain
 from halve.solve.methods.auto import AutoOptions
 from halve.text.limits import is_encoder_decoder
@@ -122,12 +123,16 @@ def resume(
 
 
 def left_dense(record: dict[str, Any]) -> list[str]:
-    """Return a sentence for every kind of matrix that a run (``halve.json``) left dense for its speed."""
-    if record["only_where_faster"] is None:
-        return []
-    reasons = from_plain(WhereFaster, record["only_where_faster"]).reasons(Pattern(record["pattern"]))
+    """Return a sentence for every kind of matrix that a run (``halve.json``) left dense for its speed or its cost."""
+    faster, costliest = record["only_where_faster"], record["keep_dense"]
+    why: dict[str, str] = {}
+    if faster is not None:
+        why |= {reason: reason for reason in from_plain(WhereFaster, faster).reasons(Pattern(record["pattern"]))}
+    if costliest is not None:
+        asked = from_plain(KeepDense, costliest)
+        why |= dict.fromkeys(asked.reasons(), f"costs most per weight (keep_dense {asked.amount})")
     counts = Counter(
-        (place_of(entry["name"])[1], entry["reason"]) for entry in record["excluded"] if entry["reason"] in reasons
+        (place_of(entry["name"])[1], why[entry["reason"]]) for entry in record["excluded"] if entry["reason"] in why
     )
     return [f"{count} x {kind}: {reason}" for (kind, reason), count in counts.items()]
 

@@ -141,6 +141,7 @@ def announce(phase: Phase) -> None:
         Phase.GENERATE: "the model writes its calibration text …",
         Phase.EVALUATE: "measuring perplexity or accuracy …",
         Phase.MEASURE: "measuring which matrices are faster sparse …",
+        Phase.DAMAGE: "measuring which matrices cost most …",
     }
     if phase == Phase.MEASURE and hasattr(os, "getloadavg"):
         warn_if_busy(os.getloadavg()[0], os.cpu_count())

@@ -321,11 +321,12 @@ def _settings(record: WholeRecord) -> dict[str, Any]:
     """Return what was asked for, value by name; what belongs together has its group before the name."""
     names = ("pattern", "method", "refit", "skip", "fallback", "min_expert_tokens", "device", "forward_dtype")
     settings = {name: getattr(record, name) for name in names} | record.options
-    faster = record.only_where_faster or {}
+    faster, costliest = record.only_where_faster or {}, record.keep_dense or {}
     groups = {
         "objective": to_builtins(record.objective),
         "reconstruction": record.reconstruction or {},
         "only_where_faster": {name: faster[name] for name in ("factor", "batch") if name in faster},
+        "keep_dense": {name: costliest[name] for name in ("amount", "tokens") if name in costliest},
     }
     return settings | {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 

@@ -168,6 +168,7 @@ class WholeRecord(Record, frozen=True, kw_only=True):
     reconstruction: dict[str, Any] | None
     objective: ObjectiveEntry
     only_where_faster: dict[str, Any] | None = None
+    keep_dense: dict[str, Any] | None = None
     calibration: dict[str, Any]
     device: str
     forward_dtype: str

@@ -21,7 +21,10 @@ from halve.solve.outcome import Status
 
 LOG = "log.jsonl"
 """The file of a run's log."""
-AROUND = (Phase.LOAD, Phase.MEASURE, Phase.EVALUATE, Phase.CALIBRATE, Phase.COMMIT, Phase.WRITE, Phase.VERIFY)
+AROUND = (
+    *(Phase.LOAD, Phase.MEASURE, Phase.EVALUATE, Phase.CALIBRATE, Phase.DAMAGE),
+    *(Phase.COMMIT, Phase.WRITE, Phase.VERIFY),
+)
 """Phases of a run that are not pruning: reading the model, measuring its speed and perplexity, its calibration text;
 and, where there is an output directory, keeping finished blocks, the checkpoint, and reading that again."""
 

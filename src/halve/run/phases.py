@@ -26,6 +26,8 @@ class Phase(StrEnum):
     MEASURE = "measure"
     """Which matrices are faster sparse."""
     CALIBRATE = "calibrate"
+    DAMAGE = "damage"
+    """Which matrices cost most."""
     EVALUATE = "evaluate"
     """Perplexity, and top-1 accuracy, of the dense model and of the pruned one."""
     CAPTURE = "capture"

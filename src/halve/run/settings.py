@@ -13,6 +13,7 @@ from halve.model.reconstruct import BLOCK, Reconstruction
 from halve.option_groups import group, internal
 from halve.planner.where_faster import WhereFaster
 from halve.run.batch_norms import ESTIMATE, KEEP
+from halve.sensitivity.keep_dense import KeepDense
 from halve.solve import methods
 from halve.solve.defaults import Defaults
 from halve.solve.objective import AUTO, Objective
@@ -54,6 +55,7 @@ class Settings:
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
         batch_norm: running statistics of the batch norms in pruned blocks: ``estimate`` them anew on the calibration
             data, where there is any, or ``keep`` the dense model's. Models without batch norms are not concerned.
+        keep_dense: which of the others stay dense for what pruning them costs; None leaves none.
     """
 
     pattern: Pattern = Pattern("2:4")
@@ -69,10 +71,12 @@ class Settings:
     least_prunable: float = LEAST_PRUNABLE
     only_where_faster: WhereFaster | None = group(None)
     batch_norm: str = ESTIMATE
+    keep_dense: KeepDense | None = group(None)
 
     def why_dense(self, matrix: Matrix) -> str:
         """Return why a matrix that could be pruned stays dense, as half a sentence; empty if it is pruned."""
-        return "" if self.only_where_faster is None else self.only_where_faster.why_dense(matrix, self.pattern)
+        slow = "" if self.only_where_faster is None else self.only_where_faster.why_dense(matrix, self.pattern)
+        return slow or ("" if self.keep_dense is None else self.keep_dense.why_dense(matrix))
 
     @property
     def matches_dense(self) -> bool:
@@ -91,9 +95,10 @@ class Settings:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method, the refit or the reconstruction looks at calibration data."""
+        """Whether the method, the refit, the reconstruction or the choice of what stays dense looks at it."""
         follows_dense = self.reconstruction is not None or self.matches_dense
-        return methods.get(self.method).needs_statistics or self.refit != "none" or follows_dense
+        uses_gram = methods.get(self.method).needs_statistics or self.refit != "none"
+        return uses_gram or follows_dense or self.keep_dense is not None
 
     def check_objective(self) -> None:
         """Refuse an objective of which a part would have no effect.
