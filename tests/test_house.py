@@ -18,6 +18,7 @@ FLOORS = (
     ("maths",),
     ("solve", "checkpoint"),
     ("model",),
+    ("order",),
     ("text", "recorded", "provenance", "serial"),
     ("evaluation", "runtime"),
     ("packed", "planner"),

@@ -23,6 +23,7 @@ from halve.errors import CorruptFileError, HalveError, InputError, first_few
 from halve.evaluation.figure import Perplexity
 from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
+from halve.order.reordering import FOLD
 from halve.provenance import files_sha256
 from halve.recorded import Record, read_record
 from halve.report import record
@@ -277,8 +278,23 @@ def _prune(
             before=before,
             together=_together(loaded),
             weights=loaded.weights,
+            fixed=_fixed(loaded) if settings.permute == FOLD else (),
             employ=employ,
         )
+
+
+def _fixed(loaded: LoadedModel) -> set[str]:
+    """Return the parameters that are no tensor of their own on disk, whose channels could not be told there."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(loaded.model, PreTrainedModel):
+        return set()
+    alone = {names[0] for names in loaded.layout.everything() if len(names) == 1}
+    return {
+        name
+        for name, _ in loaded.model.named_parameters()
+        if name not in alone or len(loaded.layout.locate(name).tensors) != 1
+    }
 
 
 def _together(loaded: LoadedModel) -> list[tuple[str, ...]]:
@@ -304,6 +320,7 @@ def _record(
         ),
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
+        moved={} if out is None else {m: loaded.layout.locate(m) for each in done.orders for m in each.parameters},
         notes=loaded.notes,
         calibration={
             "seed": request.calibration.seed,

@@ -14,6 +14,8 @@ from halve.errors import HalveError
 from halve.maths.pattern import Pattern
 from halve.model.layers import matrix_view
 from halve.model.plan import Matrix
+from halve.order.folds import Order
+from halve.order.recording import to_plain as order_to_plain
 from halve.provenance import environment
 from halve.recorded import FORMAT, MOST
 from halve.run.events import BlockReport, MatrixReport, RunReport
@@ -29,6 +31,7 @@ def to_json(
     changed: Mapping[str, Sequence[str]],
     *,
     source: Mapping[str, Any],
+    moved: Mapping[str, Location],
     notes: Sequence[str],
     calibration: Mapping[str, Any],
     device: str,
@@ -43,6 +46,7 @@ def to_json(
         masks: for each matrix by name, what `masks` says of it.
         changed: for each changed parameter by name, the tensors on disk that hold it; empty when nothing is written.
         source: what was pruned (name, kind, revision).
+        moved: for each parameter whose channels were reordered, where it lies on disk; empty when nothing is written.
         notes: sentences on how that lies on disk.
         calibration: source, counts, seed and hash of the calibration data.
         device: where the run happened.
@@ -63,6 +67,7 @@ def to_json(
             _matrix(matrix, locations.get(matrix.name)) | dict(masks.get(matrix.name, {})) for matrix in report.matrices
         ],
         "blocks": [_block(block, changed) for block in report.reconstructions],
+        **({"orders": [_order(order, moved) for order in report.orders]} if report.orders else {}),
         "excluded": [
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
         ],
@@ -174,6 +179,19 @@ def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str
         "held_out_batches": block.tuned.held_out,
         "tensors": [tensor for parameter in block.parameters for tensor in changed.get(parameter, ())],
     }
+
+
+def _order(order: Order, moved: Mapping[str, Location]) -> dict[str, Any]:
+    """Return an order with its moves as they are on disk."""
+    plain = order_to_plain(order)
+    plain["consumer"] = f"{order.block}.{order.fold.consumer}"
+    for move in plain["moves"]:
+        name = f"{order.block}.{move.pop('parameter')}"
+        location = moved.get(name)
+        move["tensor"] = name if location is None else location.tensors[0]
+        if location is not None and location.transposed:
+            move["dim"] = 1 - move["dim"]
+    return plain
 
 
 def finite(value: float) -> float | None:

@@ -14,6 +14,7 @@ from halve.memory import peak_memory
 from halve.model.layers import Layout
 from halve.model.plan import Excluded, Plan
 from halve.model.reconstruct import Tuned
+from halve.order.folds import Order
 from halve.run.phases import Phase
 from halve.solve.outcome import Status
 
@@ -107,6 +108,7 @@ class RunReport:
         peak_device_memory: by phase, the most bytes allocated on a CUDA device; empty without one.
         workers: what each of several workers did since this process began; empty without them.
         shards: parts of the calibration set that were summed by themselves.
+        orders: of channels that were reordered.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -120,12 +122,14 @@ class RunReport:
     peak_device_memory: Mapping[str, int] = field(default_factory=dict)
     workers: tuple[WorkerReport, ...] = ()
     shards: int = 1
+    orders: tuple[Order, ...] = ()
 
     @property
     def changed(self) -> set[str]:
         """Names of the parameters that differ from the dense model's."""
         pruned = {matrix.parameter for matrix in self.matrices}
-        return pruned.union(*(block.parameters for block in self.reconstructions))
+        tuned = (block.parameters for block in self.reconstructions)
+        return pruned.union(*tuned, *(order.parameters for order in self.orders))
 
     @property
     def seconds_of_pruning(self) -> float:

@@ -21,6 +21,8 @@ from halve.model.plan import Matrix, Plan, set_matrix
 from halve.model.reconstruct import Tuned
 from halve.model.stacks import find_stacks
 from halve.model.survey import StackRun, plan_model
+from halve.order.folds import Order
+from halve.order.reordering import FOLD
 from halve.provenance import Fingerprint
 from halve.run.block_record import from_record, to_record
 from halve.run.bundles import bundles, share_of_time
@@ -66,6 +68,7 @@ def prune_blocks(
     together: Collection[Sequence[str]] = (),
     masks: Mapping[str, torch.Tensor] | None = None,
     weights: Weights | None = None,
+    fixed: Collection[str] = (),
     employ: Employ = LocalExecutor,
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
@@ -90,9 +93,11 @@ def prune_blocks(
         masks: for each matrix by name, (d_out, d_in) bool of what it keeps: nothing is chosen, and the refit finds the
             best weights there; None lets the method choose.
         weights: where the model's weights lie; finished blocks are let go, where ``ledger`` keeps them. None is memory.
+        fixed: full names of parameters whose channels must not move.
         employ: makes what does the work; this process, where nothing else is said.
 
     Raises:
+        InputError: masks are given, and channels are to be reordered.
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
         CalibrationError: NaN or infinity in activations, or no statistics.
         UnsupportedModelError: see `plan_model`.
@@ -100,6 +105,8 @@ def prune_blocks(
         HalveError: a block could not be kept, the volume being full or broken.
     """
     check_batches(batches)
+    if masks is not None and settings.permute == FOLD:
+        raise InputError(f"masks are given for channels as they are, and permute {FOLD} would move them: leave it out")
     of = methods.get(settings.method).gradient
     if of is not None:
         batches = one_by_one(batches)
@@ -130,6 +137,7 @@ def prune_blocks(
             collect=collect,
             masks=masks,
             loss=loss,
+            fixed=fixed,
         )
         return loop.run(job, employ, before)
 
@@ -195,6 +203,7 @@ class _Loop:
         self._kept = 0 if ledger is None else ledger.committed
         self._reports: list[MatrixReport] = []
         self._blocks: list[BlockReport] = []
+        self._orders: list[Order] = []
         self._tuning = settings.reconstruction
         self._phases = phases
 
@@ -234,6 +243,7 @@ class _Loop:
             peak_device_memory=dict(self._phases.peak_device_memory),
             workers=workers,
             shards=len(job.shards),
+            orders=tuple(self._orders),
         )
 
     def _passed(self, job: Job) -> int:
@@ -283,6 +293,8 @@ class _Loop:
         self._warn_of_few_tokens(index, inputs)
         if not matrices:
             return {}
+        if self._settings.permute == FOLD:
+            self._reorder(executor.reorder(index))
         found = list(bundles(matrices, {name: seen.leader for name, seen in inputs.items()}))
         for bundle, outcomes in zip(found, executor.solve(index, found, self._options), strict=True):
             for matrix, outcome in zip(bundle, outcomes, strict=True):
@@ -294,6 +306,14 @@ class _Loop:
             self._blocks.append(BlockReport(self._plan.blocks[index], tuple(tensors), tuned))
             self._choose_rate(tuned)
         return self._changed(index)
+
+    def _reorder(self, orders: Sequence[Order]) -> None:
+        """Put the channels of a block into their orders."""
+        for order in orders:
+            parameters = {name: self._own(name) for name in order.parameters}
+            for name, moved in order.applied({name: each.data for name, each in parameters.items()}).items():
+                parameters[name].data.copy_(moved)
+            self._orders.append(order)
 
     def _warn_of_few_tokens(self, index: int, inputs: Mapping[str, Inputs]) -> None:
         if self._reports or self._settings.as_followed.objective.shrinkage:
@@ -310,7 +330,8 @@ class _Loop:
         """Return the parameters of a block that differ from the dense model's so far, by full name."""
         name = self._plan.blocks[index]
         tuned = next((block.parameters for block in self._blocks if block.name == name), ())
-        changed = sorted({matrix.parameter for matrix in self._plan.of_block(index)}.union(tuned))
+        moved = {parameter for order in self._orders if order.block == name for parameter in order.parameters}
+        changed = sorted({matrix.parameter for matrix in self._plan.of_block(index)}.union(tuned, moved))
         return {parameter: self._model.get_parameter(parameter).data for parameter in changed}
 
     def _commit(self, index: int, ledger: RunDirectory, tensors: Mapping[str, Tensor]) -> None:
@@ -318,7 +339,8 @@ class _Loop:
         name = self._plan.blocks[index]
         matrices = self._reports[len(self._reports) - len(self._plan.of_block(index)) :]
         tuned = next((block for block in self._blocks if block.name == name), None)
-        ledger.commit(tensors, to_record(matrices, tuned, self._phases.take()))
+        orders = [order for order in self._orders if order.block == name]
+        ledger.commit(tensors, to_record(matrices, tuned, orders, self._phases.take()))
 
     def _restore(self, index: int) -> dict[str, Tensor]:
         """Put a block that was finished before into the model, and return its parameters that differ, by full name."""
@@ -327,7 +349,8 @@ class _Loop:
         tensors, record = self._ledger.read(index)
         for name, tensor in tensors.items():
             self._own(name).data.copy_(tensor)
-        matrices, tuned, spent = from_record(record)
+        matrices, tuned, orders, spent = from_record(record)
+        self._orders += orders
         self._phases.add(spent)
         for report in matrices:
             self._reports.append(report)
