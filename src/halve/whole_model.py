@@ -351,11 +351,13 @@ def _made_from(directory: Path) -> dict[str, Any]:
     if not (directory / RECORD).is_file():
         return {}
     try:
-        before = read_record(directory, _Record).source
+        read = read_record(directory, _Record)
     except HalveError:  # of whoever calls a file so; it says nothing of the weights
         return {}
+    before = read.source
     first: Named = before if before.made_from is None else before.made_from
-    return {"made_from": {"kind": first.kind, "name": first.name, "revision": first.revision}}
+    reordered = {"reordered": True} if read.orders or before.reordered else {}
+    return {**reordered, "made_from": {"kind": first.kind, "name": first.name, "revision": first.revision}}
 
 
 def _verify(directory: Path, source: Source | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halve.errors import InputError
+from halve.errors import InputError, counted
 from halve.order.folds import Fold, Move, Order
 
 _WIDTH_OF_SHORT = 1 << 16
@@ -44,6 +44,15 @@ def read_channels(text: str, units: int, width: int) -> Tensor:
     if not torch.equal(channels.sort(dim=1).values, torch.arange(width).expand(units, -1)):
         raise InputError("an order of channels names a channel twice, or one that is not there")
     return channels
+
+
+def said_of_orders(count: int) -> str:
+    """Say, in one sentence, that the inputs of so many matrices were reordered."""
+    matrices = counted(count, "matrix", "matrices")
+    return (
+        f"Channels were reordered: the inputs of {matrices}, folded into neighbouring weights. Without the zeros this "
+        "would be the same function; an adapter for the model as it was has to be merged with `halve merge`"
+    )
 
 
 def to_plain(order: Order) -> dict[str, Any]:
