@@ -39,6 +39,7 @@ def cell(model: Path, calibration: Path, texts: Sequence[Path], way: str, order:
         seed=seed,
         permute=order,
         device=asked.device,
+        forward_dtype=asked.forward_dtype,
         **WAYS[way],
     )
     losses: defaultdict[str, list[float]] = defaultdict(list)
@@ -55,6 +56,7 @@ def cell(model: Path, calibration: Path, texts: Sequence[Path], way: str, order:
             seq_len=asked.seq_len,
             max_windows=asked.max_windows,
             device=asked.device,
+            forward_dtype=asked.forward_dtype,
         ).value
         for text in texts
     }
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--forward-dtype", default="auto")
     parser.add_argument("--cells", type=int, default=None, help="stop after so many new ones")
     asked = parser.parse_args()
     from transformers import AutoTokenizer

@@ -108,6 +108,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "min_expert_tokens": 5,
         "tower": "text",
         "least_prunable": 0.3,
+        "permute": "fold",
         "reconstruct_epochs": 2,
         "reconstruct_learning_rate": 0.1,
         "reconstruct_held_out": 0.5,

@@ -8,7 +8,8 @@ stayed there. That is an assignment, as the second step of RIA (Zhang et al. 202
 once with one score a channel; here it is made on all rows, again and again.
 
 All those sums at once are one product of matrices, with ``min(s, t) = ∫ [s > u] [t > u] du`` taken over a few levels
-of each row, between which both are cut off and scaled: exact but where both lie between the same two levels.
+of each row, between which both are cut off and scaled: exact but where both lie between the same two levels. Where
+there are few groups, as in a head, they are summed one by one.
 """
 
 from collections.abc import Iterable
@@ -22,8 +23,10 @@ ROUNDS = 16
 """Times that one channel of every group is taken out."""
 _LEVELS = 4
 """Levels of a row between which the smaller of two saliencies is found."""
-_AT_ONCE = 1 << 26
-"""Numbers of one factor of a product that are there at once, at most: 256 MiB."""
+_FEW = 64
+"""Places up to which the smaller of two saliencies is found exactly, one by one."""
+_AT_ONCE = 1 << 24
+"""Numbers that are there at once, at most: 64 MiB."""
 _LEAST_GAIN = 1e-6
 """Least gain of an exchange, as a share of the mean cost: smaller ones are rounding."""
 
@@ -106,10 +109,13 @@ def _sums_of_smaller(thresholds: Tensor, channels: Tensor) -> Tensor:
     """
     units, places, rows = thresholds.shape
     total = thresholds.new_zeros(units, places, channels.shape[1])
-    step = max(1, _AT_ONCE // (units * places * _LEVELS))
+    step = max(1, _AT_ONCE // (units * places * (places if places <= _FEW else _LEVELS)))
     cuts = torch.linspace(0, places - 1, _LEVELS + 1, device=thresholds.device).round().long()[1:]
     for first in range(0, rows, step):
         t, s = thresholds[..., first : first + step], channels[..., first : first + step]
+        if places <= _FEW:
+            total += torch.minimum(t.unsqueeze(2), s.unsqueeze(1)).sum(-1)
+            continue
         levels = t.sort(dim=1).values[:, cuts]  # (units, levels, rows), the last one no threshold exceeds
         below = torch.nn.functional.pad(levels, (0, 0, 1, 0))[:, :-1]
         heights = (levels - below).unsqueeze(1)
