@@ -18,6 +18,7 @@ import halve
 from halve.checkpoint.load import load_model, resolve
 from halve.maths.gram import GramAccumulator, Statistics
 from halve.maths.pattern import Pattern
+from halve.model.layers import layer_matrix
 from halve.order.choosing import choose_order
 from halve.order.folds import Move
 from halve.order.saliency import by_unit, saliencies
@@ -55,13 +56,14 @@ def inputs(
         raise TypeError(type(data))
     model = loaded.model
     names = [f"model.layers.{block}.{kind}" for block in blocks for kind in ("self_attn.o_proj", "mlp.down_proj")]
-    sums = {name: GramAccumulator(model.get_submodule(name).in_features, name=name) for name in names}
+    weights = {name: layer_matrix(model.get_submodule(name)).detach() for name in names}
+    sums = {name: GramAccumulator(weight.shape[1], name=name) for name, weight in weights.items()}
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(lambda _m, args, name=name: sums[name].add(args[0]))
     with torch.no_grad():
         for part in torch.split(data.ids, 4):
             model.base_model(part, use_cache=False)
-    return {name: (model.get_submodule(name).weight.data, sums[name].finish()) for name in names}
+    return {name: (weight, sums[name].finish()) for name, weight in weights.items()}
 
 
 def main() -> None:
