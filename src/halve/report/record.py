@@ -31,11 +31,11 @@ def to_json(
     changed: Mapping[str, Sequence[str]],
     *,
     source: Mapping[str, Any],
-    moved: Mapping[str, Location],
     notes: Sequence[str],
     calibration: Mapping[str, Any],
     device: str,
     precision: str,
+    moved: Mapping[str, Location] | None = None,
 ) -> dict[str, Any]:
     """Return ``halve.json`` without the file hashes, which the store adds; no times, so that equal runs are equal.
 
@@ -46,11 +46,11 @@ def to_json(
         masks: for each matrix by name, what `masks` says of it.
         changed: for each changed parameter by name, the tensors on disk that hold it; empty when nothing is written.
         source: what was pruned (name, kind, revision).
-        moved: for each parameter whose channels were reordered, where it lies on disk; empty when nothing is written.
         notes: sentences on how that lies on disk.
         calibration: source, counts, seed and hash of the calibration data.
         device: where the run happened.
         precision: dtype of the forward products.
+        moved: for each parameter whose channels were reordered, where it lies on disk; nothing when nothing is written.
     """
     asked = settings_json(settings)
     if not any("match_dense" in matrix.facts for matrix in report.matrices):  # a mixture of experts, or no statistics
@@ -67,7 +67,7 @@ def to_json(
             _matrix(matrix, locations.get(matrix.name)) | dict(masks.get(matrix.name, {})) for matrix in report.matrices
         ],
         "blocks": [_block(block, changed) for block in report.reconstructions],
-        **({"orders": [_order(order, moved) for order in report.orders]} if report.orders else {}),
+        **({"orders": [_order(order, moved or {}) for order in report.orders]} if report.orders else {}),
         "excluded": [
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
         ],
