@@ -18,7 +18,7 @@ FLOORS = (
     ("maths",),
     ("solve", "checkpoint"),
     ("model",),
-    ("images",),
+    ("images", "order"),
     ("text", "recorded", "provenance", "serial"),
     ("evaluation", "runtime", "sensitivity"),
     ("packed", "planner"),

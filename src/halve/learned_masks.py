@@ -6,9 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.directory import CONFIG, is_unfinished
+from halve.checkpoint.directory import CONFIG, RECORD, is_unfinished
 from halve.checkpoint.durable import sha256_of
-from halve.checkpoint.load import load_model, resolve
+from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.precision import dtype_to_prune_in
 from halve.checkpoint.room import check_destination
 from halve.checkpoint.write import write_checkpoint
@@ -16,7 +16,7 @@ from halve.errors import HalveError, InputError
 from halve.learning import methods as learning_methods
 from halve.learning.launch import processes
 from halve.learning.lesson import Taught, check_directory
-from halve.learning.mask_files import masked_names, put_masks, read_masks
+from halve.learning.mask_files import masked_names, masks_of_model, put_masks, read_masks
 from halve.learning.mask_learning import Learning, check_asked, learn_as, recorded_matrices, view_of
 from halve.learning.training.publishing import source_json
 from halve.learning.training.watching import Watch
@@ -27,6 +27,7 @@ from halve.model.survey import plan_model
 from halve.option_groups import fill, known_names
 from halve.provenance import files_sha256, source_fields
 from halve.pruning import prune
+from halve.recorded import Record, read_record
 from halve.report.card import leave_card
 from halve.report.record import mask_facts
 from halve.report.training import learned_record, previous_record
@@ -186,7 +187,8 @@ def apply_masks(
             say of the model card.
 
     Raises:
-        InputError: the masks are of another model, or an argument cannot be used.
+        InputError: the masks are of another model, or of this one before its channels were reordered, or an argument
+            cannot be used.
         CorruptFileError: the file of masks, or one of the model, was damaged.
     """
     place, path = Path(out), Path(masks)
@@ -195,6 +197,7 @@ def apply_masks(
     pattern, names = masked_names(path)
     source = resolve(model, trust_remote_code=trust_remote_code)
     described = source_json(source)
+    _refuse_reordered(source, path, described)
     check_destination(place, source, source.size)
     with open_run(place) as run:
         loaded = load_model(source, dtype=dtype_to_prune_in(source))
@@ -233,6 +236,19 @@ def apply_masks(
         cards, said = leave_card(run.staging, source)
         run.publish(files | cards)
     return {**record, "warnings": [*record["warnings"], *said]}
+
+
+def _refuse_reordered(source: Source, masks: Path, given: Mapping[str, Any]) -> None:
+    """Refuse a model whose channels were reordered where masks were learned for other weights."""
+    recorded = source.path.is_dir() and (source.path / RECORD).exists()
+    if not recorded or not read_record(source.path, Record).orders:
+        return
+    learned = masks_of_model(masks)
+    if learned.get("sha256") != given["sha256"]:
+        raise InputError(
+            f"channels of {source.name} were reordered, and {masks} was learned for other weights "
+            f"({learned.get('name', 'of an unknown model')}): put the masks onto the model that they were learned for"
+        )
 
 
 def _of_other_weights(learned: Mapping[str, str], given: Mapping[str, Any], masks: str | Path) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from halve.checkpoint.write import write_checkpoint
 from halve.device import evaluation_mode
 from halve.errors import HalveError, InputError, UnsupportedModelError, counted, first_few
 from halve.learning.adapter import CONFIG, WEIGHTS, Adapter, Update, read_adapter
+from halve.learning.adapter_order import in_order_of
 from halve.maths.linalg import is_finite
 from halve.maths.pattern import Pattern, apply_mask
 from halve.model.layers import Layout, is_conv1d, is_linear, matrix_view
@@ -42,6 +43,7 @@ from halve.provenance import environment, source_fields
 from halve.recorded import Record, pattern_of, read_record
 from halve.report.card import leave_card
 from halve.report.record import finite, mask_sha256
+from halve.report.schema import Origin
 from halve.run.directory import open_run
 from halve.run.events import Listener, Progress, announce, writing_told_to
 from halve.run.loop import prune_blocks
@@ -154,6 +156,7 @@ class _Record(Record, frozen=True, kw_only=True):
     """What a merge reads of the record besides."""
 
     tower: str | None = None
+    source: Origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,7 @@ def merge(
     with open_run(place) as run:
         dtype = torch.promote_types(dtype_to_prune_in(source) or torch.float32, torch.float32)
         loaded = load_model(source, dtype=dtype, attention=asked.loading.attention)
+        given = in_order_of(given, record, record.source, source, loaded)
         targets = _targets(given, loaded, record, source.name)
         data: CalibrationData = []
         if asked.calibration is not None and any(target.mask is not None for target in targets):

@@ -6,17 +6,20 @@ layouts and the outcomes that a record names. A reader that needs more of it ext
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from torch import Tensor
 
 from halve.checkpoint.directory import RECORD, contained
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.shards import read_json
 from halve.checkpoint.validated import shown, validated, wrong
-from halve.errors import PatternError
+from halve.errors import InputError, PatternError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
+from halve.order.folds import Move
+from halve.order.recording import read_channels
 from halve.solve.outcome import Status
 
 FORMAT = 1
@@ -38,6 +41,26 @@ class RecordedMatrix(msgspec.Struct, frozen=True, kw_only=True):
     tensors: tuple[str, ...]
     layout: Layout = "out_in"
     status: Status = Status.OK
+
+
+class RecordedMove(msgspec.Struct, frozen=True, kw_only=True):
+    """Channels of one tensor on disk that were moved (`halve.order.folds.Move`)."""
+
+    tensor: str
+    dim: Annotated[int, msgspec.Meta(ge=0, le=1)]
+    start: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+    stride: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
+    repeats: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)] = 1
+
+
+class RecordedOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """One order of channels; ``channels`` is that of ``units`` x ``width`` as `halve.order.recording` packs it."""
+
+    block: str
+    units: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)]
+    width: Annotated[int, msgspec.Meta(ge=1, lt=1 << 24)]
+    channels: str
+    moves: tuple[RecordedMove, ...]
 
 
 class RecordedBlock(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +106,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         matrices: that were to be pruned.
         blocks: that were reconstructed.
         norm_statistics: tensors on disk of batch norms whose statistics were estimated anew.
+        orders: of channels that were moved.
         trainings: that followed, in order.
         merges: of adapters, in their order.
         quantised: roundings to integers, in their order.
@@ -94,6 +118,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     matrices: tuple[RecordedMatrix, ...] = ()
     blocks: tuple[RecordedBlock, ...] = ()
     norm_statistics: tuple[str, ...] = ()
+    orders: tuple[RecordedOrder, ...] = ()
     trainings: tuple[RecordedTraining, ...] = ()
     merges: tuple[RecordedMerge, ...] = ()
     quantised: tuple[RecordedRounding, ...] = ()
@@ -171,6 +196,24 @@ def pattern_on_disk(model: str | Path) -> Pattern | None:
     """
     directory = Path(model).expanduser()
     return pattern_of(read_record(directory, Record), directory) if (directory / RECORD).is_file() else None
+
+
+def orders_of(record: Record, directory: Path) -> list[tuple[Tensor, tuple[Move, ...]]]:
+    """Return the orders of channels in the record of a directory, with the moves of tensors on disk.
+
+    Raises:
+        CorruptFileError: an entry is no order of channels.
+    """
+    try:
+        return [
+            (
+                read_channels(each.channels, each.units, each.width),
+                tuple(Move(move.tensor, move.dim, move.start, move.stride, move.repeats) for move in each.moves),
+            )
+            for each in record.orders
+        ]
+    except InputError as error:
+        raise wrong(directory / RECORD, str(error), REMEDY) from error
 
 
 def change_of(directory: Path, name: str, sha256: str) -> str:

@@ -25,7 +25,8 @@ from halve.maths.linalg import in_parts, is_finite
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, inputs_last
 from halve.model.plan import place_of
-from halve.recorded import Record, change_of, pattern_of, read_record
+from halve.order.undoing import Undoing
+from halve.recorded import Record, change_of, orders_of, pattern_of, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ def check(
 
     Checked: the files' sha256 and the matrices' pattern as ``halve.json`` records them, that every floating-point
     tensor is finite, that shards and index agree, that ``config.json`` is a plain one; with ``against`` also that
-    every tensor of the original is there, and unchanged unless it was pruned or tuned. Tensors in files that
+    every tensor of the original is there, and unchanged unless it was pruned or tuned, channels that were reordered
+    (``halve.json``) being put back first, unless the original has them in the same order. Tensors in files that
     transformers does not load are only compared. Of a packed checkpoint: the
     sha256 of its files, that every mask keeps what the pattern keeps, that all values are finite, and that the plain
     checkpoint would be restored byte for byte.
@@ -158,10 +160,13 @@ def check(
     changed = _check_tensors(tensors, record, wanted, found) | (set() if record is None else record.tuned)
     if wanted is not None:
         found.notes += _what_was_lost(found, wanted, recorded=record is not None)
-    if original is not None and original.kind == "gguf":
-        _compare_dequantised(tensors, original, changed, found)
-    elif original is not None:
-        _compare(tensors, original, changed, found)
+    if original is not None:
+        undoing = Undoing(())
+        with noting(found.note):
+            undoing = Undoing(() if record is None else orders_of(record, directory))
+        comparing = _compare_dequantised if original.kind == "gguf" else _compare
+        comparing(tensors, original, changed, undoing, found)
+        found.problems += filter(None, [undoing.problem])
     return found.result(None if wanted is None else wanted.text)
 
 
@@ -358,14 +363,14 @@ def _has_pattern(tensor: Tensor, pattern: Pattern) -> bool:
     )
 
 
-def _compare(tensors: _Tensors, original: Source, changed: set[str], found: _Findings) -> None:
+def _compare(tensors: _Tensors, original: Source, changed: set[str], undoing: Undoing, found: _Findings) -> None:
     """Compare with a safetensors original, byte by byte."""
     theirs = {entry.name: entry for path in original.shards for entry in read_shard(path).tensors}
     _compare_names(tensors, theirs.keys(), found)
     for name, other in theirs.items():
         entry = tensors.entries.get(name)
         if entry is not None and name not in tensors.unread:
-            _compare_tensor(entry, other, found, changed=name in changed)
+            _compare_tensor(entry, other, found, undoing, changed=name in changed)
     _compare_carried(tensors.weights, original, found)
     found.notes += [
         f"{path.name} of the original holds its weights a second time and was not compared" for path in original.copies
@@ -382,23 +387,41 @@ def _compare_carried(weights: Weights, original: Source, found: _Findings) -> No
         found.problems += [f"tensor {tensor!r} of the original is missing, with {name}" for tensor in lost]
         found.problems += [f"tensor {tensor!r} in {name} is not in the original" for tensor in added]
         for tensor in held.keys() & wanted.keys():
-            _compare_tensor(held[tensor], wanted[tensor], found, changed=False)
+            _compare_tensor(held[tensor], wanted[tensor], found, Undoing(()), changed=False)
 
 
-def _compare_tensor(ours: TensorEntry, theirs: TensorEntry, found: _Findings, *, changed: bool) -> None:
+def _compare_tensor(
+    ours: TensorEntry, theirs: TensorEntry, found: _Findings, undoing: Undoing, *, changed: bool
+) -> None:
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         found.problems.append(
             f"tensor {ours.name!r} is {ours.dtype} {ours.shape}, and {theirs.dtype} {theirs.shape} in the original"
         )
         return
     with noting(found.note):
-        if all(mine == original for mine, original in zip(read_chunks(ours), read_chunks(theirs), strict=True)):
+        is_same = all(mine == original for mine, original in zip(read_chunks(ours), read_chunks(theirs), strict=True))
+        if not changed and ours.name in undoing:
+            is_same = _is_same_in_order(read_tensor(ours), read_tensor(theirs), ours.name, undoing)
+        if is_same:
             found.compared += 1
         elif not changed:
             found.problems.append(f"tensor {ours.name!r} was neither pruned nor tuned and differs from the original")
 
 
-def _compare_dequantised(tensors: _Tensors, original: Source, changed: set[str], found: _Findings) -> None:
+def _is_same_in_order(ours: Tensor, theirs: Tensor, name: str, undoing: Undoing) -> bool:
+    """Whether a tensor is the original's, with channels put back if they were reordered there, and not there too."""
+    untouched = tensor_bytes(ours) == tensor_bytes(theirs)
+    if name not in undoing:
+        return untouched
+    undone = tensor_bytes(undoing.back(name, ours)) == tensor_bytes(theirs)
+    if untouched != undone:  # else no two of its channels differ
+        (undoing.undone if undone else undoing.untouched).append(name)
+    return untouched or undone
+
+
+def _compare_dequantised(
+    tensors: _Tensors, original: Source, changed: set[str], undoing: Undoing, found: _Findings
+) -> None:
     """Compare with what a GGUF original dequantises to."""
     found.notes.append(
         f"{original.name} is a GGUF file, whose quantised bytes have no counterpart here: tensors were compared with "
@@ -415,7 +438,7 @@ def _compare_dequantised(tensors: _Tensors, original: Source, changed: set[str],
                 found.problems.append(
                     f"tensor {name!r} has shape {entry.shape}, and {tuple(tensor.shape)} in the original"
                 )
-            elif tensor_bytes(read_tensor(entry)) == tensor_bytes(tensor.to(entry.dtype)):
+            elif _is_same_in_order(read_tensor(entry), tensor.to(entry.dtype), name, undoing):
                 found.compared += 1
             elif name not in changed:
                 found.problems.append(f"tensor {name!r} was neither pruned nor tuned and differs from the original")

@@ -24,6 +24,7 @@ from halve.evaluation.figure import Perplexity
 from halve.evaluation.top_one import TopOne
 from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
+from halve.order.reordering import FOLD
 from halve.provenance import files_sha256
 from halve.recorded import Record, read_record
 from halve.report import record
@@ -283,8 +284,23 @@ def _prune(
             before=before,
             together=stored_together(loaded),
             weights=loaded.weights,
+            fixed=_fixed(loaded) if settings.permute == FOLD else (),
             employ=employ,
         )
+
+
+def _fixed(loaded: LoadedModel) -> set[str]:
+    """Return the parameters that are no tensor of their own on disk, whose channels could not be told there."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(loaded.model, PreTrainedModel):
+        return set()
+    alone = {names[0] for names in loaded.layout.everything() if len(names) == 1}
+    return {
+        name
+        for name, _ in loaded.model.named_parameters()
+        if name not in alone or len(loaded.layout.locate(name).tensors) != 1
+    }
 
 
 def stored_together(loaded: LoadedModel) -> list[tuple[str, ...]]:
@@ -310,6 +326,7 @@ def _record(
         ),
         {} if out is None else {name: loaded.layout.locate(name).tensors for name in sorted(done.changed)},
         source=_source_record(loaded),
+        moved={} if out is None else {m: loaded.layout.locate(m) for each in done.orders for m in each.parameters},
         notes=loaded.notes,
         calibration={
             "seed": request.calibration.seed,
@@ -340,11 +357,13 @@ def _made_from(directory: Path) -> dict[str, Any]:
     if not (directory / RECORD).is_file():
         return {}
     try:
-        before = read_record(directory, _Record).source
+        read = read_record(directory, _Record)
     except HalveError:  # of whoever calls a file so; it says nothing of the weights
         return {}
+    before = read.source
     first: Named = before if before.made_from is None else before.made_from
-    return {"made_from": {"kind": first.kind, "name": first.name, "revision": first.revision}}
+    reordered = {"reordered": True} if read.orders or before.reordered else {}
+    return {**reordered, "made_from": {"kind": first.kind, "name": first.name, "revision": first.revision}}
 
 
 def _verify(directory: Path, source: Source | None) -> None:

@@ -109,6 +109,7 @@ def test_every_option_counts_or_is_named_as_one_that_does_not(tmp_path):
         "tower": "text",
         "least_prunable": 0.3,
         "batch_norm": "keep",
+        "permute": "fold",
         "reconstruct_epochs": 2,
         "reconstruct_learning_rate": 0.1,
         "reconstruct_held_out": 0.5,

@@ -82,6 +82,15 @@ def masked_names(path: Path) -> tuple[Pattern, frozenset[str]]:
     return _pattern(described.pattern, path), frozenset(described.shapes)
 
 
+def masks_of_model(path: Path) -> dict[str, str]:
+    """Return the facts about the dense model that are in a file of masks.
+
+    Raises:
+        CorruptFileError, UnreadableFileError, InputError: as `read_masks`.
+    """
+    return _description(path).model
+
+
 def read_masks(path: Path, targets: Iterable[PrunedParameter]) -> MaskFile:
     """Read the masks of a model's parameters, on the CPU.
 

@@ -29,6 +29,7 @@ from halve.model.plan import Matrix, Plan
 from halve.model.survey import plan_model
 from halve.option_groups import internal
 from halve.provenance import files_sha256, source_fields
+from halve.recorded import Record, read_record
 from halve.report.record import mask_facts
 from halve.report.training import learned_record, previous_record
 
@@ -93,7 +94,7 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
     """Learn masks as a request says; ``prior`` is a checkpoint here. What is raised is as for `halve.learn`."""
     check_asked(out, request)
     row = methods.get(request.method)
-    prior = None if request.prior is None else _prior_of(request)
+    prior = None if request.prior is None else _prior_of(model, request)
     source = resolve(model, trust_remote_code=request.machine.trust_remote_code)
     pruned = source.path.is_dir() and (source.path / RECORD).exists()
     previous = previous_record(source.path) if pruned else None
@@ -146,11 +147,12 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
     return carry_out(lesson, out, watch)
 
 
-def _prior_of(request: Learning) -> Source:
+def _prior_of(model: str | Path, request: Learning) -> Source:
     """Find the checkpoint that is the prior.
 
     Raises:
-        InputError: it is neither a directory nor on the hub, or no pruned checkpoint.
+        InputError: it is neither a directory nor on the hub, no pruned checkpoint, or one whose channels were
+            reordered, and not the model itself.
     """
     try:
         found = resolve(str(request.prior), trust_remote_code=request.machine.trust_remote_code)
@@ -160,6 +162,12 @@ def _prior_of(request: Learning) -> Source:
         ) from error
     if found.path.is_dir() and (found.path / RECORD).exists():
         previous_record(found.path)
+        same = Path(str(model)).resolve() == found.path.resolve()
+        if read_record(found.path, Record).orders and not same:
+            raise InputError(
+                f"channels of the prior {found.name} were reordered, so that its masks are not for those of {model}: "
+                "prune it again without permute, or learn from that checkpoint itself"
+            )
     return found
 
 

@@ -36,12 +36,14 @@ class StackRun:
         blocks: its blocks, in order.
         behaviour: of the blocks.
         later: the blocks of stacks that run later, with what they return.
+        short: short samples that the model takes.
     """
 
     name: str
     blocks: tuple[nn.Module, ...]
     behaviour: Behaviour
     later: tuple[tuple[tuple[nn.Module, ...], tuple[Template, ...]], ...]
+    short: tuple[Batch, ...] = ()
 
     def capture(
         self,
@@ -139,7 +141,7 @@ def _stack_run(model: nn.Module, stack: Stack, running: Sequence[Stack], short: 
             if not passing:
                 raise
         else:
-            return StackRun(stack.name, members, behaviour, passing)
+            return StackRun(stack.name, members, behaviour, passing, tuple(short))
     raise AssertionError
 
 

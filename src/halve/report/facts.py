@@ -17,6 +17,7 @@ from halve.checkpoint.validated import wrong
 from halve.evaluation.figure import measured_as, said_difference
 from halve.evaluation.request import overlap
 from halve.model.plan import places_of
+from halve.order.recording import said_of_orders
 from halve.recorded import MOST, REMEDY
 from halve.report.measured import Measured, Score, WorkerSeconds, read_measured
 from halve.report.schema import BlockEntry, MatrixEntry, Origin, WholeRecord, record_of
@@ -129,6 +130,7 @@ class RunFacts:
         excluded: how many parameters stayed dense, by reason.
         dense_weights: number of weights in them.
         origin: what was pruned, and where that came from.
+        reordered: what there is to say of channels that were reordered, a sentence; empty where none were.
         merged: names of the adapters that were merged, in order.
         rounded: kinds of integers that kept weights were rounded to when they were packed, in order.
         warnings: sentences.
@@ -171,6 +173,7 @@ class RunFacts:
     workers: tuple[WorkerSeconds, ...] = ()
     origin: Origin
     dense_weights: int
+    reordered: str = ""
     merged: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
 
@@ -312,6 +315,7 @@ def _facts(directory: Path, record: WholeRecord, measured: Measured) -> RunFacts
         workers=measured.workers,
         origin=record.source,
         dense_weights=int(finite_value(sum(math.prod(entry.shape) for entry in record.excluded if entry.shape))),
+        reordered="" if not record.orders else said_of_orders(len(record.orders)),
         merged=tuple(entry.adapter.name for entry in record.merges),
         rounded=tuple(entry.values for entry in record.quantised),
     )

@@ -13,6 +13,8 @@ from halve.checkpoint.shards import tensor_bytes
 from halve.errors import HalveError
 from halve.maths.pattern import Pattern
 from halve.model.plan import Matrix
+from halve.order.folds import Order
+from halve.order.recording import to_plain as order_to_plain
 from halve.provenance import environment
 from halve.recorded import FORMAT, MOST
 from halve.run.events import BlockReport, MatrixReport, RunReport
@@ -32,6 +34,7 @@ def to_json(
     calibration: Mapping[str, Any],
     device: str,
     precision: str,
+    moved: Mapping[str, Location] | None = None,
 ) -> dict[str, Any]:
     """Return ``halve.json`` without the file hashes, which the store adds; no times, so that equal runs are equal.
 
@@ -46,6 +49,7 @@ def to_json(
         calibration: source, counts, seed and hash of the calibration data.
         device: where the run happened.
         precision: dtype of the forward products.
+        moved: for each parameter whose channels were reordered, where it lies on disk; nothing when nothing is written.
     """
     asked = settings_json(settings)
     if not any("match_dense" in matrix.facts for matrix in report.matrices):  # a mixture of experts, or no statistics
@@ -63,6 +67,7 @@ def to_json(
         ],
         "blocks": [_block(block, changed) for block in report.reconstructions],
         "norm_statistics": sorted(tensor for norm in report.norms for tensor in changed.get(norm, ())),
+        **({"orders": [_order(order, moved or {}) for order in report.orders]} if report.orders else {}),
         "excluded": [
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
         ],
@@ -174,6 +179,19 @@ def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str
         "held_out_batches": block.tuned.held_out,
         "tensors": [tensor for parameter in block.parameters for tensor in changed.get(parameter, ())],
     }
+
+
+def _order(order: Order, moved: Mapping[str, Location]) -> dict[str, Any]:
+    """Return an order with its moves as they are on disk."""
+    plain = order_to_plain(order)
+    plain["consumer"] = f"{order.block}.{order.fold.consumer}"
+    for move in plain["moves"]:
+        name = f"{order.block}.{move.pop('parameter')}"
+        location = moved.get(name)
+        move["tensor"] = name if location is None else location.tensors[0]
+        if location is not None and location.transposed:
+            move["dim"] = 1 - move["dim"]
+    return plain
 
 
 def finite(value: float) -> float | None:

@@ -30,9 +30,13 @@ class Named(Struct, frozen=True, kw_only=True):
 
 
 class Origin(Named, frozen=True, kw_only=True):
-    """What was pruned, and the sha256 of its files; of a checkpoint that Halve wrote, also what that was made from."""
+    """What was pruned, and the sha256 of its files; of a checkpoint that Halve wrote, also what that was made from.
+
+    ``reordered`` says that its channels were in another order than those of what it was made from.
+    """
 
     sha256: str | None = None
+    reordered: bool = False
     made_from: Named | None = None
 
 

@@ -102,7 +102,7 @@ def learned_record(
         skip: what was not to be pruned, as it was asked for.
         warnings: sentences.
         before: the pruned checkpoint that the training began with; None where it began with the dense model. Trainings
-            of it stay on record, and so does what else differs from the dense model since.
+            of it and orders of its channels stay on record, and so does what else differs from the dense model since.
 
     Raises:
         HalveError: no reader would take the record; a mask is missing, or one is of no matrix.
@@ -110,7 +110,7 @@ def learned_record(
     _check_masks({matrix["name"] for matrix in matrices}, masks)
     applied = {"device": "cpu", "forward_dtype": "float32", "environment": environment()}
     training = applied if entry is None else plain_json(entry)
-    earlier = () if before is None else previous_record(before).get("trainings", ())
+    since = {} if before is None else previous_record(before)
     if before is not None and entry is not None:
         was = read_record(before, Record)
         training = training | {"tensors": sorted({*training["tensors"], *was.tuned, *was.layouts})}
@@ -135,7 +135,8 @@ def learned_record(
             "mean_relative_loss": None,
             "matrices": [plain_json({**matrix, **done, **masks[matrix["name"]]}) for matrix in matrices],
             "blocks": [],
-            "trainings": [*earlier, *([] if entry is None else [training])],
+            **({"orders": since["orders"]} if since.get("orders") else {}),
+            "trainings": [*since.get("trainings", ()), *([] if entry is None else [training])],
             "excluded": [plain_json(each) for each in excluded],
             "warnings": list(warnings),
             "environment": training["environment"],

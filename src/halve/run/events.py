@@ -16,6 +16,7 @@ from halve.memory import peak_memory
 from halve.model.layers import Layout, matrix_view
 from halve.model.plan import Excluded, Plan
 from halve.model.reconstruct import Tuned
+from halve.order.folds import Order
 from halve.run.phases import Phase
 from halve.solve.outcome import Status
 
@@ -117,6 +118,7 @@ class RunReport:
         workers: what each of several workers did since this process began; empty without them.
         shards: parts of the calibration set that were summed by themselves.
         norms: full names of the statistics of batch norms that were estimated anew.
+        orders: of channels that were reordered.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -131,12 +133,14 @@ class RunReport:
     workers: tuple[WorkerReport, ...] = ()
     shards: int = 1
     norms: tuple[str, ...] = ()
+    orders: tuple[Order, ...] = ()
 
     @property
     def changed(self) -> set[str]:
         """Names of the parameters and buffers that differ from the dense model's."""
         pruned = {matrix.parameter for matrix in self.matrices}
-        return pruned.union(self.norms, *(block.parameters for block in self.reconstructions))
+        tuned = (block.parameters for block in self.reconstructions)
+        return pruned.union(self.norms, *tuned, *(order.parameters for order in self.orders))
 
     @property
     def seconds_of_pruning(self) -> float:

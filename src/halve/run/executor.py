@@ -5,7 +5,7 @@ step. The calibration set is cut into shards. What is summed over a block's inpu
 shards' sums are added up in their order, so that the same bytes come out wherever each shard was run.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from halve.model.gradients import LossGradients
 from halve.model.plan import Matrix, Plan
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.model.survey import StackRun
+from halve.order.folds import Order
 from halve.run.bundles import bytes_of_sums, home_of_sums, likely_input, prune_bundle
 from halve.run.events import WorkerReport
 from halve.run.phases import Phase, Phases
@@ -60,6 +61,9 @@ class Executor(Protocol):
 
     def collect(self, block: int) -> Mapping[str, Inputs]:
         """Gather the statistics of a block's inputs, and return what they are of, by matrix."""
+
+    def reorder(self, block: int) -> Sequence[Order]:
+        """Choose orders of a block's channels and go on with the block in them; called once its inputs are gathered."""
 
     def solve(
         self, block: int, bundles: Sequence[Sequence[Matrix]], options: Callable[[Sequence[Matrix]], dict[str, Any]]
@@ -137,6 +141,7 @@ class Job:
         collect: False where no statistics are needed.
         masks: see `halve.run.loop.prune_blocks`.
         loss: what gives the gradients of the dense model's loss, where the method weighs them.
+        fixed: full names of parameters whose channels must not move.
         neighbours: how many processes of this machine keep as much as this one, itself included.
     """
 
@@ -158,6 +163,7 @@ class Job:
     collect: bool = True
     masks: Mapping[str, Tensor] | None = None
     loss: LossGradients | None = None
+    fixed: Collection[str] = ()
     neighbours: int = 1
 
     @property

@@ -23,6 +23,9 @@ from halve.model.plan import Matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.model.stream import Stream
 from halve.model.survey import StackRun
+from halve.order.folds import Order, permute
+from halve.order.reordering import FOLD, Reorderer, reordered, shared_parameters
+from halve.order.trial import Trial
 from halve.run.batch_norms import batch_norms, estimate, parameter_or_buffer
 from halve.run.bundles import gradients_of_output
 from halve.run.events import WorkerReport
@@ -80,6 +83,10 @@ class LocalExecutor:
         self._statistics: dict[str, Statistics | None] = {}
         self._roots: dict[str, Tensor] = {}
         self._loss = job.loss
+        self._short: Stream | None = None
+        self._reorderer: Reorderer | None = None
+        if job.settings.permute == FOLD:
+            self._reorderer = Reorderer(job.settings.pattern, shared_parameters(job.model).union(job.fixed))
 
     def begin(self, block: int) -> None:
         """See `Executor`."""
@@ -113,6 +120,7 @@ class LocalExecutor:
                 self._later[later.name] = self._capture(0, later, _folder(job.offload, later, "dense"))
         folder = job.offload if not block else _folder(job.offload, run, "pruned")
         self._run = run
+        self._short = None if self._reorderer is None else run.capture(job.model, run.short)
         self._stream = self._capture(block, run, folder, copies=1 + (self._paired and not block))
         self._dense = self._later.pop(run.name, None) or (self._stream.fork("dense") if self._paired else None)
 
@@ -207,6 +215,26 @@ class LocalExecutor:
                 self._forward(at, batch, at.stream, collector=collector)
         return collector.take()
 
+    def reorder(self, block: int) -> tuple[Order, ...]:
+        """See `Executor`."""
+        job, at = self._job, self._passage(block)
+        if self._reorderer is None or self._short is None:
+            return ()
+        job.tell(block, Phase.REORDER)
+        with job.phases.timing(Phase.REORDER):
+            name = job.plan.blocks[block]
+            trial = Trial(at.work, self._short, at.place, job.device, torch.Generator().manual_seed(block))
+            folds = self._reorderer.folds(name, trial, job.plan.of_block(block), block)
+            orders = self._reorderer.choose(name, at.work, folds, self._statistics)
+            for order in orders:
+                permute(at.work, order.fold, order.channels)
+                consumer = f"{name}.{order.fold.consumer}"
+                statistics = self._statistics[consumer]
+                if statistics is not None:
+                    self._statistics[consumer] = reordered(statistics, order)
+                self._roots |= order.applied(self._roots)
+        return tuple(orders)
+
     def solve(
         self, block: int, bundles: Sequence[Sequence[Matrix]], options: Callable[[Sequence[Matrix]], dict[str, Any]]
     ) -> Iterator[list[Outcome]]:
@@ -270,6 +298,10 @@ class LocalExecutor:
         if self._job.collect and at.goes_on:
             self._advance(at, at.stream)
         at.stream.clear(at.place)
+        if self._short is not None:
+            for sample in range(len(self._short.hidden) if at.goes_on else 0):
+                self._short.run(at.place, sample, at.work, self._job.device, keep=True)
+            self._short.clear(at.place)
         if at.dense is not None:
             at.dense.clear(at.place)
         self._at = None
@@ -280,7 +312,7 @@ class LocalExecutor:
 
     def leave(self) -> None:
         """See `Executor`."""
-        self._stream = self._dense = self._at = None
+        self._stream = self._dense = self._short = self._at = None
         self._later.clear()
 
     def _put(self, at: _Passage, tensors: Mapping[str, Tensor]) -> None:

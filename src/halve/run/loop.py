@@ -21,6 +21,8 @@ from halve.model.plan import Matrix, Plan, set_matrix
 from halve.model.reconstruct import Tuned
 from halve.model.stacks import find_stacks
 from halve.model.survey import StackRun, plan_model
+from halve.order.folds import Order
+from halve.order.reordering import FOLD
 from halve.provenance import Fingerprint
 from halve.run.batch_norms import ESTIMATE, parameter_or_buffer
 from halve.run.block_record import from_record, to_record
@@ -67,6 +69,7 @@ def prune_blocks(
     together: Collection[Sequence[str]] = (),
     masks: Mapping[str, torch.Tensor] | None = None,
     weights: Weights | None = None,
+    fixed: Collection[str] = (),
     employ: Employ = LocalExecutor,
 ) -> RunReport:
     """Prune ``model`` in place, block by block.
@@ -91,9 +94,11 @@ def prune_blocks(
         masks: for each matrix by name, (d_out, d_in) bool of what it keeps: nothing is chosen, and the refit finds the
             best weights there; None lets the method choose.
         weights: where the model's weights lie; finished blocks are let go, where ``ledger`` keeps them. None is memory.
+        fixed: full names of parameters whose channels must not move.
         employ: makes what does the work; this process, where nothing else is said.
 
     Raises:
+        InputError: masks are given, and channels are to be reordered.
         LayerFailedError: a matrix could not be pruned and ``settings.fallback`` is None.
         CalibrationError: NaN or infinity in activations, or no statistics.
         UnsupportedModelError: see `plan_model`.
@@ -101,6 +106,8 @@ def prune_blocks(
         HalveError: a block could not be kept, the volume being full or broken.
     """
     check_batches(batches)
+    if masks is not None and settings.permute == FOLD:
+        raise InputError(f"masks are given for channels as they are, and permute {FOLD} would move them: leave it out")
     of = methods.get(settings.method).gradient
     if of is not None:
         batches = one_by_one(batches)
@@ -131,6 +138,7 @@ def prune_blocks(
             collect=collect,
             masks=masks,
             loss=loss,
+            fixed=fixed,
         )
         return loop.run(job, employ, before)
 
@@ -197,6 +205,7 @@ class _Loop:
         self._reports: list[MatrixReport] = []
         self._blocks: list[BlockReport] = []
         self._norms: list[str] = []
+        self._orders: list[Order] = []
         self._tuning = settings.reconstruction
         self._phases = phases
         self._collects = False
@@ -239,6 +248,7 @@ class _Loop:
             workers=workers,
             shards=len(job.shards),
             norms=tuple(self._norms),
+            orders=tuple(self._orders),
         )
 
     def _passed(self, job: Job) -> int:
@@ -288,6 +298,8 @@ class _Loop:
         self._warn_of_few_tokens(index, inputs)
         if not matrices:
             return {}
+        if self._settings.permute == FOLD:
+            self._reorder(executor.reorder(index))
         found = list(bundles(matrices, {name: seen.leader for name, seen in inputs.items()}))
         for bundle, outcomes in zip(found, executor.solve(index, found, self._options), strict=True):
             for matrix, outcome in zip(bundle, outcomes, strict=True):
@@ -311,6 +323,14 @@ class _Loop:
         setattr(norm, leaf, tensor.to(device=before.device, dtype=before.dtype, copy=True))
         self._norms.append(name)
 
+    def _reorder(self, orders: Sequence[Order]) -> None:
+        """Put the channels of a block into their orders."""
+        for order in orders:
+            parameters = {name: self._own(name) for name in order.parameters}
+            for name, moved in order.applied({name: each.data for name, each in parameters.items()}).items():
+                parameters[name].data.copy_(moved)
+            self._orders.append(order)
+
     def _warn_of_few_tokens(self, index: int, inputs: Mapping[str, Inputs]) -> None:
         if self._reports or self._settings.as_followed.objective.shrinkage:
             return
@@ -326,8 +346,9 @@ class _Loop:
         """Return what of a block differs from the dense model's so far, by full name."""
         name = self._plan.blocks[index]
         tuned = next((block.parameters for block in self._blocks if block.name == name), ())
+        moved = {parameter for order in self._orders if order.block == name for parameter in order.parameters}
         norms = [buffer for buffer in self._norms if buffer.startswith(f"{name}.")]
-        changed = sorted({matrix.parameter for matrix in self._plan.of_block(index)}.union(tuned, norms))
+        changed = sorted({matrix.parameter for matrix in self._plan.of_block(index)}.union(tuned, moved, norms))
         return {each: parameter_or_buffer(self._model, each).data for each in changed}
 
     def _commit(self, index: int, ledger: RunDirectory, tensors: Mapping[str, Tensor]) -> None:
@@ -335,7 +356,8 @@ class _Loop:
         name = self._plan.blocks[index]
         matrices = self._reports[len(self._reports) - len(self._plan.of_block(index)) :]
         tuned = next((block for block in self._blocks if block.name == name), None)
-        ledger.commit(tensors, to_record(matrices, tuned, self._phases.take()))
+        orders = [order for order in self._orders if order.block == name]
+        ledger.commit(tensors, to_record(matrices, tuned, orders, self._phases.take()))
 
     def _restore(self, index: int) -> dict[str, Tensor]:
         """Put a block that was finished before into the model, and return its parameters that differ, by full name."""
@@ -347,7 +369,8 @@ class _Loop:
                 self._own(name).data.copy_(tensor)
             else:
                 self._set_statistics(name, tensor)
-        matrices, tuned, spent = from_record(record)
+        matrices, tuned, orders, spent = from_record(record)
+        self._orders += orders
         self._phases.add(spent)
         for report in matrices:
             self._reports.append(report)

@@ -36,6 +36,8 @@ class Phase(StrEnum):
     """Backward passes for the methods that weigh gradients."""
     COLLECT = "collect"
     """Forward passes that gather statistics."""
+    REORDER = "reorder"
+    """Folds of channels are found and proven, and their orders chosen."""
     SOLVE = "solve"
     NORMS = "norms"
     """Forward passes for the statistics of batch norms."""

@@ -11,6 +11,7 @@ from halve.model.classify import LEAST_PRUNABLE
 from halve.model.plan import Matrix
 from halve.model.reconstruct import BLOCK, Reconstruction
 from halve.option_groups import group, internal
+from halve.order.reordering import FOLD, NONE
 from halve.planner.where_faster import WhereFaster
 from halve.run.batch_norms import ESTIMATE, KEEP
 from halve.sensitivity.keep_dense import KeepDense
@@ -52,6 +53,8 @@ class Settings:
             ``all`` that run on the calibration data. Text where nobody says; of an
             encoder-decoder, whose parts are ``encoder`` and ``decoder``, both.
         least_prunable: refuse a model where less than this share of a block's matrix weights can be pruned, 0 to 1.
+        permute: ``fold`` reorders channels before they are grouped, where that folds exactly into neighbouring
+            weights (`halve.order`); ``none`` leaves them where they are.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
         batch_norm: running statistics of the batch norms in pruned blocks: ``estimate`` them anew on the calibration
             data, where there is any, or ``keep`` the dense model's. Models without batch norms are not concerned.
@@ -69,6 +72,7 @@ class Settings:
     objective: Objective = group(factory=Objective)
     tower: str | None = None
     least_prunable: float = LEAST_PRUNABLE
+    permute: str = NONE
     only_where_faster: WhereFaster | None = group(None)
     batch_norm: str = ESTIMATE
     keep_dense: KeepDense | None = group(None)
@@ -104,15 +108,25 @@ class Settings:
         """Refuse an objective of which a part would have no effect.
 
         Raises:
-            InputError: shrinkage where nothing looks at H, a ridge where no target comes from the dense model, or a
-                reconstruction that would move weights off the grid that a refit has put them on.
+            InputError: shrinkage or an order of channels where nothing looks at H, an order for a pattern without
+                groups, a ridge where no target comes from the dense model, or a reconstruction that would move weights
+                off the grid that a refit has put them on.
         """
         if self.refit == "int4" and self.reconstruction is not None:
             raise InputError(
                 "refit int4 makes integers of the kept weights, and reconstructing blocks would move them: prune with "
                 "refit cg and the reconstruction, then what comes out once more with method magnitude and refit int4"
             )
+        if self.permute == FOLD and not self.pattern.structured:
+            raise InputError(
+                f"permute {FOLD} puts channels into other groups, and {self.pattern} has none: leave it out"
+            )
         uses_gram = methods.get(self.method).needs_statistics or self.refit != "none" or self.matches_dense
+        if self.permute == FOLD and not uses_gram:
+            raise InputError(
+                f"permute {FOLD} weighs channels by statistics, and {self.method} with refit {self.refit} uses none: "
+                "leave it out, or give refit cg"
+            )
         if self.objective.shrinkage and not uses_gram:
             raise InputError(
                 f"shrinkage acts on statistics, which {self.method} with refit {self.refit} does not use: leave it out"
@@ -144,6 +158,8 @@ class Settings:
             raise InputError(f"batch_norm = {self.batch_norm!r} is not known: choose one of {ESTIMATE}, {KEEP}")
         if not is_number(self.least_prunable) or not 0.0 <= self.least_prunable <= 1.0:
             raise InputError(f"least_prunable must be a share between 0 and 1, got {self.least_prunable!r}")
+        if self.permute not in (NONE, FOLD):
+            raise InputError(f"permute must be {NONE!r} or {FOLD!r}, got {self.permute!r}")
         if self.tower is not None and not isinstance(self.tower, str):
             raise InputError(f"tower must be the name of a part of the model, such as 'text', got {self.tower!r}")
         validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)

@@ -1,0 +1,75 @@
+"""Orders as plain values: in the state of a run, and in ``halve.json``."""
+
+import binascii
+from base64 import b64decode, b64encode
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halve.errors import InputError, counted
+from halve.order.folds import Fold, Move, Order
+
+_WIDTH_OF_SHORT = 1 << 16
+"""Channels of a unit up to which two bytes name one."""
+
+
+def packed_channels(channels: Tensor) -> str:
+    """Return an order as text: base64 of its entries row by row, of two bytes each, four where units are wider.
+
+    Args:
+        channels: (units, width) int64, ``0 <= entry < width``.
+    """
+    size = 2 if channels.shape[1] <= _WIDTH_OF_SHORT else 4
+    return b64encode(b"".join(entry.to_bytes(size, "little") for entry in channels.flatten().tolist())).decode()
+
+
+def read_channels(text: str, units: int, width: int) -> Tensor:
+    """Return what `packed_channels` was given.
+
+    Raises:
+        InputError: it is no order of so many units.
+    """
+    size = 2 if width <= _WIDTH_OF_SHORT else 4
+    try:
+        content = b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"an order of channels is no base64: {error}") from error
+    if len(content) != units * width * size or not content:
+        raise InputError(f"an order of channels has {len(content)} bytes, not those of {units} x {width} channels")
+    flat = [int.from_bytes(content[at : at + size], "little") for at in range(0, len(content), size)]
+    channels = torch.tensor(flat, dtype=torch.int64).view(units, width)
+    if not torch.equal(channels.sort(dim=1).values, torch.arange(width).expand(units, -1)):
+        raise InputError("an order of channels names a channel twice, or one that is not there")
+    return channels
+
+
+def said_of_orders(count: int) -> str:
+    """Say, in one sentence, that the inputs of so many matrices were reordered."""
+    matrices = counted(count, "matrix", "matrices")
+    return (
+        f"Channels were reordered: the inputs of {matrices}, folded into neighbouring weights. Without the zeros this "
+        "would be the same function; an adapter for the model as it was has to be merged with `halve merge`"
+    )
+
+
+def to_plain(order: Order) -> dict[str, Any]:
+    """Return an order as values that JSON keeps exactly."""
+    return {
+        "block": order.block,
+        "consumer": order.fold.consumer,
+        "units": order.fold.units,
+        "width": order.fold.width,
+        "estimate": order.estimate,
+        "channels": packed_channels(order.channels),
+        "moves": [asdict(move) for move in order.fold.moves],
+    }
+
+
+def from_plain(plain: Mapping[str, Any]) -> Order:
+    """Return what `to_plain` was given."""
+    moves = tuple(Move(**move) for move in plain["moves"])
+    fold = Fold(plain["consumer"], plain["units"], plain["width"], moves)
+    return Order(plain["block"], fold, read_channels(plain["channels"], fold.units, fold.width), plain["estimate"])

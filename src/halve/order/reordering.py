@@ -1,0 +1,117 @@
+"""What a run does with a block before its matrices are pruned: find its folds, and choose an order for each."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from halve.errors import HalveError
+from halve.maths.gram import Statistics
+from halve.maths.pattern import Pattern
+from halve.model.plan import Matrix
+from halve.order.choosing import choose_order, estimated_loss
+from halve.order.finding import find_folds
+from halve.order.folds import Fold, Order
+from halve.order.proving import is_proven
+from halve.order.saliency import by_unit, saliencies
+from halve.order.trial import Trial
+
+NONE, FOLD = "none", "fold"
+"""What can be asked for: channels stay where they are, or move where that folds into neighbouring weights."""
+_SEED = 20
+
+
+class Reorderer:
+    """Finds the folds of one block after the other, and chooses orders.
+
+    What a block like one before may fold is not looked for again, only proven.
+
+    Args:
+        pattern: N:M that is pruned to.
+        fixed: full names of parameters that must not move.
+    """
+
+    def __init__(self, pattern: Pattern, fixed: Collection[str]) -> None:
+        self._pattern = pattern
+        self._fixed = fixed
+        self._known: dict[tuple[object, ...], list[Fold]] = {}
+
+    def folds(self, name: str, trial: Trial, matrices: Sequence[Matrix], number: int) -> list[Fold]:
+        """Return the folds of a block that are proven.
+
+        Args:
+            name: full name of the block.
+            trial: of the block.
+            matrices: of the block.
+            number: of the block, from which what is tried is drawn.
+        """
+        plain = [m for m in matrices if m.expert is None and not m.routed and not m.repeated]
+        prefix = f"{name}."
+        consumers = [m.parameter.removeprefix(prefix) for m in plain]
+        shapes = [(local, tuple(parameter.shape)) for local, parameter in trial.block.named_parameters()]
+        fixed = {each.removeprefix(prefix) for each in self._fixed if each.startswith(prefix)}
+        known = (*shapes, *consumers, *sorted(fixed))
+        if known not in self._known:
+            self._known[known] = find_folds(trial, consumers, fixed, _SEED)
+        fitting = [fold for fold in self._known[known] if self._pattern.fits(fold.width)]
+        generator = torch.Generator().manual_seed(_SEED + number)
+        return [fold for fold in fitting if is_proven(trial, fold, generator)]
+
+    def choose(
+        self, name: str, block: nn.Module, folds: Sequence[Fold], statistics: Mapping[str, Statistics | None]
+    ) -> list[Order]:
+        """Choose an order for every fold by the loss that pruning its consumer is estimated to take.
+
+        Args:
+            name: full name of the block.
+            block: a float32 working copy, left as it is.
+            folds: of the block.
+            statistics: of the matrices' inputs, by the matrices' names.
+
+        Returns:
+            list[Order]: those that lower the estimate.
+        """
+        orders = []
+        for number, fold in enumerate(folds):
+            stats = statistics.get(f"{name}.{fold.consumer}")
+            if stats is None:
+                continue
+            weight = block.get_parameter(fold.consumer).data
+            weight = weight if fold.moves[0].dim == 1 else weight.T
+            try:
+                saliency = saliencies(weight, stats.gram.to(weight.device))
+            except HalveError:  # the solver is going to say what is wrong with H
+                continue
+            laid = by_unit(saliency, fold.units, fold.moves[0].repeats)
+            generator = torch.Generator().manual_seed(_SEED + number)
+            channels = choose_order(laid, self._pattern, generator)
+            before, after = (estimated_loss(laid, self._pattern, order) for order in (None, channels.to(laid.device)))
+            if after < before:
+                orders.append(Order(name, fold, channels, after / before))
+        return orders
+
+
+def shared_parameters(model: nn.Module) -> set[str]:
+    """Return the full names of parameters that several modules have: what moves for one would move for all."""
+    everything = list(model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(parameter) for _, parameter in everything)
+    return {name for name, parameter in everything if uses[id(parameter)] > 1}
+
+
+def reordered(statistics: Statistics, order: Order) -> Statistics:
+    """Return the statistics of a consumer's inputs in an order; what they were is left as it is."""
+    index = order.of_inputs(len(statistics.gram))
+
+    def moved(square: Tensor) -> Tensor:
+        places = index.to(square.device)
+        return square.index_select(0, places).index_select(1, places)
+
+    halves, cross = statistics.halves, statistics.cross
+    return replace(
+        statistics,
+        gram=moved(statistics.gram),
+        halves=None if halves is None else (moved(halves[0]), moved(halves[1])),
+        cross=None if cross is None else moved(cross),
+    )
