@@ -4,8 +4,6 @@ import pytest
 import torch
 
 import halve
-from halve.maths.pattern import Pattern
-from halve.model.layers import layer_matrix
 
 try:
     import timm
@@ -30,6 +28,6 @@ def test_a_model_of_timm_is_pruned_on_a_tensor_of_pictures(name, side, matrices)
     assert pruned.record["calibration"]["pictures"] == [f"3 x {side} x {side}"]
     assert len(pruned.report.matrices) == matrices
     for matrix in pruned.report.matrices:
-        module = model.get_submodule(matrix.parameter.removesuffix(".weight"))
-        assert Pattern("2:4").satisfied_by(layer_matrix(module))
+        groups = model.get_parameter(matrix.parameter).movedim(1, -1).reshape(-1, 4)  # channels at one tap
+        assert int((groups != 0).sum(dim=1).max()) == 2
     assert model(pictures[:2]).isfinite().all()
