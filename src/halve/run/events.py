@@ -108,8 +108,9 @@ class RunReport:
         excluded: parameters that stayed dense, with reasons.
         blocks: number of blocks.
         seconds: wall-clock seconds by phase: ``capture``, ``collect`` (forward passes that gather statistics),
-            ``solve``, ``reconstruct``, ``replay`` (forward passes through the pruned block, and the dense one), and
-            those in `AROUND`. Blocks that an earlier process finished count with what they took there.
+            ``reorder`` (of channels), ``solve``, ``reconstruct``, ``replay`` (forward passes through the pruned block,
+            and the dense one), and those in `AROUND`. Blocks that an earlier process finished count with what they took
+            there.
         reconstructions: one entry a reconstructed block, in order.
         time_limit: seconds that solving was to take, None if there was no limit.
         resumed_blocks: number of blocks that an earlier process had finished.
