@@ -278,6 +278,8 @@ def test_convolutions_are_matrices_and_grouped_ones_several():
             self.grouped = nn.Conv2d(16, 32, 3, groups=2)
             self.depthwise = nn.Conv2d(16, 16, 7, groups=16)
             self.narrow = nn.Conv2d(16, 16, 3, groups=8)
+            self.fours = nn.Conv2d(8, 8, 3, groups=2)
+            self.grey = nn.Conv2d(1, 16, 3)
             self.coloured = nn.Conv2d(3, 16, 3)
             self.thin = nn.Conv2d(8, 4, 3)
             self.own = Standardised(8, 8, 3)
@@ -291,10 +293,13 @@ def test_convolutions_are_matrices_and_grouped_ones_several():
         "layers.1.pointwise.weight": (16, 8, 1, "conv", None),
         "layers.1.grouped.weight[0]": (16, 72, 9, "conv", 0),
         "layers.1.grouped.weight[1]": (16, 72, 9, "conv", 1),
+        "layers.1.fours.weight[0]": (4, 36, 9, "conv", 0),
+        "layers.1.fours.weight[1]": (4, 36, 9, "conv", 1),
     }
     reasons = {e.name.removeprefix("layers.0."): e.reason for e in plan.excluded}
-    assert reasons["depthwise.weight"] == "depthwise convolution: every output sees one channel"
-    assert reasons["narrow.weight"] == "2 x 18 is too small ever to gain"
+    assert reasons["depthwise.weight"] == "every output sees one channel: a depthwise convolution"
+    assert reasons["grey.weight"] == "every output sees one channel"
+    assert reasons["narrow.weight"] == "the number of input channels that an output sees = 2 is not divisible by 4"
     assert reasons["coloured.weight"] == "the number of input channels that an output sees = 3 is not divisible by 4"
     assert reasons["thin.weight"] == "4 x 72 is too small ever to gain"
     assert reasons["own.weight"] == "convolution with code of its own (Standardised)"

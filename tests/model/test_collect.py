@@ -510,3 +510,35 @@ def test_padding_before_a_convolution_is_refused():
     collector.start_batch(torch.tensor([[True, False]]))
     with collector.watching(), pytest.raises(CalibrationError, match=r"the patches of a convolution .* mix padding"):
         block(torch.randn(1, 8, 5, 5))
+
+
+class InPlace(nn.Module):
+    """Gives one tensor to two layers, and writes into it in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = x.clone()
+        a = self.first(h)
+        return a + self.second(h.relu_())
+
+
+def test_what_was_written_into_since_is_not_the_same_input():
+    block = InPlace()
+    matrices = [
+        Matrix(name=f"b.{name}.weight", parameter=f"b.{name}.weight", block=0, d_out=8, d_in=8)
+        for name in ("first", "second")
+    ]
+    collector = Collector(block, "b", matrices, CPU)
+    dense, x = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    with collector.watching(), torch.no_grad():
+        for given in (dense, x):
+            collector.start_batch(None, dense=given is dense)
+            block(given)
+    statistics = collector.finish()
+    for name, change in (("first", torch.clone), ("second", torch.relu)):
+        ours, theirs = (change(each).flatten(0, 1).double() for each in (x, dense))
+        torch.testing.assert_close(statistics[f"b.{name}.weight"].gram, (ours.T @ ours / 15).float())
+        torch.testing.assert_close(statistics[f"b.{name}.weight"].cross, (theirs.T @ ours / 15).float())

@@ -9,6 +9,8 @@ from transformers import AutoModelForImageClassification
 
 import halve
 from halve.errors import InputError
+from halve.run import batch_norms as batch_norms_module
+from halve.run import local
 from halve.run.batch_norms import STATISTICS, batch_norms, estimate
 from models import convnext, resnet, save
 from test_convolutions import pictures
@@ -41,13 +43,18 @@ def inputs_of_norms(model, batches):
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
-@pytest.mark.parametrize("reconstruct", ["none", "block"])
+@pytest.fixture(autouse=True)
+def few_values_are_enough(monkeypatch):
+    monkeypatch.setattr(batch_norms_module, "LEAST", 2)
+
+
+@pytest.mark.parametrize("skip", [(), ("*stages.1*",)])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_statistics_are_those_of_the_finished_model(method, reconstruct):
+def test_statistics_are_those_of_the_finished_model_in_blocks_without_pruned_matrices_too(method, skip):
     torch.manual_seed(0)
     model, batches = trained(), pictures(3)
     dense = copy.deepcopy(model)
-    options = {"method": method, "reconstruct": reconstruct, "forward_dtype": "float32"}
+    options = {"method": method, "skip": skip, "forward_dtype": "float32"}
     done = halve.prune(model, calibration=batches, **options)
     inside = {f"{path}.{leaf}" for path in batch_norms(model) if ".stages." in path for leaf in STATISTICS}
     assert set(done.report.norms) == inside
@@ -56,7 +63,7 @@ def test_statistics_are_those_of_the_finished_model(method, reconstruct):
         norm, before = model.get_submodule(name), dense.get_submodule(name)
         if ".stages." not in name:
             assert torch.equal(norm.running_mean, before.running_mean)
-        elif reconstruct == "none":  # which goes on from there
+        else:
             torch.testing.assert_close(norm.running_mean, x.mean(0).float(), atol=1e-4, rtol=1e-3)
             torch.testing.assert_close(norm.running_var, x.var(0).float(), atol=1e-4, rtol=1e-3)
         assert torch.equal(norm.num_batches_tracked, before.num_batches_tracked)
@@ -102,17 +109,40 @@ def test_it_does_not_matter_how_the_data_is_cut_into_batches():
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "wanda", "batch_norm": "keep"}, {"method": "magnitude", "refit": "none"}]
+    ("options", "kept"),
+    [
+        ({"method": "wanda", "batch_norm": "keep"}, True),
+        ({"method": "wanda", "skip": ["*stages.0*"]}, False),
+        ({"method": "magnitude", "refit": "none"}, False),
+    ],
 )
-def test_they_are_kept_on_request_and_where_there_is_no_data(options):
+def test_they_are_kept_on_request_and_before_the_first_pruned_block(options, kept):
     model = trained()
     before = copy.deepcopy(model.state_dict())
-    data = [] if options["method"] == "magnitude" else pictures()
-    done = halve.prune(model, calibration=data or pictures(), **options)
-    kept = options["method"] == "wanda"
-    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
-    assert kept != any("running" in name for name in changed)
+    done = halve.prune(model, calibration=pictures(), **options)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert kept == (not done.report.norms)
+    assert set(done.report.norms) == {name for name in changed if "running" in name}
+    assert not any("stages.0" in name for name in changed) or "skip" not in options
+
+
+def test_what_saw_few_values_keeps_its_statistics_and_a_caution_says_so(monkeypatch):
+    monkeypatch.setattr(batch_norms_module, "LEAST", 60)  # 12 pictures of 4 x 4, then of 2 x 2 positions
+    monkeypatch.setattr(local, "LEAST", 60)
+    cautions = []
+    done = halve.prune(
+        trained(), calibration=pictures(), method="wanda", listen=lambda step: cautions.append(step.caution)
+    )
+    assert done.report.norms
+    assert all("stages.0" in name for name in done.report.norms)
+    assert any("saw fewer than 60 values a channel" in caution for caution in cautions)
+
+
+def test_a_reconstruction_goes_on_from_them():
+    model = trained()
+    done = halve.prune(model, calibration=pictures(), method="wanda", reconstruct="block")
+    assert done.report.norms
+    assert set(done.report.norms) <= done.report.changed
 
 
 def test_a_checkpoint_has_them_and_a_killed_run_ends_with_the_same_bytes(tmp_path):

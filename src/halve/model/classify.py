@@ -232,10 +232,10 @@ class _Classifier:
         if not parameter.is_floating_point():
             raise UnsupportedModelError(f"{name} is {parameter.dtype}, not floating point: prune the model unquantised")
         channels, taps = channels_of(owner), owner.kernel_size[0] * owner.kernel_size[1]
-        if channels == 1 and owner.groups > 1:
-            return "depthwise convolution: every output sees one channel"
+        if channels == 1:
+            return "every output sees one channel" + (": a depthwise convolution" if owner.groups > 1 else "")
         d_out, d_in = owner.out_channels // owner.groups, taps * channels
-        if reason := _too_small(d_out, d_in) or self._unseen(name, routed=False):
+        if reason := _too_small(owner.out_channels, d_in) or self._unseen(name, routed=False):
             return reason
         repeated = self._seen is not None and name in self._seen.repeated
         same = Matrix(

@@ -46,7 +46,7 @@ class Memory:
         """Whether ``x`` is the encoder's states, or what the block has made of them."""
         shape = x.shape[:-1]
         derived = shape != self.own and shape in {state.shape[:-1] for state in self.states}
-        return derived or any(_identical(x, state) for state in self.states)
+        return derived or any(_in_same_place(x, state) for state in self.states)
 
 
 @dataclass
@@ -161,7 +161,7 @@ class Collector:
         self._experts = {(self._local(matrix.parameter), matrix.expert): matrix for matrix in fused}
         self._leader: dict[str, str] = {}
         self._accumulators: dict[str, GramAccumulator] = {}
-        self._inputs: list[tuple[Tensor, object, str]] = []
+        self._inputs: list[tuple[Seen, object, str]] = []
         self._valid: Tensor | None = None
         self._memory: Memory | None = None
         self._once = None if any(matrix.layout == "conv" for matrix in layers) else once
@@ -262,7 +262,7 @@ class Collector:
             return
         first = matrices[0]
         geometry = geometry_of(module) if is_convolution(module) else None
-        twins = (name for other, how, name in self._inputs if how == geometry and _identical(other, x))
+        twins = (name for other, how, name in self._inputs if how == geometry and other.is_still(x))
         twin = None if first.repeated or len(matrices) > 1 else next(twins, None)
         for matrix in matrices:
             leader = self._leader.setdefault(matrix.name, twin or matrix.name)
@@ -274,9 +274,10 @@ class Collector:
         if twin is not None:
             return
         if not first.repeated and len(matrices) == 1:
-            self._inputs.append((x, geometry, first.name))
+            self._inputs.append((Seen(x), geometry, first.name))
         if self._in_dense:
-            self._dense[first.name].append(x if is_convolution(module) else self._counted(x, first))
+            kept = x if is_convolution(module) else self._counted(x, first)
+            self._dense[first.name].append(kept.clone())  # the block may write into it before it is paired
             return
         others = self._dense[first.name]
         dense = others.pop(0) if others else None
@@ -343,12 +344,24 @@ class Collector:
         return self.take().finish((*plain, *self._experts.values()))
 
 
-def _identical(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors are the same values by construction: same memory, same view, not written since."""
+class Seen:
+    """A tensor as it was when a layer was given it: what was written into it since does not count as the same.
+
+    Args:
+        tensor: it.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version  # noqa: SLF001 - the only way to see an in-place write
+
+    def is_still(self, other: Tensor) -> bool:
+        """Whether another tensor has the same values by construction: same memory, same view, not written since."""
+        return _in_same_place(self._tensor, other) and other._version == self._version  # noqa: SLF001 - see above
+
+
+def _in_same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same view of the same memory."""
     return a is b or (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-        and a._version == b._version  # noqa: SLF001 - the only way to see an in-place write
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     )

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 ESTIMATE, KEEP = "estimate", "keep"
 """What may become of the statistics."""
 STATISTICS = ("running_mean", "running_var")
+LEAST = 128
+"""A norm that sees fewer values a channel keeps its statistics: those of so few are worse than the dense model's."""
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -49,6 +51,11 @@ class _Inputs:
         if not self._left:
             raise _Reached
 
+    @property
+    def count(self) -> int:
+        """Number of values of each channel."""
+        return self._count
+
     def put(self, norm: nn.Module) -> None:
         """Give a norm the mean and the unbiased variance, as training does."""
         mean = torch.as_tensor(self._total / self._count)
@@ -80,7 +87,7 @@ def estimate(block: nn.Module, run: Callable[[int], object], count: int) -> dict
 
     Returns:
         dict[str, Tensor]: the new statistics by name within the block, float32 as they are used; none of a norm that
-        did not run.
+        did not run, or saw fewer than `LEAST` values a channel.
     """
     norms = batch_norms(block)
     order: list[str] = []
@@ -96,6 +103,8 @@ def estimate(block: nn.Module, run: Callable[[int], object], count: int) -> dict
                 inputs.begin()
                 with suppress(_Reached):
                     run(batch)
+        if inputs.count < LEAST:
+            continue
         inputs.put(norm)
         found |= {f"{name}.{each}": norm.get_buffer(each) for each in STATISTICS}
     return found

@@ -7,6 +7,7 @@ shards' sums are added up in their order, so that the same bytes come out wherev
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from halve.model.plan import Matrix, Plan
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.model.survey import StackRun
 from halve.order.folds import Order
+from halve.run.batch_norms import ESTIMATE, batch_norms
 from halve.run.bundles import bytes_of_sums, home_of_sums, likely_input, prune_bundle
 from halve.run.events import WorkerReport
 from halve.run.phases import Phase, Phases
@@ -180,10 +182,14 @@ class Job:
         halves = self.settings.objective.chooses_shrinkage(self.settings.defaults)
         return home_of_sums(bytes_of_sums(inputs.values(), halves=halves, cross=self.matching), self.device)
 
-    @property
+    @cached_property
     def last(self) -> int:
-        """Index of the last block in which something is pruned: beyond it no inputs are needed."""
-        return max(matrix.block for matrix in self.plan.matrices)
+        """Index of the last block in which something is changed: beyond it no inputs are needed."""
+        pruned = max(matrix.block for matrix in self.plan.matrices)
+        if self.settings.batch_norm != ESTIMATE or not self.collect:
+            return pruned
+        normed = (index for index, name in enumerate(self.plan.blocks) if batch_norms(self.model.get_submodule(name)))
+        return max([pruned, *normed])
 
 
 def cut(batches: int, shards: int) -> list[range]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from halve.device import autocast
-from halve.errors import CalibrationError, HalveError, UnsupportedModelError
+from halve.errors import CalibrationError, HalveError, UnsupportedModelError, first_few
 from halve.maths.gram import Gradient, Statistics
 from halve.memory import trim
 from halve.model.blocks import check_finite, working_copy
@@ -26,7 +26,7 @@ from halve.model.survey import StackRun
 from halve.order.folds import Order, permute
 from halve.order.reordering import FOLD, Reorderer, reordered, shared_parameters
 from halve.order.trial import Trial
-from halve.run.batch_norms import batch_norms, estimate, parameter_or_buffer
+from halve.run.batch_norms import LEAST, STATISTICS, batch_norms, estimate, parameter_or_buffer
 from halve.run.bundles import gradients_of_output
 from halve.run.events import WorkerReport
 from halve.run.executor import Inputs, Job, inputs_of, solve_bundle
@@ -264,6 +264,12 @@ class LocalExecutor:
         job.tell(block, Phase.NORMS)
         with job.phases.timing(Phase.NORMS), autocast(at.work, job.precision):
             found = estimate(at.work, lambda batch: self._forward(at, batch, at.stream), len(at.stream.hidden))
+        if left := [norm for norm in batch_norms(at.work) if f"{norm}.{STATISTICS[0]}" not in found]:
+            caution = (
+                f"{first_few(left)} of {job.plan.blocks[block]} saw fewer than {LEAST} values a channel: the "
+                "statistics of such batch norms stay as they are; give more samples"
+            )
+            job.tell(block, Phase.NORMS, caution=caution)
         return {f"{job.plan.blocks[block]}.{name}": tensor for name, tensor in found.items()}
 
     def reconstruct(

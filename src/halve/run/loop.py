@@ -297,16 +297,15 @@ class _Loop:
         inputs = executor.collect(index)
         self._warn_of_few_tokens(index, inputs)
         if not matrices:
-            return {}
+            self._estimate_norms(index, executor)
+            return self._changed(index)
         if self._settings.permute == FOLD:
             self._reorder(executor.reorder(index))
         found = list(bundles(matrices, {name: seen.leader for name, seen in inputs.items()}))
         for bundle, outcomes in zip(found, executor.solve(index, found, self._options), strict=True):
             for matrix, outcome in zip(bundle, outcomes, strict=True):
                 self._put(matrix, outcome)
-        if self._settings.batch_norm == ESTIMATE and self._collects:
-            for name, tensor in executor.estimate_norms(index, self._changed(index)).items():
-                self._set_statistics(name, tensor)
+        self._estimate_norms(index, executor)
         if self._tuning is not None:
             tuned, tensors = executor.reconstruct(index, self._changed(index), self._tuning)
             for name, tensor in tensors.items():
@@ -314,6 +313,12 @@ class _Loop:
             self._blocks.append(BlockReport(self._plan.blocks[index], tuple(tensors), tuned))
             self._choose_rate(tuned)
         return self._changed(index)
+
+    def _estimate_norms(self, index: int, executor: Executor) -> None:
+        """Estimate the statistics of a block's batch norms anew, if what comes to them has changed."""
+        if self._settings.batch_norm == ESTIMATE and self._collects and self._reports:
+            for name, tensor in executor.estimate_norms(index, self._changed(index)).items():
+                self._set_statistics(name, tensor)
 
     def _set_statistics(self, name: str, tensor: Tensor) -> None:
         """Replace the statistics of a batch norm; what is there may lie in a file, and is not written to."""
