@@ -28,7 +28,7 @@ from halve.run.loop import survey
 from halve.run.phases import Phase, Phases
 from halve.run.request import NO_WORKERS, WORKERS, Request
 from halve.sensitivity.samples import Samples
-from halve.text.calibration import CalibrationData, batch_tokens
+from halve.text.calibration import CalibrationData, batch_tokens, refuse_text
 from halve.whole_model import Pruned, find, load_found, prune_loaded, stored_together
 from halve.workers.hiring import check_workers, hiring, threads_of_workers
 
@@ -255,6 +255,7 @@ def _data(
     if kept is not None:
         return kept
     if calibration.is_self_written:
+        refuse_text(loaded.model)
         announce(listen, Phase.GENERATE)
     with phases.timing(Phase.CALIBRATE):
         return calibration.data(loaded, writing_told_to(listen))

@@ -58,6 +58,37 @@ def test_parquet_files_are_read(tmp_path):
     assert len(set_pictures(folder / "a.parquet")[0]) == 2
 
 
+@pytest.mark.parametrize("names", ["{}-00000-of-00001", "{}", "data/{}-0", "{}/0000", "colours.{}"])
+def test_parquet_files_of_several_splits_are_kept_apart(tmp_path, names):
+    for number, split in enumerate(("train", "test", "validation")):
+        file = tmp_path / "files" / f"{names.format(split)}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table().select([number]).to_parquet(file)
+    labels = {"": (1,), ":train": (0,), ":test": (2,), ":validation": (1,)}
+    for split, expected in labels.items():
+        assert is_image_set(f"{tmp_path / 'files'}{split}")
+        assert labelled_pictures(f"{tmp_path / 'files'}{split}", vit()).labels == expected
+    with pytest.raises(InputError, match=r"has the splits test, train, validation, and none called dev: give one"):
+        set_pictures(f"{tmp_path / 'files'}:dev")
+
+
+def test_a_file_beside_those_of_splits_is_not_mixed_with_them(tmp_path):
+    for name in ("train", "more", "testimony"):
+        table().to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(InputError, match="has the splits more, testimony, train: give one"):
+        set_pictures(tmp_path)
+    assert len(set_pictures(f"{tmp_path}:more")[0]) == 4
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path):
+    table().save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    table().to_parquet(tmp_path / "files" / "a.parquet")
+    for source in ("saved", "files", "files/a.parquet"):
+        with pytest.raises(InputError, match="has no splits, and train is asked for: leave :train out"):
+            set_pictures(f"{tmp_path / source}:train")
+
+
 def test_a_name_on_the_hub_is_asked_for_its_held_out_split(monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: ["train", "validation"])

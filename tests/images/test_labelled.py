@@ -22,7 +22,6 @@ def knowing(*labels):
         (("crane", "crane, bird"), ("crane", "crane, bird"), (0, 1)),
         (("LABEL_0", "LABEL_1", "LABEL_2"), ("2", "0"), (2, 0)),
         (("1", "0"), ("0", "1"), (1, 0)),  # names go before numbers
-        (("tench", "goldfish"), ("n01443537", "n01440764"), (1, 0)),  # all of them, as ImageNet orders them
     ],
 )
 def test_classes_are_known_by_name_number_or_order(labels, names, numbers):
@@ -32,6 +31,7 @@ def test_classes_are_known_by_name_number_or_order(labels, names, numbers):
 
 def test_a_set_of_as_many_classes_is_known_by_its_order():
     assert match_classes(["x"], knowing("a", "b"), ["y", "x"], "set")["x"] == 1
+    assert match_classes(["x"], knowing("LABEL_0", "LABEL_1"), ["y", "x"], "set")["x"] == 1
     assert match_classes(["7"], SimpleNamespace(), (), "set") == {"7": 7}
 
 
@@ -41,12 +41,47 @@ def test_a_set_of_as_many_classes_is_known_by_its_order():
         (("cat", "dog"), ("cat", "cow"), "cow"),
         (("LABEL_0", "LABEL_1"), ("0", "2"), "0"),
         (("a", "b", "c"), ("n01443537", "n01440764"), "n01440764"),
-        (("crane, machine", "crane, bird"), ("crane",), "crane"),
+        (("a", "b"), ("n01443537", "n01440764"), "n01440764"),  # two of ImageNet's are not in its order
+        (("1", "5"), ("0", "1"), "0"),  # neither all names nor all numbers
     ],
 )
 def test_a_class_that_the_model_does_not_know_is_named(labels, names, strange):
     with pytest.raises(InputError, match=rf"set has a class '{strange}'.*as its config does \({labels[0]}"):
         match_classes(names, knowing(*labels), (), "set")
+
+
+def test_the_order_is_not_believed_where_the_model_knows_a_name():
+    said = r"class 'cow', and the model knows no such one, nor .*: 'dog' is number 0 of the set and 1 of it: call"
+    with pytest.raises(InputError, match=said):
+        match_classes(["cow", "dog"], knowing("cat", "dog"), ["dog", "cow"], "set")
+    with pytest.raises(InputError, match=said):  # nor where no picture shows the class of that name
+        match_classes(["cow"], knowing("cat", "dog"), ["dog", "cow"], "set")
+    with pytest.raises(InputError, match="class 'cow', and the model knows no such one: call"):
+        match_classes(["cow", "dog"], knowing("cat", "dog"), ["cow", "dog"], "set")
+
+
+@pytest.mark.parametrize("labels", [("crane, machine", "hen", "crane, bird"), ("crane", "hen", "Crane")])
+def test_a_name_of_several_classes_is_refused(labels):
+    with pytest.raises(InputError, match=r"class 'crane', and several .* are called so \(0, 2\): call .* numbers"):
+        match_classes(["crane", "hen"], knowing(*labels), ["crane", "hen", "x"], "set")
+    assert match_classes(["hen"], knowing(*labels), (), "set") == {"hen": 1}
+
+
+def test_all_folders_of_imagenet_are_known_by_their_order():
+    folders = [f"n{number:08d}" for number in range(1000)]
+    labels = [f"thing {number}" for number in range(1000)]
+    named = match_classes(folders[::-1], knowing(*labels), (), "set")
+    assert named == match_classes(folders, SimpleNamespace(num_classes=1000), (), "set")
+    assert [named[folder] for folder in folders] == list(range(1000))
+    for model, there in [
+        (knowing(*labels), folders[1:]),
+        (knowing(*labels[1:]), folders[1:]),
+        (knowing(*labels, "more"), folders),
+        (SimpleNamespace(), folders),
+        (knowing(*labels[1:], folders[3]), folders),
+    ]:
+        with pytest.raises(InputError, match="class 'n0000000"):
+            match_classes(there, model, (), "set")
 
 
 def test_pictures_of_a_folder_have_the_class_of_their_folder(tmp_path):

@@ -11,6 +11,7 @@ from halve.checkpoint.load import load_model
 from halve.errors import InputError
 from halve.images.picture_set import calibration_pictures
 from halve.run import loop
+from halve.run.phases import Phase
 from halve.text.calibration import Calibration
 from models import decoder
 from seen import draw, processor, save_vit, vit
@@ -109,9 +110,17 @@ def test_a_picture_that_cannot_be_read_is_named(model, folder):
 
 def test_text_for_a_model_that_sees_is_refused(model, tmp_path):
     (tmp_path / "text.txt").write_text("no picture")
+    heard = []
     for source in (tmp_path / "text.txt", None):
         with pytest.raises(InputError, match="ViTForImageClassification takes pixel_values, not text: give a folder"):
-            halve.prune(model, calibration=source, **FAST)
+            halve.prune(model, calibration=source, listen=lambda step: heard.append(step.phase), **FAST)
+    assert Phase.GENERATE not in heard
+
+
+def test_pictures_in_whole_numbers_are_refused(model):
+    said = r"pictures of shape \(2, 3, 8, 8\) and torch\.uint8: give them in floating point, normalised"
+    with pytest.raises(InputError, match=said):
+        halve.prune(model, calibration=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), **FAST)
 
 
 def test_pictures_for_a_model_that_reads_are_refused(folder, tmp_path):

@@ -51,12 +51,47 @@ def test_a_picture_is_turned_as_its_camera_was_held(tmp_path):
     assert found.getpixel((1, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK"])
-def test_a_picture_of_any_kind_has_three_channels_or_one(tmp_path, mode):
-    Image.new(mode, (3, 2)).save(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"))
+ORANGE = (200, 100, 50)
+OF_ORANGE = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "name", "shown"),
+    [
+        ("1", 1, "x.png", (255,) * 3),
+        ("L", 90, "x.png", (90,) * 3),
+        ("P", ORANGE, "x.png", ORANGE),
+        ("LA", (90, 7), "x.png", (90,) * 3),
+        ("RGBA", (*ORANGE, 0), "x.png", ORANGE),  # what is below transparency is shown
+        ("CMYK", (55, 155, 205, 0), "x.tif", ORANGE),
+        ("I;16", 257 * 90, "x.png", (90,) * 3),
+        ("I;16", 257 * 90 + 128, "x.tif", (90,) * 3),
+        ("I;16", 257 * 90 + 129, "x.tif", (91,) * 3),
+        ("I;16", 65535, "x.png", (255,) * 3),
+        ("I;16B", 257 * 90, "x.tif", (90,) * 3),
+        ("I;16", 257 * 90, "x.ppm", (90,) * 3),
+    ],
+)
+def test_a_picture_of_any_kind_shows_its_colours(tmp_path, mode, colour, name, shown):
+    Image.new(mode, (3, 2), colour).save(tmp_path / name)
     (picture,) = folder_pictures(tmp_path)
-    assert opened(picture).mode == "RGB"
-    assert opened(picture, 1).mode == "L"
+    colours, greys = opened(picture), opened(picture, 1)
+    assert (colours.mode, greys.mode) == ("RGB", "L")
+    assert colours.getpixel((1, 1)) == shown
+    assert greys.getpixel((1, 1)) == (OF_ORANGE if shown == ORANGE else shown[0])
+
+
+@pytest.mark.parametrize(("mode", "said"), [("I", "integers of 32 bits"), ("F", "floating-point numbers")])
+def test_numbers_that_are_no_shades_are_refused(tmp_path, mode, said):
+    Image.new(mode, (3, 2), 300).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match=rf"x\.tif holds {said}, and not shades of 8 or 16 bits: convert it"):
+        opened(folder_pictures(tmp_path)[0])
+
+
+def test_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (3, 2), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert opened(folder_pictures(tmp_path)[0]).getpixel((1, 1)) == (255, 0, 0)
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
@@ -82,10 +117,12 @@ def test_a_broken_picture_is_named(tmp_path):
         assert "BytesIO" not in str(caught.value)
 
 
-def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", [9_000, 4_000])  # at twice the limit Pillow no longer only warns
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, limit):
     Image.new("L", (100, 100)).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)
-    with pytest.raises(InputError, match=r"large\.png is not a readable picture .*decompression bomb"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    said = rf"large\.png is too large \(10000 pixels, limit {limit}\): scale it down"
+    with pytest.raises(InputError, match=said):
         opened(folder_pictures(tmp_path)[0])
 
 

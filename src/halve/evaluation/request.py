@@ -15,6 +15,7 @@ from halve.evaluation.figure import Perplexity
 from halve.evaluation.perplexity import evaluation_texts, perplexity
 from halve.option_groups import option
 from halve.text.calibration import default_length
+from halve.text.documents import is_on_hub
 from halve.text.tokens import TokenSet, check_texts
 
 
@@ -101,12 +102,32 @@ def overlap(
 ) -> str:
     """Say that a model is measured on the very data that it was calibrated on; empty where it is not.
 
+    Files and folders on disk are the same however they are named, and one that lies in the other is part of it.
+
     Args:
-        calibrated_on: source of the calibration text (`halve.text.tokens.TokenSet`), None where that is not known.
-        evaluated_on: sources of the texts that perplexity is measured on.
+        calibrated_on: source of the calibration text (`halve.text.tokens.TokenSet`) or pictures, None where that is
+            not known.
+        evaluated_on: sources of the texts or pictures that the model is measured on.
         used: what the text was used for, if not for that: ``trained``.
         figures: what is measured on it.
     """
-    if calibrated_on is None or calibrated_on not in set(evaluated_on):
+    if calibrated_on is None:
         return ""
-    return f"{calibrated_on} is both {used} on and evaluated on: {figures} on it flatter"
+    first = _place(calibrated_on)
+    for source in evaluated_on:
+        second = _place(source)
+        if source == calibrated_on or (first is not None and first == second):
+            return f"{source} is both {used} on and evaluated on: {figures} on it flatter"
+        if first is None or second is None:
+            continue
+        if first in second.parents:
+            return f"{source}, evaluated on, lies in {calibrated_on}, {used} on: {figures} on it flatter"
+        if second in first.parents:
+            return f"{source}, evaluated on, holds {calibrated_on}, {used} on: {figures} on it flatter"
+    return ""
+
+
+def _place(source: str) -> Path | None:
+    """Return where a source lies on disk; None for what does not, such as a name on the hub or one split of a set."""
+    path = Path(source).expanduser()
+    return path.resolve() if not is_on_hub(source) and path.exists() else None

@@ -1,5 +1,6 @@
 """Sets of pictures with classes that the ``datasets`` package opens: on disk, in Parquet files, or on the hub."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -9,8 +10,13 @@ from typing import Any
 from halve.errors import InputError, first_few, one_line
 from halve.images.pictures import Picture, is_picture_folder
 
-_SPLITS = ("validation", "valid", "test")
+_SPLITS = ("validation", "valid", "val", "dev", "test")
 """Of which the first that is there is taken, where nobody names one."""
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}.*")
+_KEYWORD = re.compile(
+    r"(?:^|[-._ \d])(train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?=[-._ \d]|$)", re.IGNORECASE
+)
+"""What says in the name of a Parquet file or of its folder which split it is of, as for ``datasets`` itself."""
 
 
 def is_image_set(source: str | Path) -> bool:
@@ -28,9 +34,9 @@ def set_pictures(source: str | Path) -> tuple[list[Picture], Sequence[str]]:
     """List the pictures of a set, and its classes in their order, where it has one.
 
     Args:
-        source: a directory that ``save_to_disk`` has written; a ``.parquet`` file, or a directory of them; or a name on
-            the hub; each with ``:SPLIT`` at its end, or without: then the validation split, or else the test split, is
-            taken where there are several.
+        source: a directory that ``save_to_disk`` has written; a ``.parquet`` file, or a directory of them, whose names
+            or folders say their splits where there are several; or a name on the hub; each with ``:SPLIT`` at its end,
+            or without: then the validation split, or else the test split, is taken where there are several.
 
     Raises:
         InputError: ``datasets`` is missing, there is no such set or split, or it has no pictures or no classes.
@@ -77,12 +83,45 @@ def _opened(datasets: Any, name: str, split: str) -> Any:
     if path.is_dir() and _is_saved(path):
         found = datasets.load_from_disk(str(path))
         if not isinstance(found, datasets.DatasetDict):
+            _refuse_split(split, name)
             return found
         return found[_split(list(found), split, name)]
     if path.exists():
-        files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+        splits = _file_splits(path)
+        if list(splits) == [""]:
+            _refuse_split(split, name)
+        files = splits[""] if "" in splits else splits[_split(list(splits), split, name)]
         return datasets.Dataset.from_parquet([str(file) for file in files])
     return datasets.load_dataset(name, split=_split(datasets.get_dataset_split_names(name), split, name))
+
+
+def _file_splits(path: Path) -> dict[str, list[Path]]:
+    """Return the Parquet files of each split; all under the empty name where nothing says one.
+
+    Files that say none beside some that do are each a split that is called like the file.
+    """
+    if path.is_file():
+        return {"": [path]}
+    files = sorted(path.rglob("*.parquet"))
+    said = [_said_split(file.relative_to(path)) for file in files]
+    if not any(said):
+        return {"": files}
+    found: dict[str, list[Path]] = {}
+    for file, split in zip(files, said, strict=True):
+        found.setdefault(split or file.stem, []).append(file)
+    return found
+
+
+def _said_split(path: Path) -> str:
+    if shard := _SHARD.fullmatch(path.stem):
+        return shard[1]
+    names = (path.stem, *reversed(path.parts[:-1]))
+    return next((found[1].lower() for name in names if (found := _KEYWORD.search(name))), "")
+
+
+def _refuse_split(asked: str, name: str) -> None:
+    if asked:
+        raise InputError(f"{name} has no splits, and {asked} is asked for: leave :{asked} out")
 
 
 def _split(splits: Sequence[str], asked: str, name: str) -> str:

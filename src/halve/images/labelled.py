@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from halve.images.pictures import Picture, chosen, folder_pictures
 
 _WORDNET = re.compile(r"n\d{8}")
 """How the folders of ImageNet are called."""
+_IMAGENET = 1000
+"""Of which there are so many."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ def match_classes(
     """Return the number that a model has for each class of a set.
 
     Classes are the model's by their names (upper and lower case, underscores and spaces alike; of a label such as
-    ``tench, Tinca tinca`` each name that no other label has), else by their numbers, else by their order: where the set
-    orders as many classes as the model has, or all of ImageNet's folders (``n01440764``, …) are there.
+    ``tench, Tinca tinca`` each name that no other label has). Only where the model knows none of the set's names are
+    they its by their numbers, or else by their order: where the set orders as many classes as the model has, or where
+    all 1000 folders of ImageNet (``n01440764``, …) are there for a model of 1000 classes. Their order is believed of a
+    model that has names of its own too: whether both mean the same classes is the user's to know.
 
     Args:
         names: of the classes, in any order and number.
@@ -81,36 +85,61 @@ def match_classes(
         source: of the pictures, for messages.
 
     Raises:
-        InputError: a class is not known.
+        InputError: a class is not known, or several of the model's are called like it.
     """
-    classes = sorted(set(names))
-    labels = _labels(model)
-    spoken = Counter(alias for label in labels.values() for alias in _aliases(label))
-    known = {alias: n for n, label in labels.items() for alias in _aliases(label) if spoken[alias] == 1}
-    known |= {_plain(label): number for number, label in labels.items()}
+    classes, labels = sorted(set(names)), _labels(model)
+    known, several = _known(labels)
     if all(_plain(name) in known for name in classes):
         return {name: known[_plain(name)] for name in classes}
-    if all(name.isdecimal() and (not labels or int(name) in labels) for name in classes):
-        return {name: int(name) for name in classes}
-    if not ordered and all(_WORDNET.fullmatch(name) for name in classes):
-        ordered = classes
-    if ordered and len(ordered) == len(labels or ordered):
-        return {name: number for number, name in enumerate(ordered)}
-    strange = next((name for name in classes if _plain(name) not in known), classes[0])
+    twice = next((name for name in classes if _plain(name) in several), None)
+    if twice is not None:
+        numbers = first_few([str(number) for number in several[_plain(twice)]])
+        raise InputError(
+            f"{source} has a class {twice!r}, and several of the model's classes are called so ({numbers}): call the "
+            "classes by their numbers"
+        )
+    if not any(_plain(name) in known for name in (*classes, *ordered)):
+        if all(name.isdecimal() and (not labels or int(name) in labels) for name in classes):
+            return {name: int(name) for name in classes}
+        count = len(labels) or getattr(model, "num_classes", None)
+        if len(classes) == count == _IMAGENET and all(_WORDNET.fullmatch(name) for name in classes):
+            ordered = classes
+        if ordered and len(ordered) == (count or len(ordered)):
+            return {name: number for number, name in enumerate(ordered)}
+    strange = next(name for name in classes if _plain(name) not in known)
     raise InputError(
-        f"{source} has a class {strange!r}, and the model knows no such one: call the classes as its config does "
-        f"({first_few(list(labels.values()))}), or by their numbers"
+        f"{source} has a class {strange!r}, and the model knows no such one{_contradiction(known, ordered)}: call the "
+        f"classes as its config does ({first_few(list(labels.values()))}), or all by their numbers"
     )
+
+
+def _known(labels: Mapping[int, str]) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Return the number of each name that one class alone has, and the numbers of each that several have.
+
+    A whole label goes before a name that is only a part of others.
+    """
+    whole, parts = defaultdict(list), defaultdict(list)
+    for number, label in labels.items():
+        whole[_plain(label)].append(number)
+        for part in {_plain(each) for each in label.split(",")}:
+            parts[part].append(number)
+    found = {**parts, **whole}
+    known = {name: numbers[0] for name, numbers in found.items() if len(numbers) == 1}
+    return known, {name: numbers for name, numbers in found.items() if len(numbers) > 1}
+
+
+def _contradiction(known: Mapping[str, int], ordered: Sequence[str]) -> str:
+    """Say which class a set has at another place than the model does; empty where there is none."""
+    for number, name in enumerate(ordered):
+        if known.get(_plain(name), number) != number:
+            return f", nor does its order tell: {name!r} is number {number} of the set and {known[_plain(name)]} of it"
+    return ""
 
 
 def _labels(model: nn.Module) -> dict[int, str]:
     """Return the names of a model's classes by their numbers; empty where it has no config."""
     named = getattr(getattr(model, "config", None), "id2label", None) or {}
     return {int(number): str(label) for number, label in named.items()}
-
-
-def _aliases(label: str) -> set[str]:
-    return {_plain(each) for each in (label, *label.split(","))}
 
 
 def _plain(name: str) -> str:

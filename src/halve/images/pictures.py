@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from halve.errors import InputError, one_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_NUMBER = re.compile(r"\d+")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -88,8 +90,11 @@ def opened(picture: Picture, channels: int = 3) -> "Image":
         picture: which.
         channels: 3 for RGB, 1 for shades of grey.
 
+    Returns:
+        Image: 8 bits a channel; without transparency, and of an animation the first frame.
+
     Raises:
-        InputError: it cannot be read, or is so large that it is refused as an attack.
+        InputError: it cannot be read, has more pixels than Pillow allows, or numbers that are no shades.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -97,12 +102,33 @@ def opened(picture: Picture, channels: int = 3) -> "Image":
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(picture.content())) as image:
-                return ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+                _check_shades(image, picture.where)
+                return _of_8_bits(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
     except InputError:
         raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        pixels = _NUMBER.search(str(error))
+        raise InputError(
+            f"{picture.where} is too large ({pixels[0] if pixels else 'too many'} pixels, limit "
+            f"{Image.MAX_IMAGE_PIXELS}): scale it down"
+        ) from error
     except Exception as error:  # Pillow's readers raise anything over broken files
         said = "" if isinstance(error, UnidentifiedImageError) else f" ({one_line(error)})"
         raise InputError(f"{picture.where} is not a readable picture{said}: remove it, or mend it") from error
+
+
+def _check_shades(image: "Image", where: str) -> None:
+    """Refuse numbers of 32 bits, of which nobody knows which is white; a netpbm file's are of 16 bits."""
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
+        raise InputError(f"{where} holds {kind}, and not shades of 8 or 16 bits: convert it")
+
+
+def _of_8_bits(image: "Image") -> "Image":
+    """Scale shades of 16 bits, which Pillow would cut off at 255."""
+    if image.mode.startswith("I"):
+        return image.convert("I").point(lambda shade: shade * (1 / 257) + 0.5).convert("L")
+    return image
 
 
 def _files(root: Path) -> Iterator[Path]:

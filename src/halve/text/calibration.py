@@ -246,13 +246,7 @@ class Calibration:
         """
         if self.source is not None and not isinstance(self.source, str | Path):
             raise InputError("calibration must name a text here, not hand over tokens or batches")
-        taken = getattr(loaded.model, "main_input_name", "input_ids")
-        if taken != "input_ids" and not is_encoder_decoder(loaded.model):
-            folder = "a folder of pictures, or " if sees_pictures(loaded.model) else ""
-            raise InputError(
-                f"{type(loaded.model).__name__} takes {taken}, not text: give {folder}batches in Python, "
-                f"calibration=[{{{taken!r}: …}}]"
-            )
+        refuse_text(loaded.model)
         tokenizer = _tokenizer(loaded)
         seq_len = default_length(loaded) if self.seq_len is None else self.seq_len
         if is_encoder_decoder(loaded.model):
@@ -312,6 +306,21 @@ class Calibration:
         return audio_pairs(self.source, fields, extractor, tokenizer, model, **counts)
 
 
+def refuse_text(model: nn.Module) -> None:
+    """Refuse a model that takes no text, be it given or its own.
+
+    Raises:
+        InputError: it takes something else.
+    """
+    taken = getattr(model, "main_input_name", "input_ids")
+    if taken != "input_ids" and not is_encoder_decoder(model):
+        folder = "a folder of pictures, or " if sees_pictures(model) else ""
+        raise InputError(
+            f"{type(model).__name__} takes {taken}, not text: give {folder}batches in Python, "
+            f"calibration=[{{{taken!r}: …}}]"
+        )
+
+
 def _tokenizer(loaded: LoadedModel) -> Any:
     if loaded.tokenizer is None:
         raise InputError(
@@ -329,6 +338,11 @@ def _no_encoder_decoder(option_name: str, loaded: LoadedModel) -> OptionError:
 def _token_set(source: Tensor | TokenSet) -> TokenSet:
     if isinstance(source, TokenSet):
         return source
+    if source.ndim == 4:  # those in floating point are pictures
+        raise InputError(
+            f"calibration is a tensor of pictures of shape {tuple(source.shape)} and {source.dtype}: give them in "
+            "floating point, normalised as the model's image processor does it"
+        )
     if source.ndim != 2 or source.is_floating_point() or not source.numel():
         raise InputError(
             f"calibration is a tensor of shape {tuple(source.shape)} and {source.dtype}: "
