@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import halve
+from halve.errors import UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model.plan import Matrix
 from halve.model.survey import plan_model
@@ -85,6 +86,14 @@ def test_blocks_before_the_pruned_one_are_not_computed(monkeypatch):
     monkeypatch.setattr(alone, "divergence", lambda *_: ran.append("compared") or 0.0)
     damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN)
     assert ran == [0, 1, 2, 2, "compared"]
+
+
+def test_a_block_that_does_not_run_is_named():
+    model, batches = MODELS["llama"]()
+    plan, _ = plan_model(model, batches, PATTERN)
+    model.model.config.num_hidden_layers = 2  # as a model may that drops its layers by itself
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2 does not run .* leave it dense with skip"):
+        damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN)
 
 
 def regnet():

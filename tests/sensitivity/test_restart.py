@@ -68,5 +68,5 @@ def test_too_little_memory_is_not_taken_for_a_block_that_has_to_run(error):
             raise error
 
     model.lm_head.register_forward_pre_hook(fail)
-    with pytest.raises(InputError, match="too little memory .* give fewer keep_dense_tokens"):
+    with pytest.raises(InputError, match=r"too little memory .* give fewer keep_dense_tokens"):
         beginnings(model, members_of(model), {"input_ids": tokens(2, 8)})
