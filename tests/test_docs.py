@@ -207,3 +207,9 @@ def test_the_picture_of_the_house_is_what_the_code_is():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.svg() == script.PICTURE.read_text(encoding="utf-8"), "run python docs/draw_house.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_has_a_line_that_only_holds_a_place(page):
+    words = "TABLE|FIGURES?|TODO|TBD|FIXME|XXX|PLACEHOLDER"
+    assert not re.findall(rf"^\s*(?:{words})[:.]?\s*$", page.read_text(), re.MULTILINE)

@@ -38,6 +38,17 @@ def test_a_decoder_has_a_mask_of_its_own():
     assert len(log_probabilities(model, {**batch, "attention_mask": torch.ones(2, 8)})) == 2 * mask.shape[1]
 
 
+def test_labels_that_stand_for_padding_do_not_count():
+    ids = tokens(2, 6)
+    labels = ids.clone()
+    labels[1, 4:] = -100
+    model, batch = encoder_decoder("t5"), {"input_ids": ids, "labels": labels}
+    found = log_probabilities(model, batch)
+    with torch.no_grad():
+        whole = model(**batch).logits
+    torch.testing.assert_close(found, torch.cat([whole[0], whole[1, :4]]).log_softmax(-1))
+
+
 def test_an_image_is_one_position():
     assert log_probabilities(vit(), {"pixel_values": torch.randn(3, 3, 16, 16)}).shape == (3, 2)
     assert log_probabilities(bert(), {"input_ids": tokens(2, 5)}).shape == (10, 64)

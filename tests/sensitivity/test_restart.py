@@ -1,7 +1,9 @@
 """Running a model from one of its blocks on, against running all of it."""
 
+import pytest
 import torch
 
+from halve.errors import InputError
 from halve.sensitivity.logits import log_probabilities
 from halve.sensitivity.restart import Passage, beginnings
 from models import decoder, encoder_decoder, gemma4, pairs, tokens
@@ -54,3 +56,17 @@ def test_what_is_missing_without_an_error_is_noticed_too():
 
     last.mlp.register_forward_hook(add)
     assert beginnings(model, members_of(model), {"input_ids": tokens(2, 8)}) == {0: 0, 1: 0, 2: 0}
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_not_taken_for_a_block_that_has_to_run(error):
+    model, passes = decoder("llama"), []
+
+    def fail(_module, _args):
+        passes.append(None)
+        if len(passes) > 1:
+            raise error
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(InputError, match=r"too little memory .* give fewer keep_dense_tokens"):
+        beginnings(model, members_of(model), {"input_ids": tokens(2, 8)})

@@ -130,8 +130,8 @@ def left_dense(record: dict[str, Any]) -> list[str]:
     if faster is not None:
         why |= {reason: reason for reason in from_plain(WhereFaster, faster).reasons(Pattern(record["pattern"]))}
     if costliest is not None:
-        asked = from_plain(KeepDense, costliest)
-        why |= dict.fromkeys(asked.reasons(), f"costs most per weight (keep_dense {asked.amount})")
+        reason = from_plain(KeepDense, costliest).reason
+        why[reason] = reason.removeprefix("kept dense: it ")
     counts = Counter(
         (place_of(entry["name"])[1], why[entry["reason"]]) for entry in record["excluded"] if entry["reason"] in why
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from halve.errors import UnsupportedModelError
 from halve.maths.pattern import Pattern
 from halve.model.blocks import Batch
 from halve.model.replay import probe_batches
@@ -41,7 +42,7 @@ def damages_alone(
         dict[str, float]: by the unit's name, at least 0.
 
     Raises:
-        UnsupportedModelError, InputError: as `halve.sensitivity.logits.log_probabilities`.
+        UnsupportedModelError, InputError: as `halve.sensitivity.logits.log_probabilities`; or a block did not run.
     """
     members = [model.get_submodule(name) for name in blocks]
     plain = batches[0].keys() <= {"input_ids", "attention_mask"}  # rows of anything else may belong together
@@ -53,6 +54,11 @@ def damages_alone(
         with passage.recording():
             dense = log_probabilities(model, batch)
         for unit in units:
+            if missing := sorted(unit.blocks - set(passage.order)):
+                raise UnsupportedModelError(
+                    f"{blocks[missing[0]]} does not run on some of the calibration data, so the damage of {unit.name} "
+                    "cannot be measured: leave it dense with skip"
+                )
             first = min((begins[block] for block in unit.blocks), key=passage.order.index)
             with passage.beginning_at(first), pruned_in(model, [unit], norms, pattern):
                 totals[unit.name] += divergence(dense, log_probabilities(model, batch))

@@ -139,12 +139,9 @@ class KeepDense:
 
     def why_dense(self, matrix: Matrix) -> str:
         """Return why a matrix stays dense, as half a sentence; empty if it does not."""
-        damage = self.kept.get(matrix.parameter)
-        return "" if damage is None else self._reason(damage)
+        return self.reason if matrix.parameter in self.kept else ""
 
-    def reasons(self) -> set[str]:
-        """Return everything that `why_dense` may say."""
-        return {self._reason(damage) for damage in self.kept.values()} - {""}
-
-    def _reason(self, damage: float) -> str:
-        return f"it costs most per weight (keep_dense {self.amount}): pruned alone, {damage:.3g} nats a position"
+    @property
+    def reason(self) -> str:
+        """Why matrices stay dense: the same of all, so that they are counted together; `kept` has their damages."""
+        return f"kept dense: it costs most per weight (keep_dense {self.amount})"

@@ -12,6 +12,8 @@ from halve.model.calls import to_device
 
 _AT_ONCE = 1 << 24
 """Most entries of log-probabilities that are compared at a time."""
+_NO_LABEL = -100
+"""What stands for padding among labels, as in PyTorch's losses."""
 _FED = ("decoder_input_ids", "labels")
 
 
@@ -39,7 +41,7 @@ def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     Args:
         model: with logits.
         batch: padded positions of its ``attention_mask``, or where it feeds a decoder ``decoder_attention_mask``, do
-            not count; of images there is one position each.
+            not count, nor without one do those whose label is -100; of images there is one position each.
 
     Raises:
         UnsupportedModelError: as `logits_of`.
@@ -54,6 +56,8 @@ def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     mask = batch.get("decoder_attention_mask" if any(name in batch for name in _FED) else "attention_mask")
     if mask is not None and mask.shape == logits.shape[:-1]:
         logits = logits[mask.to(logits.device, torch.bool)]
+    elif (labels := batch.get("labels")) is not None and labels.shape == logits.shape[:-1]:
+        logits = logits[labels.to(logits.device) != _NO_LABEL]
     return F.log_softmax(logits.reshape(-1, logits.shape[-1]).float(), dim=-1)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from halve.maths.pattern import Pattern, apply_mask
 from halve.model.blocks import Batch
+from halve.model.layers import is_convolution, patches_in_parts, write_matrix
 from halve.model.plan import Matrix
 from halve.sensitivity.logits import logits_of
 from halve.sensitivity.units import Unit
@@ -23,28 +24,40 @@ def input_norms(model: nn.Module, matrices: Sequence[Matrix], batches: Sequence[
 
     Args:
         model: dense, where it is run.
-        matrices: of it. Experts fused into one parameter have no layer that could be watched, and get no entry.
+        matrices: of it. Experts fused into one parameter have no layer that could be watched, and get no entry; nor
+            does a matrix that no position reaches.
         batches: to run.
 
     Returns:
-        dict[str, Tensor]: (d_in,) float32 by the matrix's name.
+        dict[str, Tensor]: (d_in,) float32 by the matrix's name; of a convolution, over the patches of its group.
     """
     sums: dict[str, Tensor] = {}
+    layers: dict[str, list[Matrix]] = {}  # several matrices of a grouped convolution
+    for matrix in matrices:
+        if not is_fused_expert(matrix):
+            layers.setdefault(matrix.parameter.rpartition(".")[0], []).append(matrix)
 
-    def add(name: str, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        squares = x.detach().float().flatten(0, -2).square().sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
+    def add(held: Sequence[Matrix], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = (args[0] if args else next(iter(kwargs.values()))).detach().float()
+        if x.numel() == 0:  # an expert called without tokens
+            return
+        for part in patches_in_parts(x, layer) if is_convolution(layer) else (x.unsqueeze(0),):
+            for index, matrix in enumerate(held):
+                squares = part[index].flatten(0, -2).square().sum(0)
+                sums[matrix.name] = sums[matrix.name] + squares if matrix.name in sums else squares
 
     with ExitStack() as stack, torch.no_grad():
-        for matrix in matrices:
-            if matrix.expert is None:
-                layer = model.get_submodule(matrix.parameter.rpartition(".")[0])
-                handle = layer.register_forward_pre_hook(partial(add, matrix.name), with_kwargs=True)
-                stack.callback(handle.remove)
+        for name, held in layers.items():
+            layer = model.get_submodule(name)
+            stack.callback(layer.register_forward_pre_hook(partial(add, held), with_kwargs=True).remove)
         for batch in batches:
             logits_of(model, batch)
     return {name: total.sqrt() for name, total in sums.items()}
+
+
+def is_fused_expert(matrix: Matrix) -> bool:
+    """Whether a matrix is one of several experts in one parameter: no layer of its own is called with its inputs."""
+    return matrix.expert is not None and matrix.layout != "conv"
 
 
 def quickly_pruned(
@@ -60,11 +73,11 @@ def quickly_pruned(
     """
     pruned = parameter.clone()
     for matrix in matrices:
-        weight = matrix.view(pruned)
+        weight = matrix.view(parameter)
         scores = weight.abs()
         if matrix.name in norms:
             scores = scores * norms[matrix.name]
-        weight.copy_(apply_mask(weight, pattern.keep_mask(scores)))
+        write_matrix(pruned, matrix.expert, matrix.layout, apply_mask(weight, pattern.keep_mask(scores)))
     return pruned
 
 

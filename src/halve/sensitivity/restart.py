@@ -5,8 +5,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from halve.errors import InputError
 from halve.model.blocks import Batch, replaced_forward
 from halve.sensitivity.logits import log_probabilities
 
@@ -65,6 +67,9 @@ def beginnings(model: nn.Module, members: Sequence[nn.Module], short: Batch) -> 
         model: where it is run.
         members: its blocks.
         short: a short batch.
+
+    Raises:
+        InputError: there is too little memory.
     """
     passage = Passage(members)
     with passage.recording():
@@ -75,6 +80,11 @@ def beginnings(model: nn.Module, members: Sequence[nn.Module], short: Batch) -> 
         try:
             with passage.beginning_at(block):
                 moved = float((log_probabilities(model, short) - whole).abs().amax())
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise InputError(
+                "there is too little memory to measure what pruning costs: give fewer keep_dense_tokens, or shorter "
+                "sequences of calibration text"
+            ) from error
         except Exception:  # noqa: BLE001 - a model may raise anything where something is missing
             moved = float("inf")
         if not moved <= _SAME:
