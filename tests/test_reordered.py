@@ -114,6 +114,24 @@ def test_a_run_that_was_stopped_comes_to_the_same_bytes(dense, tmp_path, block):
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
+def test_a_first_block_that_shows_nothing_hides_no_folds_of_the_others(tmp_path):
+    model = decoder("opt")
+    model.model.decoder.layers[0].fc1.bias.data.fill_(-1e4)  # its ReLU lets nothing through
+    dead = save(model, tmp_path / "dead")
+    given = GIVEN | {"fallback": "magnitude"}
+
+    def stop(step):
+        if step.block == 1 and step.phase == "reorder":
+            raise KeyboardInterrupt
+
+    one = halve.prune(dead, tmp_path / "one", calibration=calibration(), **given)
+    assert {order.block[-1] for order in one.report.orders if order.fold.consumer == "fc2.weight"} == {"1", "2"}
+    with pytest.raises(KeyboardInterrupt):
+        halve.prune(dead, tmp_path / "other", calibration=calibration(), listen=stop, **given)
+    halve.prune(dead, tmp_path / "other", calibration=calibration(), **given)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
 def adapter(base, path):
     """Save an adapter of stock peft with values as a training leaves them."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
