@@ -13,7 +13,7 @@ import halve
 from halve.errors import InputError
 from halve.learning.adapter import read_adapter
 from halve.order.folds import inverse
-from halve.recorded import Record, orders_of, read_record
+from halve.recorded import ChannelOrder, Record, SourcedRecord, channel_order, orders_of, read_record
 from models import OF_ONE_RUN, decoder, save, tokens
 from taught import QUICK, write_text
 from tiny_tokenizers import byte_bpe
@@ -233,12 +233,50 @@ def test_a_prior_and_masks_of_another_order_are_refused(spoken, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
+def test_masks_of_a_reordered_checkpoint_stay_with_it(spoken, tmp_path):
+    model, reordered, given = spoken
+    halve.learn(reordered, tmp_path / "learned", save_masks=tmp_path / "masks.safetensors", **given)
+    with pytest.raises(InputError, match=r"were reordered, and .* was learned for other weights"):
+        halve.apply_masks(model, tmp_path / "masks.safetensors", tmp_path / "refused")
+    halve.apply_masks(reordered, tmp_path / "masks.safetensors", tmp_path / "applied")
+    source = read_record(tmp_path / "applied", SourcedRecord).source
+    assert source.reordered
+    assert source.made_from.name == str(model)
+    with pytest.raises(InputError, match="were reordered, and the adapter's base is"):
+        halve.merge(adapter(model, tmp_path / "adapter"), tmp_path / "applied", tmp_path / "refused")
+
+
+def test_priors_are_held_to_the_order_of_the_model_wherever_it_was_changed(spoken, tmp_path):
+    model, reordered, given = spoken
+    plain = GIVEN | {"permute": "none"}
+    halve.prune(reordered, tmp_path / "again", calibration=calibration(), **plain)
+    halve.prune(model, tmp_path / "plain", calibration=calibration(), **plain)
+    for began, prior in ((model, "again"), (reordered, "plain")):
+        with pytest.raises(InputError, match="were reordered, so that the prior's masks"):
+            halve.learn(began, tmp_path / "refused", prior=str(tmp_path / prior), **given)
+    orders = {name: channel_order(tmp_path / name, name) for name in ("again", "plain", "pruned")}
+    sums = {"pruned": read_record(tmp_path / "again", SourcedRecord).source.sha256}
+    pruned = ChannelOrder(reordered=True, sha256s=frozenset(sums.values()))
+    assert orders["again"].is_that_of(pruned)
+    assert not orders["plain"].is_that_of(pruned)
+
+
 def test_what_is_trained_on_keeps_the_orders_on_record(spoken, tmp_path):
     model, reordered, given = spoken
     del given["method"]
     halve.finetune(reordered, tmp_path / "tuned", **given)
     assert len(read_record(tmp_path / "tuned", Record).orders) == 6
     assert halve.check(tmp_path / "tuned", against=model).ok
+    made = adapter(reordered, tmp_path / "adapter")
+    halve.merge(made, tmp_path / "tuned", tmp_path / "both")
+    halve.merge(made, reordered, tmp_path / "once")
+    halve.merge(made, tmp_path / "once", tmp_path / "twice")
+    for before, after in (("tuned", "both"), ("once", "twice")):  # taken as it is
+        held, merged = (load_file(tmp_path / each / "model.safetensors") for each in (before, after))
+        for module, each in read_adapter(made).updates.items():
+            weight = held[f"{module}.weight"].float()
+            wanted = torch.where(weight != 0, each.merged(weight, masked=False), 0.0)
+            torch.testing.assert_close(merged[f"{module}.weight"].float(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_packed_checkpoint_comes_back(pruned, tmp_path):
