@@ -125,11 +125,21 @@ def test_a_first_block_that_shows_nothing_hides_no_folds_of_the_others(tmp_path)
             raise KeyboardInterrupt
 
     one = halve.prune(dead, tmp_path / "one", calibration=calibration(), **given)
+    assert not one.report.not_reordered  # the values of the first block are
     assert {order.block[-1] for order in one.report.orders if order.fold.consumer == "fc2.weight"} == {"1", "2"}
     with pytest.raises(KeyboardInterrupt):
         halve.prune(dead, tmp_path / "other", calibration=calibration(), listen=stop, **given)
     halve.prune(dead, tmp_path / "other", calibration=calibration(), **given)
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_what_folds_nothing_says_so(dense, tmp_path):
+    given = GIVEN | {"skip": ["*.down_proj.*", "*.o_proj.*"]}
+    found = halve.prune(dense, tmp_path / "out", calibration=calibration(), **given)
+    assert found.report.not_reordered == tuple(f"model.layers.{block}" for block in range(3))
+    (warning,) = [each for each in found.record["warnings"] if "permute" in each]
+    assert warning.startswith("permute fold: nothing could be folded in 3 of 3 blocks (the first is model.layers.0)")
+    assert "nothing could be folded" in (tmp_path / "out" / "report.html").read_text()
 
 
 def adapter(base, path):
@@ -193,6 +203,10 @@ def test_a_reordered_checkpoint_is_pruned_again_and_says_so(pruned, dense, tmp_p
     assert halve.check(tmp_path / "again", against=pruned).ok
     record = json.loads((tmp_path / "again" / "halve.json").read_text())
     assert record["source"]["reordered"] is True
+    for name in ("report.html", "README.md"):
+        assert "had its channels reordered already" in (tmp_path / "again" / name).read_text()
+    found = halve.check(tmp_path / "again", against=dense)
+    assert f"compare with {pruned}, and that with" in found.problems[0]
     made = adapter(dense, tmp_path / "adapter")
     with pytest.raises(InputError, match="were reordered"):
         halve.merge(made, tmp_path / "again", tmp_path / "refused")

@@ -1,7 +1,7 @@
 """What a run does with a block before its matrices are pruned: find its folds, and choose an order for each."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,7 +57,12 @@ class Reorderer:
         return [fold for fold in fitting if is_proven(trial, fold, generator)]
 
     def choose(
-        self, name: str, block: nn.Module, folds: Sequence[Fold], statistics: Mapping[str, Statistics | None]
+        self,
+        name: str,
+        block: nn.Module,
+        folds: Sequence[Fold],
+        statistics: Mapping[str, Statistics | None],
+        warn: Callable[[str], None],
     ) -> list[Order]:
         """Choose an order for every fold by the loss that pruning its consumer is estimated to take.
 
@@ -66,6 +71,7 @@ class Reorderer:
             block: a float32 working copy, left as it is.
             folds: of the block.
             statistics: of the matrices' inputs, by the matrices' names.
+            warn: called with a sentence for every fold that no order can be chosen for.
 
         Returns:
             list[Order]: those that lower the estimate.
@@ -79,7 +85,8 @@ class Reorderer:
             weight = weight if fold.moves[0].dim == 1 else weight.T
             try:
                 saliency = saliencies(weight, stats.gram.to(weight.device))
-            except HalveError:  # the solver is going to say what is wrong with H
+            except HalveError as error:
+                warn(f"permute fold: the inputs of {name}.{fold.consumer} stay in their order: {error}")
                 continue
             laid = by_unit(saliency, fold.units, fold.moves[0].repeats)
             generator = torch.Generator().manual_seed(_SEED + number)
