@@ -13,7 +13,7 @@ import halve
 from halve.errors import InputError
 from halve.learning.adapter import read_adapter
 from halve.order.folds import inverse
-from halve.recorded import Record, orders_of, read_record
+from halve.recorded import ChannelOrder, Record, SourcedRecord, channel_order, orders_of, read_record
 from models import OF_ONE_RUN, decoder, save, tokens
 from taught import QUICK, write_text
 from tiny_tokenizers import byte_bpe
@@ -114,6 +114,34 @@ def test_a_run_that_was_stopped_comes_to_the_same_bytes(dense, tmp_path, block):
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
+def test_a_first_block_that_shows_nothing_hides_no_folds_of_the_others(tmp_path):
+    model = decoder("opt")
+    model.model.decoder.layers[0].fc1.bias.data.fill_(-1e4)  # its ReLU lets nothing through
+    dead = save(model, tmp_path / "dead")
+    given = GIVEN | {"fallback": "magnitude"}
+
+    def stop(step):
+        if step.block == 1 and step.phase == "reorder":
+            raise KeyboardInterrupt
+
+    one = halve.prune(dead, tmp_path / "one", calibration=calibration(), **given)
+    assert not one.report.not_reordered  # the values of the first block are
+    assert {order.block[-1] for order in one.report.orders if order.fold.consumer == "fc2.weight"} == {"1", "2"}
+    with pytest.raises(KeyboardInterrupt):
+        halve.prune(dead, tmp_path / "other", calibration=calibration(), listen=stop, **given)
+    halve.prune(dead, tmp_path / "other", calibration=calibration(), **given)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_what_folds_nothing_says_so(dense, tmp_path):
+    given = GIVEN | {"skip": ["*.down_proj.*", "*.o_proj.*"]}
+    found = halve.prune(dense, tmp_path / "out", calibration=calibration(), **given)
+    assert found.report.not_reordered == tuple(f"model.layers.{block}" for block in range(3))
+    (warning,) = [each for each in found.record["warnings"] if "permute" in each]
+    assert warning.startswith("permute fold: nothing could be folded in 3 of 3 blocks (the first is model.layers.0)")
+    assert "nothing could be folded" in (tmp_path / "out" / "report.html").read_text()
+
+
 def adapter(base, path):
     """Save an adapter of stock peft with values as a training leaves them."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -175,6 +203,10 @@ def test_a_reordered_checkpoint_is_pruned_again_and_says_so(pruned, dense, tmp_p
     assert halve.check(tmp_path / "again", against=pruned).ok
     record = json.loads((tmp_path / "again" / "halve.json").read_text())
     assert record["source"]["reordered"] is True
+    for name in ("report.html", "README.md"):
+        assert "had its channels reordered already" in (tmp_path / "again" / name).read_text()
+    found = halve.check(tmp_path / "again", against=dense)
+    assert f"compare with {pruned}, and that with" in found.problems[0]
     made = adapter(dense, tmp_path / "adapter")
     with pytest.raises(InputError, match="were reordered"):
         halve.merge(made, tmp_path / "again", tmp_path / "refused")
@@ -215,12 +247,50 @@ def test_a_prior_and_masks_of_another_order_are_refused(spoken, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
+def test_masks_of_a_reordered_checkpoint_stay_with_it(spoken, tmp_path):
+    model, reordered, given = spoken
+    halve.learn(reordered, tmp_path / "learned", save_masks=tmp_path / "masks.safetensors", **given)
+    with pytest.raises(InputError, match=r"were reordered, and .* was learned for other weights"):
+        halve.apply_masks(model, tmp_path / "masks.safetensors", tmp_path / "refused")
+    halve.apply_masks(reordered, tmp_path / "masks.safetensors", tmp_path / "applied")
+    source = read_record(tmp_path / "applied", SourcedRecord).source
+    assert source.reordered
+    assert source.made_from.name == str(model)
+    with pytest.raises(InputError, match="were reordered, and the adapter's base is"):
+        halve.merge(adapter(model, tmp_path / "adapter"), tmp_path / "applied", tmp_path / "refused")
+
+
+def test_priors_are_held_to_the_order_of_the_model_wherever_it_was_changed(spoken, tmp_path):
+    model, reordered, given = spoken
+    plain = GIVEN | {"permute": "none"}
+    halve.prune(reordered, tmp_path / "again", calibration=calibration(), **plain)
+    halve.prune(model, tmp_path / "plain", calibration=calibration(), **plain)
+    for began, prior in ((model, "again"), (reordered, "plain")):
+        with pytest.raises(InputError, match="were reordered, so that the prior's masks"):
+            halve.learn(began, tmp_path / "refused", prior=str(tmp_path / prior), **given)
+    orders = {name: channel_order(tmp_path / name, name) for name in ("again", "plain", "pruned")}
+    sums = {"pruned": read_record(tmp_path / "again", SourcedRecord).source.sha256}
+    pruned = ChannelOrder(reordered=True, sha256s=frozenset(sums.values()))
+    assert orders["again"].is_that_of(pruned)
+    assert not orders["plain"].is_that_of(pruned)
+
+
 def test_what_is_trained_on_keeps_the_orders_on_record(spoken, tmp_path):
     model, reordered, given = spoken
     del given["method"]
     halve.finetune(reordered, tmp_path / "tuned", **given)
     assert len(read_record(tmp_path / "tuned", Record).orders) == 6
     assert halve.check(tmp_path / "tuned", against=model).ok
+    made = adapter(reordered, tmp_path / "adapter")
+    halve.merge(made, tmp_path / "tuned", tmp_path / "both")
+    halve.merge(made, reordered, tmp_path / "once")
+    halve.merge(made, tmp_path / "once", tmp_path / "twice")
+    for before, after in (("tuned", "both"), ("once", "twice")):  # taken as it is
+        held, merged = (load_file(tmp_path / each / "model.safetensors") for each in (before, after))
+        for module, each in read_adapter(made).updates.items():
+            weight = held[f"{module}.weight"].float()
+            wanted = torch.where(weight != 0, each.merged(weight, masked=False), 0.0)
+            torch.testing.assert_close(merged[f"{module}.weight"].float(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_packed_checkpoint_comes_back(pruned, tmp_path):

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from halve.checkpoint.directory import CONFIG, RECORD, is_unfinished
+from halve.checkpoint.directory import CONFIG, is_unfinished
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.precision import dtype_to_prune_in
@@ -16,7 +16,7 @@ from halve.errors import HalveError, InputError
 from halve.learning import methods as learning_methods
 from halve.learning.launch import processes
 from halve.learning.lesson import Taught, check_directory
-from halve.learning.mask_files import masked_names, masks_of_model, put_masks, read_masks
+from halve.learning.mask_files import REORDERED, masked_names, masks_of_model, put_masks, read_masks
 from halve.learning.mask_learning import Learning, check_asked, learn_as, recorded_matrices, view_of
 from halve.learning.training.publishing import source_json
 from halve.learning.training.watching import Watch
@@ -27,7 +27,7 @@ from halve.model.survey import plan_model
 from halve.option_groups import fill, known_names
 from halve.provenance import files_sha256, source_fields
 from halve.pruning import prune
-from halve.recorded import Record, read_record
+from halve.recorded import ChannelOrder, channel_order, made_from
 from halve.report.card import leave_card
 from halve.report.record import mask_facts
 from halve.report.training import learned_record, previous_record
@@ -187,7 +187,7 @@ def apply_masks(
             say of the model card.
 
     Raises:
-        InputError: the masks are of another model, or of this one before its channels were reordered, or an argument
+        InputError: the masks are of another model, or of this one with its channels in another order, or an argument
             cannot be used.
         CorruptFileError: the file of masks, or one of the model, was damaged.
     """
@@ -196,7 +196,7 @@ def apply_masks(
         raise InputError(f"{masks} is no file: give the file of masks that save_masks named")
     pattern, names = masked_names(path)
     source = resolve(model, trust_remote_code=trust_remote_code)
-    described = source_json(source)
+    described = source_json(source) | made_from(source.path)
     _refuse_reordered(source, path, described)
     check_destination(place, source, source.size)
     with open_run(place) as run:
@@ -239,15 +239,15 @@ def apply_masks(
 
 
 def _refuse_reordered(source: Source, masks: Path, given: Mapping[str, Any]) -> None:
-    """Refuse a model whose channels were reordered where masks were learned for other weights."""
-    recorded = source.path.is_dir() and (source.path / RECORD).exists()
-    if not recorded or not read_record(source.path, Record).orders:
-        return
+    """Refuse masks that were learned for channels in another order than the model's, as far as is on record."""
     learned = masks_of_model(masks)
-    if learned.get("sha256") != given["sha256"]:
+    theirs = ChannelOrder(reordered=REORDERED in learned, sha256s=frozenset({learned.get("sha256", "")}))
+    ours = channel_order(source.path, given["sha256"])
+    if not ours.is_that_of(theirs):
+        name = learned.get("name", "of an unknown model")
         raise InputError(
-            f"channels of {source.name} were reordered, and {masks} was learned for other weights "
-            f"({learned.get('name', 'of an unknown model')}): put the masks onto the model that they were learned for"
+            f"channels of {source.name if ours.reordered else name} were reordered, and {masks} was learned for other "
+            f"weights ({name}): put the masks onto the model that they were learned for"
         )
 
 

@@ -40,10 +40,9 @@ from halve.maths.pattern import Pattern, apply_mask
 from halve.model.layers import Layout, is_conv1d, is_linear, matrix_view
 from halve.option_groups import fill, group
 from halve.provenance import environment, source_fields
-from halve.recorded import Record, pattern_of, read_record
+from halve.recorded import SourcedRecord, pattern_of, read_record
 from halve.report.card import leave_card
 from halve.report.record import finite, mask_sha256
-from halve.report.schema import Origin
 from halve.run.directory import open_run
 from halve.run.events import Listener, Progress, announce, writing_told_to
 from halve.run.loop import prune_blocks
@@ -152,11 +151,10 @@ class Merged:
         return mean_of([each.off_mask for each in self.matrices if each.pruned])
 
 
-class _Record(Record, frozen=True, kw_only=True):
+class _Record(SourcedRecord, frozen=True, kw_only=True):
     """What a merge reads of the record besides."""
 
     tower: str | None = None
-    source: Origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +212,7 @@ def merge(
     with open_run(place) as run:
         dtype = torch.promote_types(dtype_to_prune_in(source) or torch.float32, torch.float32)
         loaded = load_model(source, dtype=dtype, attention=asked.loading.attention)
-        given = in_order_of(given, record, record.source, source, loaded)
+        given = in_order_of(given, record, source, loaded)
         targets = _targets(given, loaded, record, source.name)
         data: CalibrationData = []
         if asked.calibration is not None and any(target.mask is not None for target in targets):

@@ -5,8 +5,9 @@ command line — stands on several floors, so the reader stands below all of the
 layouts and the outcomes that a record names. A reader that needs more of it extends `Record` by fields of its own.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from torch import Tensor
@@ -15,7 +16,7 @@ from halve.checkpoint.directory import RECORD, contained
 from halve.checkpoint.durable import sha256_of
 from halve.checkpoint.shards import read_json
 from halve.checkpoint.validated import shown, validated, wrong
-from halve.errors import InputError, PatternError
+from halve.errors import HalveError, InputError, PatternError
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout
 from halve.order.folds import Move
@@ -27,6 +28,32 @@ FORMAT = 1
 REMEDY = "restore it, or prune again"
 MOST = 1e18
 """Numbers that Halve has put on record are smaller, or damaged; such a number fits a float and an integer."""
+
+
+class Named(msgspec.Struct, frozen=True, kw_only=True):
+    """A model: its kind, the name that the user gave, and a commit of the hub."""
+
+    kind: Literal["directory", "hub", "gguf", "memory"]
+    name: str
+    revision: str | None = None
+
+
+class Origin(Named, frozen=True, kw_only=True):
+    """What was pruned, and the sha256 of its files; of a checkpoint that Halve wrote, also what that was made from.
+
+    ``reordered`` says that its channels were in another order than those of what it was made from.
+    """
+
+    sha256: str | None = None
+    reordered: bool = False
+    made_from: Named | None = None
+
+
+class TrainedFrom(msgspec.Struct, frozen=True, kw_only=True):
+    """The checkpoint that a training began with, and the sha256 of its files."""
+
+    name: str
+    sha256: str | None = None
 
 
 class RecordedMatrix(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,12 +100,14 @@ class RecordedTraining(msgspec.Struct, frozen=True, kw_only=True):
     """One training end to end; ``tensors`` are those on disk that it may have changed, pruned or not."""
 
     tensors: tuple[str, ...]
+    started_from: TrainedFrom | None = None
 
 
 class RecordedMerge(msgspec.Struct, frozen=True, kw_only=True):
-    """One merge of an adapter; ``tensors`` are those on disk that it changed."""
+    """One merge of an adapter into a checkpoint; ``tensors`` are those on disk that it changed."""
 
     tensors: tuple[str, ...] = ()
+    into: Named | None = None
 
 
 class RecordedRounding(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +181,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         return any(matrix.status is Status.FELL_BACK for matrix in self.matrices)
 
 
+class SourcedRecord(Record, frozen=True, kw_only=True):
+    """A record with what was pruned."""
+
+    source: Origin
+
+
 Kind = TypeVar("Kind", bound=Record)
 
 
@@ -214,6 +249,71 @@ def orders_of(record: Record, directory: Path) -> list[tuple[Tensor, tuple[Move,
         ]
     except InputError as error:
         raise wrong(directory / RECORD, str(error), REMEDY) from error
+
+
+def made_from(directory: Path) -> dict[str, Any]:
+    """Return what is put on record of where a checkpoint came from; nothing where Halve did not write it."""
+    if not (directory / RECORD).is_file():
+        return {}
+    try:
+        read = read_record(directory, SourcedRecord)
+    except HalveError:  # of whoever calls a file so; it says nothing of the weights
+        return {}
+    before = read.source
+    first: Named = before if before.made_from is None else before.made_from
+    reordered = {"reordered": True} if read.orders or before.reordered else {}
+    return {**reordered, "made_from": {"kind": first.kind, "name": first.name, "revision": first.revision}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelOrder:
+    """The order of a checkpoint's channels, told by the models that have the same.
+
+    Attributes:
+        reordered: whether it is another one than that of the model that all this began with.
+        names: of models that have the same, as users gave them; the checkpoint's own is not among them.
+        sha256s: of the files of such models, the checkpoint's own among them.
+    """
+
+    reordered: bool
+    names: frozenset[str] = frozenset()
+    sha256s: frozenset[str] = frozenset()
+
+    def is_that_of(self, other: "ChannelOrder") -> bool:
+        """Whether two checkpoints of one model are known to have their channels in the same order."""
+        return not (self.reordered or other.reordered) or not self.sha256s.isdisjoint(other.sha256s)
+
+
+def channel_order(directory: Path, sha256: str) -> ChannelOrder:
+    """Return the order of the channels of a checkpoint, or of a model that Halve did not write.
+
+    Args:
+        directory: of the checkpoint; a file has no record.
+        sha256: of its files.
+
+    Raises:
+        CorruptFileError, UnreadableFileError: it has a record that cannot be read.
+    """
+    if not (directory.is_dir() and (directory / RECORD).is_file()):
+        return ChannelOrder(reordered=False, sha256s=frozenset({sha256}))
+    record = read_record(directory, SourcedRecord)
+    found = order_on_record(record)
+    return ChannelOrder(reordered=found.reordered, names=found.names, sha256s=found.sha256s | {sha256})
+
+
+def order_on_record(record: SourcedRecord) -> ChannelOrder:
+    """Return what a record says of the order of channels; the checkpoint's own sha256 is not in it."""
+    alike: list[Named | TrainedFrom | None] = [each.started_from for each in record.trainings]
+    alike += [each.into for each in record.merges]
+    if not record.orders:
+        alike += [record.source, None if record.source.reordered else record.source.made_from]
+    models = [each for each in alike if each is not None]
+    sums = (each.sha256 for each in models if isinstance(each, Origin | TrainedFrom))
+    return ChannelOrder(
+        reordered=bool(record.orders) or record.source.reordered,
+        names=frozenset(each.name for each in models),
+        sha256s=frozenset(each for each in sums if each is not None),
+    )
 
 
 def change_of(directory: Path, name: str, sha256: str) -> str:

@@ -19,6 +19,7 @@ from halve.checkpoint.directory import (
 )
 from halve.checkpoint.load import Source, load_model, resolve
 from halve.checkpoint.shards import TensorEntry, read_chunks, read_json, read_shard, read_tensor, tensor_bytes
+from halve.checkpoint.validated import shown
 from halve.checkpoint.weight_files import Weights, survey_weights
 from halve.errors import HalveError, InputError, PatternError, counted, first_few, noting
 from halve.maths.linalg import in_parts, is_finite
@@ -26,7 +27,8 @@ from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, inputs_last
 from halve.model.plan import place_of
 from halve.order.undoing import Undoing
-from halve.recorded import Record, change_of, orders_of, pattern_of, read_record
+from halve.provenance import files_sha256, source_fields
+from halve.recorded import Origin, Record, change_of, orders_of, pattern_of, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,12 @@ class CheckResult:
         first = self.problems[0]
         others = len(self.problems) - 1
         return f"failed: {first}" + (f" (and {counted(others, 'more problem')})" if others else "")
+
+
+class _Record(Record, frozen=True, kw_only=True):
+    """What is read of the record besides."""
+
+    source: Origin | None = None
 
 
 @dataclass
@@ -165,8 +173,11 @@ def check(
         with noting(found.note):
             undoing = Undoing(() if record is None else orders_of(record, directory))
         comparing = _compare_dequantised if original.kind == "gguf" else _compare
+        so_far = len(found.problems)
         comparing(tensors, original, changed, undoing, found)
         found.problems += filter(None, [undoing.problem])
+        if len(found.problems) > so_far and record is not None and (why := _other_order(record, original)):
+            found.problems.insert(so_far, why)
     return found.result(None if wanted is None else wanted.text)
 
 
@@ -220,14 +231,14 @@ def _check_config(directory: Path, found: _Findings, *, code: bool) -> bool:
     return False
 
 
-def _read_record(directory: Path, found: _Findings) -> Record | None:
+def _read_record(directory: Path, found: _Findings) -> _Record | None:
     if not (directory / RECORD).exists():
         found.notes.append(
             f"there is no {RECORD}: neither the files' sha256 nor which tensors were pruned is on record"
         )
         return None
     with noting(found.note):
-        record = read_record(directory, Record)
+        record = read_record(directory, _Record)
         if not record.files:
             found.problems.append(f"{RECORD} does not record the sha256 of the files")
         return record
@@ -442,6 +453,18 @@ def _compare_dequantised(
                 found.compared += 1
             elif name not in changed:
                 found.problems.append(f"tensor {name!r} was neither pruned nor tuned and differs from the original")
+
+
+def _other_order(record: _Record, original: Source) -> str:
+    """Say why a checkpoint differs from one that lies before a reordering that its record cannot undo; else nothing."""
+    source = record.source
+    if source is None or not source.reordered or files_sha256(source_fields(original)) == source.sha256:
+        return ""
+    return (
+        f"channels had been reordered before {shown(source.name)} was pruned to this, and how is on record there "
+        f"alone, so that {original.name} is in another order: compare with {shown(source.name)}, and that with what it "
+        "was made from"
+    )
 
 
 def _compare_names(tensors: _Tensors, theirs: Collection[str], found: _Findings) -> None:

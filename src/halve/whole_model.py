@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halve.checkpoint.directory import CONFIG, MEASURED, RECORD
+from halve.checkpoint.directory import CONFIG, MEASURED
 from halve.checkpoint.load import LoadedModel, Source, load_model, resolve
 from halve.checkpoint.precision import differing_dtypes, dtype_to_prune_in
 from halve.checkpoint.quantised import is_plain
@@ -26,11 +26,10 @@ from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
 from halve.order.reordering import FOLD
 from halve.provenance import files_sha256
-from halve.recorded import Record, read_record
+from halve.recorded import made_from
 from halve.report import record
 from halve.report.card import leave_beside
 from halve.report.measured import measured_json, write_measured
-from halve.report.schema import Named, Origin
 from halve.run.directory import RunDirectory
 from halve.run.events import Listener, Progress, RunLog, RunReport
 from halve.run.fingerprint import fingerprint
@@ -343,27 +342,7 @@ def _source_record(loaded: LoadedModel) -> dict[str, Any]:
         return {"kind": "memory", "name": type(loaded.model).__name__}
     source = loaded.source
     described = {"kind": source.kind, "name": source.name, "revision": source.revision}
-    return described | ({} if source.kind == "gguf" else _made_from(source.path))
-
-
-class _Record(Record, frozen=True, kw_only=True):
-    """What is read of the record of a checkpoint that is pruned again."""
-
-    source: Origin
-
-
-def _made_from(directory: Path) -> dict[str, Any]:
-    """Return what is on record of where a checkpoint came from; nothing where Halve did not write it."""
-    if not (directory / RECORD).is_file():
-        return {}
-    try:
-        read = read_record(directory, _Record)
-    except HalveError:  # of whoever calls a file so; it says nothing of the weights
-        return {}
-    before = read.source
-    first: Named = before if before.made_from is None else before.made_from
-    reordered = {"reordered": True} if read.orders or before.reordered else {}
-    return {**reordered, "made_from": {"kind": first.kind, "name": first.name, "revision": first.revision}}
+    return described | ({} if source.kind == "gguf" else made_from(source.path))
 
 
 def _verify(directory: Path, source: Source | None) -> None:

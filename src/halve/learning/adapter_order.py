@@ -1,8 +1,8 @@
 """An adapter for a checkpoint whose channels were reordered: taken as it is, put into that order, or refused by name.
 
 An adapter says nothing of an order; its config says which model it was trained on. One that was trained on the
-reordered checkpoint fits it as it is. One that was trained on the model from which that was made has its rows and
-columns moved along. Of any other nobody can tell.
+reordered checkpoint, or on one in the same order that this was trained from or merged into, fits it as it is. One that
+was trained on the model from which that was made has its rows and columns moved along. Of any other nobody can tell.
 """
 
 from collections.abc import Collection
@@ -17,36 +17,35 @@ from halve.errors import InputError
 from halve.learning.adapter import CONFIG, Adapter, Update
 from halve.model.layers import is_conv1d
 from halve.order.folds import Move
-from halve.recorded import Record, orders_of
-from halve.report.schema import Origin
+from halve.recorded import SourcedRecord, order_on_record, orders_of
 
 
-def in_order_of(adapter: Adapter, record: Record, origin: Origin, source: Source, loaded: LoadedModel) -> Adapter:
+def in_order_of(adapter: Adapter, record: SourcedRecord, source: Source, loaded: LoadedModel) -> Adapter:
     """Return an adapter in the order of the channels of a checkpoint.
 
     Args:
         adapter: as it was saved.
         record: of the checkpoint.
-        origin: what the checkpoint was made from, as its record has it.
         source: the checkpoint.
         loaded: its model.
 
     Raises:
-        InputError: the channels that it changes were reordered, and its config names neither of the two; or the model
-            that it was made from was in another order than that one's own.
+        InputError: the channels that it changes were reordered, and its config names no model whose order is known.
         CorruptFileError: an order on record is none.
     """
     moves = _moves_by_module(adapter, orders_of(record, source.path), loaded)
+    origin = record.source
     if not moves and not origin.reordered:
         return adapter
-    if _names(adapter.base, {source.name, str(source.path)}):
+    alike = {source.name, str(source.path), *order_on_record(record).names}
+    if _names(adapter.base, alike):
         return adapter
     if not _names(adapter.base, {origin.name}):
+        known = [source.name, *sorted(alike - {source.name, str(source.path), origin.name}), origin.name]
         raise InputError(
-            f"channels of {source.name} were reordered, and the adapter's base is {shown(repr(adapter.base))}, neither "
-            f"that checkpoint nor {shown(repr(origin.name))}, which it was made from, so that their order "
-            f"in the adapter is not known: name in its {CONFIG} (base_model_name_or_path) which of the two it was "
-            "trained on"
+            f"channels of {source.name} were reordered, and the adapter's base is {shown(repr(adapter.base))}, whose "
+            f"order is not on record: name in its {CONFIG} (base_model_name_or_path) which model it was trained on, if "
+            f"it is one of {shown(', '.join(map(repr, known)))}"
         )
     updates = {module: _moved(update, moves.get(module, ())) for module, update in adapter.updates.items()}
     return replace(adapter, updates=updates)

@@ -25,6 +25,8 @@ from halve.maths.pattern import Pattern, apply_mask
 from halve.model.masked import PrunedParameter
 
 VERSION = 1
+REORDERED = "reordered"
+"""The fact about a model, there only where it holds, that its channels were reordered."""
 _KEY = "halve_masks"
 _REMEDY = "fetch it again, or learn the masks again"
 

@@ -17,7 +17,7 @@ from halve.learning.finetuning import find_teacher
 from halve.learning.launch import is_first_process
 from halve.learning.learner import Learner
 from halve.learning.lesson import Lesson, Taught, carry_out
-from halve.learning.mask_files import write_masks
+from halve.learning.mask_files import REORDERED, write_masks
 from halve.learning.moments import Moments, input_moments
 from halve.learning.options import NONE, Training, refuse_present
 from halve.learning.training.publishing import source_json
@@ -29,7 +29,7 @@ from halve.model.plan import Matrix, Plan
 from halve.model.survey import plan_model
 from halve.option_groups import internal
 from halve.provenance import files_sha256, source_fields
-from halve.recorded import Record, read_record
+from halve.recorded import channel_order
 from halve.report.record import mask_facts
 from halve.report.training import learned_record, previous_record
 
@@ -94,8 +94,10 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
     """Learn masks as a request says; ``prior`` is a checkpoint here. What is raised is as for `halve.learn`."""
     check_asked(out, request)
     row = methods.get(request.method)
-    prior = None if request.prior is None else _prior_of(model, request)
+    prior = None if request.prior is None else _prior_of(request)
     source = resolve(model, trust_remote_code=request.machine.trust_remote_code)
+    if prior is not None:
+        _refuse_other_order(prior, source)
     pruned = source.path.is_dir() and (source.path / RECORD).exists()
     previous = previous_record(source.path) if pruned else None
     if previous is not None:
@@ -112,7 +114,10 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
 
     def record(student: LoadedModel, entry: Mapping[str, Any]) -> dict[str, Any]:
         if request.save_masks is not None and is_first_process():
-            facts = {name: str(value) for name, value in source_json(source).items() if value is not None}
+            described = source_json(source)
+            facts = {name: str(value) for name, value in described.items() if value is not None}
+            if channel_order(source.path, described["sha256"]).reordered:
+                facts[REORDERED] = "true"
             write_masks(Path(request.save_masks), school.masks(), request.pattern, facts)
         views = {each.name: view_of(student.model, each) for each in school.planned}
         facts_of = {name: mask_facts(name, view, request.pattern) for name, view in views.items()}
@@ -147,12 +152,11 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
     return carry_out(lesson, out, watch)
 
 
-def _prior_of(model: str | Path, request: Learning) -> Source:
+def _prior_of(request: Learning) -> Source:
     """Find the checkpoint that is the prior.
 
     Raises:
-        InputError: it is neither a directory nor on the hub, no pruned checkpoint, or one whose channels were
-            reordered, and not the model itself.
+        InputError: it is neither a directory nor on the hub, or no pruned checkpoint.
     """
     try:
         found = resolve(str(request.prior), trust_remote_code=request.machine.trust_remote_code)
@@ -162,13 +166,22 @@ def _prior_of(model: str | Path, request: Learning) -> Source:
         ) from error
     if found.path.is_dir() and (found.path / RECORD).exists():
         previous_record(found.path)
-        same = Path(str(model)).resolve() == found.path.resolve()
-        if read_record(found.path, Record).orders and not same:
-            raise InputError(
-                f"channels of the prior {found.name} were reordered, so that its masks are not for those of {model}: "
-                "prune it again without permute, or learn from that checkpoint itself"
-            )
     return found
+
+
+def _refuse_other_order(prior: Source, model: Source) -> None:
+    """Refuse a prior whose channels are in another order than the model's.
+
+    Raises:
+        InputError: they are, or are not known to be in the same.
+    """
+    theirs, ours = (channel_order(each.path, files_sha256(source_fields(each))) for each in (prior, model))
+    if not theirs.is_that_of(ours):
+        whose = f"the prior {prior.name}" if theirs.reordered else model.name
+        raise InputError(
+            f"channels of {whose} were reordered, so that the prior's masks are not for those of {model.name}: give a "
+            f"prior that was pruned from {model.name} without permute, or learn from {prior.name} itself"
+        )
 
 
 def _with_decay(request: Learning, row: methods.LearningMethod) -> Learning:

@@ -46,13 +46,26 @@ def read_channels(text: str, units: int, width: int) -> Tensor:
     return channels
 
 
-def said_of_orders(count: int) -> str:
-    """Say, in one sentence, that the inputs of so many matrices were reordered."""
-    matrices = counted(count, "matrix", "matrices")
-    return (
-        f"Channels were reordered: the inputs of {matrices}, folded into neighbouring weights. Without the zeros this "
-        "would be the same function; an adapter for the model as it was has to be merged with `halve merge`"
-    )
+def said_of_orders(count: int, *, before: bool = False) -> str:
+    """Say that channels were reordered; nothing where none were.
+
+    Args:
+        count: matrices whose inputs were reordered.
+        before: whether channels of the model that was pruned had been reordered by then.
+    """
+    found = []
+    if count:
+        found.append(
+            f"Channels were reordered: the inputs of {counted(count, 'matrix', 'matrices')}, folded into neighbouring "
+            "weights. Before pruning, the reordered model is the same function; an adapter for the model as it was has "
+            "to be merged with `halve merge`"
+        )
+    if before:
+        found.append(
+            "The checkpoint that this was made from had its channels reordered already: adapters and masks for the "
+            "model before that do not fit"
+        )
+    return ". ".join(found)
 
 
 def to_plain(order: Order) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run does with a block before its matrices are pruned: find its folds, and choose an order for each."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,8 @@ _SEED = 20
 class Reorderer:
     """Finds the folds of one block after the other, and chooses orders.
 
-    What a block like one before may fold is not looked for again, only proven.
+    Nothing is carried from one block to the next: a run that is continued has not seen the blocks before, and has to
+    come to the same bytes.
 
     Args:
         pattern: N:M that is pruned to.
@@ -36,7 +37,6 @@ class Reorderer:
     def __init__(self, pattern: Pattern, fixed: Collection[str]) -> None:
         self._pattern = pattern
         self._fixed = fixed
-        self._known: dict[tuple[object, ...], list[Fold]] = {}
 
     def folds(self, name: str, trial: Trial, matrices: Sequence[Matrix], number: int) -> list[Fold]:
         """Return the folds of a block that are proven.
@@ -50,17 +50,19 @@ class Reorderer:
         plain = [m for m in matrices if m.expert is None and not m.routed and not m.repeated]
         prefix = f"{name}."
         consumers = [m.parameter.removeprefix(prefix) for m in plain]
-        shapes = [(local, tuple(parameter.shape)) for local, parameter in trial.block.named_parameters()]
         fixed = {each.removeprefix(prefix) for each in self._fixed if each.startswith(prefix)}
-        known = (*shapes, *consumers, *sorted(fixed))
-        if known not in self._known:
-            self._known[known] = find_folds(trial, consumers, fixed, _SEED)
-        fitting = [fold for fold in self._known[known] if self._pattern.fits(fold.width)]
+        guessed = find_folds(trial, consumers, fixed, _SEED)
+        fitting = [fold for fold in guessed if self._pattern.fits(fold.width)]
         generator = torch.Generator().manual_seed(_SEED + number)
         return [fold for fold in fitting if is_proven(trial, fold, generator)]
 
     def choose(
-        self, name: str, block: nn.Module, folds: Sequence[Fold], statistics: Mapping[str, Statistics | None]
+        self,
+        name: str,
+        block: nn.Module,
+        folds: Sequence[Fold],
+        statistics: Mapping[str, Statistics | None],
+        warn: Callable[[str], None],
     ) -> list[Order]:
         """Choose an order for every fold by the loss that pruning its consumer is estimated to take.
 
@@ -69,6 +71,7 @@ class Reorderer:
             block: a float32 working copy, left as it is.
             folds: of the block.
             statistics: of the matrices' inputs, by the matrices' names.
+            warn: called with a sentence for every fold that no order can be chosen for.
 
         Returns:
             list[Order]: those that lower the estimate.
@@ -82,7 +85,8 @@ class Reorderer:
             weight = weight if fold.moves[0].dim == 1 else weight.T
             try:
                 saliency = saliencies(weight, stats.gram.to(weight.device))
-            except HalveError:  # the solver is going to say what is wrong with H
+            except HalveError as error:
+                warn(f"permute fold: the inputs of {name}.{fold.consumer} stay in their order: {error}")
                 continue
             laid = by_unit(saliency, fold.units, fold.moves[0].repeats)
             generator = torch.Generator().manual_seed(_SEED + number)

@@ -120,7 +120,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def unlike(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Return the largest relative difference of tensors from others, infinity where they are not as many, or shaped so.
 
-    A tensor that is not finite in both is left out of account, entry by entry, as masks are.
+    From zeros, everything but zeros differs infinitely. A tensor that is not finite in both is left out of account,
+    entry by entry, as masks are.
     """
     if len(found) != len(wanted) or any(one.shape != other.shape for one, other in zip(found, wanted, strict=True)):
         return float("inf")
@@ -130,6 +131,7 @@ def unlike(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
         both = one.isfinite() & other.isfinite()
         if not torch.equal(one.isfinite(), other.isfinite()):
             return float("inf")
-        size = other[both].norm()
-        worst = max(worst, float((one[both] - other[both]).norm() / size.clamp_min(1e-30)) if size else 0.0)
+        difference, size = float((one[both] - other[both]).norm()), float(other[both].norm())
+        if difference:
+            worst = max(worst, difference / size if size else float("inf"))
     return worst

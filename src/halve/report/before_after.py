@@ -15,9 +15,9 @@ from halve.errors import InputError
 from halve.evaluation.figure import Perplexity
 from halve.evaluation.request import Evaluation
 from halve.provenance import files_sha256, source_fields
-from halve.recorded import Record
+from halve.recorded import Origin, Record
 from halve.report.measured import add_perplexity, read_measured
-from halve.report.schema import Origin, record_of
+from halve.report.schema import record_of
 
 NO_DENSE = "none"
 """As the dense model: measure the pruned one alone."""

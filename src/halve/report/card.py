@@ -23,9 +23,9 @@ from halve.checkpoint.shards import read_json
 from halve.checkpoint.validated import shown
 from halve.errors import HalveError, PatternError, counted
 from halve.maths.pattern import Pattern
+from halve.recorded import Named
 from halve.report.facts import RunFacts, read_run
 from halve.report.page import write_report
-from halve.report.schema import Named
 from halve.report.top_one_facts import percent, saw_pictures
 from halve.versions import named_versions
 

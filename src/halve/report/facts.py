@@ -18,9 +18,9 @@ from halve.evaluation.figure import measured_as, said_difference
 from halve.evaluation.request import overlap
 from halve.model.plan import places_of
 from halve.order.recording import said_of_orders
-from halve.recorded import MOST, REMEDY
+from halve.recorded import MOST, REMEDY, Origin
 from halve.report.measured import Measured, Score, WorkerSeconds, read_measured
-from halve.report.schema import BlockEntry, MatrixEntry, Origin, WholeRecord, record_of
+from halve.report.schema import BlockEntry, MatrixEntry, WholeRecord, record_of
 from halve.report.top_one_facts import TopOneFacts, saw_pictures
 from halve.report.training_facts import TrainedScore, TrainingFacts, method_with, training_facts
 from halve.report.values import finite_or_none, finite_value, perplexity_value, texts
@@ -130,7 +130,7 @@ class RunFacts:
         excluded: how many parameters stayed dense, by reason.
         dense_weights: number of weights in them.
         origin: what was pruned, and where that came from.
-        reordered: what there is to say of channels that were reordered, a sentence; empty where none were.
+        reordered: what there is to say of channels that were reordered, now or before; empty where none were.
         merged: names of the adapters that were merged, in order.
         rounded: kinds of integers that kept weights were rounded to when they were packed, in order.
         warnings: sentences.
@@ -315,7 +315,7 @@ def _facts(directory: Path, record: WholeRecord, measured: Measured) -> RunFacts
         workers=measured.workers,
         origin=record.source,
         dense_weights=int(finite_value(sum(math.prod(entry.shape) for entry in record.excluded if entry.shape))),
-        reordered="" if not record.orders else said_of_orders(len(record.orders)),
+        reordered=said_of_orders(len(record.orders), before=record.source.reordered),
         merged=tuple(entry.adapter.name for entry in record.merges),
         rounded=tuple(entry.values for entry in record.quantised),
     )

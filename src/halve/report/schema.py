@@ -10,34 +10,17 @@ from halve.errors import InputError
 from halve.recorded import (
     MOST,
     Kind,
+    Origin,
     Record,
     RecordedBlock,
     RecordedMatrix,
     RecordedMerge,
     RecordedTraining,
+    TrainedFrom,
     read_record,
 )
 
 Count = Annotated[int, Meta(ge=0, lt=int(MOST))]
-
-
-class Named(Struct, frozen=True, kw_only=True):
-    """A model: its kind, the name that the user gave, and a commit of the hub."""
-
-    kind: Literal["directory", "hub", "gguf", "memory"]
-    name: str
-    revision: str | None = None
-
-
-class Origin(Named, frozen=True, kw_only=True):
-    """What was pruned, and the sha256 of its files; of a checkpoint that Halve wrote, also what that was made from.
-
-    ``reordered`` says that its channels were in another order than those of what it was made from.
-    """
-
-    sha256: str | None = None
-    reordered: bool = False
-    made_from: Named | None = None
 
 
 class MatrixEntry(RecordedMatrix, frozen=True, kw_only=True):
@@ -86,13 +69,6 @@ class ObjectiveEntry(Struct, frozen=True, kw_only=True):
     shrinkage: float | str | UnsetType = UNSET
     match_dense: float
     match_ridge: float | UnsetType = UNSET
-
-
-class TrainedFrom(Struct, frozen=True, kw_only=True):
-    """The checkpoint that a training began with, and the sha256 of its files."""
-
-    name: str
-    sha256: str | None = None
 
 
 class TextEntry(Struct, frozen=True, kw_only=True):

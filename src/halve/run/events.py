@@ -120,6 +120,7 @@ class RunReport:
         shards: parts of the calibration set that were summed by themselves.
         norms: full names of the statistics of batch norms that were estimated anew.
         orders: of channels that were reordered.
+        not_reordered: full names of blocks with matrices where nothing was reordered, though it was asked for.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -135,6 +136,7 @@ class RunReport:
     shards: int = 1
     norms: tuple[str, ...] = ()
     orders: tuple[Order, ...] = ()
+    not_reordered: tuple[str, ...] = ()
 
     @property
     def changed(self) -> set[str]:
@@ -151,7 +153,7 @@ class RunReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences the user should read."""
-        return (*_of_matrices(self.matrices), *_of_time(self), *_of_blocks(self.reconstructions))
+        return (*_of_matrices(self.matrices), *_of_time(self), *_of_blocks(self.reconstructions), *_of_orders(self))
 
     @property
     def fallbacks(self) -> tuple[MatrixReport, ...]:
@@ -163,6 +165,19 @@ class RunReport:
         """Mean of the matrices' relative losses; NaN when no matrix has one (no statistics)."""
         losses = [m.facts["relative_loss"] for m in self.matrices if "relative_loss" in m.facts]
         return sum(losses) / len(losses) if losses else math.nan
+
+
+def _of_orders(report: RunReport) -> list[str]:
+    """Say where nothing was reordered, though it was asked for."""
+    names = report.not_reordered
+    if not names:
+        return []
+    sentence = (
+        f"permute fold: nothing could be folded in {len(names)} of {counted(report.blocks, 'block')} (the first is "
+        f"{names[0]}): no channels were found there that can be proven to move without a change, or no other order of "
+        "them promised a lower loss; these blocks were pruned as they were"
+    )
+    return [sentence]
 
 
 def seconds_of_pruning(seconds: Mapping[str, float]) -> float:

@@ -225,7 +225,8 @@ class LocalExecutor:
             name = job.plan.blocks[block]
             trial = Trial(at.work, self._short, at.place, job.device, torch.Generator().manual_seed(block))
             folds = self._reorderer.folds(name, trial, job.plan.of_block(block), block)
-            orders = self._reorderer.choose(name, at.work, folds, self._statistics)
+            warn = partial(self._caution, block, Phase.REORDER)
+            orders = self._reorderer.choose(name, at.work, folds, self._statistics, warn)
             for order in orders:
                 permute(at.work, order.fold, order.channels)
                 consumer = f"{name}.{order.fold.consumer}"
@@ -234,6 +235,9 @@ class LocalExecutor:
                     self._statistics[consumer] = reordered(statistics, order)
                 self._roots |= order.applied(self._roots)
         return tuple(orders)
+
+    def _caution(self, block: int, phase: Phase, sentence: str) -> None:
+        self._job.tell(block, phase, caution=sentence)
 
     def solve(
         self, block: int, bundles: Sequence[Sequence[Matrix]], options: Callable[[Sequence[Matrix]], dict[str, Any]]

@@ -249,6 +249,7 @@ class _Loop:
             shards=len(job.shards),
             norms=tuple(self._norms),
             orders=tuple(self._orders),
+            not_reordered=self._not_reordered(),
         )
 
     def _passed(self, job: Job) -> int:
@@ -335,6 +336,14 @@ class _Loop:
             for name, moved in order.applied({name: each.data for name, each in parameters.items()}).items():
                 parameters[name].data.copy_(moved)
             self._orders.append(order)
+
+    def _not_reordered(self) -> tuple[str, ...]:
+        """Return the blocks with matrices in which no channels were reordered; none where that was not asked for."""
+        if self._settings.permute != FOLD:
+            return ()
+        done = {order.block for order in self._orders}
+        blocks = enumerate(self._plan.blocks)
+        return tuple(name for index, name in blocks if name not in done and self._plan.of_block(index))
 
     def _warn_of_few_tokens(self, index: int, inputs: Mapping[str, Inputs]) -> None:
         if self._reports or self._settings.as_followed.objective.shrinkage:
