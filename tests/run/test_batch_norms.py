@@ -192,3 +192,14 @@ def test_workers_are_refused_before_they_begin(tmp_path):
     source = save(trained(), tmp_path / "dense")
     with pytest.raises(InputError, match=r"estimated anew in one process: leave workers out, or keep the statistics"):
         halve.prune(source, tmp_path / "out", calibration=pictures(), method="wanda", workers=2)
+
+
+def test_the_report_and_the_card_say_so(tmp_path):
+    source = save(trained(), tmp_path / "dense")
+    out = halve.prune(source, tmp_path / "out", calibration=pictures(), method="wanda").out
+    card, page = ((out / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
+    norms = len([name for name in batch_norms(trained()) if ".stages." in name])
+    assert f"- Statistics of {norms} batch norms estimated anew on the calibration data." in card
+    assert f"The statistics of {norms} batch norms were estimated anew on the calibration data." in page
+    assert "<td>estimate</td>" in page
+    assert "`halve pack DIR" not in card  # all that was pruned are convolutions

@@ -131,6 +131,8 @@ class RunFacts:
         dense_weights: number of weights in them.
         origin: what was pruned, and where that came from.
         reordered: what there is to say of channels that were reordered, now or before; empty where none were.
+        norms: number of batch norms whose statistics were estimated anew.
+        only_convolutions: whether all that was pruned are convolutions, for which there are no sparse products.
         merged: names of the adapters that were merged, in order.
         rounded: kinds of integers that kept weights were rounded to when they were packed, in order.
         warnings: sentences.
@@ -174,6 +176,8 @@ class RunFacts:
     origin: Origin
     dense_weights: int
     reordered: str = ""
+    norms: int = 0
+    only_convolutions: bool = False
     merged: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
 
@@ -316,6 +320,8 @@ def _facts(directory: Path, record: WholeRecord, measured: Measured) -> RunFacts
         origin=record.source,
         dense_weights=int(finite_value(sum(math.prod(entry.shape) for entry in record.excluded if entry.shape))),
         reordered=said_of_orders(len(record.orders), before=record.source.reordered),
+        norms=len({name.rpartition(".")[0] for name in record.norm_statistics}),
+        only_convolutions=bool(record.matrices) and all(entry.layout == "conv" for entry in record.matrices),
         merged=tuple(entry.adapter.name for entry in record.merges),
         rounded=tuple(entry.values for entry in record.quantised),
     )
@@ -325,6 +331,7 @@ def _settings(record: WholeRecord) -> dict[str, Any]:
     """Return what was asked for, value by name; what belongs together has its group before the name."""
     names = ("pattern", "method", "refit", "skip", "fallback", "min_expert_tokens", "device", "forward_dtype")
     settings = {name: getattr(record, name) for name in names} | record.options
+    settings |= {name: value for name in ("batch_norm", "permute") if (value := getattr(record, name))}
     faster, costliest = record.only_where_faster or {}, record.keep_dense or {}
     groups = {
         "objective": to_builtins(record.objective),

@@ -148,6 +148,8 @@ class WholeRecord(Record, frozen=True, kw_only=True):
     reconstruction: dict[str, Any] | None
     objective: ObjectiveEntry
     only_where_faster: dict[str, Any] | None = None
+    batch_norm: str = ""
+    permute: str = ""
     keep_dense: dict[str, Any] | None = None
     calibration: dict[str, Any]
     device: str
