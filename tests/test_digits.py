@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoImageProcessor
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import digits
@@ -15,6 +16,14 @@ import halve
 from halve.cli.app import app
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def verbosity_as_before():
+    """The scripts ask transformers to be quiet, for all that comes after."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module")

@@ -202,7 +202,7 @@ def test_it_takes_the_memory_of_a_block_not_of_the_model(tmp_path):
         command = [sys.executable, "-c", _MEASURED, source, tmp_path / stream, stream]
         most[stream] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     assert most["always"] < 0.6 * size  # of twelve blocks one, its copy, its statistics, and what libraries keep
-    assert most["never"] > 0.9 * size  # so the measure would show it
+    assert most["never"] > 0.8 * size  # so the measure would show it; what was freed before makes up for some of it
 
 
 @pytest.mark.parametrize(
