@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recovery_picture import finish
 from wind_tunnel_picture import COLOURS, MARKERS
 
 _FAMILIES = {
@@ -51,13 +52,7 @@ def draw(entries: Sequence[Mapping[str, Any]], text: str, path: Path) -> None:
                 if name.startswith("all "):
                     axis.annotate(name[4:], (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
         axis.set(xlabel="share of the prunable weights pruned to 2:4, %", ylabel=f"perplexity of {text}", yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(visible=True, which="both", alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        finish(figure, axis, path)
         plt.close(figure)
 
 

@@ -7,9 +7,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halve.checkpoint.directory import RECORD
 from wind_tunnel_picture import COLOURS, MARKERS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def curve(directory: Path) -> tuple[list[int], list[float]]:
@@ -33,6 +38,12 @@ def draw(directories: Sequence[Path], labels: Sequence[str], path: Path) -> None
         axis.plot(*curve(directory), label=label, color=colour, marker=marker, markersize=5)
     axis.set(xlabel="tokens trained on", ylabel="perplexity of held-out text", yscale="log")
     axis.xaxis.set_major_formatter(lambda tokens, _place: f"{tokens / 1000:g}k" if tokens else "0")
+    finish(figure, axis, path)
+    plt.close(figure)
+
+
+def finish(figure: "Figure", axis: "Axes", path: Path) -> None:
+    """Give a picture of perplexities its grid and legend, and write it, without the date."""
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(visible=True, which="both", alpha=0.25)
@@ -40,7 +51,6 @@ def draw(directories: Sequence[Path], labels: Sequence[str], path: Path) -> None
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -198,11 +198,17 @@ def test_it_takes_the_memory_of_a_block_not_of_the_model(tmp_path):
     source = save(model, tmp_path / "model")
     size = (source / "model.safetensors").stat().st_size
     most = {}
-    for stream in ("always", "never"):  # each in a process of its own, whose memory holds nothing else
-        command = [sys.executable, "-c", _MEASURED, source, tmp_path / stream, stream]
-        most[stream] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    def measured(stream, attempt=0):  # in a process of its own, whose memory holds nothing else
+        command = [sys.executable, "-c", _MEASURED, source, tmp_path / f"{stream}{attempt}", stream]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+    most["always"] = measured("always")
+    # Memory that the libraries' first run has freed makes up for some of it, by chance.
+    attempts = (measured("never", attempt) for attempt in range(3))
+    most["never"] = next((found for found in attempts if found > 0.9 * size), 0)
     assert most["always"] < 0.6 * size  # of twelve blocks one, its copy, its statistics, and what libraries keep
-    assert most["never"] > 0.8 * size  # so the measure would show it; what was freed before makes up for some of it
+    assert most["never"] > 0.9 * size  # so the measure would show it
 
 
 @pytest.mark.parametrize(

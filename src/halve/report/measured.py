@@ -224,6 +224,18 @@ def write_measured(directory: Path, content: Mapping[str, Any]) -> str:
         return write_file(directory / MEASURED, [text.encode()], "measured")
 
 
+def _on_record(directory: Path) -> dict[str, Any]:
+    """Return what was measured of a checkpoint, checked; where nothing was, an empty record.
+
+    Raises:
+        CorruptFileError: as `read_measured`.
+    """
+    path = directory / MEASURED
+    content: dict[str, Any] = read_json(path) if path.exists() else {"format": FORMAT, "perplexity": []}
+    _checked(content, path)
+    return content
+
+
 def add_perplexity(directory: Path, before: Sequence[Perplexity], after: Sequence[Perplexity]) -> None:
     """Put perplexities on record; those of the same text, cut into the same windows, are replaced.
 
@@ -236,10 +248,7 @@ def add_perplexity(directory: Path, before: Sequence[Perplexity], after: Sequenc
         CorruptFileError: as `read_measured`.
         HalveError: as `write_measured`.
     """
-    path = directory / MEASURED
-    empty: dict[str, Any] = {"format": FORMAT, "perplexity": []}
-    content = read_json(path) if path.exists() else empty
-    _checked(content, path)
+    content = _on_record(directory)
     for index, score in enumerate(after):
         facts = {name: value for name, value in asdict(score).items() if name not in _OF_ONE}
         windows = rounded(score.window_nll)
@@ -273,10 +282,7 @@ def add_top_one(directory: Path, before: TopOne | None, after: TopOne) -> None:
         CorruptFileError: as `read_measured`.
         HalveError: as `write_measured`.
     """
-    path = directory / MEASURED
-    empty: dict[str, Any] = {"format": FORMAT, "perplexity": []}
-    content = read_json(path) if path.exists() else empty
-    _checked(content, path)
+    content = _on_record(directory)
     entry = {name: value for name, value in asdict(after).items() if name not in ("right", "seconds")}
     change = None if before is None else after.minus(before)
     entry |= {
