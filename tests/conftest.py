@@ -1,5 +1,7 @@
 """Settings and fixtures for all tests."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
@@ -9,11 +11,20 @@ from tiny_tokenizers import SENTENCES, byte_bpe
 # A busy machine must not turn a slow example into a failure.
 settings.register_profile("halve", deadline=None)
 settings.load_profile("halve")
+# Ray keeps the mode of its first cluster in a process, and the clusters that tests start by hand have no token.
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 
 def pytest_collection_modifyitems(items):
     """Let tests that start Ray come last: its threads would not survive in the forks of others."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
+@pytest.fixture(autouse=True)
+def ray_only_where_it_is_marked(request, monkeypatch):
+    """Let no test start Ray, or reach it, before those that are sorted to the end."""
+    if request.node.get_closest_marker("ray") is None:
+        monkeypatch.setattr("halve.workers.cluster._connect", None)
 
 
 @pytest.fixture

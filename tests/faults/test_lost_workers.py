@@ -82,8 +82,7 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token has to be there before Ray is imported
+def nodes():
     folder = Path("/tmp") / f"ray-{os.getpid()}-{random.randrange(10**6)}"  # noqa: S108 - paths of sockets must be short
     folder.mkdir()
     before = torch.get_num_threads()
@@ -149,7 +148,6 @@ POINTS = (*OFTEN, "worker.collect.start@2", "worker.solve.done@2")
 )
 def test_workers_that_die_at_every_named_point_cost_nothing_but_time(tmp_path, monkeypatch, point):
     """Every worker dies there, those that take the place of others too, so that each block loses one or more."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     source, notes = save(decoder("llama"), tmp_path / "model"), []
@@ -164,7 +162,6 @@ def test_workers_that_die_at_every_named_point_cost_nothing_but_time(tmp_path, m
 
 
 def test_workers_that_always_die_stop_the_run_in_a_sentence_and_it_goes_on_without(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     source, out = save(decoder("llama"), tmp_path / "model"), tmp_path / "out"

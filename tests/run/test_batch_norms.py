@@ -188,12 +188,6 @@ def test_what_cannot_be_done_is_refused():
         halve.prune(resnet(), calibration=pictures(), batch_norm="reset")
 
 
-def test_workers_are_refused_before_they_begin(tmp_path):
-    source = save(trained(), tmp_path / "dense")
-    with pytest.raises(InputError, match=r"estimated anew in one process: leave workers out, or keep the statistics"):
-        halve.prune(source, tmp_path / "out", calibration=pictures(), method="wanda", workers=2)
-
-
 def test_the_report_and_the_card_say_so(tmp_path):
     source = save(trained(), tmp_path / "dense")
     out = halve.prune(source, tmp_path / "out", calibration=pictures(), method="wanda").out

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from halve.run.bundles import bundles
 from halve.run.phases import Phase
 from halve.workers import crew, roster
 from halve.workers.worker import Worker
-from models import decoder, encoder_decoder, pairs, save, tokens
+from models import decoder, encoder_decoder, pairs, resnet, save, tokens
 from ray_workers import workers_below
+from test_convolutions import pictures
 
 ray = pytest.importorskip("ray", reason="workers need Ray: pip install 'halve[ray]'")
 pytestmark = [
@@ -36,7 +39,6 @@ def local_ray():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray keeps the mode of its first cluster in a process
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     yield
     ray.shutdown()
@@ -310,3 +312,21 @@ def test_what_cannot_be_shared_is_refused(tmp_path, llama, options, sentence):
 def test_a_model_in_memory_is_refused(tmp_path):
     with pytest.raises(InputError, match="workers read the model from a disk"):
         halve.prune(decoder("llama"), tmp_path / "out", workers=1, **WANDA)
+
+
+def test_batch_norms_that_are_estimated_anew_are_refused_before_workers_are_hired(tmp_path):
+    source = save(resnet(), tmp_path / "dense")
+    with pytest.raises(InputError, match=r"estimated anew in one process: leave workers out, or keep the statistics"):
+        halve.prune(source, tmp_path / "out", calibration=pictures(), method="wanda", workers=2)
+
+
+def test_the_cluster_of_a_command_has_the_token_of_its_user(tmp_path, llama):
+    """The default of Ray, which the other tests switch off."""
+    shared = {**os.environ, "HOME": str(tmp_path)}
+    del shared["RAY_AUTH_MODE"]
+    command = [sys.executable, "-m", "halve", "prune", llama, "--out", tmp_path / "out", "--device", "cpu"]
+    command += ["--method", "magnitude", "--refit", "none", "--workers", "1", "--worker-threads", "1"]
+    done = subprocess.run(command, env=shared, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    halve.prune(llama, tmp_path / "alone", method="magnitude", refit="none", device="cpu")
+    assert written(tmp_path / "out") == written(tmp_path / "alone")
