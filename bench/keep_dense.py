@@ -101,25 +101,28 @@ class Bench:
         self.work = Path(options.work)
         self.work.mkdir(parents=True, exist_ok=True)
         self.results = self.work / "results.jsonl"
+        self.method = f"auto, {options.effort}" if options.method == "auto" else options.method
 
     def done(self) -> list[dict[str, Any]]:
         """Return what is there."""
         lines = self.results.read_text(encoding="utf-8").splitlines() if self.results.exists() else []
         return [json.loads(line) for line in lines]
 
-    def run(self, name: str, method: str, chosen: Sequence[str], matrices: Sequence[Matrix]) -> None:
+    def run(self, name: str, chosen: Sequence[str], matrices: Sequence[Matrix]) -> None:
         """Prune all but what was chosen, measure, and keep the figures; nothing if that was done before."""
-        if any(entry["name"] == name and entry["method"] == method for entry in self.done()):
+        if any(entry["name"] == name and entry["method"] == self.method for entry in self.done()):
             return
         begun = time.monotonic()
-        pruned = self.prune(method, chosen)
+        pruned = self.prune(chosen)
         seconds = time.monotonic() - begun
         kept = weights_of(matrices, chosen) / weights_of(matrices)
-        self._keep(name, method, kept, pruned, seconds)
+        self._keep(name, self.method, kept, pruned, seconds)
 
-    def prune(self, method: str, chosen: Sequence[str] = (), out: Path | None = None) -> torch.nn.Module:
+    def prune(self, chosen: Sequence[str] = (), out: Path | None = None) -> torch.nn.Module:
         """Return the model with everything pruned but what was chosen."""
-        options: dict[str, Any] = {"method": method, "refit": "none"} if method != "auto" else {"method": method}
+        options: dict[str, Any] = {"method": self.options.method, "refit": "none"}
+        if self.options.method == "auto":
+            options = {"method": "auto", "effort": self.options.effort}
         asked = {"samples": self.options.samples, "seq_len": self.options.seq_len, "calibration": self.options.train}
         return halve.prune(self.options.model, out, pattern=PATTERN, skip=list(chosen), **asked, **options).model
 
@@ -153,12 +156,12 @@ class Bench:
 
     def put_back(self, name: str, chosen: Sequence[str], matrices: Sequence[Matrix]) -> None:
         """Prune everything, once for all choices, put back what was chosen, measure, and keep the figures."""
-        method = f"{self.options.method}, put back"
+        method = f"{self.method}, put back"
         if any(entry["name"] == name and entry["method"] == method for entry in self.done()):
             return
         out = self.work / "pruned"
         if not (out / "halve.json").exists():
-            self.prune(self.options.method, out=out)
+            self.prune(out=out)
         model, dense = (load_model(resolve(place)).model for place in (str(out), self.options.model))
         with torch.no_grad():
             for parameter in chosen:
@@ -200,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluate", nargs="+", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--method", default="sparsegpt")
+    parser.add_argument("--effort", default="fast", help="of auto")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
@@ -212,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in given.choices:
         bench.put_back(name, bench.chosen(name, matrices), matrices)
     for name in given.runs:
-        bench.run(name, given.method, bench.chosen(name, matrices), matrices)
+        bench.run(name, bench.chosen(name, matrices), matrices)
     print(table(bench.done()))
     sys.stdout.flush()
 
