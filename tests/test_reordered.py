@@ -218,7 +218,6 @@ def test_a_reordered_checkpoint_is_pruned_again_and_says_so(pruned, dense, tmp_p
         ({"pattern": "50%"}, "50% has none"),
         ({"method": "magnitude", "refit": "none"}, "magnitude with refit none uses none"),
         ({"permute": "all"}, "permute must be 'none' or 'fold', got 'all'"),
-        ({"workers": 2}, "leave workers out"),
     ],
 )
 def test_what_cannot_be_reordered_is_refused(dense, tmp_path, options, why):

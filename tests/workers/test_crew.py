@@ -31,6 +31,7 @@ pytestmark = [
 TEXT = [{"input_ids": tokens(2, 16, seed=seed)} for seed in range(6)]
 ASKED = {"calibration": TEXT, "shards": 4, "device": "cpu", "forward_dtype": "float32"}
 WANDA = {"method": "wanda", "refit": "cg", **ASKED}
+REORDERED = {"method": "sparsegpt", "permute": "fold", **ASKED}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,8 @@ def written(folder):
 def facts(pruned):
     """What is on record of a run but for its times."""
     return [
-        pruned.record[name] for name in ("matrices", "blocks", "excluded", "warnings", "environment", "calibration")
+        pruned.record.get(name)
+        for name in ("matrices", "blocks", "excluded", "warnings", "environment", "calibration", "orders")
     ]
 
 
@@ -74,6 +76,11 @@ FAMILIES = {
         {**WANDA, "reconstruct": halve.Reconstruction(epochs=1, learning_rate=1e-3)},
     ),
     "where faster": (lambda: decoder("llama"), {**WANDA, "only_where_faster": 0.01}),
+    "reordered": (lambda: decoder("llama"), REORDERED),
+    "reordered and reconstructed": (
+        lambda: decoder("llama"),
+        {**REORDERED, "reconstruct": halve.Reconstruction(epochs=1, learning_rate=1e-3)},
+    ),
     "keep dense": (lambda: decoder("llama"), {**WANDA, "keep_dense": "20%"}),
     "without data": (lambda: decoder("llama"), {"method": "magnitude", "refit": "none", "device": "cpu"}),
 }
@@ -101,6 +108,16 @@ def test_matrices_that_share_inputs_may_be_pruned_apart(tmp_path, llama, monkeyp
     asked = {**WANDA, "method": "sparsegpt"}
     halve.prune(llama, tmp_path / "alone", **asked)
     halve.prune(llama, tmp_path / "out", workers=2, **asked)
+    assert written(tmp_path / "out") == written(tmp_path / "alone")
+
+
+def test_workers_that_die_while_channels_are_reordered_cost_nothing_but_time(tmp_path, llama):
+    alone = halve.prune(llama, tmp_path / "alone", **REORDERED)
+    assert {order["block"] for order in alone.record["orders"]} == {f"model.layers.{block}" for block in range(3)}
+    listen = killing(Phase.REORDER, 1, how_many=2)
+    shared = halve.prune(llama, tmp_path / "out", workers=2, worker_threads=1, listen=listen, **REORDERED)
+    assert listen.done
+    assert facts(shared) == facts(alone)
     assert written(tmp_path / "out") == written(tmp_path / "alone")
 
 

@@ -34,6 +34,7 @@ def charge(model, scratch, *, mark=None, path=None, shards=((0, 2), (2, 3)), fil
         shards=list(shards),
         scratch=str(scratch),
         collect=True,
+        fixed=[],
         together=[],
         neighbours=1,
     )

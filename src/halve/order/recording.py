@@ -70,19 +70,25 @@ def said_of_orders(count: int, *, before: bool = False) -> str:
 
 def to_plain(order: Order) -> dict[str, Any]:
     """Return an order as values that JSON keeps exactly."""
-    return {
-        "block": order.block,
-        "consumer": order.fold.consumer,
-        "units": order.fold.units,
-        "width": order.fold.width,
-        "estimate": order.estimate,
-        "channels": packed_channels(order.channels),
-        "moves": [asdict(move) for move in order.fold.moves],
-    }
+    fold = fold_to_plain(order.fold)
+    moves = fold.pop("moves")
+    chosen = {"estimate": order.estimate, "channels": packed_channels(order.channels)}
+    return {"block": order.block, **fold, **chosen, "moves": moves}
 
 
 def from_plain(plain: Mapping[str, Any]) -> Order:
     """Return what `to_plain` was given."""
-    moves = tuple(Move(**move) for move in plain["moves"])
-    fold = Fold(plain["consumer"], plain["units"], plain["width"], moves)
+    fold = fold_from_plain(plain)
     return Order(plain["block"], fold, read_channels(plain["channels"], fold.units, fold.width), plain["estimate"])
+
+
+def fold_to_plain(fold: Fold) -> dict[str, Any]:
+    """Return a fold as values that JSON keeps exactly."""
+    moves = [asdict(move) for move in fold.moves]
+    return {"consumer": fold.consumer, "units": fold.units, "width": fold.width, "moves": moves}
+
+
+def fold_from_plain(plain: Mapping[str, Any]) -> Fold:
+    """Return what `fold_to_plain` was given."""
+    moves = tuple(Move(**move) for move in plain["moves"])
+    return Fold(plain["consumer"], plain["units"], plain["width"], moves)

@@ -211,13 +211,25 @@ def solve_bundle(
     statistics: Statistics | None,
     options: Mapping[str, Any],
     gradients: Sequence[Gradient] | None = None,
+    orders: Sequence[Order] = (),
 ) -> list[Outcome]:
     """Prune matrices of a job's model that share their statistics; the model is left as it is.
+
+    Args:
+        job: what is worked on.
+        bundle: the matrices.
+        statistics: of their inputs, in their orders; None where none are needed.
+        options: of method and refit.
+        gradients: of each, for a method that weighs them.
+        orders: that the matrices come into first; what the model has is in these already where there are none.
 
     Raises:
         HalveError: as `halve.run.bundles.prune_bundle`.
     """
-    weights = [matrix.view(job.model.get_parameter(matrix.parameter).data).to(job.device) for matrix in bundle]
+    stored = {matrix.parameter: job.model.get_parameter(matrix.parameter).data for matrix in bundle}
+    for order in orders:
+        stored |= order.applied(stored)
+    weights = [matrix.view(stored[matrix.parameter]).to(job.device) for matrix in bundle]
     masks = None if job.masks is None else [job.masks[matrix.name].to(job.device) for matrix in bundle]
     return prune_bundle(
         bundle,

@@ -23,7 +23,7 @@ from halve.model.plan import Matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.model.stream import Stream
 from halve.model.survey import StackRun
-from halve.order.folds import Order, permute
+from halve.order.folds import Fold, Order, permute
 from halve.order.reordering import FOLD, Reorderer, reordered, shared_parameters
 from halve.order.trial import Trial
 from halve.run.batch_norms import LEAST, STATISTICS, batch_norms, estimate, parameter_or_buffer
@@ -223,10 +223,8 @@ class LocalExecutor:
         job.tell(block, Phase.REORDER)
         with job.phases.timing(Phase.REORDER):
             name = job.plan.blocks[block]
-            trial = Trial(at.work, self._short, at.place, job.device, torch.Generator().manual_seed(block))
-            folds = self._reorderer.folds(name, trial, job.plan.of_block(block), block)
             warn = partial(self._caution, block, Phase.REORDER)
-            orders = self._reorderer.choose(name, at.work, folds, self._statistics, warn)
+            orders = self._reorderer.choose(name, at.work, self.folds(block), self._statistics, warn)
             for order in orders:
                 permute(at.work, order.fold, order.channels)
                 consumer = f"{name}.{order.fold.consumer}"
@@ -235,6 +233,14 @@ class LocalExecutor:
                     self._statistics[consumer] = reordered(statistics, order)
                 self._roots |= order.applied(self._roots)
         return tuple(orders)
+
+    def folds(self, block: int) -> list[Fold]:
+        """Return the folds of a block; its inputs were gathered."""
+        job, at = self._job, self._passage(block)
+        if self._reorderer is None or self._short is None:
+            return []
+        trial = Trial(at.work, self._short, at.place, job.device, torch.Generator().manual_seed(block))
+        return self._reorderer.folds(job.plan.blocks[block], trial, job.plan.of_block(block), block)
 
     def _caution(self, block: int, phase: Phase, sentence: str) -> None:
         self._job.tell(block, phase, caution=sentence)

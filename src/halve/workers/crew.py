@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from halve.model.collect import check_called, merge_leaders
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.order.folds import Order
+from halve.order.recording import from_plain
 from halve.run.bundles import operations
 from halve.run.events import WorkerReport
 from halve.run.executor import Inputs, Job
@@ -23,19 +25,38 @@ from halve.workers.fetching import LostError, fetch
 from halve.workers.messages import pack, unpack
 from halve.workers.roster import BEGINS, Files, Member, Roster, dealt, is_late
 
+A = TypeVar("A", bound=terms.Answer)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What any worker can do once it has what was summed over the inputs of a matrix.
+
+    Attributes:
+        method: of the worker (`halve.workers.worker.Worker`).
+        matrix: its name.
+        cost: what this takes, in any unit that the tasks dealt out with it have too.
+        content: returns that of the message; called when the task is begun.
+    """
+
+    method: str
+    matrix: str
+    cost: float
+    content: Callable[[], Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class _Work:
-    """What a worker is pruning.
+    """What a worker is doing.
 
     Attributes:
-        bundle: index of the bundle.
+        task: index of the task.
         call: that will be answered.
-        holders: workers that have summed over its inputs.
+        holders: workers that have summed over the inputs of its matrix.
         began: when.
     """
 
-    bundle: int
+    task: int
     call: Pending
     holders: Sequence[Member]
     began: float
@@ -63,6 +84,7 @@ class Crew:
         self._leaders: dict[str, str] = {}
         self._parts: dict[int, tuple[Member, terms.Part]] = {}
         self._sums: dict[str, dict[int, tuple[Member, Pending]]] = {}
+        self._orders: list[dict[str, Any]] = []  # of the block that is being pruned
         self._at_work: dict[Member, _Work] = {}
         self._roster.busy = self._at_work.keys()
 
@@ -97,6 +119,7 @@ class Crew:
         """See `Executor`."""
         self._sums.clear()
         self._parts.clear()
+        self._orders = []
         self._roster.progress()
         self._passed.append(tuple(tensors))
         if block >= self._job.last:
@@ -157,67 +180,88 @@ class Crew:
         self._parts = {first: entry for first, entry in self._parts.items() if entry[0].alive}
         return [member for member in self._roster.alive if member.shards and not member.collected]
 
-    def reorder(self, block: int) -> tuple[Order, ...]:
-        """See `Executor`; `halve.workers.hiring.check_workers` refuses a run that asks for it."""
-        raise NotImplementedError(f"channels of block {block} are reordered in one process")
+    def reorder(self, block: int) -> list[Order]:
+        """See `Executor`: one worker finds what folds, and orders are chosen by all of them."""
+        job = self._job
+        job.tell(block, Phase.REORDER)
+        with job.phases.timing(Phase.REORDER):
+            folds = self._folds(block)
+            tasks = []
+            for matrix in (f"{job.plan.blocks[block]}.{fold['consumer']}" for fold in folds):
+                content = {"block": block, "matrix": matrix, "folds": folds}
+                cost = job.model.get_parameter(matrix).numel()
+                tasks.append(_Task("choose", matrix, cost, partial(dict, content)))
+            answers = self._dealt_out(block, tasks, terms.Chosen)
+        for answer, _ in answers:
+            for caution in answer.cautions:
+                job.tell(block, Phase.REORDER, caution=caution)
+        self._orders = [order for answer, _ in answers for order in answer.orders]
+        return [from_plain(order) for order in self._orders]
+
+    def _folds(self, block: int) -> list[dict[str, Any]]:
+        """Let a worker that has run a block find its folds."""
+        while True:
+            self._collected(block)
+            holder = next(member for member in self._roster.alive if member.shards)
+            for _, message in self._roster.answers({holder: holder.hand.call("folds", block)}):
+                answer, _ = unpack(message, terms.Folds)
+                terms.check(answer)
+                return answer.folds
 
     def solve(
         self, block: int, bundles: Sequence[Sequence[Matrix]], options: Callable[[Sequence[Matrix]], dict[str, Any]]
     ) -> Iterator[list[Outcome]]:
         """See `Executor`."""
-        with self._job.phases.timing(Phase.SOLVE):
-            done = self._solved(block, bundles, options)
-        yield from done
 
-    def _solved(
-        self, block: int, bundles: Sequence[Sequence[Matrix]], options: Callable[[Sequence[Matrix]], dict[str, Any]]
-    ) -> list[list[Outcome]]:
-        """Deal bundles out to whoever has nothing to do, the costliest first, until all are pruned."""
-        costs = [sum(operations(matrix) for matrix in bundle) for bundle in bundles]
-        waiting = sorted(range(len(bundles)), key=lambda index: costs[index])
-        done: dict[int, list[Outcome]] = {}
+        def content(bundle: Sequence[Matrix]) -> dict[str, Any]:
+            names = [matrix.name for matrix in bundle]
+            return {"block": block, "matrices": names, "options": options(bundle), "orders": self._orders}
+
+        tasks = []
+        for bundle in bundles:
+            cost = sum(operations(matrix) for matrix in bundle)
+            tasks.append(_Task("solve", bundle[0].name, cost, partial(content, bundle)))
+        with self._job.phases.timing(Phase.SOLVE):
+            done = self._dealt_out(block, tasks, terms.Solved)
+        yield from (answer.outcomes_with(tensors) for answer, tensors in done)
+
+    def _dealt_out(self, block: int, tasks: Sequence[_Task], kind: type[A]) -> list[tuple[A, dict[str, Tensor]]]:
+        """Deal tasks out to whoever has nothing to do, the costliest first, until all are done; return the answers."""
+        waiting = sorted(range(len(tasks)), key=lambda index: tasks[index].cost)
+        done: dict[int, tuple[A, dict[str, Tensor]]] = {}
         at_work = self._at_work
-        pace = 0.0  # seconds an operation, of the slowest so far
-        while len(done) < len(bundles):
+        pace = 0.0  # seconds a unit of cost, of the slowest so far
+        while len(done) < len(tasks):
             if not self._roster.alive:
                 self._collected(block)
             for idle in [each for each in self._roster.alive if each not in at_work][: len(waiting)]:
                 index = waiting.pop()
-                at_work[idle] = self._begin_work(idle, block, index, bundles[index], options)
+                at_work[idle] = self._begin_work(idle, index, tasks[index])
             found = self._cluster.first_of([work.call for work in at_work.values()])
             member = next((each for each, work in at_work.items() if work.call == found), None)
             if member is None:
-                self._give_up_late({each: pace * costs[work.bundle] for each, work in at_work.items()})
+                self._give_up_late({each: pace * tasks[work.task].cost for each, work in at_work.items()})
             else:
                 work = at_work.pop(member)
-                outcomes = self._outcomes(block, member, work)
-                if outcomes is None:
-                    waiting.append(work.bundle)
+                answer = self._answer(block, member, work, kind)
+                if answer is None:
+                    waiting.append(work.task)
                 else:
-                    done[work.bundle] = outcomes
-                    pace = max(pace, (time.monotonic() - work.began) / costs[work.bundle])
+                    done[work.task] = answer
+                    pace = max(pace, (time.monotonic() - work.began) / tasks[work.task].cost)
             for lost in [each for each in at_work if not each.alive]:
-                waiting.append(at_work.pop(lost).bundle)
-        return [done[index] for index in range(len(bundles))]
+                waiting.append(at_work.pop(lost).task)
+        return [done[index] for index in range(len(tasks))]
 
-    def _begin_work(
-        self,
-        member: Member,
-        block: int,
-        index: int,
-        bundle: Sequence[Matrix],
-        options: Callable[[Sequence[Matrix]], dict[str, Any]],
-    ) -> _Work:
-        """Let a worker prune a bundle."""
-        names = [matrix.name for matrix in bundle]
-        leader = self._leaders.get(names[0])  # none of an expert that no token reached
+    def _begin_work(self, member: Member, index: int, task: _Task) -> _Work:
+        """Let a worker do a task."""
+        leader = self._leaders.get(task.matrix)  # none of an expert that no token reached
         parts = {} if leader is None else self._sums[leader]
-        task = pack({"block": block, "matrices": names, "options": options(bundle)})
-        call = member.hand.call("solve", task, [parts[first][1] for first in sorted(parts)])
+        call = member.hand.call(task.method, pack(task.content()), [parts[first][1] for first in sorted(parts)])
         return _Work(index, call, [parts[first][0] for first in sorted(parts)], time.monotonic())
 
-    def _outcomes(self, block: int, member: Member, work: _Work) -> list[Outcome] | None:
-        """Return the outcomes of a bundle; None where the worker was lost, or sums that it needs.
+    def _answer(self, block: int, member: Member, work: _Work, kind: type[A]) -> tuple[A, dict[str, Tensor]] | None:
+        """Return the answer to a task; None where the worker was lost, or sums that it needs.
 
         Lost sums have been summed again by then.
         """
@@ -226,10 +270,10 @@ class Crew:
         except LostError as error:
             self._roster.give_up(member, str(error))
             return None
-        answer, tensors = unpack(message, terms.Solved)
+        answer, tensors = unpack(message, kind)
         if answer.failed is None or answer.failed[0] != terms.LOST:
             terms.check(answer)
-            return answer.outcomes_with(tensors)
+            return answer, tensors
         self._roster.give_up(work.holders[int(answer.failed[1])], "its sums could not be fetched")
         self._collected(block)
         return None

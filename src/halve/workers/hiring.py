@@ -13,7 +13,6 @@ from torch import nn
 
 from halve.checkpoint.load import Source, source_files
 from halve.errors import InputError
-from halve.order.reordering import FOLD
 from halve.provenance import Fingerprint
 from halve.run.batch_norms import ESTIMATE, batch_norms
 from halve.run.directory import RunDirectory
@@ -37,8 +36,8 @@ def check_workers(model: nn.Module | Source, request: Request) -> None:
     """Refuse workers for a run that they cannot do.
 
     Raises:
-        InputError: the model is in memory, the method weighs gradients, channels are to be reordered, hidden states are
-            to be at one place, or the cluster is not there.
+        InputError: the model is in memory, the method weighs gradients, hidden states are to be at one place, or the
+            cluster is not there.
     """
     if request.placement.workers is None:
         return
@@ -47,10 +46,6 @@ def check_workers(model: nn.Module | Source, request: Request) -> None:
     method = request.settings.method
     if methods.get(method).gradient is not None:
         raise InputError(f"{method} takes backward passes, which are for one process: leave workers out")
-    if request.settings.permute == FOLD:
-        raise InputError(
-            f"permute {FOLD} tries a block and its statistics in one process: leave workers out, or permute"
-        )
     if request.placement.offload is not None:
         raise InputError("offload is a place of one process, and each worker keeps its own hidden states: leave it out")
     check_cluster(request.placement.workers)
@@ -122,6 +117,7 @@ class Hiring:
             shards=[(shard.start, shard.stop) for shard in job.shards],
             scratch="" if self._scratch is None else str(self._scratch.resolve()),
             collect=job.collect,
+            fixed=sorted(job.fixed),
             together=[list(names) for names in together],
             neighbours=1 if self._scratch is None else self._cluster.workers,
         )

@@ -45,6 +45,7 @@ class Charge(Struct, frozen=True, kw_only=True):
         shards: all of them, as ranges of batches: the first and the one after the last.
         scratch: a folder of this machine; empty where the worker makes its own.
         collect: whether statistics are needed.
+        fixed: full names of parameters whose channels must not move.
         together: names of parameters that are stored in one tensor.
         neighbours: workers on one machine, as far as that is known.
     """
@@ -58,6 +59,7 @@ class Charge(Struct, frozen=True, kw_only=True):
     shards: list[tuple[int, int]]
     scratch: str
     collect: bool
+    fixed: list[str]
     together: list[list[str]]
     neighbours: int
 
@@ -120,12 +122,34 @@ class Changed(Struct, frozen=True, kw_only=True):
     block: int
 
 
+class Folds(Answer, frozen=True, kw_only=True):
+    """The folds of a block (`halve.order.recording.fold_to_plain`)."""
+
+    folds: list[dict[str, Any]] = []
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    """The matrix whose inputs an order is to be chosen for, and all folds of its block, as in `Folds`."""
+
+    block: int
+    matrix: str
+    folds: list[dict[str, Any]]
+
+
+class Chosen(Answer, frozen=True, kw_only=True):
+    """Orders that were chosen (`halve.order.recording.to_plain`), and sentences about those that could not be."""
+
+    orders: list[dict[str, Any]] = []
+    cautions: list[str] = []
+
+
 class Task(Struct, frozen=True, kw_only=True):
-    """Matrices to prune together, by name, and the options for them."""
+    """Matrices to prune together, by name, the options for them, and the orders that they come into first."""
 
     block: int
     matrices: list[str]
     options: dict[str, Any]
+    orders: list[dict[str, Any]]
 
 
 class SolvedMatrix(Struct, frozen=True, kw_only=True):

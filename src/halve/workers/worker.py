@@ -5,7 +5,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -21,12 +21,12 @@ from halve.checkpoint.load import resolve
 from halve.checkpoint.room import check_space
 from halve.device import evaluation_mode
 from halve.errors import HalveError, ResumeMismatchError, one_line
-from halve.maths.gram import GramAccumulator, Statistics
 from halve.memory import trim
-from halve.model.blocks import Batch, eager_experts
+from halve.model.blocks import Batch, eager_experts, working_copy
 from halve.model.collect import Sums
-from halve.model.plan import Matrix
 from halve.model.reconstruct import Reconstruction
+from halve.order import recording
+from halve.order.reordering import Reorderer, reordered
 from halve.provenance import deciding_environment, differences, flat, source_fields
 from halve.run.executor import Job, solve_bundle
 from halve.run.fingerprint import device_name
@@ -37,8 +37,8 @@ from halve.run.request import Request
 from halve.serial import from_plain
 from halve.whole_model import load_found
 from halve.workers import terms
-from halve.workers.fetching import LostError, fetch
 from halve.workers.messages import Message, pack, unpack
+from halve.workers.sums import NotThereError, on_host, statistics_of, told
 
 _MAY_DIFFER = ("environment.platform",)
 """Fields of the fingerprint in which nodes of equal hardware may differ: the system's version decides no bytes."""
@@ -85,6 +85,8 @@ def _answering(method: Callable[..., Message]) -> Callable[..., Message]:
         crash_point(f"worker.{method.__name__}.start")
         try:
             found = method(self, *args)
+        except NotThereError as error:
+            return pack({"failed": [terms.LOST, str(error)]})
         except HalveError as error:
             return terms.failed(error)
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -197,6 +199,7 @@ class Worker:
             phases=Phases(placement.target),
             tell=_tell_nobody,
             collect=charge.collect,
+            fixed=charge.fixed,
             neighbours=charge.neighbours,
         )
         self._sites.append(_Site(job, LocalExecutor(job), shards, 0, collected=False, parts={}))
@@ -219,9 +222,9 @@ class Worker:
                 if place and shard == place:  # so are all before it
                     site.parts[0].absorb(sums)
                 else:
-                    site.parts[shard] = sums if not shard else _on_host(sums)
+                    site.parts[shard] = sums if not shard else on_host(sums)
             site.collected = True
-            parts += [_told(site, first) for first in site.parts]
+            parts += [told(site.parts, site.shards, first) for first in site.parts]
         return pack({"parts": parts})
 
     @_answering
@@ -237,6 +240,32 @@ class Worker:
         return pack({"d_in": found.d_in, "counts": list(found.counts)}, found.tensors)
 
     @_answering
+    def folds(self, block: int) -> Message:
+        """Find the folds of a block, which is run for that: its shards were summed here."""
+        site = next(each for each in self._sites if each.collected and each.block == block)
+        return pack({"folds": [recording.fold_to_plain(fold) for fold in site.executor.folds(block)]})
+
+    @_answering
+    def choose(self, task: Message, sums: list[Any]) -> Message:
+        """Choose an order for the inputs of a matrix.
+
+        Args:
+            task: which, and what is tied to them.
+            sums: as for `solve`.
+        """
+        content, _ = unpack(task, terms.Choice)
+        job = self._sites[0].job
+        name = job.plan.blocks[content.block]
+        statistics = statistics_of(content.matrix, sums, job.device)
+        work = working_copy(job.model.get_submodule(name), job.device)
+        job.weights.release(name)
+        cautions: list[str] = []
+        folds = [recording.fold_from_plain(fold) for fold in content.folds]
+        reorderer = Reorderer(job.settings.pattern, ())
+        orders = reorderer.choose(name, work, folds, {content.matrix: statistics}, cautions.append)
+        return pack({"orders": [recording.to_plain(order) for order in orders], "cautions": cautions})
+
+    @_answering
     def solve(self, task: Message, sums: list[Any]) -> Message:
         """Prune matrices that share their statistics.
 
@@ -247,15 +276,14 @@ class Worker:
         content, _ = unpack(task, terms.Task)
         site = self._sites[0]
         known = {matrix.name: matrix for matrix in site.job.plan.of_block(content.block)}
-        bundle: list[Matrix] = [known[name] for name in content.matrices]
-        try:
-            # One after the other: each may be a gigabyte.
-            fetched = (_fetched(place, each) for place, each in enumerate(sums))
-            statistics = _total(bundle[0], fetched, site.job.device) if sums else None
-        except _NotThereError as error:
-            return pack({"failed": [terms.LOST, str(error)]})
+        bundle = [known[name] for name in content.matrices]
+        orders = [recording.from_plain(order) for order in content.orders]
+        statistics = statistics_of(bundle[0].name, sums, site.job.device)
+        for order in orders:
+            if statistics is not None and f"{order.block}.{order.fold.consumer}" == bundle[0].name:
+                statistics = reordered(statistics, order)
         with site.job.phases.timing(Phase.SOLVE):
-            return terms.solved(solve_bundle(site.job, bundle, statistics, content.options))
+            return terms.solved(solve_bundle(site.job, bundle, statistics, content.options, orders=orders))
 
     @_answering
     def reconstruct(self, tuning: Message) -> Message:
@@ -338,50 +366,3 @@ def _scratch(given: str) -> Path:
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))
-
-
-def _on_host(sums: Sums) -> Sums:
-    """Return sums in the memory of the machine: a GPU holds those of one shard at a time."""
-    for name, each in sums.accumulators.items():
-        tensors = {kind: tensor.cpu() for kind, tensor in each.tensors.items()}
-        sums.accumulators[name] = GramAccumulator.of(name, each.d_in, each.counts, tensors)
-    return sums
-
-
-class _NotThereError(Exception):
-    """A message that another worker had is lost; the text is its place among those asked for."""
-
-
-def _fetched(place: int, message: Any) -> Message:
-    """Return a message, which may be a reference to one in Ray's store."""
-    if isinstance(message, np.ndarray):
-        return message
-    try:
-        return fetch(message)
-    except LostError as error:
-        raise _NotThereError(str(place)) from error
-
-
-def _told(site: _Site, first: int) -> dict[str, Any]:
-    """Return what a part is of, as plain values: up to where the next one begins."""
-    others = [shard for shard in site.parts if shard > first]
-    shards = [shard for shard in site.shards if first <= shard < min(others, default=shard + 1)]
-    sums = site.parts[first]
-    known = {name: (each.d_in, list(each.counts)) for name, each in sums.accumulators.items()}
-    return {"first": first, "shards": shards, "leaders": sums.leaders, "sums": known}
-
-
-def _total(matrix: Matrix, messages: Iterable[Message], device: torch.device) -> Statistics:
-    """Add up what was summed over the inputs of a matrix, in the order of shards."""
-    total: GramAccumulator | None = None
-    for message in messages:
-        content, tensors = unpack(message, terms.Summed)
-        terms.check(content)
-        if total is None:
-            tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-            total = GramAccumulator.of(matrix.name, content.d_in, content.counts, tensors)
-        else:
-            total.absorb(GramAccumulator.of(matrix.name, content.d_in, content.counts, tensors))
-    if total is None:
-        raise AssertionError
-    return total.finish(last=True)
