@@ -93,7 +93,7 @@ def test_what_is_solved_has_the_pattern_and_says_how(worker):
     parts, messages = sums_of(worker, [0, 1])
     name = "model.layers.0.mlp.down_proj.weight"
     assert parts[0].leaders[name] == name
-    task = pack({"block": 0, "matrices": [name], "options": {}})
+    task = pack({"block": 0, "matrices": [name], "options": {}, "orders": []})
     answer, tensors = told(worker.solve(task, [messages[0, name]]), terms.Solved)
     (outcome,) = answer.outcomes_with(tensors)
     assert outcome.method == "wanda"
