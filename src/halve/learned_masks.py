@@ -25,6 +25,7 @@ from halve.model.blocks import stand_in_batch
 from halve.model.masked import pruned_parameters
 from halve.model.survey import plan_model
 from halve.option_groups import fill, known_names
+from halve.order.reordering import NONE
 from halve.provenance import files_sha256, source_fields
 from halve.pruning import prune
 from halve.recorded import ChannelOrder, channel_order, made_from
@@ -114,6 +115,7 @@ def _made_prior(model: str | Path, out: Path, request: Learning) -> Path:
     asked: dict[str, Any] = {
         "pattern": request.pattern,
         "method": request.prior,
+        "permute": NONE,  # masks are learned for the model as it is
         "refit": "none",
         "calibration": next((each.source for each in request.text.texts), SELF),
         "samples": max(1, min(_SAMPLES, request.text.wanted // length)),

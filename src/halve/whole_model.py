@@ -24,7 +24,6 @@ from halve.evaluation.figure import Perplexity
 from halve.evaluation.top_one import TopOne
 from halve.model.adapters import refuse_adapters
 from halve.model.blocks import stand_in_batch
-from halve.order.reordering import FOLD
 from halve.provenance import files_sha256
 from halve.recorded import made_from
 from halve.report import record
@@ -283,7 +282,7 @@ def _prune(
             before=before,
             together=stored_together(loaded),
             weights=loaded.weights,
-            fixed=_fixed(loaded) if settings.permute == FOLD else (),
+            fixed=_fixed(loaded) if settings.reorders else (),
             employ=employ,
         )
 

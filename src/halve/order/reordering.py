@@ -18,7 +18,7 @@ from halve.order.proving import is_proven
 from halve.order.saliency import by_unit, saliencies
 from halve.order.trial import Trial
 
-NONE, FOLD = "none", "fold"
+NONE, FOLD = ORDERS = ("none", "fold")
 """What can be asked for: channels stay where they are, or move where that folds into neighbouring weights."""
 _SEED = 20
 

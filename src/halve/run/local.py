@@ -24,7 +24,7 @@ from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct,
 from halve.model.stream import Stream
 from halve.model.survey import StackRun
 from halve.order.folds import Fold, Order, permute
-from halve.order.reordering import FOLD, Reorderer, reordered, shared_parameters
+from halve.order.reordering import Reorderer, reordered, shared_parameters
 from halve.order.trial import Trial
 from halve.run.batch_norms import LEAST, STATISTICS, batch_norms, estimate, parameter_or_buffer
 from halve.run.bundles import gradients_of_output
@@ -85,7 +85,7 @@ class LocalExecutor:
         self._loss = job.loss
         self._short: Stream | None = None
         self._reorderer: Reorderer | None = None
-        if job.settings.permute == FOLD:
+        if job.settings.reorders:
             self._reorderer = Reorderer(job.settings.pattern, shared_parameters(job.model).union(job.fixed))
 
     def begin(self, block: int) -> None:

@@ -22,7 +22,7 @@ from halve.model.reconstruct import Tuned
 from halve.model.stacks import find_stacks
 from halve.model.survey import StackRun, plan_model
 from halve.order.folds import Order
-from halve.order.reordering import FOLD
+from halve.order.reordering import FOLD, NONE
 from halve.provenance import Fingerprint
 from halve.run.batch_norms import ESTIMATE, parameter_or_buffer
 from halve.run.block_record import from_record, to_record
@@ -106,8 +106,10 @@ def prune_blocks(
         HalveError: a block could not be kept, the volume being full or broken.
     """
     check_batches(batches)
-    if masks is not None and settings.permute == FOLD:
-        raise InputError(f"masks are given for channels as they are, and permute {FOLD} would move them: leave it out")
+    if masks is not None:
+        if settings.permute == FOLD:
+            raise InputError(f"masks are given for channels as they are, and permute {FOLD} would move them")
+        settings = replace(settings, permute=NONE)
     of = methods.get(settings.method).gradient
     if of is not None:
         batches = one_by_one(batches)
@@ -300,7 +302,7 @@ class _Loop:
         if not matrices:
             self._estimate_norms(index, executor)
             return self._changed(index)
-        if self._settings.permute == FOLD:
+        if self._settings.reorders:
             self._reorder(executor.reorder(index))
         found = list(bundles(matrices, {name: seen.leader for name, seen in inputs.items()}))
         for bundle, outcomes in zip(found, executor.solve(index, found, self._options), strict=True):

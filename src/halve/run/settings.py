@@ -11,7 +11,7 @@ from halve.model.classify import LEAST_PRUNABLE
 from halve.model.plan import Matrix
 from halve.model.reconstruct import BLOCK, Reconstruction
 from halve.option_groups import group, internal
-from halve.order.reordering import FOLD, NONE
+from halve.order.reordering import FOLD, NONE, ORDERS
 from halve.planner.where_faster import WhereFaster
 from halve.run.batch_norms import ESTIMATE, KEEP
 from halve.sensitivity.keep_dense import KeepDense
@@ -54,7 +54,8 @@ class Settings:
             encoder-decoder, whose parts are ``encoder`` and ``decoder``, both.
         least_prunable: refuse a model where less than this share of a block's matrix weights can be pruned, 0 to 1.
         permute: ``fold`` reorders channels before they are grouped, where that folds exactly into neighbouring
-            weights (`halve.order`); ``none`` leaves them where they are.
+            weights (`halve.order`); ``none`` leaves them where they are; ``auto`` does what goes with the method, where
+            the pattern has groups and something looks at statistics.
         only_where_faster: which matrices stay dense for their speed; None leaves that out of account.
         batch_norm: running statistics of the batch norms in pruned blocks: ``estimate`` them anew on the calibration
             data, where there is any, or ``keep`` the dense model's. Models without batch norms are not concerned.
@@ -72,7 +73,7 @@ class Settings:
     objective: Objective = group(factory=Objective)
     tower: str | None = None
     least_prunable: float = LEAST_PRUNABLE
-    permute: str = NONE
+    permute: str = AUTO
     only_where_faster: WhereFaster | None = group(None)
     batch_norm: str = ESTIMATE
     keep_dense: KeepDense | None = group(None)
@@ -88,6 +89,18 @@ class Settings:
         return self.objective.blend(self.defaults) > 0.0
 
     @property
+    def uses_statistics(self) -> bool:
+        """Whether the method, the refit or targets from the dense model look at H."""
+        return methods.get(self.method).needs_statistics or self.refit != "none" or self.matches_dense
+
+    @property
+    def reorders(self) -> bool:
+        """Whether channels are reordered before they are grouped."""
+        if self.permute != AUTO:
+            return self.permute == FOLD
+        return self.defaults.reorder and self.pattern.structured and self.uses_statistics
+
+    @property
     def defaults(self) -> Defaults:
         """What goes with the method where nothing else was said."""
         return method_defaults(self.method, self.options)
@@ -100,9 +113,7 @@ class Settings:
     @property
     def needs_calibration(self) -> bool:
         """Whether the method, the refit, the reconstruction or the choice of what stays dense looks at it."""
-        follows_dense = self.reconstruction is not None or self.matches_dense
-        uses_gram = methods.get(self.method).needs_statistics or self.refit != "none"
-        return uses_gram or follows_dense or self.keep_dense is not None
+        return self.uses_statistics or self.reconstruction is not None or self.keep_dense is not None
 
     def check_objective(self) -> None:
         """Refuse an objective of which a part would have no effect.
@@ -121,13 +132,12 @@ class Settings:
             raise InputError(
                 f"permute {FOLD} puts channels into other groups, and {self.pattern} has none: leave it out"
             )
-        uses_gram = methods.get(self.method).needs_statistics or self.refit != "none" or self.matches_dense
-        if self.permute == FOLD and not uses_gram:
+        if self.permute == FOLD and not self.uses_statistics:
             raise InputError(
                 f"permute {FOLD} weighs channels by statistics, and {self.method} with refit {self.refit} uses none: "
                 "leave it out, or give refit cg"
             )
-        if self.objective.shrinkage and not uses_gram:
+        if self.objective.shrinkage and not self.uses_statistics:
             raise InputError(
                 f"shrinkage acts on statistics, which {self.method} with refit {self.refit} does not use: leave it out"
             )
@@ -144,7 +154,8 @@ class Settings:
         objective, defaults = self.objective, self.defaults
         shrinkage = AUTO if objective.chooses_shrinkage(defaults) else objective.shrinkage or 0.0
         followed = replace(objective, shrinkage=shrinkage, match_dense=objective.blend(defaults))
-        return replace(self, options=self.all_options, objective=followed)
+        order = FOLD if self.reorders else NONE
+        return replace(self, options=self.all_options, objective=followed, permute=order)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", Pattern.parse(self.pattern))
@@ -158,8 +169,8 @@ class Settings:
             raise InputError(f"batch_norm = {self.batch_norm!r} is not known: choose one of {ESTIMATE}, {KEEP}")
         if not is_number(self.least_prunable) or not 0.0 <= self.least_prunable <= 1.0:
             raise InputError(f"least_prunable must be a share between 0 and 1, got {self.least_prunable!r}")
-        if self.permute not in (NONE, FOLD):
-            raise InputError(f"permute must be {NONE!r} or {FOLD!r}, got {self.permute!r}")
+        if self.permute not in (AUTO, *ORDERS):
+            raise InputError(f"permute = {self.permute!r} is not known: choose one of {', '.join((AUTO, *ORDERS))}")
         if self.tower is not None and not isinstance(self.tower, str):
             raise InputError(f"tower must be the name of a part of the model, such as 'text', got {self.tower!r}")
         validate_settings(self.method, self.refit, self.pattern, fallback=self.fallback, **self.options)

@@ -11,10 +11,12 @@ class Defaults:
         choose_shrinkage: whether H is shrunk by as much as held-out loss asks for.
         match_dense: how far targets are the dense model's outputs, where both models' inputs are known.
         reconstruct: whether the blocks of a model are tuned after it.
+        reorder: whether channels are reordered, where that folds into neighbouring weights.
         refit_tolerance: of the refit ``cg``; None leaves its own.
     """
 
     choose_shrinkage: bool = False
     match_dense: float = 0.0
     reconstruct: bool = False
+    reorder: bool = False
     refit_tolerance: float | None = None

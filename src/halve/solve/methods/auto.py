@@ -69,12 +69,13 @@ class AutoOptions:
 
 
 def defaults(options: AutoOptions) -> Defaults:
-    """Return what goes with an effort: shrinkage always, blocks reconstructed for ``best``."""
+    """Return what goes with an effort: shrinkage and reordered channels always, blocks reconstructed for ``best``."""
     fast = options.effort == "fast"
     return Defaults(
         choose_shrinkage=True,
         match_dense=0.0 if fast else MATCH_DENSE,
         reconstruct=options.effort == "best",
+        reorder=True,
         refit_tolerance=_FAST_TOLERANCE if fast else None,
     )
 
