@@ -11,7 +11,7 @@ from halve.errors import counted
 from halve.model.collect import check_called, merge_leaders
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Reconstruction, Tuned
-from halve.order.folds import Order
+from halve.order.reordering import Reordered
 from halve.run.bundles import operations
 from halve.run.events import WorkerReport
 from halve.run.executor import Inputs, Job
@@ -157,7 +157,7 @@ class Crew:
         self._parts = {first: entry for first, entry in self._parts.items() if entry[0].alive}
         return [member for member in self._roster.alive if member.shards and not member.collected]
 
-    def reorder(self, block: int) -> tuple[Order, ...]:
+    def reorder(self, block: int) -> Reordered:
         """See `Executor`; `halve.workers.hiring.check_workers` refuses a run that asks for it."""
         raise NotImplementedError(f"channels of block {block} are reordered in one process")
 
