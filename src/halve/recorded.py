@@ -74,7 +74,7 @@ class RecordedMove(msgspec.Struct, frozen=True, kw_only=True):
     """Channels of one tensor on disk that were moved (`halve.order.folds.Move`)."""
 
     tensor: str
-    dim: Annotated[int, msgspec.Meta(ge=0, le=1)]
+    dim: Annotated[int, msgspec.Meta(ge=0, le=7)]
     start: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
     stride: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
     repeats: Annotated[int, msgspec.Meta(ge=1, lt=1 << 20)] = 1

@@ -288,7 +288,7 @@ def _prune(
 
 
 def _fixed(loaded: LoadedModel) -> set[str]:
-    """Return the parameters that are no tensor of their own on disk, whose channels could not be told there."""
+    """Return the parameters and buffers that are no tensor of their own on disk, so that none can say how they lie."""
     from transformers import PreTrainedModel
 
     if not isinstance(loaded.model, PreTrainedModel):
@@ -296,7 +296,7 @@ def _fixed(loaded: LoadedModel) -> set[str]:
     alone = {names[0] for names in loaded.layout.everything() if len(names) == 1}
     return {
         name
-        for name, _ in loaded.model.named_parameters()
+        for name, _ in (*loaded.model.named_parameters(), *loaded.model.named_buffers())
         if name not in alone or len(loaded.layout.locate(name).tensors) != 1
     }
 

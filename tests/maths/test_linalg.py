@@ -156,6 +156,14 @@ def test_full_precision_switches_back_even_after_an_error():
     assert float((product - exact).abs().max()) < 1e-3
 
 
+def test_full_precision_is_of_convolutions_too():
+    backends = torch.backends.mkldnn.conv, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in backends]
+    with full_precision():
+        assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+    assert [backend.fp32_precision for backend in backends] == before
+
+
 @pytest.mark.parametrize("d", [1, 2, 64, 65, 131, 300])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-14)])
 def test_the_inverse_by_halves_is_the_inverse(d, dtype, tolerance):

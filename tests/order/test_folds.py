@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
+from halve.model.layers import patches
+from halve.model.plan import Matrix
 from halve.order.folds import Fold, Move, Order, inverse, random_order, segments
 
 
@@ -43,6 +46,22 @@ def test_two_parts_of_one_parameter_both_move():
     fold = Fold("down", 1, 2, (Move("down", 1, 0, 2), Move("both", 0, 0, 2), Move("both", 0, 2, 2)))
     moved = Order("b", fold, order, 0.5).applied({"b.both": torch.arange(4.0), "b.other": torch.arange(2.0)})
     assert {name: tensor.tolist() for name, tensor in moved.items()} == {"b.both": [1.0, 0.0, 3.0, 2.0]}
+
+
+def test_inputs_of_a_convolution_move_at_every_tap():
+    conv = nn.Conv2d(8, 6, 3)
+    channels = random_order(2, 4, torch.Generator().manual_seed(0))
+    fold = Fold("conv.weight", 2, 4, (Move("conv.weight", 1, 0, 4), Move("made.weight", 0, 0, 4)))
+    order = Order("block", fold, channels, 0.5)
+    read = Matrix(
+        name="block.conv.weight", parameter="block.conv.weight", block=0, d_out=6, d_in=72, layout="conv", taps=9
+    )
+    made = Matrix(name="block.made.weight", parameter="block.made.weight", block=0, d_out=8, d_in=4)
+    index = order.of_inputs(read)
+    x = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1))
+    swapped = x[:, torch.cat([channels[0], 4 + channels[1]])]
+    torch.testing.assert_close(patches(swapped, conv), patches(x, conv)[..., index], rtol=0, atol=0)
+    assert order.of_inputs(made) is None
 
 
 def test_segments_cover_everything_once():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from halve.errors import HalveError
+from halve.model.layers import matrix_view
 from halve.order.saliency import by_unit, saliencies
 
 
@@ -35,3 +36,13 @@ def test_columns_are_laid_out_by_unit():
     laid = by_unit(matrix, units=2, repeats=2)
     assert laid.shape == (2, 3, 4)
     assert laid[1, 2].tolist() == [8.0, 20.0, 11.0, 23.0]
+
+
+def test_a_channel_has_its_saliencies_at_every_tap():
+    kernel = torch.arange(2 * 4 * 3 * 3.0).view(2, 4, 3, 3)
+    laid = by_unit(matrix_view(kernel, None, "conv"), units=2, repeats=1, taps=9)
+    assert laid.shape == (2, 2, 18)
+    for unit in range(2):
+        for channel in range(2):
+            wanted = kernel[:, 2 * unit + channel].flatten().tolist()
+            assert sorted(laid[unit, channel].tolist()) == sorted(wanted)

@@ -4,6 +4,7 @@ import math
 import pytest
 
 from halve.model.reconstruct import Tuned
+from halve.order.reordering import Reordered
 from halve.run.block_record import from_record, to_record
 from halve.run.events import BlockReport, MatrixReport
 from halve.solve.outcome import Status
@@ -30,12 +31,15 @@ def matrix(**changes):
 def test_reports_come_back_exactly(block):
     matrices = [matrix(), matrix(name="e[3]", expert=3, status=Status.FELL_BACK, reason="why", layout="in_out")]
     spent = {"seconds": {"solve": 0.1 + 0.2}, "peak_memory": {"solve": 1 << 40}, "peak_device_memory": {}}
-    record = json.loads(json.dumps(to_record(matrices, block, [], spent)))
-    assert from_record(record) == (matrices, block, [], spent)
+    reordered, norms = Reordered((), found=3, proven=2), ["a.norm.running_mean"]
+    record = json.loads(json.dumps(to_record(matrices, block, reordered, norms, spent)))
+    assert from_record(record) == (matrices, block, reordered, norms, spent)
 
 
 def test_facts_that_are_not_finite_survive():
-    record = json.loads(json.dumps(to_record([matrix(facts={"a": math.inf, "b": math.nan})], None, [], {})))
+    record = json.loads(
+        json.dumps(to_record([matrix(facts={"a": math.inf, "b": math.nan})], None, Reordered(), [], {}))
+    )
     facts = from_record(record)[0][0].facts
     assert facts["a"] == math.inf
     assert math.isnan(facts["b"])

@@ -20,7 +20,7 @@ from halve.cli.values import allowed_fallback, merge_options, parse_options
 from halve.errors import InputError, counted
 from halve.maths.pattern import Pattern
 from halve.model.plan import place_of
-from halve.order.recording import said_of_orders
+from halve.order.recording import FoldsEntry, said_of_orders
 from halve.planner.where_faster import WhereFaster
 from halve.pruning import prune_as, with_refit_of
 from halve.pruning import resume as resume_run
@@ -171,8 +171,9 @@ def _finish(pruned: Pruned, out_dir: Path, text_field: str | None = None) -> Non
     measured = f": mean relative loss {loss:.4f}{which}" if math.isfinite(loss) else ""
     matrices = counted(len(report.matrices), "matrix", "matrices")
     say(out, f"{matrices} at {record['pattern']} by {record['method']}, refit {record['refit']}{measured}")
-    if report.orders:
-        say(out, f"{said_of_orders(len(report.orders))}.")
+    folds = FoldsEntry(found=report.folds_found, proven=report.folds_proven, lowered=len(report.orders))
+    if reordered := said_of_orders(len(report.orders), folds=folds):
+        say(out, f"{reordered}.")
     out.print(summary_table(report))
     for sentence in left_dense(record):
         say(out, sentence, label="left dense")

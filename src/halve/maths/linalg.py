@@ -109,12 +109,13 @@ def damped_cholesky(gram: Tensor, damping: float) -> Factor:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Make float32 matrix products true float32 inside the block: no TF32, no bfloat16, no autocast.
+    """Make float32 products and convolutions true float32 inside the block: no TF32, no bfloat16, no autocast.
 
     The settings of the caller are restored on the way out.
     """
-    mkldnn: Any = torch.backends.mkldnn  # its submodule is made at run time, out of a type checker's sight
-    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    cudnn: Any = torch.backends.cudnn  # its submodules are made at run time, out of a type checker's sight
+    mkldnn: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)
     before = [backend.fp32_precision for backend in backends]
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):

@@ -122,6 +122,40 @@ def positions_of(layer: nn.Module, x: Tensor) -> int:
     return x.numel() // features
 
 
+def channel_parameters(module: nn.Module) -> dict[str, int]:
+    """Return the tensors in which a module has a number or a kernel of its own for each channel, a norm or a scale.
+
+    Returns:
+        dict[str, int]: the dimension of the channels, by the name of the parameter or buffer in the module; nothing if
+            it is no such module, or has layers within.
+    """
+    own = [
+        (name, tensor)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if tensor.numel() > 1
+    ]
+    if is_convolution(module):
+        return dict.fromkeys((name for name, _ in own), 0) if is_depthwise(module) else {}
+    lengths = {tensor.numel() for _, tensor in own}
+    along = {name: tuple(tensor.shape).index(max(tensor.shape)) for name, tensor in own}
+    lean = all(tensor.is_floating_point() and max(tensor.shape) == tensor.numel() for _, tensor in own)
+    within = any(True for child in module.children() for _ in child.parameters())
+    return along if lean and len(lengths) == 1 and not within and not is_linear(module) else {}
+
+
+def is_depthwise(layer: nn.Conv2d) -> bool:
+    """Whether every output of a convolution sees one channel, and every channel has one output."""
+    return layer.in_channels == layer.out_channels == layer.groups > 1
+
+
+def parameter_or_buffer(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter or the buffer of a module that has a name."""
+    path, _, leaf = name.rpartition(".")
+    found = getattr(module.get_submodule(path), leaf)
+    assert isinstance(found, Tensor)  # noqa: S101 - the name is of one
+    return found
+
+
 def geometry_of(layer: nn.Conv2d) -> tuple[object, ...]:
     """Return what decides, beside the input, which patches a convolution multiplies with its weight."""
     return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode

@@ -9,13 +9,14 @@ names. What is found here is a guess from a few outputs, and `halve.order.provin
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from halve.model.layers import is_conv1d, layer_matrix
+from halve.model.layers import is_conv1d, is_linear, layer_matrix
 from halve.order.folds import Fold, Move, segments
-from halve.order.trial import Change, Trial
+from halve.order.trial import Trial
 
 _FEW, _MANY = 8, 24
 """Outputs of a layer that are tried: of one that is wider than its inputs, many, since it may be several in one."""
@@ -50,18 +51,19 @@ def find_folds(trial: Trial, consumers: Collection[str], fixed: Collection[str],
         return []
     generator = torch.Generator().manual_seed(seed)
     before = trial.run(0)
-    once = [name for name in trial.layers if before.calls[name] == 1 and name in before.inputs]
+    linear = [name for name, module in trial.layers.items() if is_linear(module)]
+    once = [name for name in linear if before.calls[name] == 1 and name in before.inputs]
     targets = [name for name in once if f"{name}.weight" in consumers and f"{name}.weight" not in fixed]
     ties: defaultdict[str, list[_Tie]] = defaultdict(list)
     for source in once:
         names = {f"{source}.{leaf}" for leaf, _ in trial.layers[source].named_parameters(recurse=False)}
         d_out, d_in = layer_matrix(trial.layers[source]).shape
         for row in _tried(d_out, d_in, generator):
-            after = trial.run(0, {source: _changed(row)})
+            after = trial.run(0, {source: partial(changed, channel=row)})
             for target in targets:
-                reached = _reached(after.inputs.get(target), before.inputs[target])
-                if target != source and reached and names.isdisjoint(fixed):
-                    ties[target].append(_Tie(source, row, reached))
+                places = reached(after.inputs.get(target), before.inputs[target])
+                if target != source and places and names.isdisjoint(fixed):
+                    ties[target].append(_Tie(source, row, places))
     folds = (_fold(trial, target, ties[target]) for target in targets)
     return [fold for fold in folds if fold is not None]
 
@@ -76,23 +78,20 @@ def _tried(d_out: int, d_in: int, generator: torch.Generator) -> list[int]:
     return sorted(set(drawn))
 
 
-def _changed(row: int) -> Change:
-    """Return what adds a wave to one output, of the height of all."""
-
-    def change(output: Tensor) -> Tensor:
-        changed = output.clone()
-        wave = torch.linspace(1.0, 9.0, changed[..., row].numel(), device=output.device).cos()
-        changed[..., row] += (changed.std() + 1e-3) * wave.view_as(changed[..., row])
-        return changed
-
-    return change
+def changed(output: Tensor, channel: int, axis: int = -1) -> Tensor:
+    """Return outputs with a wave added to one channel, of the height of all."""
+    found = output.clone()
+    one = found.select(axis, channel)
+    wave = torch.linspace(1.0, 9.0, one.numel(), device=output.device).cos()
+    one += (found.std() + 1e-3) * wave.view_as(one)
+    return found
 
 
-def _reached(after: Tensor | None, before: Tensor) -> tuple[int, ...]:
-    """Return which inputs have changed."""
-    if after is None or after.shape != before.shape:
+def reached(after: Tensor | None, before: Tensor, axis: int = -1) -> tuple[int, ...]:
+    """Return which channels of the inputs of a layer have changed; none where they have another shape."""
+    if after is None or after.shape != before.shape or torch.equal(after, before):
         return ()
-    change = (after - before).abs().flatten(0, -2).amax(0)
+    change = (after - before).abs().movedim(axis, -1).flatten(0, -2).amax(0)
     if float(change.max()) <= _REACHED * float(before.abs().max()):
         return ()
     return tuple(torch.nonzero(change > _REACHED * change.max()).flatten().tolist())

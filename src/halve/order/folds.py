@@ -7,10 +7,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from halve.model.layers import parameter_or_buffer
+from halve.model.plan import Matrix
+
 
 @dataclass(frozen=True)
 class Move:
-    """Channels along one dimension of a parameter that move with an order.
+    """Channels along one dimension of a parameter or a buffer that move with an order.
 
     They lie in heads of equal width: head q begins at ``start + q * stride``, and ``repeats`` neighbouring heads move
     alike, as the query heads do that share a key and value head.
@@ -88,7 +91,7 @@ class Order:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Full names of the parameters that move, each once."""
+        """Full names of the parameters and buffers that move, each once."""
         return tuple(dict.fromkeys(f"{self.block}.{move.parameter}" for move in self.fold.moves))
 
     def applied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,22 +103,32 @@ class Order:
                 found[name] = move.applied(found.get(name, tensors[name]), self.channels)
         return found
 
-    def of_inputs(self, size: int) -> Tensor:
-        """Return which of the consumer's ``size`` inputs comes to each place."""
-        return self.fold.moves[0].index(self.channels, size)
+    def of_inputs(self, matrix: Matrix) -> Tensor | None:
+        """Return which of a matrix's inputs comes to each place; None where they stay.
+
+        Args:
+            matrix: of the block; of a convolution the inputs are the channels of one tap after the other.
+        """
+        along = 0 if matrix.layout == "in_out" else 1
+        for move in self.fold.moves:
+            if f"{self.block}.{move.parameter}" == matrix.parameter and move.dim == along:
+                channels = matrix.d_in // matrix.taps
+                taps = channels * torch.arange(matrix.taps)[:, None]
+                return (taps + move.index(self.channels, channels)).flatten()
+        return None
 
 
 def permute(block: nn.Module, fold: Fold, order: Tensor) -> dict[str, Tensor]:
-    """Put a block's parameters into an order, and return what they were before, by name.
+    """Put a block's parameters and buffers into an order, and return what they were before, by name.
 
     Args:
-        block: a working copy; its parameters get new tensors.
+        block: a working copy; what moves gets new tensors.
         fold: what moves.
         order: (units, width) int64.
     """
     before: dict[str, Tensor] = {}
     for move in fold.moves:
-        parameter = block.get_parameter(move.parameter)
+        parameter = parameter_or_buffer(block, move.parameter)
         before.setdefault(move.parameter, parameter.data)
         parameter.data = move.applied(parameter.data, order)
     return before

@@ -2,7 +2,8 @@
 
 import torch
 
-from halve.order.folds import Fold, permute, random_order
+from halve.model.layers import channel_parameters, is_conv1d, parameter_or_buffer
+from halve.order.folds import Fold, Move, permute, random_order
 from halve.order.trial import Passed, Trial, unlike
 
 _ROUNDING = 1e-4
@@ -25,7 +26,7 @@ def is_proven(trial: Trial, fold: Fold, generator: torch.Generator) -> bool:
     """
     order = random_order(fold.units, fold.width, generator)
     layer = fold.consumer.rpartition(".")[0]
-    moved = {move.parameter.rpartition(".")[0] for move in fold.moves[1:]} - {layer}
+    moved = {move.parameter.rpartition(".")[0] for move in fold.moves if _of_outputs(trial, move)}
     alone = Fold(fold.consumer, fold.units, fold.width, fold.moves[:1])
     for sample in trial.samples:
         before = trial.run(sample)
@@ -42,10 +43,18 @@ def is_proven(trial: Trial, fold: Fold, generator: torch.Generator) -> bool:
     return True
 
 
+def _of_outputs(trial: Trial, move: Move) -> bool:
+    """Whether what moves along it are channels that its layer gives, not those that it reads."""
+    layer, _, leaf = move.parameter.rpartition(".")
+    module = trial.layers[layer]
+    outputs = 1 if is_conv1d(module) and leaf == "weight" else 0
+    return bool(channel_parameters(module)) or move.dim == outputs
+
+
 def _run_in(trial: Trial, fold: Fold, order: torch.Tensor, sample: int) -> Passed:
     before = permute(trial.block, fold, order)
     try:
         return trial.run(sample)
     finally:
         for name, tensor in before.items():
-            trial.block.get_parameter(name).data = tensor
+            parameter_or_buffer(trial.block, name).data = tensor

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from halve.errors import HalveError
 from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern
 from halve.model.plan import Matrix
+from halve.order.chains import find_chains
 from halve.order.choosing import choose_order, estimated_loss
 from halve.order.finding import find_folds
 from halve.order.folds import Fold, Order
@@ -23,6 +24,25 @@ NONE, FOLD = ORDERS = ("none", "fold")
 _SEED = 20
 
 
+@dataclass(frozen=True)
+class Reordered:
+    """What came of the folds of one block, or of several.
+
+    Attributes:
+        orders: those that were chosen.
+        found: folds that were guessed.
+        proven: those of them that were proven; where there are more than orders, no other order of the rest is
+            estimated to lose less.
+    """
+
+    orders: tuple[Order, ...] = ()
+    found: int = 0
+    proven: int = 0
+
+    def __add__(self, other: "Reordered") -> "Reordered":
+        return Reordered(self.orders + other.orders, self.found + other.found, self.proven + other.proven)
+
+
 class Reorderer:
     """Finds the folds of one block after the other, and chooses orders.
 
@@ -31,15 +51,15 @@ class Reorderer:
 
     Args:
         pattern: N:M that is pruned to.
-        fixed: full names of parameters that must not move.
+        fixed: full names of parameters and buffers that must not move.
     """
 
     def __init__(self, pattern: Pattern, fixed: Collection[str]) -> None:
         self._pattern = pattern
         self._fixed = fixed
 
-    def folds(self, name: str, trial: Trial, matrices: Sequence[Matrix], number: int) -> list[Fold]:
-        """Return the folds of a block that are proven.
+    def folds(self, name: str, trial: Trial, matrices: Sequence[Matrix], number: int) -> tuple[list[Fold], int]:
+        """Return the folds of a block that are proven, and for how many consumers some were found.
 
         Args:
             name: full name of the block.
@@ -51,16 +71,26 @@ class Reorderer:
         prefix = f"{name}."
         consumers = [m.parameter.removeprefix(prefix) for m in plain]
         fixed = {each.removeprefix(prefix) for each in self._fixed if each.startswith(prefix)}
-        guessed = find_folds(trial, consumers, fixed, _SEED)
-        fitting = [fold for fold in guessed if self._pattern.fits(fold.width)]
         generator = torch.Generator().manual_seed(_SEED + number)
-        return [fold for fold in fitting if is_proven(trial, fold, generator)]
+        found: set[str] = set()
+        proven: list[Fold] = []
+        for find in (find_folds, find_chains):
+            moved = {(move.parameter, move.dim) for fold in proven for move in fold.moves}
+            taken = {fold.consumer for fold in proven}
+            left = [consumer for consumer in consumers if consumer not in taken]
+            for fold in find(trial, left, fixed, _SEED) if left else ():
+                free = moved.isdisjoint((move.parameter, move.dim) for move in fold.moves)
+                if free and self._pattern.fits(fold.width):
+                    found.add(fold.consumer)
+                    proven += [fold] if is_proven(trial, fold, generator) else []
+        return proven, len(found)
 
     def choose(
         self,
         name: str,
         block: nn.Module,
         folds: Sequence[Fold],
+        matrices: Sequence[Matrix],
         statistics: Mapping[str, Statistics | None],
         warn: Callable[[str], None],
     ) -> list[Order]:
@@ -70,6 +100,7 @@ class Reorderer:
             name: full name of the block.
             block: a float32 working copy, left as it is.
             folds: of the block.
+            matrices: of the block.
             statistics: of the matrices' inputs, by the matrices' names.
             warn: called with a sentence for every fold that no order can be chosen for.
 
@@ -77,18 +108,19 @@ class Reorderer:
             list[Order]: those that lower the estimate.
         """
         orders = []
+        by_parameter = {matrix.parameter: matrix for matrix in matrices}
         for number, fold in enumerate(folds):
-            stats = statistics.get(f"{name}.{fold.consumer}")
+            matrix = by_parameter[f"{name}.{fold.consumer}"]
+            stats = statistics.get(matrix.name)
             if stats is None:
                 continue
-            weight = block.get_parameter(fold.consumer).data
-            weight = weight if fold.moves[0].dim == 1 else weight.T
+            weight = matrix.view(block.get_parameter(fold.consumer).data)
             try:
                 saliency = saliencies(weight, stats.gram.to(weight.device))
             except HalveError as error:
                 warn(f"permute fold: the inputs of {name}.{fold.consumer} stay in their order: {error}")
                 continue
-            laid = by_unit(saliency, fold.units, fold.moves[0].repeats)
+            laid = by_unit(saliency, fold.units, fold.moves[0].repeats, matrix.taps)
             generator = torch.Generator().manual_seed(_SEED + number)
             channels = choose_order(laid, self._pattern, generator)
             before, after = (estimated_loss(laid, self._pattern, order) for order in (None, channels.to(laid.device)))
@@ -104,9 +136,13 @@ def shared_parameters(model: nn.Module) -> set[str]:
     return {name for name, parameter in everything if uses[id(parameter)] > 1}
 
 
-def reordered(statistics: Statistics, order: Order) -> Statistics:
-    """Return the statistics of a consumer's inputs in an order; what they were is left as it is."""
-    index = order.of_inputs(len(statistics.gram))
+def reordered(statistics: Statistics, index: Tensor) -> Statistics:
+    """Return the statistics of a matrix's inputs in another order; what they were is left as it is.
+
+    Args:
+        statistics: of the inputs.
+        index: (d_in,) int64, which input comes to each place.
+    """
 
     def moved(square: Tensor) -> Tensor:
         places = index.to(square.device)

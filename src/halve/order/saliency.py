@@ -36,17 +36,18 @@ def saliencies(weight: Tensor, gram: Tensor) -> Tensor:
     return found.div_(found.max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def by_unit(saliency: Tensor, units: int, repeats: int) -> Tensor:
+def by_unit(saliency: Tensor, units: int, repeats: int, taps: int = 1) -> Tensor:
     """Lay the columns of a matrix out by the units that its channels belong to.
 
     Args:
-        saliency: (d_out, d_in), of which the inputs are units of ``repeats`` heads each.
+        saliency: (d_out, d_in), of which the inputs are units of ``repeats`` heads each, at every tap.
         units: number of units.
         repeats: heads that have one unit's order.
+        taps: of a convolution's kernel: so many runs of channels, in one order, make up the inputs.
 
     Returns:
-        Tensor: (units, width, repeats · d_out), contiguous: the saliencies of channel i of every head of a unit.
+        Tensor: (units, width, repeats · taps · d_out), contiguous: the saliencies of channel i of every head of a unit.
     """
     d_out, d_in = saliency.shape
-    heads = saliency.T.reshape(units, repeats, d_in // (units * repeats), d_out)
-    return heads.transpose(1, 2).flatten(2)
+    heads = saliency.T.reshape(taps, units, repeats, d_in // (taps * units * repeats), d_out)
+    return heads.permute(1, 3, 2, 0, 4).flatten(2)

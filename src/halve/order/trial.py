@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from halve.maths.linalg import full_precision
+from halve.model.blocks import replaced_forward
 from halve.model.calls import is_constant, leaves, put_together, to_device
-from halve.model.layers import is_linear
+from halve.model.layers import channel_parameters, is_convolution, is_linear
 from halve.model.stream import Stream
 
 _NOISE = 0.5
@@ -25,8 +26,8 @@ class Passed:
     """What one pass of a sample showed.
 
     Attributes:
-        inputs: of every linear layer, by its name in the block; of one that was called more than once, the last.
-        outputs: likewise.
+        inputs: of every layer, by its name in the block; of one that was called more than once, the last.
+        outputs: likewise, where it is a tensor.
         calls: how often each was called.
         returned: every tensor that the block returned, or has in what it was given.
     """
@@ -47,6 +48,9 @@ class Trial:
         place: the block's index in its stack.
         device: of the block.
         generator: on the CPU, for the noise.
+
+    Attributes:
+        layers: by name in the block: linear layers, convolutions, and what has a number of its own for each channel.
     """
 
     def __init__(
@@ -62,7 +66,9 @@ class Trial:
             noise = torch.randn(hidden.shape, generator=generator)
             self._hidden.append((hidden + _NOISE * hidden.std() * noise).to(device))
         self.layers: Mapping[str, nn.Module] = {
-            name: module for name, module in block.named_modules() if name and is_linear(module)
+            name: module
+            for name, module in block.named_modules()
+            if name and (is_linear(module) or is_convolution(module) or channel_parameters(module))
         }
 
     @property
@@ -76,12 +82,15 @@ class Trial:
         return all(hidden.ndim >= 3 and hidden[0, ..., 0].numel() > 1 for hidden in self._hidden)
 
     @torch.no_grad()
-    def run(self, sample: int, changes: Mapping[str, Change] | None = None) -> Passed:
+    def run(
+        self, sample: int, changes: Mapping[str, Change] | None = None, given: Mapping[str, Tensor] | None = None
+    ) -> Passed:
         """Run the block on a sample.
 
         Args:
             sample: its number.
             changes: what is done to the outputs of layers, by the name of the layer.
+            given: what layers return, by name, instead of computing it; what is beyond them then sees no further back.
         """
         seen = Passed()
         call = self._stream.call(self._place, sample, self._device)
@@ -90,18 +99,21 @@ class Trial:
             for name, layer in self.layers.items():
                 hook = partial(self._look, seen, name, (changes or {}).get(name))
                 stack.enter_context(layer.register_forward_hook(hook))
+            for name, output in (given or {}).items():
+                stack.enter_context(replaced_forward(self.layers[name], lambda *_, _given=output, **__: _given.clone()))
             output = self.block(*args, **kwargs)
         seen.returned = [tensor.clone() for tensor in tensors_in((output, args, kwargs))]
         return seen
 
     def _look(
-        self, seen: Passed, name: str, change: Change | None, _layer: nn.Module, args: Any, output: Tensor
+        self, seen: Passed, name: str, change: Change | None, _layer: nn.Module, args: Any, output: Any
     ) -> Tensor | None:
         seen.calls[name] += 1
-        if args:
-            seen.inputs[name] = args[0]
+        if args and isinstance(args[0], Tensor):
+            seen.inputs[name] = args[0].clone()  # an activation may be written over it
         found = output if change is None else change(output)
-        seen.outputs[name] = found
+        if isinstance(found, Tensor):
+            seen.outputs[name] = found.clone()
         return None if change is None else found
 
 

@@ -319,7 +319,7 @@ def _facts(directory: Path, record: WholeRecord, measured: Measured) -> RunFacts
         workers=measured.workers,
         origin=record.source,
         dense_weights=int(finite_value(sum(math.prod(entry.shape) for entry in record.excluded if entry.shape))),
-        reordered=said_of_orders(len(record.orders), before=record.source.reordered),
+        reordered=said_of_orders(len(record.orders), folds=record.folds, before=record.source.reordered),
         norms=len({name.rpartition(".")[0] for name in record.norm_statistics}),
         only_convolutions=bool(record.matrices) and all(entry.layout == "conv" for entry in record.matrices),
         merged=tuple(entry.adapter.name for entry in record.merges),

@@ -68,6 +68,7 @@ def to_json(
         "blocks": [_block(block, changed) for block in report.reconstructions],
         "norm_statistics": sorted(tensor for norm in report.norms for tensor in changed.get(norm, ())),
         **({"orders": [_order(order, moved or {}) for order in report.orders]} if report.orders else {}),
+        **({"folds": _folds(report)} if settings.reorders else {}),
         "excluded": [
             {"name": entry.name, "shape": list(entry.shape), "reason": entry.reason} for entry in report.excluded
         ],
@@ -179,6 +180,10 @@ def _block(block: BlockReport, changed: Mapping[str, Sequence[str]]) -> dict[str
         "held_out_batches": block.tuned.held_out,
         "tensors": [tensor for parameter in block.parameters for tensor in changed.get(parameter, ())],
     }
+
+
+def _folds(report: RunReport) -> dict[str, int]:
+    return {"found": report.folds_found, "proven": report.folds_proven, "lowered": len(report.orders)}
 
 
 def _order(order: Order, moved: Mapping[str, Location]) -> dict[str, Any]:

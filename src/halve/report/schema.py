@@ -7,6 +7,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from halve.checkpoint.directory import RECORD, refuse_packed, refuse_unfinished
 from halve.errors import InputError
+from halve.order.recording import FoldsEntry
 from halve.recorded import (
     MOST,
     Kind,
@@ -150,6 +151,7 @@ class WholeRecord(Record, frozen=True, kw_only=True):
     only_where_faster: dict[str, Any] | None = None
     batch_norm: str = ""
     permute: str = ""
+    folds: FoldsEntry | None = None
     keep_dense: dict[str, Any] | None = None
     calibration: dict[str, Any]
     device: str

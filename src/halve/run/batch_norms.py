@@ -108,11 +108,3 @@ def estimate(block: nn.Module, run: Callable[[int], object], count: int) -> dict
         inputs.put(norm)
         found |= {f"{name}.{each}": norm.get_buffer(each) for each in STATISTICS}
     return found
-
-
-def parameter_or_buffer(module: nn.Module, name: str) -> Tensor:
-    """Return the parameter or the buffer of a module that has a name."""
-    path, _, leaf = name.rpartition(".")
-    found = getattr(module.get_submodule(path), leaf)
-    assert isinstance(found, Tensor)  # noqa: S101 - the name is of one
-    return found

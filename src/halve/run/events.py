@@ -120,6 +120,8 @@ class RunReport:
         shards: parts of the calibration set that were summed by themselves.
         norms: full names of the statistics of batch norms that were estimated anew.
         orders: of channels that were reordered.
+        folds_found: where channels might be reordered, in so many places that was guessed.
+        folds_proven: in so many of those it was proven; where there is no order for one, none promised a lower loss.
         not_reordered: full names of blocks with matrices where nothing was reordered, though it was asked for.
     """
 
@@ -136,6 +138,8 @@ class RunReport:
     shards: int = 1
     norms: tuple[str, ...] = ()
     orders: tuple[Order, ...] = ()
+    folds_found: int = 0
+    folds_proven: int = 0
     not_reordered: tuple[str, ...] = ()
 
     @property

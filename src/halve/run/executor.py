@@ -24,6 +24,7 @@ from halve.model.plan import Matrix, Plan
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.model.survey import StackRun
 from halve.order.folds import Order
+from halve.order.reordering import Reordered
 from halve.run.batch_norms import ESTIMATE, batch_norms
 from halve.run.bundles import bytes_of_sums, home_of_sums, likely_input, prune_bundle
 from halve.run.events import WorkerReport
@@ -64,7 +65,7 @@ class Executor(Protocol):
     def collect(self, block: int) -> Mapping[str, Inputs]:
         """Gather the statistics of a block's inputs, and return what they are of, by matrix."""
 
-    def reorder(self, block: int) -> Sequence[Order]:
+    def reorder(self, block: int) -> Reordered:
         """Choose orders of a block's channels and go on with the block in them; called once its inputs are gathered."""
 
     def solve(

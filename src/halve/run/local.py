@@ -19,14 +19,15 @@ from halve.memory import trim
 from halve.model.blocks import check_finite, working_copy
 from halve.model.calls import Call, to_device
 from halve.model.collect import Collector, Memory, Sums
+from halve.model.layers import parameter_or_buffer
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Example, Reconstruction, Tuned, reconstruct, trainable
 from halve.model.stream import Stream
 from halve.model.survey import StackRun
-from halve.order.folds import Fold, Order, permute
-from halve.order.reordering import Reorderer, reordered, shared_parameters
+from halve.order.folds import Fold, permute
+from halve.order.reordering import Reordered, Reorderer, reordered, shared_parameters
 from halve.order.trial import Trial
-from halve.run.batch_norms import LEAST, STATISTICS, batch_norms, estimate, parameter_or_buffer
+from halve.run.batch_norms import LEAST, STATISTICS, batch_norms, estimate
 from halve.run.bundles import gradients_of_output
 from halve.run.events import WorkerReport
 from halve.run.executor import Inputs, Job, inputs_of, solve_bundle
@@ -215,30 +216,31 @@ class LocalExecutor:
                 self._forward(at, batch, at.stream, collector=collector)
         return collector.take()
 
-    def reorder(self, block: int) -> tuple[Order, ...]:
+    def reorder(self, block: int) -> Reordered:
         """See `Executor`."""
         job, at = self._job, self._passage(block)
         if self._reorderer is None or self._short is None:
-            return ()
+            return Reordered()
         job.tell(block, Phase.REORDER)
         with job.phases.timing(Phase.REORDER):
-            name = job.plan.blocks[block]
+            name, matrices = job.plan.blocks[block], job.plan.of_block(block)
+            folds, found = self.folds(block)
             warn = partial(self._caution, block, Phase.REORDER)
-            orders = self._reorderer.choose(name, at.work, self.folds(block), self._statistics, warn)
+            orders = self._reorderer.choose(name, at.work, folds, matrices, self._statistics, warn)
             for order in orders:
                 permute(at.work, order.fold, order.channels)
-                consumer = f"{name}.{order.fold.consumer}"
-                statistics = self._statistics[consumer]
-                if statistics is not None:
-                    self._statistics[consumer] = reordered(statistics, order)
+                for matrix in matrices:
+                    statistics, index = self._statistics.get(matrix.name), order.of_inputs(matrix)
+                    if statistics is not None and index is not None:
+                        self._statistics[matrix.name] = reordered(statistics, index)
                 self._roots |= order.applied(self._roots)
-        return tuple(orders)
+        return Reordered(tuple(orders), found, len(folds))
 
-    def folds(self, block: int) -> list[Fold]:
-        """Return the folds of a block; its inputs were gathered."""
+    def folds(self, block: int) -> tuple[list[Fold], int]:
+        """Return the proven folds of a block, and how many were found (`halve.order.reordering.Reorderer.folds`)."""
         job, at = self._job, self._passage(block)
         if self._reorderer is None or self._short is None:
-            return []
+            return [], 0
         trial = Trial(at.work, self._short, at.place, job.device, torch.Generator().manual_seed(block))
         return self._reorderer.folds(job.plan.blocks[block], trial, job.plan.of_block(block), block)
 

@@ -17,14 +17,14 @@ from halve.errors import HalveError, InputError, LayerFailedError
 from halve.memory import trim
 from halve.model.blocks import Batch, check_batches, eager_experts
 from halve.model.gradients import LossGradients, one_by_one
+from halve.model.layers import parameter_or_buffer
 from halve.model.plan import Matrix, Plan, set_matrix
 from halve.model.reconstruct import Tuned
 from halve.model.stacks import find_stacks
 from halve.model.survey import StackRun, plan_model
-from halve.order.folds import Order
-from halve.order.reordering import FOLD, NONE
+from halve.order.reordering import FOLD, NONE, Reordered
 from halve.provenance import Fingerprint
-from halve.run.batch_norms import ESTIMATE, parameter_or_buffer
+from halve.run.batch_norms import ESTIMATE
 from halve.run.block_record import from_record, to_record
 from halve.run.bundles import bundles, share_of_time
 from halve.run.directory import RunDirectory
@@ -207,7 +207,7 @@ class _Loop:
         self._reports: list[MatrixReport] = []
         self._blocks: list[BlockReport] = []
         self._norms: list[str] = []
-        self._orders: list[Order] = []
+        self._reordered: dict[str, Reordered] = {}
         self._tuning = settings.reconstruction
         self._phases = phases
         self._collects = False
@@ -237,6 +237,7 @@ class _Loop:
             finally:
                 executor.leave()
         self._tell(count, Phase.DONE)
+        reordered = sum(self._reordered.values(), Reordered())
         return RunReport(
             matrices=tuple(self._reports),
             excluded=self._plan.excluded,
@@ -250,7 +251,9 @@ class _Loop:
             workers=workers,
             shards=len(job.shards),
             norms=tuple(self._norms),
-            orders=tuple(self._orders),
+            orders=reordered.orders,
+            folds_found=reordered.found,
+            folds_proven=reordered.proven,
             not_reordered=self._not_reordered(),
         )
 
@@ -303,7 +306,7 @@ class _Loop:
             self._estimate_norms(index, executor)
             return self._changed(index)
         if self._settings.reorders:
-            self._reorder(executor.reorder(index))
+            self._reorder(index, executor.reorder(index))
         found = list(bundles(matrices, {name: seen.leader for name, seen in inputs.items()}))
         for bundle, outcomes in zip(found, executor.solve(index, found, self._options), strict=True):
             for matrix, outcome in zip(bundle, outcomes, strict=True):
@@ -321,29 +324,32 @@ class _Loop:
         """Estimate the statistics of a block's batch norms anew, if what comes to them has changed."""
         if self._settings.batch_norm == ESTIMATE and self._collects and self._reports:
             for name, tensor in executor.estimate_norms(index, self._changed(index)).items():
-                self._set_statistics(name, tensor)
+                self._set_buffer(name, tensor)
+                self._norms.append(name)
 
-    def _set_statistics(self, name: str, tensor: Tensor) -> None:
-        """Replace the statistics of a batch norm; what is there may lie in a file, and is not written to."""
+    def _set_buffer(self, name: str, tensor: Tensor) -> None:
+        """Replace a buffer, such as statistics of a batch norm; what is there may lie in a file, and stays as it is."""
         path, _, leaf = name.rpartition(".")
         norm = self._model.get_submodule(path)
         before = norm.get_buffer(leaf)
         setattr(norm, leaf, tensor.to(device=before.device, dtype=before.dtype, copy=True))
-        self._norms.append(name)
 
-    def _reorder(self, orders: Sequence[Order]) -> None:
+    def _reorder(self, index: int, found: Reordered) -> None:
         """Put the channels of a block into their orders."""
-        for order in orders:
-            parameters = {name: self._own(name) for name in order.parameters}
-            for name, moved in order.applied({name: each.data for name, each in parameters.items()}).items():
-                parameters[name].data.copy_(moved)
-            self._orders.append(order)
+        for order in found.orders:
+            before = {name: parameter_or_buffer(self._model, name) for name in order.parameters}
+            for name, moved in order.applied({name: each.data for name, each in before.items()}).items():
+                if isinstance(before[name], nn.Parameter):
+                    self._own(name).data.copy_(moved)
+                else:
+                    self._set_buffer(name, moved)
+        self._reordered[self._plan.blocks[index]] = found
 
     def _not_reordered(self) -> tuple[str, ...]:
         """Return the blocks with matrices in which no channels were reordered; none where that was not asked for."""
         if self._settings.permute != FOLD:
             return ()
-        done = {order.block for order in self._orders}
+        done = {name for name, reordered in self._reordered.items() if reordered.orders}
         blocks = enumerate(self._plan.blocks)
         return tuple(name for index, name in blocks if name not in done and self._plan.of_block(index))
 
@@ -362,18 +368,23 @@ class _Loop:
         """Return what of a block differs from the dense model's so far, by full name."""
         name = self._plan.blocks[index]
         tuned = next((block.parameters for block in self._blocks if block.name == name), ())
-        moved = {parameter for order in self._orders if order.block == name for parameter in order.parameters}
-        norms = [buffer for buffer in self._norms if buffer.startswith(f"{name}.")]
-        changed = sorted({matrix.parameter for matrix in self._plan.of_block(index)}.union(tuned, moved, norms))
+        orders = self._reordered.get(name, Reordered()).orders
+        moved = {parameter for order in orders for parameter in order.parameters}
+        matrices = {matrix.parameter for matrix in self._plan.of_block(index)}
+        changed = sorted(matrices.union(tuned, moved, self._norms_of(name)))
         return {each: parameter_or_buffer(self._model, each).data for each in changed}
+
+    def _norms_of(self, block: str) -> list[str]:
+        """Return the statistics of a block that were estimated anew."""
+        return [buffer for buffer in self._norms if buffer.startswith(f"{block}.")]
 
     def _commit(self, index: int, ledger: RunDirectory, tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished block."""
         name = self._plan.blocks[index]
         matrices = self._reports[len(self._reports) - len(self._plan.of_block(index)) :]
         tuned = next((block for block in self._blocks if block.name == name), None)
-        orders = [order for order in self._orders if order.block == name]
-        ledger.commit(tensors, to_record(matrices, tuned, orders, self._phases.take()))
+        reordered = self._reordered.get(name, Reordered())
+        ledger.commit(tensors, to_record(matrices, tuned, reordered, self._norms_of(name), self._phases.take()))
 
     def _restore(self, index: int) -> dict[str, Tensor]:
         """Put a block that was finished before into the model, and return its parameters that differ, by full name."""
@@ -384,9 +395,10 @@ class _Loop:
             if isinstance(parameter_or_buffer(self._model, name), nn.Parameter):
                 self._own(name).data.copy_(tensor)
             else:
-                self._set_statistics(name, tensor)
-        matrices, tuned, orders, spent = from_record(record)
-        self._orders += orders
+                self._set_buffer(name, tensor)
+        matrices, tuned, reordered, norms, spent = from_record(record)
+        self._reordered[self._plan.blocks[index]] = reordered
+        self._norms += norms
         self._phases.add(spent)
         for report in matrices:
             self._reports.append(report)

@@ -12,8 +12,8 @@ from halve.errors import counted
 from halve.model.collect import check_called, merge_leaders
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Reconstruction, Tuned
-from halve.order.folds import Order
 from halve.order.recording import from_plain
+from halve.order.reordering import Reordered
 from halve.run.bundles import operations
 from halve.run.events import WorkerReport
 from halve.run.executor import Inputs, Job
@@ -180,25 +180,27 @@ class Crew:
         self._parts = {first: entry for first, entry in self._parts.items() if entry[0].alive}
         return [member for member in self._roster.alive if member.shards and not member.collected]
 
-    def reorder(self, block: int) -> list[Order]:
+    def reorder(self, block: int) -> Reordered:
         """See `Executor`: one worker finds what folds, and orders are chosen by all of them."""
         job = self._job
         job.tell(block, Phase.REORDER)
         with job.phases.timing(Phase.REORDER):
             folds = self._folds(block)
+            consumers = [f"{job.plan.blocks[block]}.{fold['consumer']}" for fold in folds.folds]
             tasks = []
-            for matrix in (f"{job.plan.blocks[block]}.{fold['consumer']}" for fold in folds):
-                content = {"block": block, "matrix": matrix, "folds": folds}
-                cost = job.model.get_parameter(matrix).numel()
-                tasks.append(_Task("choose", matrix, cost, partial(dict, content)))
+            for matrix in job.plan.of_block(block):
+                if matrix.parameter in consumers:
+                    content = {"block": block, "matrix": matrix.name, "folds": folds.folds}
+                    tasks.append(_Task("choose", matrix.name, operations(matrix), partial(dict, content)))
             answers = self._dealt_out(block, tasks, terms.Chosen)
         for answer, _ in answers:
             for caution in answer.cautions:
                 job.tell(block, Phase.REORDER, caution=caution)
-        self._orders = [order for answer, _ in answers for order in answer.orders]
-        return [from_plain(order) for order in self._orders]
+        chosen = {order["consumer"]: order for answer, _ in answers for order in answer.orders}
+        self._orders = [chosen[fold["consumer"]] for fold in folds.folds if fold["consumer"] in chosen]
+        return Reordered(tuple(from_plain(order) for order in self._orders), folds.found, len(folds.folds))
 
-    def _folds(self, block: int) -> list[dict[str, Any]]:
+    def _folds(self, block: int) -> terms.Folds:
         """Let a worker that has run a block find its folds."""
         while True:
             self._collected(block)
@@ -206,7 +208,7 @@ class Crew:
             for _, message in self._roster.answers({holder: holder.hand.call("folds", block)}):
                 answer, _ = unpack(message, terms.Folds)
                 terms.check(answer)
-                return answer.folds
+                return answer
 
     def solve(
         self, block: int, bundles: Sequence[Sequence[Matrix]], options: Callable[[Sequence[Matrix]], dict[str, Any]]

@@ -123,9 +123,10 @@ class Changed(Struct, frozen=True, kw_only=True):
 
 
 class Folds(Answer, frozen=True, kw_only=True):
-    """The folds of a block (`halve.order.recording.fold_to_plain`)."""
+    """The proven folds of a block (`halve.order.recording.fold_to_plain`), and how many were found."""
 
     folds: list[dict[str, Any]] = []
+    found: int = 0
 
 
 class Choice(Struct, frozen=True, kw_only=True):

@@ -243,7 +243,8 @@ class Worker:
     def folds(self, block: int) -> Message:
         """Find the folds of a block, which is run for that: its shards were summed here."""
         site = next(each for each in self._sites if each.collected and each.block == block)
-        return pack({"folds": [recording.fold_to_plain(fold) for fold in site.executor.folds(block)]})
+        folds, found = site.executor.folds(block)
+        return pack({"folds": [recording.fold_to_plain(fold) for fold in folds], "found": found})
 
     @_answering
     def choose(self, task: Message, sums: list[Any]) -> Message:
@@ -262,7 +263,8 @@ class Worker:
         cautions: list[str] = []
         folds = [recording.fold_from_plain(fold) for fold in content.folds]
         reorderer = Reorderer(job.settings.pattern, ())
-        orders = reorderer.choose(name, work, folds, {content.matrix: statistics}, cautions.append)
+        matrices = job.plan.of_block(content.block)
+        orders = reorderer.choose(name, work, folds, matrices, {content.matrix: statistics}, cautions.append)
         return pack({"orders": [recording.to_plain(order) for order in orders], "cautions": cautions})
 
     @_answering
@@ -280,8 +282,9 @@ class Worker:
         orders = [recording.from_plain(order) for order in content.orders]
         statistics = statistics_of(bundle[0].name, sums, site.job.device)
         for order in orders:
-            if statistics is not None and f"{order.block}.{order.fold.consumer}" == bundle[0].name:
-                statistics = reordered(statistics, order)
+            index = order.of_inputs(bundle[0])
+            if statistics is not None and index is not None:
+                statistics = reordered(statistics, index)
         with site.job.phases.timing(Phase.SOLVE):
             return terms.solved(solve_bundle(site.job, bundle, statistics, content.options, orders=orders))
 
