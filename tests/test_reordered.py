@@ -86,6 +86,15 @@ def test_reordered_layers_lose_less(dense):
     assert lost["fold"] < 0.95 * lost["none"]
 
 
+def test_auto_reorders_unasked(dense, tmp_path):
+    asked = {"calibration": calibration(), "device": "cpu", "forward_dtype": "float32"}
+    record = halve.prune(dense, tmp_path / "out", **asked).record
+    assert record["permute"] == "fold"
+    assert len(record["orders"]) == 6
+    assert halve.check(tmp_path / "out", against=dense).ok
+    assert "orders" not in halve.prune(dense, tmp_path / "alone", permute="none", **asked).record
+
+
 @pytest.mark.parametrize("options", [{"stream": "always"}, {"offload": True}])
 def test_the_bytes_are_the_same_wherever_weights_and_states_lie(dense, tmp_path, options):
     given = GIVEN | {"reconstruct": "block", "reconstruct_epochs": 1}
@@ -217,7 +226,7 @@ def test_a_reordered_checkpoint_is_pruned_again_and_says_so(pruned, dense, tmp_p
     [
         ({"pattern": "50%"}, "50% has none"),
         ({"method": "magnitude", "refit": "none"}, "magnitude with refit none uses none"),
-        ({"permute": "all"}, "permute must be 'none' or 'fold', got 'all'"),
+        ({"permute": "all"}, "permute = 'all' is not known: choose one of auto, none, fold"),
     ],
 )
 def test_what_cannot_be_reordered_is_refused(dense, tmp_path, options, why):

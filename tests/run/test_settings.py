@@ -84,6 +84,27 @@ def test_blocks_are_tuned_unasked_for_the_best_effort_alone(method, options, exp
 
 
 @pytest.mark.parametrize(
+    ("changes", "reorders"),
+    [
+        ({}, True),
+        ({"options": {"effort": "best"}}, True),
+        ({"options": {"effort": "fast"}}, False),
+        ({"options": {"effort": "fast"}, "permute": "fold"}, True),
+        ({"permute": "none"}, False),
+        ({"pattern": "50%"}, False),
+        ({"method": "sparsegpt"}, False),
+        ({"method": "sparsegpt", "permute": "fold"}, True),
+        ({"method": "magnitude", "refit": "none"}, False),
+    ],
+)
+def test_auto_reorders_channels_where_that_can_gain(changes, reorders):
+    asked = settings(**{"method": "auto", "refit": "cg", **changes})
+    assert asked.reorders is reorders
+    assert asked.as_followed.permute == ("fold" if reorders else "none")
+    asked.check_objective()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"method": "magnitude", "objective": Objective("auto")}, "shrinkage acts on statistics, which magnitude with"),
