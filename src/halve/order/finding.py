@@ -50,7 +50,7 @@ def find_folds(trial: Trial, consumers: Collection[str], fixed: Collection[str],
     if not trial.has_positions:
         return []
     generator = torch.Generator().manual_seed(seed)
-    before = trial.run(0)
+    before = trial.unchanged(0)
     linear = [name for name, module in trial.layers.items() if is_linear(module)]
     once = [name for name in linear if before.calls[name] == 1 and name in before.inputs]
     targets = [name for name in once if f"{name}.weight" in consumers and f"{name}.weight" not in fixed]

@@ -29,7 +29,7 @@ def is_proven(trial: Trial, fold: Fold, generator: torch.Generator) -> bool:
     moved = {move.parameter.rpartition(".")[0] for move in fold.moves if _of_outputs(trial, move)}
     alone = Fold(fold.consumer, fold.units, fold.width, fold.moves[:1])
     for sample in trial.samples:
-        before = trial.run(sample)
+        before = trial.unchanged(sample)
         if before.calls[layer] != 1:
             return False
         after = _run_in(trial, fold, order, sample)

@@ -27,7 +27,7 @@ class Passed:
 
     Attributes:
         inputs: of every layer, by its name in the block; of one that was called more than once, the last.
-        outputs: likewise, where it is a tensor.
+        outputs: likewise, where it is a tensor that the layer has computed.
         calls: how often each was called.
         returned: every tensor that the block returned, or has in what it was given.
     """
@@ -61,6 +61,7 @@ class Trial:
         self._place = place
         self._device = device
         self._hidden: list[Tensor] = []
+        self._unchanged: dict[int, Passed] = {}
         for sample in range(len(stream.hidden)):
             hidden = stream.hidden[sample].float()
             noise = torch.randn(hidden.shape, generator=generator)
@@ -81,6 +82,12 @@ class Trial:
         """Whether every sample has several positions, without which attention mixes nothing."""
         return all(hidden.ndim >= 3 and hidden[0, ..., 0].numel() > 1 for hidden in self._hidden)
 
+    def unchanged(self, sample: int) -> Passed:
+        """Return what a pass of a sample shows in the block as it was first; it is run once."""
+        if sample not in self._unchanged:
+            self._unchanged[sample] = self.run(sample)
+        return self._unchanged[sample]
+
     @torch.no_grad()
     def run(
         self, sample: int, changes: Mapping[str, Change] | None = None, given: Mapping[str, Tensor] | None = None
@@ -97,7 +104,7 @@ class Trial:
         args, kwargs = put_together(self._hidden[sample].clone(), call)
         with ExitStack() as stack, full_precision():
             for name, layer in self.layers.items():
-                hook = partial(self._look, seen, name, (changes or {}).get(name))
+                hook = partial(self._look, seen, name, (changes or {}).get(name), known=name in (given or {}))
                 stack.enter_context(layer.register_forward_hook(hook))
             for name, output in (given or {}).items():
                 stack.enter_context(replaced_forward(self.layers[name], lambda *_, _given=output, **__: _given.clone()))
@@ -106,13 +113,13 @@ class Trial:
         return seen
 
     def _look(
-        self, seen: Passed, name: str, change: Change | None, _layer: nn.Module, args: Any, output: Any
+        self, seen: Passed, name: str, change: Change | None, _layer: nn.Module, args: Any, output: Any, *, known: bool
     ) -> Tensor | None:
         seen.calls[name] += 1
         if args and isinstance(args[0], Tensor):
             seen.inputs[name] = args[0].clone()  # an activation may be written over it
         found = output if change is None else change(output)
-        if isinstance(found, Tensor):
+        if isinstance(found, Tensor) and not known:
             seen.outputs[name] = found.clone()
         return None if change is None else found
 
