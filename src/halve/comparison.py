@@ -189,9 +189,8 @@ class Comparison:
             return request, phases
         key = asked.amount, asked.tokens
         if key not in self._kept:
-            announce(listen, Phase.DAMAGE)
             begun = time.perf_counter()
-            found = choose_dense(self._loaded, self.calibration, request.settings, request.placement.target)
+            found = choose_dense(self._loaded, self.calibration, request.settings, request.placement.target, listen)
             self._kept[key] = found, time.perf_counter() - begun
         found, phases.seconds[Phase.DAMAGE] = self._kept[key]
         return replace(request, settings=replace(request.settings, keep_dense=found)), phases

@@ -306,9 +306,8 @@ def _with_damages(
         return request
     if run is not None and run.fingerprint is not None:
         return replace(request, settings=replace(settings, keep_dense=asked.recalled(run.fingerprint)))
-    announce(listen, Phase.DAMAGE)
     with phases.timing(Phase.DAMAGE):
-        found = choose_dense(loaded, data, settings, target)
+        found = choose_dense(loaded, data, settings, target, listen)
     return replace(request, settings=replace(settings, keep_dense=found))
 
 

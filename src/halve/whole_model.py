@@ -31,7 +31,7 @@ from halve.report import record
 from halve.report.card import leave_beside
 from halve.report.measured import measured_json, write_measured
 from halve.run.directory import RunDirectory
-from halve.run.events import Listener, Progress, RunLog, RunReport
+from halve.run.events import Listener, Progress, RunLog, RunReport, announce
 from halve.run.fingerprint import fingerprint
 from halve.run.local import LocalExecutor
 from halve.run.loop import Employ, Employing, prune_blocks, survey
@@ -130,7 +130,11 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
 
 
 def choose_dense(
-    loaded: LoadedModel, data: CalibrationData, settings: Settings, device: torch.device
+    loaded: LoadedModel,
+    data: CalibrationData,
+    settings: Settings,
+    device: torch.device,
+    listen: Listener | None = None,
 ) -> KeepDense | None:
     """Choose what stays dense for what pruning it costs (`halve.sensitivity`); None where nobody asks for it.
 
@@ -139,6 +143,7 @@ def choose_dense(
         data: what it is calibrated on, not empty.
         settings: what to do to every matrix.
         device: where the model is run.
+        listen: told that it begins, and what to beware of.
 
     Raises:
         InputError, UnsupportedModelError: as `KeepDense.measured` and `halve.run.loop.survey`.
@@ -146,11 +151,19 @@ def choose_dense(
     asked = settings.keep_dense
     if asked is None:
         return None
+
+    def warn(sentence: str) -> None:
+        if listen is not None:
+            listen(Progress(0, 0, Phase.DAMAGE, 0, 0, caution=sentence))
+
+    announce(listen, Phase.DAMAGE)
     together = stored_together(loaded)
     with evaluation_mode(loaded.model):
         samples = Samples.of(data, loaded.model, asked.tokens, batch_tokens(device, stepping=False))
         plan, _ = survey(loaded.model, samples.judging, settings, loaded.weights, together)
-        found = asked.measured(loaded.model, plan, samples, settings.pattern, together=together, device=device)
+        found = asked.measured(
+            loaded.model, plan, samples, settings.pattern, together=together, device=device, warn=warn
+        )
     loaded.weights.release()
     return found
 

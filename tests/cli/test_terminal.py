@@ -64,6 +64,14 @@ def test_what_a_run_is_going_to_suffer_from_is_said_before_its_first_block_is_so
     assert capsys.readouterr().err.splitlines()[-1] == warning
 
 
+def test_warnings_before_the_first_block_are_said_too(capsys):
+    with progress() as show:
+        show(Progress(0, 0, Phase.DAMAGE, 0, 0))
+        show(Progress(0, 0, Phase.DAMAGE, 0, 0, caution="no token reached them"), "wanda")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == ["measuring which matrices cost most …", "wanda: warning: no token reached them"]
+
+
 def test_text_that_is_calibrated_and_evaluated_on_is_warned_of(capsys):
     warn_of_overlap("a.txt", ["b.txt"])
     assert capsys.readouterr().err == ""

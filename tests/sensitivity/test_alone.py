@@ -23,6 +23,10 @@ PATTERN = Pattern("2:4")
 GENERATOR = torch.Generator().manual_seed(3)
 
 
+def unheard(_):
+    """Hear no warnings."""
+
+
 def of_text(make):
     return lambda: (make(), [{"input_ids": tokens(2, 8)}, {"input_ids": tokens(3, 8, seed=1)}])
 
@@ -68,7 +72,7 @@ def test_damage_is_that_of_whole_passes(family):
     model, batches = MODELS[family]()
     plan, _ = plan_model(model, batches, PATTERN)
     units, norms = units_of(plan), input_norms(model, plan.matrices, batches)
-    found = damages_alone(model, plan.blocks, units, batches, norms, PATTERN)
+    found = damages_alone(model, plan.blocks, units, batches, norms, PATTERN, unheard)
     assert list(found) == [unit.name for unit in units]
     for unit in units:
         expected = brute_force(model, unit, batches, norms)
@@ -84,7 +88,7 @@ def test_blocks_before_the_pruned_one_are_not_computed(monkeypatch):
     for index, block in enumerate(model.model.layers):
         block.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index) and None)
     monkeypatch.setattr(alone, "divergence", lambda *_: ran.append("compared") or 0.0)
-    damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN)
+    damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN, unheard)
     assert ran == [0, 1, 2, 2, "compared"]
 
 
@@ -93,7 +97,7 @@ def test_a_block_that_does_not_run_is_named():
     plan, _ = plan_model(model, batches, PATTERN)
     model.model.config.num_hidden_layers = 2  # as a model may that drops its layers by itself
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2 does not run .* leave it dense with skip"):
-        damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN)
+        damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN, unheard)
 
 
 def regnet():
@@ -140,7 +144,7 @@ def test_damage_of_convolutions_is_that_of_whole_passes(make):
     assert any(matrix.layout == "conv" for matrix in plan.matrices)
     assert any(matrix.expert for matrix in plan.matrices) == (make is regnet)
     units, norms = units_of(plan), input_norms(model, plan.matrices, batches)
-    found = damages_alone(model, plan.blocks, units, batches, norms, PATTERN)
+    found = damages_alone(model, plan.blocks, units, batches, norms, PATTERN, unheard)
     for unit in units:
         other = copy.deepcopy(model)
         weight = other.get_parameter(unit.name).data
@@ -165,3 +169,18 @@ def test_convolutions_that_cost_most_stay_dense():
     assert min(kept.values()) > 0.0
     assert all(torch.equal(model.get_parameter(name), before[name]) for name in kept)
     assert all(bool((model.get_parameter(name) == 0).any()) for name in pruned)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_passes_through_all_blocks_are_warned_of(family):
+    model, batches = MODELS[family]()
+    plan, _ = plan_model(model, batches, PATTERN)
+    units, said = units_of(plan), []
+    damages_alone(model, plan.blocks, units, batches[:1], {}, PATTERN, said.append)
+    if family == "llama":
+        assert said == []
+        return
+    (sentence,) = said
+    later = sum(unit.blocks != {0} for unit in units)
+    assert f"the damage of {later} of {len(units)} parameters is measured by passes through all blocks" in sentence
+    assert "up to twice as long" in sentence

@@ -97,8 +97,11 @@ def announce(phase: Phase) -> None:
     say(err, sentences[phase])
 
 
-def _announce_step(step: "Progress") -> None:
-    """Say what is about to take long, or how long the text that the model writes still takes."""
+def _announce_step(step: "Progress", runner: str) -> None:
+    """Say what is about to take long or to beware of, or how long the text that the model writes still takes."""
+    if step.caution:
+        say(err, step.caution, label=f"{_prefix(runner)}warning", style="yellow")
+        return
     if step.seconds_left is None:
         announce(step.phase)
         return
@@ -164,7 +167,7 @@ def progress() -> Iterator[Show]:
             if not step.blocks:
                 if step.seconds_left is not None:
                     bar.update(task, description="writing text", completed=step.finished, total=step.matrices)
-                _announce_step(step)
+                _announce_step(step, runner)
                 return
             if step.plan is not None:
                 say(bar.console, _prefix(runner) + _plan(step.plan))
@@ -230,7 +233,7 @@ def progress_bar(console: Console) -> "ProgressBar":
 def _plain_progress(step: "Progress", runner: str = "") -> None:
     prefix = _prefix(runner)
     if not step.blocks:
-        _announce_step(step)
+        _announce_step(step, runner)
         return
     if step.plan is not None:
         sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")
