@@ -247,7 +247,7 @@ def _data(
 ) -> Any:
     """Return what the model is calibrated on; a run that goes on neither writes its text nor asks the hub again."""
     calibration = request.calibration
-    if calibration.is_self_written and not request.settings.needs_calibration:
+    if not request.uses_calibration:
         return []
     kept = run.tokens(calibration.asked) if run is not None and calibration.is_far else None
     if kept is not None:

@@ -54,14 +54,19 @@ def test_time_follows_the_tokens_and_the_method(tmp_path):
     assert seconds(effort="fast", time_limit=1e-3)["solve"] == few["solve"]  # what is begun is finished
     wanda = seconds(method="wanda", refit="none")
     assert wanda["solve"] < 0.1 * few["solve"]
-    assert set(seconds(method="magnitude", refit="none")) == {
-        "load",
-        "solve",
-        "replay",
-        "commit",
-        "write",
-        "verify",
-    } - {"replay"}
+    unaware = {"method": "magnitude", "refit": "none"}
+    assert set(seconds(**unaware, calibration="self")) == {"load", "solve", "commit", "write", "verify"}
+
+
+@pytest.mark.parametrize("calibration", [None, tokens(4, 16)])
+def test_a_run_that_needs_no_calibration_is_foreseen_with_what_it_is_given(calibration):
+    options = {"method": "magnitude", "refit": "none", "device": "cpu"}
+    options |= {} if calibration is None else {"calibration": calibration}
+    found = foresee(decoder("llama"), None, Request.of(options), rates=H100)
+    done = halve.prune(decoder("llama"), **options)
+    collected = done.report.seconds.get("collect", 0.0) > 0.0
+    assert collected == ("collect" in found.seconds) == (found.plan.tokens == 64) == (calibration is not None)
+    assert bool(found.plan.statistics) == collected
 
 
 def test_pictures_are_counted_by_the_positions_that_they_become(tmp_path):

@@ -154,14 +154,14 @@ def foresee(
 def _not_in_it(request: Request, model: nn.Module, length: int) -> list[str]:
     """Return what a run takes besides, or less, as sentences; ``length`` is what a picture is counted as."""
     notes = []
-    if sees_pictures(model) and request.settings.needs_calibration:
+    if sees_pictures(model) and request.uses_calibration:
         notes.append(
             f"a picture counts as {counted(length, 'position')} in every block: a model that makes pictures smaller on "
             "the way takes less"
         )
     if request.placement.workers is not None:
         notes.append("this is what one process takes: workers share the time, and each takes memory of its own")
-    if request.calibration.is_self_written and request.settings.needs_calibration:
+    if request.calibration.is_self_written and request.uses_calibration:
         notes.append("the time that the model takes to write its own calibration text is not in it")
     return notes
 
@@ -186,7 +186,7 @@ def _plan(
     """
     settings, placement = request.settings, request.placement
     samples, length = _amount(model, request, directory)
-    tokens = samples * length if settings.needs_calibration else 0
+    tokens = samples * length if request.uses_calibration else 0
     experts = any(each.experts > 1 or each.share < 1 for block in shapes.blocks for each in block.bundles)
     matching, tuned = settings.matches_dense and not experts, settings.reconstruction is not None
     most = batch_tokens(placement.target, stepping=tuned)
@@ -202,7 +202,7 @@ def _plan(
         state=state,
         method=settings.method,
         refit=settings.refit,
-        statistics=0 if not settings.needs_calibration else 1 + 2 * chosen,
+        statistics=0 if not request.uses_calibration else 1 + 2 * chosen,
         cross=matching,
         paired=matching or tuned,
         tuned=tuned,
