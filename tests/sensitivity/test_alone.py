@@ -23,10 +23,6 @@ PATTERN = Pattern("2:4")
 GENERATOR = torch.Generator().manual_seed(3)
 
 
-def unheard(_):
-    """Hear no warnings."""
-
-
 def of_text(make):
     return lambda: (make(), [{"input_ids": tokens(2, 8)}, {"input_ids": tokens(3, 8, seed=1)}])
 
@@ -72,7 +68,7 @@ def test_damage_is_that_of_whole_passes(family):
     model, batches = MODELS[family]()
     plan, _ = plan_model(model, batches, PATTERN)
     units, norms = units_of(plan), input_norms(model, plan.matrices, batches)
-    found = damages_alone(model, plan.blocks, units, batches, norms, PATTERN, unheard)
+    found = damages_alone(model, plan.blocks, units, batches, norms, PATTERN)
     assert list(found) == [unit.name for unit in units]
     for unit in units:
         expected = brute_force(model, unit, batches, norms)
@@ -88,7 +84,7 @@ def test_blocks_before_the_pruned_one_are_not_computed(monkeypatch):
     for index, block in enumerate(model.model.layers):
         block.self_attn.register_forward_hook(lambda *_, index=index: ran.append(index) and None)
     monkeypatch.setattr(alone, "divergence", lambda *_: ran.append("compared") or 0.0)
-    damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN, unheard)
+    damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN)
     assert ran == [0, 1, 2, 2, "compared"]
 
 
@@ -97,7 +93,7 @@ def test_a_block_that_does_not_run_is_named():
     plan, _ = plan_model(model, batches, PATTERN)
     model.model.config.num_hidden_layers = 2  # as a model may that drops its layers by itself
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2 does not run .* leave it dense with skip"):
-        damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN, unheard)
+        damages_alone(model, plan.blocks, units_of(plan)[-1:], batches[:1], {}, PATTERN)
 
 
 def regnet():
@@ -144,7 +140,7 @@ def test_damage_of_convolutions_is_that_of_whole_passes(make):
     assert any(matrix.layout == "conv" for matrix in plan.matrices)
     assert any(matrix.expert for matrix in plan.matrices) == (make is regnet)
     units, norms = units_of(plan), input_norms(model, plan.matrices, batches)
-    found = damages_alone(model, plan.blocks, units, batches, norms, PATTERN, unheard)
+    found = damages_alone(model, plan.blocks, units, batches, norms, PATTERN)
     for unit in units:
         other = copy.deepcopy(model)
         weight = other.get_parameter(unit.name).data

@@ -25,7 +25,7 @@ def damages_alone(
     batches: Sequence[Batch],
     norms: Mapping[str, Tensor],
     pattern: Pattern,
-    warn: Callable[[str], None],
+    warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
     """Return ``KL(dense ‖ pruned)`` of each unit pruned alone, in nats, mean over all positions that count.
 
