@@ -265,7 +265,8 @@ def compare(
         out: directory under which each pruned checkpoint is written, to ``out/METHOD``, and ``comparison.html``; new
             or empty. None writes nothing.
         method_options: options by name of a method, a refit (``{"cg": {"max_iterations": 200}}``) or ``block``.
-        tokenizer: for a model in memory, or its image processor; otherwise the checkpoint's own.
+        tokenizer: of a model in memory, what turns data into tensors for it: its tokenizer, or the image processor of
+            one that sees (the ``processing_class`` of transformers' Trainer); otherwise the checkpoint's own.
         listen: called at every step.
         **options: those of `halve.prune` that do not belong to one method, such as ``samples`` and ``device``,
             ``eval_seq_len`` and ``eval_max_windows`` for the windows of the texts, and ``eval_images`` and

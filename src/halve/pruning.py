@@ -60,7 +60,8 @@ def prune(
         model: a model in memory (pruned in place), a local directory, a ``.gguf`` file, or a hub id.
         out: directory for the pruned Hugging Face checkpoint; it must not exist yet, be empty, or hold the same run,
             unfinished. None keeps the result in memory alone.
-        tokenizer: for a model in memory, or its image processor; otherwise the checkpoint's own.
+        tokenizer: of a model in memory, what turns data into tensors for it: its tokenizer, or the image processor of
+            one that sees (the ``processing_class`` of transformers' Trainer); otherwise the checkpoint's own.
         listen: called with a `halve.run.events.Progress` at every step.
         values: ``int4`` is another name of the refit ``int4``, after what `halve.pack` makes of the kept weights.
         **options: see above; None leaves an option at its default.
