@@ -18,9 +18,9 @@ from halve.checkpoint.load import LoadedModel, resolve
 from halve.checkpoint.mapped import Weights
 from halve.checkpoint.streamed import AUTO, check_stream, loaded_to_measure
 from halve.checks import check_count
-from halve.device import forward_precision, model_device, resolve_device, weight_dtype
+from halve.device import model_device, resolve_device, weight_dtype
 from halve.errors import InputError, first_few, one_line
-from halve.evaluation.in_step import ready
+from halve.evaluation.in_step import Measuring, ready
 from halve.evaluation.paired import mcnemar
 from halve.images.image_sets import is_image_set
 from halve.images.labelled import LabelledPictures, labelled_pictures
@@ -36,7 +36,7 @@ _NORMAL = statistics.NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
-class ImageEvaluation:
+class ImageEvaluation(Measuring):
     """On what the top-1 accuracy of a model that classifies pictures is measured, before and after.
 
     Attributes:
@@ -49,14 +49,6 @@ class ImageEvaluation:
     images: str | Path
     max_images: int | None = None
     forward_dtype: str = option("auto", shared=True)
-
-    def precision(self, device: torch.device) -> torch.dtype:
-        """Return what float32 matrices are multiplied in there.
-
-        Raises:
-            InputError: the dtype is unknown.
-        """
-        return forward_precision(self.forward_dtype, device)
 
     def check(self, device: torch.device) -> None:
         """Look for the pictures, before anything is loaded.
