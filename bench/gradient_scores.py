@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from halve.checkpoint.load import load_model, resolve
-from halve.comparison import Comparison, make_requests
-from halve.run.contender import Contender
+from halve.comparison import Comparison
+from halve.run.contender import Contender, make_requests
 from halve.text.generation import sample_text
 from halve.text.tokens import TokenSet, hash_ids
 

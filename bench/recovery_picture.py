@@ -29,17 +29,17 @@ def draw(directories: Sequence[Path], labels: Sequence[str], path: Path) -> None
     import matplotlib as mpl
 
     mpl.use("agg")  # no screen
-    mpl.rcParams["svg.hashsalt"] = "recovery"  # the same bytes every time
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
-    for number, (directory, label) in enumerate(zip(directories, labels, strict=True)):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        axis.plot(*curve(directory), label=label, color=colour, marker=marker, markersize=5)
-    axis.set(xlabel="tokens trained on", ylabel="perplexity of held-out text", yscale="log")
-    axis.xaxis.set_major_formatter(lambda tokens, _place: f"{tokens / 1000:g}k" if tokens else "0")
-    finish(figure, axis, path)
-    plt.close(figure)
+    with mpl.rc_context({"svg.hashsalt": "recovery"}):  # the same bytes every time
+        figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+        for number, (directory, label) in enumerate(zip(directories, labels, strict=True)):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            axis.plot(*curve(directory), label=label, color=colour, marker=marker, markersize=5)
+        axis.set(xlabel="tokens trained on", ylabel="perplexity of held-out text", yscale="log")
+        axis.xaxis.set_major_formatter(lambda tokens, _place: f"{tokens / 1000:g}k" if tokens else "0")
+        finish(figure, axis, path)
+        plt.close(figure)
 
 
 def finish(figure: "Figure", axis: "Axes", path: Path) -> None:

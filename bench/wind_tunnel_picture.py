@@ -79,48 +79,48 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")  # no screen
-    mpl.rcParams["svg.hashsalt"] = "wind tunnel"  # the same bytes every time
     from matplotlib import pyplot as plt
 
-    found = ratios(results)
-    by_name = {line.name: line for line in LINES}
-    methods = list(dict.fromkeys(by_name[name].name.rpartition(" from ")[0] for name in found))
-    figure, axis = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
-    for name, each in found.items():
-        budgets = list(each)
-        means = [statistics.fmean(values) for values in each.values()]
-        spans = [
-            [mean - min(values) for mean, values in zip(means, each.values(), strict=True)],
-            [max(values) - mean for mean, values in zip(means, each.values(), strict=True)],
-        ]
-        method = name.rpartition(" from ")[0]
-        axis.errorbar(
-            budgets,
-            means,
-            yerr=spans,
-            label=name,
-            color=COLOURS[methods.index(method) % len(COLOURS)],
-            linestyle=STROKES[by_name[name].start],
-            marker=MARKERS[methods.index(method) % len(MARKERS)],
-            markersize=5,
-            capsize=2,
+    with mpl.rc_context({"svg.hashsalt": "wind tunnel"}):  # the same bytes every time
+        found = ratios(results)
+        by_name = {line.name: line for line in LINES}
+        methods = list(dict.fromkeys(by_name[name].name.rpartition(" from ")[0] for name in found))
+        figure, axis = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
+        for name, each in found.items():
+            budgets = list(each)
+            means = [statistics.fmean(values) for values in each.values()]
+            spans = [
+                [mean - min(values) for mean, values in zip(means, each.values(), strict=True)],
+                [max(values) - mean for mean, values in zip(means, each.values(), strict=True)],
+            ]
+            method = name.rpartition(" from ")[0]
+            axis.errorbar(
+                budgets,
+                means,
+                yerr=spans,
+                label=name,
+                color=COLOURS[methods.index(method) % len(COLOURS)],
+                linestyle=STROKES[by_name[name].start],
+                marker=MARKERS[methods.index(method) % len(MARKERS)],
+                markersize=5,
+                capsize=2,
+            )
+        every = sorted({budget for each in found.values() for budget in each})
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="tokens a parameter",
+            ylabel="perplexity over the dense model's",
+            xticks=every,
+            xticklabels=[f"{budget:g}" for budget in every],
         )
-    every = sorted({budget for each in found.values() for budget in each})
-    axis.set(
-        xscale="log",
-        yscale="log",
-        xlabel="tokens a parameter",
-        ylabel="perplexity over the dense model's",
-        xticks=every,
-        xticklabels=[f"{budget:g}" for budget in every],
-    )
-    axis.set_xticks([], minor=True)
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="y", which="minor", labelsize=7)
-    axis.grid(visible=True, which="both", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="minor", labelsize=7)
+        axis.grid(visible=True, which="both", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside right upper", fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        plt.close(figure)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from torch import nn
 
 from halve.device import compute_dtype
 
@@ -210,3 +211,15 @@ def _alive(model: Any) -> Any:
             if parameter.ndim >= 2:
                 parameter.mul_(5.0)
     return model.eval()
+
+
+class Attention(nn.Module):
+    """A block whose output projection is used without being called (F.linear inside MultiheadAttention)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.up(self.attention(x, x, x, need_weights=False)[0])

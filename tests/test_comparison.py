@@ -7,46 +7,19 @@ import torch
 import halve
 from halve import check, comparison
 from halve.checkpoint.load import LoadedModel
-from halve.comparison import Comparison, checkpoint_directory, make_requests
+from halve.comparison import Comparison, checkpoint_directory
 from halve.errors import FactorisationError, HalveError, InputError
 from halve.evaluation.perplexity import perplexity
 from halve.evaluation.request import Evaluation
-from halve.model.reconstruct import Reconstruction
-from halve.run.contender import Contender
+from halve.run.contender import Contender, make_requests
 from halve.text.tokens import TokenSet, hash_ids
 from models import decoder, tokens
+from seen import draw, processor, taught_vit
 
 
 def token_set(seed, name):
     ids = tokens(seed=seed)
     return TokenSet(ids, name, hash_ids(ids), 1)
-
-
-def test_a_name_alone_is_the_method_as_published():
-    assert Contender.parse("wanda") == Contender("wanda", "none")
-    assert Contender.parse(" wanda+cg ") == Contender("wanda", "cg")
-    assert str(Contender.parse("wanda+cg")) == "wanda+cg"
-    for text in ("wanda+block", "wanda+cg+block"):
-        parsed = Contender.parse(text)
-        assert parsed.reconstruct
-        assert str(parsed) == text
-    assert Contender.parse("wanda++") == Contender("wanda++", "none")
-    assert Contender.parse("wanda+++cg+block") == Contender("wanda++", "cg", reconstruct=True)
-    for text in ("wanda+block", "wanda+cg+block", "wanda++", "wanda+++cg", "wanda+++block"):
-        assert str(Contender.parse(text)) == text
-    for text in (
-        "wanda++cg",
-        "wanda++++cg",
-        "wanda+++",
-        "",
-        "+cg",
-        "wanda+",
-        "wanda+cg+gd",
-        "wanda+block+cg",
-        "+block",
-    ):
-        with pytest.raises(InputError, match="is not a method to compare"):
-            Contender.parse(text)
 
 
 def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
@@ -94,52 +67,6 @@ def test_rows_come_in_order_and_the_dense_model_stays_dense(tmp_path):
             assert shown["versions"]["torch"] == torch.__version__
     for contender in contenders:
         assert check(checkpoint_directory(tmp_path, contender)).ok
-
-
-def test_a_contender_named_twice_is_refused():
-    with pytest.raises(InputError, match=r"wanda\+cg is named twice"):
-        make_requests([Contender.parse(name) for name in ("wanda+cg", "wanda", " wanda+cg")], {})
-
-
-def test_options_go_to_their_method_or_refit():
-    contenders = [Contender.parse(name) for name in ("prox-gradient+gd", "wanda+gd", "wanda")]
-    requests = make_requests(contenders, {"prox-gradient": {"beta": 1.2}, "gd": {"steps": 7}})
-    assert requests[contenders[0]].settings.options == {"beta": 1.2, "refit_steps": 7}
-    assert requests[contenders[1]].settings.options == {"refit_steps": 7}
-    assert requests[contenders[2]].settings.options == {}
-    with pytest.raises(InputError, match=r"'sparsegpt' belong to none of the compared: gd, prox-gradient, wanda$"):
-        make_requests(contenders, {"sparsegpt": {"damping": 0.1}})
-    tuned = Contender.parse("wanda+block")
-    asked = make_requests([*contenders, tuned], {"block": {"epochs": 3}})
-    assert asked[tuned].settings.reconstruction == Reconstruction(epochs=3)
-    assert asked[contenders[2]].settings.reconstruction is None
-    assert make_requests(contenders, {}, min_expert_tokens=5)[contenders[0]].settings.min_expert_tokens == 5
-
-
-@pytest.mark.parametrize("name", ["model", "method", "pattern", "steps"])
-def test_an_option_of_neither_method_nor_refit_is_refused(name):
-    message = f"prox-gradient\\+gd has no option '{name}': its options are lambda0, beta, max_iterations, refit_steps"
-    with pytest.raises(InputError, match=message):
-        make_requests([Contender("prox-gradient", "gd")], {"prox-gradient": {name: 3}})
-
-
-@pytest.mark.parametrize(
-    ("contender", "owner", "option", "value"),
-    [
-        ("prox-gradient", "prox-gradient", "beta", "abc"),
-        ("prox-gradient", "prox-gradient", "lambda0", True),
-        ("prox-gradient", "prox-gradient", "max_iterations", True),
-        ("sparsegpt", "sparsegpt", "damping", True),
-        ("sparsegpt", "sparsegpt", "damping", [1]),
-        ("sparsegpt", "sparsegpt", "block_size", True),
-        ("wanda+cg", "cg", "tolerance", "x"),
-        ("wanda+cg", "cg", "max_iterations", True),
-        ("wanda+gd", "gd", "steps", True),
-    ],
-)
-def test_options_of_another_type_are_refused(contender, owner, option, value):
-    with pytest.raises(InputError, match=f"{option} .*must be a .*number.*, got "):
-        make_requests([Contender.parse(contender)], {owner: {option: value}})
 
 
 def duel(*names):
@@ -250,7 +177,7 @@ def test_what_cannot_be_put_on_record_is_a_warning(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"only_where_faster": 1.5}, "only_where_faster is no option of a comparison: all contenders are pruned alike"),
-        ({"keep_dense": "10%"}, "keep_dense is no option of a comparison: all contenders are pruned alike"),
+        ({"keep_dense": "ten"}, "keep_dense = 'ten' is neither a share"),
         ({"work": "a"}, "work is no option of a comparison"),
         ({"method": "wanda"}, "method is no option of a comparison: name it with the methods"),
         ({"reconstruct": "block"}, "reconstruct is no option of a comparison"),
@@ -280,3 +207,63 @@ def test_a_comparison_from_names_to_rows(checkpoint, text, tmp_path):
     assert not any(row.error for row in rows)
     assert list(contest) == rows  # nothing is done twice
     assert check(out / "wanda-cg").ok
+
+
+def test_what_stays_dense_is_chosen_once_as_a_run_chooses_it(checkpoint, text, tmp_path, monkeypatch):
+    real, times = comparison.choose_dense, []
+
+    def counted(*arguments):
+        times.append(arguments[2].keep_dense.amount)
+        return real(*arguments)
+
+    monkeypatch.setattr(comparison, "choose_dense", counted)
+    asked = {"calibration": text, "samples": 4, "seq_len": 16, "keep_dense_tokens": 32}
+    methods = ["wanda", "wanda+keep-dense=30%", "magnitude+keep-dense=30%", "wanda+keep-dense=60%"]
+    rows = list(halve.compare(checkpoint, [text], methods=methods, out=tmp_path / "out", **asked))
+    assert [row.error for row in rows] == [""] * 5
+    assert times == ["30%", "60%"]
+    assert ["damage" in row.phases for row in rows] == [False, False, True, True, True]
+    assert rows[2].phases["damage"] == rows[3].phases["damage"]
+    alone = halve.prune(checkpoint, method="wanda", refit="none", keep_dense="30%", **asked).record
+    record = json.loads((tmp_path / "out" / "wanda-keep-dense-30%" / "halve.json").read_text())
+    assert record["keep_dense"] == alone["keep_dense"]
+    assert {each["name"] for each in record["matrices"]} == {each["name"] for each in alone["matrices"]}
+    assert len(record["matrices"]) < 21
+    assert "wanda+keep-dense=60%" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_a_share_that_holds_no_matrix_fails_one_contender(checkpoint, text):
+    asked = {"calibration": text, "samples": 4, "seq_len": 16}
+    rows = list(halve.compare(checkpoint, [text], methods=["wanda+keep-dense=0.1%", "wanda"], **asked))
+    assert "less than the smallest matrix has" in rows[1].error
+    assert rows[2].error == ""
+
+
+def test_image_classifiers_are_compared_on_pictures(tmp_path):
+    model, folder, out = taught_vit(), draw(tmp_path / "pictures"), tmp_path / "out"
+    asked = {"calibration": folder, "samples": 6, "tokenizer": processor(), "eval_images": folder}
+    asked |= {"forward_dtype": "float32"}
+    found = halve.compare(model, methods=["magnitude", "wanda"], out=out, **asked)
+    dense, *pruned = list(found)
+    assert dense.top_one.value == 1.0
+    record = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert (record["calibration"]["samples"], record["calibration"]["pictures"]) == (6, ["3 x 8 x 8"])
+    page = (out / "comparison.html").read_text()
+    for row, entry in zip(pruned, record["rows"][1:], strict=True):
+        alone = halve.top_one(out / row.name, folder, image_processor=processor(), forward_dtype="float32")
+        assert (row.top_one.right, row.top_one.sha256) == (alone.right, alone.sha256)
+        assert entry["top_one"]["top_one"] == alone.value
+        assert entry["top_one"]["lost"] == 12 - sum(alone.right)
+        (kept,) = json.loads((out / row.name / "halve-measured.json").read_text())["top_one"]
+        assert (kept["before"], kept["after"]) == (12, sum(alone.right))
+        assert f"<strong>{100 * alone.value:.2f} %</strong>" in page
+    assert "top-1 pictures <small>(12 pictures, float32, ViTImageProcessorPil)</small>" in page
+    assert "No perplexities" not in page
+
+
+def test_a_model_that_sees_needs_pictures(tmp_path):
+    folder = draw(tmp_path / "pictures")
+    with pytest.raises(InputError, match="takes pixel_values, not text: give a folder of pictures"):
+        halve.compare(taught_vit(), tokenizer=processor(), eval_images=folder)
+    with pytest.raises(InputError, match="there is nothing to compare"):
+        halve.compare(taught_vit(), tokenizer=processor(), calibration=folder)

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib as mpl
 import pytest
 
 import recovery_picture
@@ -21,11 +22,12 @@ def test_the_curve_is_that_of_the_last_training(trained):
 
 
 def test_the_picture_is_the_same_every_time(trained):
-    pictures = [trained / "a.svg", trained / "b.svg"]
+    pictures, before = [trained / "a.svg", trained / "b.svg"], mpl.rcParams["svg.hashsalt"]
     for picture in pictures:
         recovery_picture.main([str(trained), "--picture", str(picture), "--labels", "from block"])
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     assert "from block" in pictures[0].read_text()
+    assert mpl.rcParams["svg.hashsalt"] == before
 
 
 def test_labels_have_to_fit(trained, capsys):

@@ -268,6 +268,18 @@ def test_masks_of_a_reordered_checkpoint_stay_with_it(spoken, tmp_path):
         halve.merge(adapter(model, tmp_path / "adapter"), tmp_path / "applied", tmp_path / "refused")
 
 
+def test_masks_of_what_was_pruned_again_fit_the_checkpoint_that_it_was_pruned_from(spoken, tmp_path):
+    model, reordered, given = spoken
+    halve.prune(
+        reordered, tmp_path / "again", calibration=calibration(), **GIVEN | {"permute": "none", "pattern": "1:4"}
+    )
+    halve.learn(tmp_path / "again", tmp_path / "learned", save_masks=tmp_path / "masks.safetensors", **given)
+    record = halve.apply_masks(reordered, tmp_path / "masks.safetensors", tmp_path / "applied")
+    assert any("the masks may not suit them" in warning for warning in record["warnings"])
+    with pytest.raises(InputError, match=r"such as what it was pruned from without reordering"):
+        halve.apply_masks(model, tmp_path / "masks.safetensors", tmp_path / "refused")
+
+
 def test_priors_are_held_to_the_order_of_the_model_wherever_it_was_changed(spoken, tmp_path):
     model, reordered, given = spoken
     plain = GIVEN | {"permute": "none"}

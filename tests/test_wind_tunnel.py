@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -240,7 +241,9 @@ def test_the_script_trains_goes_on_and_draws(folder, tmp_path, capsys):
     # two rates for the first seed, one of them for all else
     assert len(before.splitlines()) == 2 * 3
     assert len(found) == len(results.read_text().splitlines()) == 2 * 3 + 2 * 2
+    before = mpl.rcParams["svg.hashsalt"]
     wind_tunnel.main(["draw", "--results", str(results), "--picture", str(drawing)])
+    assert mpl.rcParams["svg.hashsalt"] == before
     table = capsys.readouterr().out
     svg = drawing.read_text()
     assert svg.count("<svg") == 1

@@ -16,7 +16,7 @@ from halve.errors import HalveError, InputError
 from halve.learning import methods as learning_methods
 from halve.learning.launch import processes
 from halve.learning.lesson import Taught, check_directory
-from halve.learning.mask_files import REORDERED, masked_names, masks_of_model, put_masks, read_masks
+from halve.learning.mask_files import ORDERED_LIKE, REORDERED, masked_names, masks_of_model, put_masks, read_masks
 from halve.learning.mask_learning import Learning, check_asked, learn_as, recorded_matrices, view_of
 from halve.learning.training.publishing import source_json
 from halve.learning.training.watching import Watch
@@ -243,13 +243,15 @@ def apply_masks(
 def _refuse_reordered(source: Source, masks: Path, given: Mapping[str, Any]) -> None:
     """Refuse masks that were learned for channels in another order than the model's, as far as is on record."""
     learned = masks_of_model(masks)
-    theirs = ChannelOrder(reordered=REORDERED in learned, sha256s=frozenset({learned.get("sha256", "")}))
+    alike = {learned.get("sha256", ""), *learned.get(ORDERED_LIKE, "").split()}
+    theirs = ChannelOrder(reordered=REORDERED in learned, sha256s=frozenset(alike))
     ours = channel_order(source.path, given["sha256"])
     if not ours.is_that_of(theirs):
         name = learned.get("name", "of an unknown model")
         raise InputError(
             f"channels of {source.name if ours.reordered else name} were reordered, and {masks} was learned for other "
-            f"weights ({name}): put the masks onto the model that they were learned for"
+            f"weights ({name}): put the masks onto the model that they were learned for, or onto one with "
+            "its order of channels, such as what it was pruned from without reordering"
         )
 
 

@@ -14,7 +14,7 @@ from halve.checkpoint.load import LoadedModel, Source
 from halve.checkpoint.precision import bytes_in_memory, dtype_in_config
 from halve.checkpoint.room import check_destination, check_shared_space, same_volume
 from halve.checkpoint.streamed import ALWAYS, stays_on_disk
-from halve.device import evaluation_mode, weight_dtype
+from halve.device import weight_dtype
 from halve.errors import InputError
 from halve.forecast.foreseen import Foreseen, foresee
 from halve.judging import judge_of
@@ -24,12 +24,10 @@ from halve.provenance import code_fields
 from halve.run.call_record import read_back, written_down
 from halve.run.directory import RunDirectory, open_run, recorded_call
 from halve.run.events import Listener, announce, writing_told_to
-from halve.run.loop import survey
 from halve.run.phases import Phase, Phases
 from halve.run.request import NO_WORKERS, WORKERS, Request
-from halve.sensitivity.samples import Samples
-from halve.text.calibration import CalibrationData, batch_tokens, refuse_text
-from halve.whole_model import Pruned, find, load_found, prune_loaded, stored_together
+from halve.text.calibration import CalibrationData, refuse_text
+from halve.whole_model import Pruned, choose_dense, find, load_found, prune_loaded
 from halve.workers.hiring import check_workers, hiring, threads_of_workers
 
 _TIMES = 20
@@ -62,7 +60,8 @@ def prune(
         model: a model in memory (pruned in place), a local directory, a ``.gguf`` file, or a hub id.
         out: directory for the pruned Hugging Face checkpoint; it must not exist yet, be empty, or hold the same run,
             unfinished. None keeps the result in memory alone.
-        tokenizer: for a model in memory, or its image processor; otherwise the checkpoint's own.
+        tokenizer: of a model in memory, what turns data into tensors for it: its tokenizer, or the image processor of
+            one that sees (the ``processing_class`` of transformers' Trainer); otherwise the checkpoint's own.
         listen: called with a `halve.run.events.Progress` at every step.
         values: ``int4`` is another name of the refit ``int4``, after what `halve.pack` makes of the kept weights.
         **options: see above; None leaves an option at its default.
@@ -249,7 +248,7 @@ def _data(
 ) -> Any:
     """Return what the model is calibrated on; a run that goes on neither writes its text nor asks the hub again."""
     calibration = request.calibration
-    if calibration.is_self_written and not request.settings.needs_calibration:
+    if not request.uses_calibration:
         return []
     kept = run.tokens(calibration.asked) if run is not None and calibration.is_far else None
     if kept is not None:
@@ -308,20 +307,8 @@ def _with_damages(
         return request
     if run is not None and run.fingerprint is not None:
         return replace(request, settings=replace(settings, keep_dense=asked.recalled(run.fingerprint)))
-    announce(listen, Phase.DAMAGE)
-    with phases.timing(Phase.DAMAGE), evaluation_mode(loaded.model):
-        most, together = batch_tokens(target, stepping=False), stored_together(loaded)
-        samples = Samples.of(data, loaded.model, asked.tokens, most)
-        plan, _ = survey(loaded.model, samples.judging, settings, loaded.weights, together)
-        found = asked.measured(
-            loaded.model,
-            plan,
-            samples,
-            settings.pattern,
-            together=together,
-            device=target,
-        )
-    loaded.weights.release()
+    with phases.timing(Phase.DAMAGE):
+        found = choose_dense(loaded, data, settings, target, listen)
     return replace(request, settings=replace(settings, keep_dense=found))
 
 

@@ -30,12 +30,15 @@ from halve.report import record
 from halve.report.card import leave_beside
 from halve.report.measured import measured_json, write_measured
 from halve.run.directory import RunDirectory
-from halve.run.events import Listener, Progress, RunLog, RunReport
+from halve.run.events import Listener, Progress, RunLog, RunReport, announce
 from halve.run.fingerprint import fingerprint
 from halve.run.local import LocalExecutor
-from halve.run.loop import Employ, Employing, prune_blocks
+from halve.run.loop import Employ, Employing, prune_blocks, survey
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
+from halve.run.settings import Settings
+from halve.sensitivity.keep_dense import KeepDense
+from halve.sensitivity.samples import Samples
 from halve.text.calibration import CalibrationData, batch_tokens, calibration_batches
 from halve.text.calibration_record import calibration_record
 from halve.text.limits import is_encoder_decoder
@@ -123,6 +126,45 @@ def _check_in_memory(model: nn.Module, *, writes: bool) -> None:
             raise InputError(f"{name} is {parameter.dtype}, not plain floating point: prune the model unquantised")
     if writes and isinstance(model, PreTrainedModel):
         refuse_unlike_config(model)
+
+
+def choose_dense(
+    loaded: LoadedModel,
+    data: CalibrationData,
+    settings: Settings,
+    device: torch.device,
+    listen: Listener | None = None,
+) -> KeepDense | None:
+    """Choose what stays dense for what pruning it costs (`halve.sensitivity`); None where nobody asks for it.
+
+    Args:
+        loaded: the dense model, on the CPU.
+        data: what it is calibrated on, not empty.
+        settings: what to do to every matrix.
+        device: where the model is run.
+        listen: told that it begins, and what to beware of.
+
+    Raises:
+        InputError, UnsupportedModelError: as `KeepDense.measured` and `halve.run.loop.survey`.
+    """
+    asked = settings.keep_dense
+    if asked is None:
+        return None
+
+    def warn(sentence: str) -> None:
+        if listen is not None:
+            listen(Progress(0, 0, Phase.DAMAGE, 0, 0, caution=sentence))
+
+    announce(listen, Phase.DAMAGE)
+    together = stored_together(loaded)
+    with evaluation_mode(loaded.model):
+        samples = Samples.of(data, loaded.model, asked.tokens, batch_tokens(device, stepping=False))
+        plan, _ = survey(loaded.model, samples.judging, settings, loaded.weights, together)
+        found = asked.measured(
+            loaded.model, plan, samples, settings.pattern, together=together, device=device, warn=warn
+        )
+    loaded.weights.release()
+    return found
 
 
 def load_found(

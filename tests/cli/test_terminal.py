@@ -9,7 +9,6 @@ from rich.console import Console
 from halve.cli import terminal
 from halve.cli.terminal import (
     announce,
-    comparison_table,
     progress,
     progress_bar,
     say,
@@ -17,7 +16,6 @@ from halve.cli.terminal import (
     warn_if_crowded,
     warn_of_overlap,
 )
-from halve.evaluation.figure import Perplexity
 from halve.run.events import Progress
 from halve.run.phases import Phase
 
@@ -66,32 +64,21 @@ def test_what_a_run_is_going_to_suffer_from_is_said_before_its_first_block_is_so
     assert capsys.readouterr().err.splitlines()[-1] == warning
 
 
+def test_warnings_before_the_first_block_are_said_too(capsys):
+    with progress() as show:
+        show(Progress(0, 0, Phase.DAMAGE, 0, 0))
+        show(Progress(0, 0, Phase.DAMAGE, 0, 0, caution="no token reached them"), "wanda")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == ["measuring which matrices cost most …", "wanda: warning: no token reached them"]
+
+
 def test_text_that_is_calibrated_and_evaluated_on_is_warned_of(capsys):
-    mine, other = SimpleNamespace(source="a.txt"), SimpleNamespace(source="b.txt")
-    warn_of_overlap(mine, [other])
+    warn_of_overlap("a.txt", ["b.txt"])
     assert capsys.readouterr().err == ""
-    warn_of_overlap(mine, [other, mine])
-    assert "a.txt is both calibrated on and evaluated on" in capsys.readouterr().err
-
-
-def test_the_table_marks_failures_and_fallbacks():
-    of = {"source": "/a/text.txt", "windows": 2, "seq_len": 16, "dtype": "float32", "bos": "each", "seconds": 1.0}
-    of |= {"tokens_sha256": "0", "nll": 2.5, "versions": {"halve": "1.2", "torch": "3.4"}}
-    score = Perplexity(value=12.345, window_nll=(2.0, 3.0), **of)
-    pruned = Perplexity(value=23.456, window_nll=(2.5, 3.75), **of)
-    dense = SimpleNamespace(
-        name="dense", perplexities=[score], mean_relative_loss=None, seconds=0.0, fallbacks=0, error=""
-    )
-    wanda = {"name": "wanda", "fallbacks": 3, "mean_relative_loss": 0.01234, "perplexities": [pruned]}
-    fell = SimpleNamespace(**vars(dense) | wanda)
-    failed = SimpleNamespace(**{**vars(dense), "name": "sparsegpt", "perplexities": [], "error": "no"})
-    console = Console(file=io.StringIO(), width=160, color_system=None)
-    console.print(comparison_table([dense, fell, failed], "2:4"))
-    printed = console.file.getvalue()
-    for part in ("perplexity text.txt", " 12.35 ", "wanda (3 fallbacks)", "0.0123", "failed", "2 windows of 16 tokens"):
-        assert part in printed
-    assert "23.46 (+0.6250 ± 0.1250)" in printed
-    assert "16 tokens, BOS in each, float32; halve 1.2, torch 3.4;" in " ".join(printed.split())
+    warn_of_overlap("a.txt", ["b.txt", "a.txt"])
+    assert "a.txt is both calibrated on and evaluated on: perplexities on it flatter" in capsys.readouterr().err
+    warn_of_overlap("a", ["a"], figures="accuracies")
+    assert "a is both calibrated on and evaluated on: accuracies on it flatter" in capsys.readouterr().err
 
 
 def matrix(name, loss=None, status="ok"):

@@ -19,10 +19,12 @@ from halve.forecast.foreseen import foresee
 from halve.forecast.operations import Counts
 from halve.forecast.rates import Rates, measured_rates
 from halve.run.request import Request
-from models import decoder, save, tokens
+from models import decoder, gemma4, resnet, save, tokens, vit
 from seen import draw, processor, save_vit
 
 run = CliRunner().invoke
+HOW = ("estimate", "keep")
+"""What may become of batch norms."""
 H100 = Rates(400e12, 40e12, 10e12, 2.5e12, 2e9, 1e9)
 TEXT = [{"input_ids": tokens(4, 16)}]
 
@@ -54,14 +56,19 @@ def test_time_follows_the_tokens_and_the_method(tmp_path):
     assert seconds(effort="fast", time_limit=1e-3)["solve"] == few["solve"]  # what is begun is finished
     wanda = seconds(method="wanda", refit="none")
     assert wanda["solve"] < 0.1 * few["solve"]
-    assert set(seconds(method="magnitude", refit="none")) == {
-        "load",
-        "solve",
-        "replay",
-        "commit",
-        "write",
-        "verify",
-    } - {"replay"}
+    unaware = {"method": "magnitude", "refit": "none"}
+    assert set(seconds(**unaware, calibration="self")) == {"load", "solve", "commit", "write", "verify"}
+
+
+@pytest.mark.parametrize("calibration", [None, tokens(4, 16)])
+def test_a_run_that_needs_no_calibration_is_foreseen_with_what_it_is_given(calibration):
+    options = {"method": "magnitude", "refit": "none", "device": "cpu"}
+    options |= {} if calibration is None else {"calibration": calibration}
+    found = foresee(decoder("llama"), None, Request.of(options), rates=H100)
+    done = halve.prune(decoder("llama"), **options)
+    collected = done.report.seconds.get("collect", 0.0) > 0.0
+    assert collected == ("collect" in found.seconds) == (found.plan.tokens == 64) == (calibration is not None)
+    assert bool(found.plan.statistics) == collected
 
 
 def test_pictures_are_counted_by_the_positions_that_they_become(tmp_path):
@@ -194,3 +201,27 @@ def test_the_table_adds_up(tmp_path):
     found = foresee("llama-8b", tmp_path / "out", asked(), rates=H100)
     table = forecast_table(found)
     assert table.row_count > 8
+
+
+def test_what_else_a_run_does_is_counted(tmp_path):
+    def seconds(**options):
+        return foresee("llama-8b", tmp_path / "out", asked(**options), rates=H100).seconds
+
+    plain, both = seconds(), seconds(keep_dense="10%", permute="fold")
+    assert both.keys() - plain.keys() == {"damage", "reorder"}
+    assert {name: both[name] for name in plain} == plain
+    assert seconds(keep_dense="10%", keep_dense_tokens=256)["damage"] < 0.8 * both["damage"]
+    assert seconds(keep_dense="1.5x")["damage"] > both["damage"]
+    pictures = {"calibration": torch.randn(8, 1, 16, 16), "device": "cpu"}
+    norms = [foresee(resnet(), None, Request.of({**pictures, "batch_norm": how}), rates=H100).seconds for how in HOW]
+    assert ["norms" in each for each in norms] == [True, False]
+
+
+@pytest.mark.parametrize(("make", "sentence"), [(gemma4, "counted through all of them"), (vit, "from each block on")])
+def test_a_dry_run_says_where_passes_for_damages_begin(make, sentence):
+    model = make()
+    data = tokens(4, 16) if make is gemma4 else torch.randn(4, model.config.num_channels, 16, 16)
+    asked_for = Request.of({"calibration": data, "device": "cpu", "keep_dense": "10%"})
+    notes = foresee(model, None, asked_for, rates=H100).notes
+    assert sum(sentence in note for note in notes) == 1
+    assert "damage" in foresee(model, None, asked_for, rates=H100).seconds

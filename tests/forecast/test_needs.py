@@ -103,3 +103,27 @@ def test_what_cannot_fit_is_refused_with_what_would_help():
     on_gpu = needs(SHAPES, replace(PLAN, device=torch.device("cuda")), 0, 0)
     with pytest.raises(InputError, match="GB of GPU memory"):
         on_gpu.check(10**12, 10)
+
+
+def test_measuring_damage_counts_where_it_takes_more_than_what_follows():
+    shapes = replace(SHAPES, count=44_500, classes=1_000_000)
+    plan = replace(PLAN, judged=80, judged_batch=40)
+    found = needs(shapes, plan, 0, 0).memory
+    assert found["the model in float32"] == 4 * 44_500
+    assert found["what blocks return"] == 4 * 40 * 50 * 2
+    assert found["probabilities"] == 4 * 4 * 40 * 1_000_000
+    assert "hidden states" not in found
+    assert needs(shapes, replace(plan, logits=0.0), 0, 0).memory == needs(shapes, PLAN, 0, 0).memory
+    in_float32 = replace(shapes, blocks=(replace(BLOCK, size=4 * 20_500),) * 2, outside=14_000)
+    assert needs(in_float32, plan, 0, 0).memory["the model in float32"] == 0  # it is run as it is
+    on_gpu = needs(in_float32, replace(plan, device=torch.device("cuda")), 0, 0)
+    assert on_gpu.on_device["the model in float32"] == 4 * 44_500
+
+
+def test_orders_and_batch_norms_need_memory_of_their_own():
+    few = replace(PLAN, batch=1, method="magnitude")
+    found = needs(SHAPES, replace(few, ordered=True), 0, 0).memory
+    assert found["an order of channels"] == 4 * (5 * 50 * 200 + 4 * 200**2)
+    block = replace(BLOCK, norms=(10, 1_000_000))
+    found = needs(replace(SHAPES, blocks=(block, BLOCK)), replace(PLAN, normed=True), 0, 0).memory
+    assert found["inputs of a batch norm"] == 3 * 8 * 100 * 1_000_000

@@ -8,7 +8,7 @@ import transformers as tf
 
 import halve
 from halve.checkpoint.load import load_model
-from halve.errors import InputError
+from halve.errors import InputError, UnsupportedModelError
 from halve.images.picture_set import calibration_pictures
 from halve.run import loop
 from halve.run.phases import Phase
@@ -157,3 +157,12 @@ def test_an_empty_folder_is_refused_before_the_model_is_loaded(model, tmp_path, 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="or pictures for a model that sees"):
         halve.prune(model, calibration=tmp_path / "empty", **FAST)
+
+
+def test_pictures_that_were_left_in_several_sizes_are_told_in_one_sentence(folder):
+    as_they_are = tf.ViTImageProcessorPil(do_resize=False)
+    sentence = r"pictures come in several sizes \(8 x .*\): let the image processor resize them \(do_resize and size"
+    with pytest.raises(UnsupportedModelError, match=f"cannot be run on the calibration data: {sentence}"):
+        halve.prune(vit(), tokenizer=as_they_are, calibration=folder, samples=8, **FAST)
+    with pytest.raises(InputError, match=f"ViTForImageClassification cannot be run on the pictures: {sentence}"):
+        halve.top_one(vit(), folder, image_processor=as_they_are)

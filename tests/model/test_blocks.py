@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 from halve.errors import CalibrationError, InputError
 from halve.model import blocks, replay
+from halve.model.blocks import SIDE, sides_of, stand_in_batch
 from halve.model.calls import Living, leaves
 from halve.model.stacks import find_stack
 from models import DECODERS, MIXTURES, bert, decoder, llava, tokens, vit
@@ -210,3 +212,15 @@ def test_what_only_the_whole_model_takes_is_given_to_it():
     blocks.run_model(model, {"codes": torch.zeros(2, 3, dtype=torch.int64)})
     blocks.run_model(model, {"values": torch.zeros(2, 3, 4)})
     assert model.base_model.seen == [(2, 3, 4), (2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("named", "sides"),
+    [(8, (8, 8)), ([8, 6], (8, 6)), ({"height": 4, "width": 5}, (4, 5)), ({"shortest_edge": 7}, (7, 7)), (None, None)],
+)
+def test_a_size_is_read_in_every_way_that_settings_have(named, sides):
+    assert sides_of(named) == sides
+    assert sides_of({"height": 0, "width": 4}) is None
+    model = nn.Module()
+    model.main_input_name, model.config = "pixel_values", SimpleNamespace(image_size=named)
+    assert stand_in_batch(model)["pixel_values"].shape == (1, 3, *(sides or (SIDE, SIDE)))

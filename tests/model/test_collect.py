@@ -13,7 +13,7 @@ from halve.model.collect import Collector
 from halve.model.observe import observe
 from halve.model.plan import Matrix
 from halve.model.stacks import find_stack
-from models import DECODERS, MIXTURES, decoder, tokens
+from models import DECODERS, MIXTURES, Attention, decoder, tokens
 
 CPU = torch.device("cpu")
 
@@ -204,18 +204,6 @@ def test_padding_with_experts_is_refused():
     mask[0, 20:] = 0
     with pytest.raises(CalibrationError, match="pack the data without padding"):
         collect_first_block(decoder("mixtral"), [{"input_ids": tokens(4), "attention_mask": mask}])
-
-
-class Attention(nn.Module):
-    """A block whose output projection is used without being called (F.linear inside MultiheadAttention)."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.up = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.up(self.attention(x, x, x, need_weights=False)[0])
 
 
 class Stack(nn.Module):

@@ -3,18 +3,7 @@ import torch
 from torch import nn
 
 from halve.model.observe import observe
-
-
-class Attention(nn.Module):
-    """A block whose output projection is used without being called (F.linear inside MultiheadAttention)."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.up = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.up(self.attention(x, x, x, need_weights=False)[0])
+from models import Attention
 
 
 def test_layers_that_were_called_are_listed_with_their_tokens():

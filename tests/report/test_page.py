@@ -116,7 +116,7 @@ def test_runs_are_compared_side_by_side(tmp_path):
     assert "2 runs compared" in page
     assert '<th scope="row">x/a</th>' in page  # as much of the path as tells them apart
     assert page.count('<th scope="col">wiki.txt') == 2  # other tokens, another column
-    for caution in ("different patterns", "different tokens", "The losses of y/a are against"):
+    for caution in ("different patterns", "different data", "The losses of y/a are against"):
         assert caution in page
     assert "different models" not in page
 

@@ -76,11 +76,16 @@ def test_objects_in_memory_cannot_be_written_down():
 def test_relative_paths_are_of_the_directory_where_the_run_began(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    call = written_down("model", None, Request.of({}))
+    (tmp_path / "pictures").mkdir()
+    call = written_down("model", None, Request.of({"eval_images": "pictures"}))
     assert read_back(call).model == "model"
+    folder = written_down("org/model", None, Request.of({"calibration": "pictures"}))
     monkeypatch.chdir("/")
-    with pytest.raises(InputError, match=f"the run was begun in {tmp_path}, with paths relative to it"):
+    begun = f"the run was begun in {tmp_path} with paths relative to it"
+    with pytest.raises(InputError, match=rf"{begun} \(model, pictures\): resume it from there, cd {tmp_path}"):
         read_back(call)
+    with pytest.raises(InputError, match=rf"{begun} \(pictures\)"):
+        read_back(folder)
     assert read_back(written_down("org/model", None, Request.of({}))).model == "org/model"
 
 

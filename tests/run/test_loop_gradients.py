@@ -9,11 +9,11 @@ import torch
 from gradient_oracles import double, kept, next_token_loss, root_of_squares
 from halve import memory
 from halve.checkpoint.load import LoadedModel
-from halve.comparison import Comparison, make_requests
+from halve.comparison import Comparison
 from halve.errors import CalibrationError, InputError, LayerFailedError
 from halve.maths.pattern import Pattern
 from halve.model.blocks import run_model
-from halve.run.contender import Contender
+from halve.run.contender import Contender, make_requests
 from halve.run.loop import prune_blocks
 from halve.text.tokens import TokenSet, hash_ids
 from models import DECODERS, MIXTURES, bert, decoder, encoder_decoder, pairs, tokens, vit

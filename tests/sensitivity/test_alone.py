@@ -165,3 +165,18 @@ def test_convolutions_that_cost_most_stay_dense():
     assert min(kept.values()) > 0.0
     assert all(torch.equal(model.get_parameter(name), before[name]) for name in kept)
     assert all(bool((model.get_parameter(name) == 0).any()) for name in pruned)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+def test_passes_through_all_blocks_are_warned_of(family):
+    model, batches = MODELS[family]()
+    plan, _ = plan_model(model, batches, PATTERN)
+    units, said = units_of(plan), []
+    damages_alone(model, plan.blocks, units, batches[:1], {}, PATTERN, said.append)
+    if family == "llama":
+        assert said == []
+        return
+    (sentence,) = said
+    later = sum(unit.blocks != {0} for unit in units)
+    assert f"the damage of {later} of {len(units)} parameters is measured by passes through all blocks" in sentence
+    assert "up to twice as long" in sentence

@@ -1,12 +1,14 @@
 """`--keep-dense`, as a user meets it: what stays dense, on record, resumed, streamed, and refused."""
 
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 
 import halve
-from halve import pruning
+from halve import pruning, whole_model
 from halve.errors import InputError, ResumeMismatchError
 from halve.maths.pattern import Pattern
 from halve.planner.where_faster import WhereFaster
@@ -67,7 +69,7 @@ def test_experts_and_pairs_are_measured_too():
 def test_what_is_stored_together_stays_dense_together(monkeypatch):
     layers = [f"model.layers.{block}.self_attn" for block in range(3)]
     groups = [(f"{layer}.q_proj.weight", f"{layer}.v_proj.weight") for layer in layers]
-    monkeypatch.setattr(pruning, "stored_together", lambda _loaded: groups)
+    monkeypatch.setattr(whole_model, "stored_together", lambda _loaded: groups)
     found = prune(decoder("llama"), keep_dense="20%").record["keep_dense"]
     kept = set(found["kept"])
     assert any(set(group) <= kept for group in groups)
@@ -157,3 +159,34 @@ def test_a_share_that_holds_no_matrix_is_refused(tmp_path):
     ):
         prune(decoder("llama"), tmp_path / "out", keep_dense="1%")
     assert not (tmp_path / "out").exists()
+
+
+def listed_experts():
+    """Return a decoder with a mixture of experts that are layers of their own, the last of which nothing reaches."""
+    model = decoder("llama")
+
+    class Mixture(nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.experts = nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+
+        def forward(self, hidden):
+            flat, which = hidden.flatten(0, -2), torch.arange(hidden[..., 0].numel()) % 2
+            out = torch.zeros_like(flat)
+            for index, expert in enumerate(self.experts):
+                out[which == index] = expert(flat[which == index])
+            return out.view_as(hidden)
+
+    for layer in model.model.layers:
+        layer.mlp = Mixture(layer.mlp)
+    return model
+
+
+def test_experts_that_nothing_reached_are_warned_of():
+    heard = []
+    options = {"forward_dtype": "float32", "min_expert_tokens": 1, "fallback": "magnitude", "keep_dense": "10%"}
+    found = prune(listed_experts(), listen=heard.append, **options).record["keep_dense"]
+    (caution,) = [step.caution for step in heard if step.phase == "damage" and step.caution]
+    name = "model.layers.0.mlp.experts.2.gate_proj.weight"
+    assert f"no token that damage is measured on reached 9 of 39 matrices (the first is {name})" in caution
+    assert found["pruned"][name] == 0.0

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
@@ -18,12 +17,9 @@ from halve.run.phases import Phase
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
 
-    from halve.comparison import Row
     from halve.forecast.foreseen import Foreseen
     from halve.model.plan import Plan
     from halve.run.events import MatrixReport, Progress, RunReport
-    from halve.text.pairs import PairSet
-    from halve.text.tokens import TokenSet
 
 _FEW = 3
 """Parameters that are named in a line rather than counted only."""
@@ -41,42 +37,6 @@ _PIPE_WIDTH = 300
 
 out = Console() if Console().is_terminal else Console(width=_PIPE_WIDTH)
 err = Console(stderr=True)
-
-
-def comparison_table(rows: "Sequence[Row]", pattern: str) -> Table:
-    """Return the table of a comparison, `halve.comparison.Row` by row."""
-    from halve.evaluation.figure import measured_as
-    from halve.versions import named_versions
-
-    first = rows[0].perplexities
-    how = [f"{Path(p.source).name}: {measured_as(p.windows, p.seq_len, p.bos, p.dtype, p.scored)}" for p in first]
-    by = [named_versions(score.versions) for score in first[:1]]
-    meant = "in brackets the difference of the logarithm to the first row, ± its standard error over the windows"
-    caption = "; ".join([*how, *by, meant, "seconds of pruning alone", "a loss is against the method's own targets"])
-    table = Table(
-        "method",
-        *[Column(Text(f"perplexity {Path(p.source).name}")) for p in first],
-        "mean relative loss",
-        "seconds",
-        title=Text(f"{pattern}, lower is better"),
-        caption=Text(caption),
-    )
-    for row in rows:
-        loss = "" if row.mean_relative_loss is None else f"{row.mean_relative_loss:.4f}"
-        name = row.name if not row.fallbacks else f"{row.name} ({row.fallbacks} fallbacks)"
-        scores = ["failed"] * len(first) if row.error else _scores(row, rows[0])
-        table.add_row(name, *scores, loss, f"{row.seconds:.0f}")
-    return table
-
-
-def _scores(row: "Row", first: "Row") -> list[str]:
-    """Return the perplexities of a row (`halve.comparison.Row`), with what they differ in from the first row's."""
-    from halve.evaluation.figure import said_difference
-
-    if row is first:
-        return [f"{score.value:.2f}" for score in row.perplexities]
-    pairs = zip(row.perplexities, first.perplexities, strict=True)
-    return [f"{score.value:.2f} ({said_difference(*score.minus(dense))})" for score, dense in pairs]
 
 
 def summary_table(report: "RunReport") -> Table:
@@ -124,17 +84,6 @@ def say(console: Console, sentence: str, *, label: str = "", style: str = "") ->
     console.print(text, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def say_row(row: "Row") -> None:
-    """Print what became of one contender of a comparison (`halve.comparison.Row`), as soon as it is known."""
-    for warning in row.warnings:
-        say(err, warning, label=f"warning ({row.name})", style="yellow")
-    if row.error:
-        say(err, row.error, label=f"error ({row.name})", style="red")
-        return
-    scores = ", ".join(f"{Path(p.source).name} {p.value:.2f}" for p in row.perplexities)  # how: in the table's caption
-    say(err, f"{row.name}: {scores} ({row.seconds:.0f} s of pruning)")
-
-
 def announce(phase: Phase) -> None:
     """Say what is about to take a while outside the blocks."""
     sentences = {
@@ -148,8 +97,11 @@ def announce(phase: Phase) -> None:
     say(err, sentences[phase])
 
 
-def _announce_step(step: "Progress") -> None:
-    """Say what is about to take long, or how long the text that the model writes still takes."""
+def _announce_step(step: "Progress", runner: str) -> None:
+    """Say what is about to take long or to beware of, or how long the text that the model writes still takes."""
+    if step.caution:
+        say(err, step.caution, label=f"{_prefix(runner)}warning", style="yellow")
+        return
     if step.seconds_left is None:
         announce(step.phase)
         return
@@ -183,11 +135,11 @@ def warn_if_crowded(threads: int, processors: int | None) -> None:
         )
 
 
-def warn_of_overlap(calibration: "TokenSet | PairSet", evaluation: "Sequence[TokenSet]") -> None:
-    """Warn where a model is measured on the very text that it was calibrated on."""
+def warn_of_overlap(calibrated_on: str, evaluated_on: Sequence[str], *, figures: str = "perplexities") -> None:
+    """Warn where a model is measured on what it was calibrated on (`halve.evaluation.request.overlap`)."""
     from halve.evaluation.request import overlap
 
-    if caution := overlap(calibration.source, [text.source for text in evaluation]):
+    if caution := overlap(calibrated_on, evaluated_on, figures=figures):
         say(err, caution, label="warning", style="yellow")
 
 
@@ -215,7 +167,7 @@ def progress() -> Iterator[Show]:
             if not step.blocks:
                 if step.seconds_left is not None:
                     bar.update(task, description="writing text", completed=step.finished, total=step.matrices)
-                _announce_step(step)
+                _announce_step(step, runner)
                 return
             if step.plan is not None:
                 say(bar.console, _prefix(runner) + _plan(step.plan))
@@ -281,7 +233,7 @@ def progress_bar(console: Console) -> "ProgressBar":
 def _plain_progress(step: "Progress", runner: str = "") -> None:
     prefix = _prefix(runner)
     if not step.blocks:
-        _announce_step(step)
+        _announce_step(step, runner)
         return
     if step.plan is not None:
         sys.stderr.write(f"{prefix}{_plan(step.plan)}\n")

@@ -29,6 +29,24 @@ _PLACES = ("cpu", "cuda")
 T = TypeVar("T")
 
 
+class Measuring:
+    """What is asked for by a measurement that runs a model.
+
+    Attributes:
+        forward_dtype: products of forward passes: ``auto``, ``float32`` or ``bfloat16``.
+    """
+
+    forward_dtype: str
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """Return what float32 matrices are multiplied in there.
+
+        Raises:
+            InputError: the dtype is unknown.
+        """
+        return forward_precision(self.forward_dtype, device)
+
+
 class Passes:
     """Forward passes of a model that is ready to be measured, one after the other.
 

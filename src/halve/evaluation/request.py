@@ -9,9 +9,9 @@ from torch import nn
 
 from halve.checkpoint.load import LoadedModel
 from halve.checkpoint.mapped import Weights
-from halve.device import forward_precision
 from halve.errors import InputError
 from halve.evaluation.figure import Perplexity
+from halve.evaluation.in_step import Measuring
 from halve.evaluation.perplexity import evaluation_texts, perplexity
 from halve.option_groups import option
 from halve.text.calibration import default_length
@@ -20,7 +20,7 @@ from halve.text.tokens import TokenSet, check_texts
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Measuring):
     """What to measure perplexity on, before and after, and how.
 
     Attributes:
@@ -40,14 +40,6 @@ class Evaluation:
     text_field: str = option("text", shared=True)
     bos: str = option("auto", shared=True)
     forward_dtype: str = option("auto", shared=True)
-
-    def precision(self, device: torch.device) -> torch.dtype:
-        """Return what float32 matrices are multiplied in there.
-
-        Raises:
-            InputError: the dtype is unknown.
-        """
-        return forward_precision(self.forward_dtype, device)
 
     def check(self, device: torch.device) -> None:
         """Look for the texts, before anything is loaded.

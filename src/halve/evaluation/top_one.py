@@ -18,15 +18,16 @@ from halve.checkpoint.load import LoadedModel, resolve
 from halve.checkpoint.mapped import Weights
 from halve.checkpoint.streamed import AUTO, check_stream, loaded_to_measure
 from halve.checks import check_count
-from halve.device import forward_precision, model_device, resolve_device, weight_dtype
-from halve.errors import InputError, first_few, one_line
-from halve.evaluation.in_step import ready
+from halve.device import model_device, resolve_device, weight_dtype
+from halve.errors import HalveError, InputError, first_few, one_line
+from halve.evaluation.in_step import Measuring, ready
 from halve.evaluation.paired import mcnemar
 from halve.images.image_sets import is_image_set
 from halve.images.labelled import LabelledPictures, labelled_pictures
 from halve.images.pictures import Picture, check_pillow, is_picture_folder
 from halve.images.positions import positions
 from halve.images.processor import check_sees, input_name, prepared, processor_of, stacked
+from halve.model.blocks import caution_of_sizes
 from halve.option_groups import option
 from halve.versions import versions
 
@@ -36,7 +37,7 @@ _NORMAL = statistics.NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
-class ImageEvaluation:
+class ImageEvaluation(Measuring):
     """On what the top-1 accuracy of a model that classifies pictures is measured, before and after.
 
     Attributes:
@@ -49,14 +50,6 @@ class ImageEvaluation:
     images: str | Path
     max_images: int | None = None
     forward_dtype: str = option("auto", shared=True)
-
-    def precision(self, device: torch.device) -> torch.dtype:
-        """Return what float32 matrices are multiplied in there.
-
-        Raises:
-            InputError: the dtype is unknown.
-        """
-        return forward_precision(self.forward_dtype, device)
 
     def check(self, device: torch.device) -> None:
         """Look for the pictures, before anything is loaded.
@@ -317,7 +310,13 @@ def _judged(
         row, pixels = prepared(picture, processor, model)
         digests.append(hashlib.sha256(f"{label}\n".encode() + pixels).digest())
         rows.append({name: each.to(device, dtype if each.is_floating_point() else None) for name, each in row.items()})
-    logits = torch.cat([_logits(model, batch) for batch in stacked(rows, len(rows))])
+    try:
+        logits = torch.cat([_logits(model, batch) for batch in stacked(rows, len(rows))])
+    except (ValueError, RuntimeError, AssertionError) as error:  # as models refuse pictures of another size
+        caution = caution_of_sizes(rows)
+        if isinstance(error, HalveError | torch.OutOfMemoryError) or not caution:
+            raise
+        raise InputError(f"{type(model).__name__} cannot be run on the pictures: {caution}") from error
     if max(labels) >= logits.shape[1]:
         raise InputError(
             f"{type(model).__name__} knows {logits.shape[1]} classes, and the pictures have one with the number "

@@ -15,16 +15,20 @@ from halve.checkpoint.streamed import ALWAYS, AUTO, NEVER, computed_bytes
 from halve.device import weight_dtype
 from halve.errors import counted
 from halve.forecast import operations
+from halve.forecast.beside import damages, forward_of, norms, ordering
 from halve.forecast.needs import Needs, Plan, needs, sums_of
 from halve.forecast.operations import Counts
 from halve.forecast.rates import Rates, measured_rates
-from halve.forecast.shapes import BlockShape, Shapes
+from halve.forecast.resolution import layer_positions
+from halve.forecast.shapes import Shapes
 from halve.images.positions import picture_size, positions
 from halve.images.processor import input_name, sees_pictures
 from halve.memory import free_memory, would_fill
 from halve.model.blocks import Batch
 from halve.model.reconstruct import RATES
+from halve.order.reordering import FOLD
 from halve.planner.outline import outline
+from halve.run.batch_norms import ESTIMATE
 from halve.run.bundles import home_of_sums
 from halve.run.executor import cut
 from halve.run.phases import Phase
@@ -111,10 +115,18 @@ def foresee(
     if source is not None:
         dtype = dtype_to_prune_in(source) or torch.float32  # a GGUF file is dequantised
     files = () if source is None else source.shards or (source.path,)
-    shapes = Shapes.of(skeleton, dtype=dtype, skip=settings.skip, tower=settings.tower)
-    whole = isinstance(found, nn.Module) or out is None or (source is not None and not source.shards)
     directory = None if source is None or source.kind == "gguf" else source.path
-    plan, length = _plan(skeleton, shapes, request, directory, keeps=out is not None, streams=not whole)
+    samples, length, sides = _amount(skeleton, request, directory)
+    layers = layer_positions(skeleton, *sides) if sides is not None and request.uses_calibration else {}
+    shapes = Shapes.of(
+        skeleton,
+        dtype=dtype,
+        skip=settings.skip,
+        tower=settings.tower,
+        positions={name: count / length for name, count in layers.items()},
+    )
+    whole = isinstance(found, nn.Module) or out is None or (source is not None and not source.shards)
+    plan = _plan(shapes, request, samples, length, keeps=out is not None, streams=not whole, pictures=sides is not None)
     output = sum(bytes_in(each, request.loading.written_dtype) for each in skeleton.parameters()) if out else 0
     used = psutil.Process().memory_info().rss
     computed = 0
@@ -125,19 +137,19 @@ def foresee(
     if by_itself and not plan.streamed and sum(wanted.memory.values()) > free_memory(_CPU) + used:
         plan = replace(plan, streamed=True)
         wanted = needs(shapes, plan, used, output, computed)
-    notes = _not_in_it(request, skeleton, length)
+    notes = _not_in_it(request, shapes, None if sides is None else length, known=bool(layers))
     if plan.sums_on_host:
         notes.append(
             "the statistics of a block would fill the GPU: its inputs are summed by the processor, in the machine's "
             "memory, which takes longer than is foreseen"
         )
     if rates is None and measured:
-        sides = [side for block in shapes.blocks for each in block.bundles for side in (each.d_in, *each.rows)]
+        widths = [side for block in shapes.blocks for each in block.bundles for side in (each.d_in, *each.rows)]
         rates = measured_rates(
             plan.device,
             request.placement.precision,
             plan.batch,
-            sides,
+            widths,
             files,
             out or Path.cwd(),
             lasting=min(_MEASURED_FOR, _MEASURED_FOR * shapes.size / _LARGE),
@@ -151,17 +163,32 @@ def foresee(
     return Foreseen(shapes, plan, wanted, seconds, rates, used, tuple(notes))
 
 
-def _not_in_it(request: Request, model: nn.Module, length: int) -> list[str]:
-    """Return what a run takes besides, or less, as sentences; ``length`` is what a picture is counted as."""
+def _not_in_it(request: Request, shapes: Shapes, picture: int | None, *, known: bool) -> list[str]:
+    """Return what a run takes besides, or less, as sentences.
+
+    Args:
+        request: what is asked for.
+        shapes: of the model.
+        picture: positions that a picture is counted as; None without pictures.
+        known: whether it is known how many each layer sees.
+    """
     notes = []
-    if sees_pictures(model) and request.settings.needs_calibration:
+    if picture is not None and request.uses_calibration:
+        later = "in every block: a model that makes pictures smaller on the way takes less"
+        if known:
+            later = "of the first hidden state, and in every layer as those that it sees"
+        notes.append(f"a picture counts as {counted(picture, 'position')} {later}")
+    if request.settings.keep_dense is not None:
         notes.append(
-            f"a picture counts as {counted(length, 'position')} in every block: a model that makes pictures smaller on "
-            "the way takes less"
+            "blocks of this model leave something for later ones, so that passes for damages are counted through all "
+            "of them: fewer keep_dense_tokens take less"
+            if shapes.shares
+            else "passes for damages are counted from each block on; where a run finds out that they have to begin at "
+            "the first one, they take up to twice as long. All matrices are foreseen as pruned"
         )
     if request.placement.workers is not None:
         notes.append("this is what one process takes: workers share the time, and each takes memory of its own")
-    if request.calibration.is_self_written and request.settings.needs_calibration:
+    if request.calibration.is_self_written and request.uses_calibration:
         notes.append("the time that the model takes to write its own calibration text is not in it")
     return notes
 
@@ -172,21 +199,21 @@ def _has_weights(path: Path) -> bool:
 
 
 def _plan(
-    model: nn.Module, shapes: Shapes, request: Request, directory: Path | None, *, keeps: bool, streams: bool
-) -> tuple[Plan, int]:
-    """Return what decides what the run takes, and the tokens in a sequence, or the positions of a picture.
+    shapes: Shapes, request: Request, samples: int, length: int, *, keeps: bool, streams: bool, pictures: bool
+) -> Plan:
+    """Return what decides what the run takes.
 
     Args:
-        model: without its weights.
-        shapes: of it.
+        shapes: of the model.
         request: what is asked for.
-        directory: where its settings lie; None where they are not on disk.
+        samples: sequences or pictures.
+        length: tokens or positions in each.
         keeps: whether there is an output directory, beside which hidden states may be kept.
         streams: whether its weights could stay on disk.
+        pictures: whether samples are pictures, of which damage is measured on whole ones.
     """
     settings, placement = request.settings, request.placement
-    samples, length = _amount(model, request, directory)
-    tokens = samples * length if settings.needs_calibration else 0
+    tokens = samples * length if request.uses_calibration else 0
     experts = any(each.experts > 1 or each.share < 1 for block in shapes.blocks for each in block.bundles)
     matching, tuned = settings.matches_dense and not experts, settings.reconstruction is not None
     most = batch_tokens(placement.target, stepping=tuned)
@@ -202,7 +229,7 @@ def _plan(
         state=state,
         method=settings.method,
         refit=settings.refit,
-        statistics=0 if not settings.needs_calibration else 1 + 2 * chosen,
+        statistics=0 if not request.uses_calibration else 1 + 2 * chosen,
         cross=matching,
         paired=matching or tuned,
         tuned=tuned,
@@ -210,37 +237,54 @@ def _plan(
         offloaded=placement.offload is not None or (keeps and would_fill(beside // 2 + hidden)),
         device=placement.target,
         shards=len(cut(-(-tokens // max(1, batch)), request.calibration.shards)),
+        ordered=settings.permute == FOLD,
+        normed=settings.batch_norm == ESTIMATE and tokens > 0,
     )
+    if settings.keep_dense is not None:
+        judged = min(samples, settings.keep_dense.tokens) if pictures else min(tokens, settings.keep_dense.tokens)
+        of_one = length if pictures else 1
+        in_batch = min(judged * of_one, batch_tokens(placement.target, stepping=False) // of_one * of_one or of_one)
+        plan = replace(plan, judged=judged * of_one, judged_batch=in_batch, logits=1.0 / of_one)
     most_sums = max((sums_of(block, plan) for block in shapes.blocks), default=0)
-    return replace(plan, sums_on_host=home_of_sums(most_sums, plan.device) != plan.device), length
+    return replace(plan, sums_on_host=home_of_sums(most_sums, plan.device) != plan.device)
 
 
-def _amount(model: nn.Module, request: Request, directory: Path | None) -> tuple[int, int]:
-    """Return the number of calibration sequences or pictures, and the tokens or positions in each."""
+def _amount(model: nn.Module, request: Request, directory: Path | None) -> tuple[int, int, tuple[int, int] | None]:
+    """Return the number of calibration sequences or pictures, tokens or positions in each, and a picture's sides.
+
+    Args:
+        model: without its weights.
+        request: what is asked for.
+        directory: where its settings lie; None where they are not on disk.
+    """
     source = request.calibration.source
     if isinstance(source, TokenSet):
-        return source.samples, source.seq_len
+        return source.samples, source.seq_len, None
     if isinstance(source, Tensor) and source.ndim == 2:
-        return source.shape[0], source.shape[1]
+        return source.shape[0], source.shape[1], None
     if isinstance(source, Tensor) and source.ndim == 4:
-        return source.shape[0], positions(model, *source.shape[-2:])
+        return source.shape[0], positions(model, *source.shape[-2:]), (source.shape[-2], source.shape[-1])
     if source is not None and not isinstance(source, str | Path | Tensor):
         return _amount_of_batches(model, source)
     if sees_pictures(model):
-        return request.calibration.samples, positions(model, *picture_size(model, directory))
+        height, width = picture_size(model, directory)
+        return request.calibration.samples, positions(model, height, width), (height, width)
     length = request.calibration.seq_len or default_length(LoadedModel(model, None, None))  # type: ignore[arg-type]
-    return request.calibration.samples, length
+    return request.calibration.samples, length, None
 
 
-def _amount_of_batches(model: nn.Module, batches: Sequence[Batch]) -> tuple[int, int]:
+def _amount_of_batches(model: nn.Module, batches: Sequence[Batch]) -> tuple[int, int, tuple[int, int] | None]:
     """Return the rows of ready batches, and their most positions; what is wrong with them is told later."""
-    rows, longest = 0, 1
+    rows, longest, sides = 0, 1, None
     for batch in batches:
         given = batch.get("input_ids", batch.get(input_name(model))) if isinstance(batch, Mapping) else None
         if isinstance(given, Tensor) and given.ndim in (2, 4):
             rows += given.shape[0]
-            longest = max(longest, given.shape[1] if given.ndim == 2 else positions(model, *given.shape[-2:]))
-    return rows, longest
+            has = given.shape[1] if given.ndim == 2 else positions(model, *given.shape[-2:])
+            if given.ndim == 4 and (sides is None or has > longest):
+                sides = given.shape[-2], given.shape[-1]
+            longest = max(longest, has)
+    return rows, longest, sides
 
 
 def _seconds(
@@ -248,11 +292,13 @@ def _seconds(
 ) -> tuple[dict[str, float], list[str]]:
     """Return how long every phase lasts, and what could not be counted."""
     settings = request.settings
-    collect, replay, tuning = Counts(), Counts(), Counts()
+    collect, replay, tuning, estimated, ordered = Counts(), Counts(), Counts(), Counts(), Counts()
     solve: Counts | None = Counts()
     for index, block in enumerate(shapes.blocks):
-        one_pass = _forward(block, shapes, plan, length)
-        collecting_pass = _forward(block, shapes, plan, length, collecting=True)
+        one_pass = forward_of(block, shapes, plan.tokens, length)
+        collecting_pass = forward_of(block, shapes, plan.tokens, length, collecting=True)
+        estimated += norms(block, plan.tokens, one_pass) if plan.normed else Counts()
+        ordered += ordering(block, shapes) if plan.ordered else Counts()
         matched = plan.cross
         for bundle in block.bundles:
             collect += operations.statistics(bundle, plan.tokens, cross=plan.cross) if plan.tokens else Counts()
@@ -267,14 +313,21 @@ def _seconds(
             step = operations.backward(one_pass) + operations.optimiser(block.count).times(steps)
             tried = len(RATES) if not index and settings.reconstruction.learning_rate is None else 1
             tuning += (step + one_pass.times(settings.reconstruction.held_out)).times(epochs * tried)
+    chosen = Counts()
+    if settings.keep_dense is not None:
+        budget = settings.keep_dense.ratio is not None
+        chosen = damages(shapes, plan.judged, length, plan.judged * plan.logits, budget=budget)
     notes = [] if solve is not None else [f"what {settings.method} with refit {settings.refit} takes is not counted"]
     limit = settings.options.get("time_limit")
     of_solving = 0.0 if solve is None else rates.seconds(solve)
     judged = Counts(bytes=_JUDGED * output)
     found = {
         Phase.LOAD: _STARTS + shapes.size / rates.reading + rates.seconds(Counts(bytes=_LOADED * shapes.size)),
+        Phase.DAMAGE: rates.seconds(chosen),
         Phase.COLLECT: rates.seconds(collect),
+        Phase.REORDER: rates.seconds(ordered),
         Phase.SOLVE: max(of_solving, float(limit or 0.0)),  # the first effort is finished, and the rest of it used
+        Phase.NORMS: rates.seconds(estimated),
         Phase.RECONSTRUCT: rates.seconds(tuning),
         Phase.REPLAY: rates.seconds(replay),
         Phase.COMMIT: _COMMITTED * shapes.inside / rates.writing if output and rates.writing else 0.0,
@@ -282,14 +335,3 @@ def _seconds(
         Phase.VERIFY: output / rates.reading + rates.seconds(judged),
     }
     return {str(phase): value for phase, value in found.items() if value}, notes
-
-
-def _forward(block: BlockShape, shapes: Shapes, plan: Plan, length: int, *, collecting: bool = False) -> Counts:
-    """Count a pass through a block; one that collects leaves out the last matrix, unless some are experts.
-
-    The last one that is defined stands for the last one that is called.
-    """
-    products, outputs = block.products, float(sum(each.share * each.experts * sum(each.rows) for each in block.bundles))
-    if collecting and block.bundles and all(each.experts == each.share == 1 for each in block.bundles):
-        products -= block.bundles[-1].rows[-1] * block.bundles[-1].d_in
-    return operations.forward(products, plan.tokens, length, shapes.width, outputs)

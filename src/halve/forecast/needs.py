@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from halve.errors import InputError
+from halve.forecast.beside import order_bytes
 from halve.forecast.shapes import BlockShape, Bundle, Shapes
 from halve.run.bundles import BUNDLE_WEIGHTS, bytes_of_sums
 from halve.solve import methods
 
-_FLOAT = 4
+_FLOAT, _DOUBLE = 4, 8
 _TUNING = 7
 """Copies of a block while it is reconstructed: itself, as it was, its gradients, two moments, and two best ones."""
 _LIBRARIES = 250_000_000
@@ -48,6 +49,11 @@ class Plan:
         shards: parts of the calibration set that are summed by themselves.
         sums_on_host: whether a GPU leaves the sums over inputs to the machine (`halve.run.bundles.home_of_sums`), but
             for the statistics of what is being solved.
+        ordered: whether channels are reordered.
+        normed: whether batch norms are estimated anew.
+        judged: tokens that the damage of pruning is measured on; 0 where it is not.
+        judged_batch: of these in a batch.
+        logits: positions with logits for each of these.
     """
 
     tokens: int
@@ -64,6 +70,11 @@ class Plan:
     device: torch.device
     shards: int = 1
     sums_on_host: bool = False
+    ordered: bool = False
+    normed: bool = False
+    judged: int = 0
+    judged_batch: int = 0
+    logits: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,12 +136,35 @@ def needs(shapes: Shapes, plan: Plan, used: int, output: int, computed: int = 0)
     on_cpu = plan.device.type == "cpu"
     if plan.sums_on_host:
         host["statistics"] = max(min(plan.shards, 2) * sums_of(largest, plan), _kept(largest.bundles, plan))
+    memory, on_device = (host | working, {}) if on_cpu else (host, working)
+    if plan.judged:  # before there are hidden states and statistics
+        judging = _judging(shapes, plan)
+        before = {"this process": host["this process"]}
+        if not plan.streamed:
+            before["the weights"] = shapes.size
+        first, first_on_device = (before | judging, {}) if on_cpu else (before, judging)
+        memory, on_device = max(memory, first, key=_total), max(on_device, first_on_device, key=_total)
     disk = {"the checkpoint": output, "finished blocks, until it is written": shapes.inside}
     if plan.offloaded:
         disk["hidden states"] = hidden
     if plan.streamed and computed:
         disk["weights that loading computes"] = computed
-    return Needs(host | working if on_cpu else host, {} if on_cpu else working, disk)
+    return Needs(memory, on_device, disk)
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _judging(shapes: Shapes, plan: Plan) -> dict[str, int]:
+    """Return what measuring the damage of pruning takes where it is done."""
+    logits = plan.judged_batch * plan.logits * shapes.classes
+    copied = plan.device.type != "cpu" or shapes.size != _FLOAT * shapes.count
+    return {
+        "the model in float32": _FLOAT * shapes.count if copied else 0,
+        "what blocks return": _FLOAT * plan.judged_batch * shapes.width * len(shapes.blocks),
+        "probabilities": int(4 * _FLOAT * logits),
+    }
 
 
 def _working(block: BlockShape, shapes: Shapes, plan: Plan) -> int:
@@ -159,12 +193,19 @@ def _parts(block: BlockShape, shapes: Shapes, plan: Plan) -> dict[str, int]:
     copy = block.count * _FLOAT
     widest = max((each.d_in for each in block.bundles), default=0)
     outputs = max((max(each.rows) for each in block.bundles), default=0)
-    passing = 2 * plan.batch * (shapes.width + max(outputs, widest)) * _FLOAT
+    passing = int(2 * plan.batch * block.positions * (shapes.width + max(outputs, widest)) * _FLOAT)
     solver = max((_solver(each, plan) for each in block.bundles), default=0)
     phases = [
         {"a block in float32": copy, "statistics": sums, "a forward pass": passing},
         {"a block in float32": copy, "statistics": kept, "the solver": solver},
     ]
+    if plan.ordered:
+        phases.append(
+            {"a block in float32": copy, "statistics": kept, "an order of channels": order_bytes(block, shapes)}
+        )
+    if plan.normed and block.norms:
+        doubled = int(3 * _DOUBLE * plan.batch * block.positions * max(block.norms))
+        phases.append({"a block in float32": copy, "a forward pass": passing, "inputs of a batch norm": doubled})
     if plan.tuned:
         phases.append({"a block and what trains it": _TUNING * copy, "statistics": kept, "a forward pass": 4 * passing})
     return max(phases, key=lambda phase: sum(phase.values()))

@@ -80,7 +80,7 @@ def forward(products: float, tokens: float, length: int, width: int, outputs: fl
     Args:
         products: multiplications that a token takes in its matrices.
         tokens: of the calibration set.
-        length: of a sequence, for the attention.
+        length: of a sequence, for the attention; 0 where there is none.
         width: of the hidden state.
         outputs: of all matrices, together.
     """
@@ -95,7 +95,7 @@ def statistics(bundle: Bundle, tokens: float, *, cross: bool) -> Counts:
     """The Gram matrix of a bundle's inputs, and with ``cross`` that between the dense and the pruned model's."""
     upper = sum((panel.stop - panel.start) * (bundle.d_in - panel.start) for panel in panels(bundle.d_in))
     return Counts(
-        float32=2.0 * bundle.share * tokens * bundle.experts * (upper + cross * bundle.d_in**2),
+        float32=2.0 * bundle.seen * tokens * (upper + cross * bundle.d_in**2),
         bytes=bundle.experts * 8.0 * _PLANE * bundle.d_in**2,
     )
 

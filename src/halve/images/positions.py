@@ -1,6 +1,5 @@
 """How many positions of a hidden state a picture becomes: what bounds batches, and what a run is foreseen by."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,10 @@ from torch import nn
 
 from halve.checkpoint.shards import read_json
 from halve.errors import HalveError
+from halve.model.blocks import SIDE, sides_of
 
 _PATCH = 4
 """Side of a patch where a model does not say it: what the stems of ResNet and its like leave, and of ConvNeXt."""
-_SIDE = 224
-"""Of a picture, where nobody says."""
 
 
 def positions(model: nn.Module, height: int, width: int) -> int:
@@ -37,7 +35,7 @@ def picture_size(model: nn.Module, directory: Path | None) -> tuple[int, int]:
         model: the model.
         directory: of its checkpoint; None where it has none.
     """
-    settings: Mapping[str, Any] = {}
+    settings: dict[str, Any] = {}
     path = None if directory is None else directory / "preprocessor_config.json"
     if path is not None and path.is_file():
         try:
@@ -49,16 +47,4 @@ def picture_size(model: nn.Module, directory: Path | None) -> tuple[int, int]:
         settings.get("size"),
         getattr(getattr(model, "config", None), "image_size", None),
     ]
-    return next((found for each in named if (found := _sides(each)) is not None), (_SIDE, _SIDE))
-
-
-def _sides(named: Any) -> tuple[int, int] | None:
-    """Return height and width out of what settings call a size; None where it is none."""
-    if isinstance(named, Mapping):
-        named = [named.get("height", named.get("shortest_edge")), named.get("width", named.get("shortest_edge"))]
-    sides = [named, named] if isinstance(named, int) else named
-    if not isinstance(sides, list | tuple) or len(sides) != 2:
-        return None
-    height, width = sides
-    fits = isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0
-    return (height, width) if fits else None
+    return next((found for each in named if (found := sides_of(each)) is not None), (SIDE, SIDE))

@@ -27,6 +27,9 @@ from halve.model.masked import PrunedParameter
 VERSION = 1
 REORDERED = "reordered"
 """The fact about a model, there only where it holds, that its channels were reordered."""
+ORDERED_LIKE = "ordered_like"
+"""The fact, beside that one, which models are known to have their channels in the same order: sha256 of their files,
+with spaces between."""
 _KEY = "halve_masks"
 _REMEDY = "fetch it again, or learn the masks again"
 

@@ -17,7 +17,7 @@ from halve.learning.finetuning import find_teacher
 from halve.learning.launch import is_first_process
 from halve.learning.learner import Learner
 from halve.learning.lesson import Lesson, Taught, carry_out
-from halve.learning.mask_files import REORDERED, write_masks
+from halve.learning.mask_files import ORDERED_LIKE, REORDERED, write_masks
 from halve.learning.moments import Moments, input_moments
 from halve.learning.options import NONE, Training, refuse_present
 from halve.learning.training.publishing import source_json
@@ -116,8 +116,9 @@ def learn_as(model: str | Path, out: Path, request: Learning, watch: Watch | Non
         if request.save_masks is not None and is_first_process():
             described = source_json(source)
             facts = {name: str(value) for name, value in described.items() if value is not None}
-            if channel_order(source.path, described["sha256"]).reordered:
-                facts[REORDERED] = "true"
+            order = channel_order(source.path, described["sha256"])
+            if order.reordered:
+                facts |= {REORDERED: "true", ORDERED_LIKE: " ".join(sorted(order.sha256s))}
             write_masks(Path(request.save_masks), school.masks(), request.pattern, facts)
         views = {each.name: view_of(student.model, each) for each in school.planned}
         facts_of = {name: mask_facts(name, view, request.pattern) for name, view in views.items()}

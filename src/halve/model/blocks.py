@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from halve.checkpoint.durable import make_directory
 from halve.checkpoint.room import check_space
 from halve.device import own_settings, weight_dtype
-from halve.errors import CalibrationError, InputError
+from halve.errors import CalibrationError, InputError, first_few
 from halve.maths.linalg import is_finite
 from halve.memory import check_memory, would_fill
 from halve.model.calls import Behaviour, Recorder, Recording, Template
@@ -30,6 +30,10 @@ Passing = Sequence[tuple[Sequence[nn.Module], Sequence[Template]]]
 Batch = Mapping[str, Tensor]
 """Keyword arguments of one forward pass, as tensors: ``input_ids``, ``attention_mask``, ``pixel_values``, …"""
 
+SIDE = 224
+"""Of a picture, where nobody says."""
+_PICTURES = 4
+"""Dimensions of a batch of pictures."""
 _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -63,8 +67,7 @@ def stand_in_batch(model: nn.Module) -> Batch:
     name = getattr(model, "main_input_name", "input_ids")
     config = getattr(model, "config", None)
     if name == "pixel_values" and not getattr(config, "is_encoder_decoder", False):
-        side = getattr(config, "image_size", None)
-        height, width = side if isinstance(side, list | tuple) else (side or 224, side or 224)
+        height, width = sides_of(getattr(config, "image_size", None)) or (SIDE, SIDE)
         return {name: torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
     if name != "input_ids":
         raise InputError(
@@ -74,6 +77,34 @@ def stand_in_batch(model: nn.Module) -> Batch:
     ids = torch.zeros(1, 8, dtype=torch.int64)
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return {"input_ids": ids, "decoder_input_ids": ids} if decodes else {"input_ids": ids}
+
+
+def sides_of(named: Any) -> tuple[int, int] | None:
+    """Return height and width out of what settings call a size of pictures; None where it is none.
+
+    Args:
+        named: one number, two, or a mapping with ``height`` and ``width``, or with ``shortest_edge``.
+    """
+    if isinstance(named, Mapping):
+        named = [named.get("height", named.get("shortest_edge")), named.get("width", named.get("shortest_edge"))]
+    sides = [named, named] if isinstance(named, int) else named
+    if not isinstance(sides, list | tuple) or len(sides) != 2:
+        return None
+    height, width = sides
+    fits = isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0
+    return (height, width) if fits else None
+
+
+def caution_of_sizes(batches: Sequence[Batch]) -> str:
+    """Return what to do about pictures of several sizes where a model fails on them; empty where all are alike."""
+    shapes = (value.shape for batch in batches for value in batch.values() if value.ndim == _PICTURES)
+    sizes = list(dict.fromkeys(f"{shape[-2]} x {shape[-1]}" for shape in shapes))
+    if len(sizes) < 2:
+        return ""
+    return (
+        f"pictures come in several sizes ({first_few(sizes)}): let the image processor resize them (do_resize and size "
+        "in its settings), or give pictures of the size that the model takes"
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from halve.errors import CalibrationError, HalveError, UnsupportedModelError, one_line
-from halve.model.blocks import Batch, Passing, capture, check_finite, run_model
+from halve.model.blocks import Batch, Passing, capture, caution_of_sizes, check_finite, run_model
 from halve.model.calls import Behaviour, Template, hidden_of, is_plain, items_of, leaves
 from halve.model.stacks import Stack
 from halve.model.stream import Stream
@@ -73,8 +73,9 @@ def short_samples(
             raise
         except Exception as error:  # a model may raise anything
             if short is samples[-1]:
+                why = caution_of_sizes(batches) or one_line(error)
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} cannot be run on the calibration data: {one_line(error)}"
+                    f"{type(model).__name__} cannot be run on the calibration data: {why}"
                 ) from error
         else:
             return short, running[0]

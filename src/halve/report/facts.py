@@ -24,6 +24,7 @@ from halve.report.schema import BlockEntry, MatrixEntry, WholeRecord, record_of
 from halve.report.top_one_facts import TopOneFacts, saw_pictures
 from halve.report.training_facts import TrainedScore, TrainingFacts, method_with, training_facts
 from halve.report.values import finite_or_none, finite_value, perplexity_value, texts
+from halve.run.contender import KEEP_DENSE
 from halve.run.events import seconds_of_pruning
 from halve.solve.outcome import Status
 from halve.versions import named_versions
@@ -345,7 +346,8 @@ def _settings(record: WholeRecord) -> dict[str, Any]:
 def _contender(record: WholeRecord) -> list[str]:
     """Return the method and what followed it, as `halve compare` names them."""
     refit = [] if record.refit == "none" else [record.refit]
-    return [record.method, *refit, *([] if record.reconstruction is None else ["block"])]
+    kept = [] if record.keep_dense is None else [f"{KEEP_DENSE}={record.keep_dense.get('amount')}"]
+    return [record.method, *refit, *([] if record.reconstruction is None else ["block"]), *kept]
 
 
 def _matrix(entry: MatrixEntry, place: tuple[int | None, str], seconds: Mapping[str, float]) -> MatrixFacts:

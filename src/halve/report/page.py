@@ -21,7 +21,7 @@ from halve.checkpoint.durable import write_file, writing
 from halve.errors import InputError, counted
 from halve.report import charts
 from halve.report.facts import PerplexityFacts, RunFacts, read_run
-from halve.report.top_one_facts import percent
+from halve.report.top_one_facts import TopOneFacts, percent
 
 COMPARISON = "comparison.html"
 MOST_ROWS = 2000
@@ -125,14 +125,29 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     named = _named(runs)
     texts = list(dict.fromkeys(_same_text(score) for run in runs for score in run.perplexity))
     scores = {name: {_same_text(score): score for score in run.perplexity} for name, run in named.items()}
+    seen = list(dict.fromkeys(_same_pictures(score) for run in runs for score in run.top_one))
+    accuracies = {name: {_same_pictures(score): score for score in run.top_one} for name, run in named.items()}
     figures = {"losses": charts.losses_of_runs(named)}
-    values = {"runs": named, "texts": texts, "scores": scores, "trained": any(run.trainings for run in runs)}
+    values = {
+        "runs": named,
+        "texts": texts,
+        "scores": scores,
+        "pictures": seen,
+        "accuracies": accuracies,
+        "sees": all(run.sees for run in runs),
+        "trained": any(run.trainings for run in runs),
+    }
     return _render("comparison.html.j2", figures, cautions=_cautions(named), **values)
 
 
 def _same_text(score: PerplexityFacts) -> tuple[str, str, str]:
     """Return what must be equal for two perplexities to be comparable, and how to name it."""
     return score.title, score.measured_as, score.sha256
+
+
+def _same_pictures(score: TopOneFacts) -> tuple[str, str, str]:
+    """Return what must be equal for two accuracies to be comparable, and how to name it."""
+    return score.title, ", ".join(filter(None, [score.pictures, score.how])), score.sha256
 
 
 def _named(runs: Sequence[RunFacts]) -> dict[str, RunFacts]:
@@ -163,7 +178,7 @@ def _cautions(runs: Mapping[str, RunFacts]) -> list[str]:
     if len({run.pattern for run in runs.values()}) > 1:
         found.append("The runs have different patterns.")
     if len({run.calibration.get("sha256") for run in runs.values()}) > 1:
-        found.append("The runs were calibrated on different tokens.")
+        found.append("The runs were calibrated on different data.")
     if matching := [name for name, run in runs.items() if run.matches_dense]:
         found.append(
             f"The losses of {', '.join(matching)} are against targets from the dense model (match_dense): they cannot "

@@ -18,7 +18,9 @@ class TopOneFacts:
         after: share that the pruned model has right.
         difference: of the two in points with its standard error, and the exact test, in words; empty where it is not
             known.
-        measured_as: number of pictures, confidence interval, dtype and image processor, in words.
+        pictures: number of pictures, in words.
+        interval: confidence interval of ``after``, in words.
+        how: dtype and image processor, in words.
         sha256: of the pictures.
         versions: of the packages that measured.
     """
@@ -27,7 +29,9 @@ class TopOneFacts:
     before: float | None
     after: float
     difference: str
-    measured_as: str
+    pictures: str
+    interval: str
+    how: str
     sha256: str
     versions: str
 
@@ -35,6 +39,11 @@ class TopOneFacts:
     def title(self) -> str:
         """The name of the pictures without its directory."""
         return Path(self.source).name
+
+    @property
+    def measured_as(self) -> str:
+        """Number of pictures, confidence interval, dtype and image processor."""
+        return ", ".join(filter(None, [self.pictures, self.interval, self.how]))
 
     @classmethod
     def of(cls, entry: TopOneScore) -> "TopOneFacts":
@@ -48,13 +57,14 @@ class TopOneFacts:
         low, high = entry.interval
         change = entry.change
         said = f"{change}, {change.lost} lost, {change.gained} gained, p = {change.p_value:.2g}" if change else ""
-        how = [f"{entry.pictures} pictures", f"95 % interval {percent(low)} to {percent(high)}"]
         return cls(
             source=entry.source,
             before=None if entry.before is None else entry.before / entry.pictures,
             after=entry.after / entry.pictures,
             difference=said,
-            measured_as=", ".join(filter(None, [*how, entry.dtype, entry.processor])),
+            pictures=f"{entry.pictures} pictures",
+            interval=f"95 % interval {percent(low)} to {percent(high)}",
+            how=", ".join(filter(None, [entry.dtype, entry.processor])),
             sha256=entry.sha256,
             versions=named_versions(entry.versions),
         )

@@ -1,12 +1,13 @@
 """What `halve.prune` was called with as JSON values, and back: what `halve.resume` goes by."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halve.errors import InputError
+from halve.errors import InputError, first_few
 from halve.run.request import Request
 from halve.serial import from_plain, to_plain
 
@@ -62,10 +63,15 @@ def read_back(call: dict[str, Any]) -> Call:
     Raises:
         InputError: relative paths in it are of another directory than the current one.
     """
-    directory = call["directory"]
+    directory, request = call["directory"], from_plain(Request, call["request"])
     if directory is not None and directory != str(Path.cwd()):
-        raise InputError(f"the run was begun in {directory}, with paths relative to it: resume it from there")
-    return Call(call["model"], from_plain(Request, call["request"]))
+        relative = [place for place in (call["model"], *_places(request)) if not Path(place).expanduser().is_absolute()]
+        there = [place for place in relative if (Path(directory) / place).exists()]
+        raise InputError(
+            f"the run was begun in {directory} with paths relative to it ({first_few(there or relative)}): resume it "
+            f"from there, cd {shlex.quote(directory)}"
+        )
+    return Call(call["model"], request)
 
 
 def _places(request: Request) -> Iterator[str]:

@@ -203,8 +203,8 @@ class Progress:
         plan: what will be done, in phase ``plan``, before anything is.
         seconds_left: in phase ``generate``, how long the rest of the text takes; ``finished`` and ``matrices`` are then
             tokens. None where that is not known.
-        caution: in phase ``collect``, once the statistics of the first block are there: a sentence on what the run is
-            going to suffer from, early enough to stop it. Empty where there is nothing to say.
+        caution: a sentence on what the run is going to suffer from, early enough to stop it: in phase ``collect``, once
+            the statistics of the first block are there, or in any other. Empty where there is nothing to say.
         note: a sentence on how the work is shared out among workers; empty where there is nothing new.
     """
 

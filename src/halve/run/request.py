@@ -182,6 +182,11 @@ class Request:
         settings = replace(settings, reconstruction=parse_reconstruction(word, **tuning))
         return replace(asked, settings=settings)
 
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether a calibration set is run: it is needed, or one is named, on which losses are then measured."""
+        return self.settings.needs_calibration or not self.calibration.is_self_written
+
     def check(self) -> None:
         """Refuse what can be known to be unusable before the model is looked for.
 

@@ -4,11 +4,11 @@ For each batch the dense model is run once, and what every block returns is kept
 then runs with that unit pruned, from its block on: on average half of the model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from halve.errors import UnsupportedModelError
+from halve.errors import UnsupportedModelError, counted
 from halve.maths.pattern import Pattern
 from halve.model.blocks import Batch
 from halve.model.replay import probe_batches
@@ -25,6 +25,7 @@ def damages_alone(
     batches: Sequence[Batch],
     norms: Mapping[str, Tensor],
     pattern: Pattern,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
     """Return ``KL(dense ‖ pruned)`` of each unit pruned alone, in nats, mean over all positions that count.
 
@@ -37,6 +38,7 @@ def damages_alone(
         batches: to measure on.
         norms: `halve.sensitivity.quick.input_norms`.
         pattern: to prune to.
+        warn: called with a sentence before passes that take longer than half of the model on average.
 
     Returns:
         dict[str, float]: by the unit's name, at least 0.
@@ -47,6 +49,12 @@ def damages_alone(
     members = [model.get_submodule(name) for name in blocks]
     plain = batches[0].keys() <= {"input_ids", "attention_mask"}  # rows of anything else may belong together
     begins = beginnings(model, members, probe_batches(batches)[0] if plain else batches[0])
+    if whole := [unit for unit in units if any(begins.get(block, block) != block for block in unit.blocks)]:
+        warn(
+            f"the damage of {len(whole)} of {counted(len(units), 'parameter')} is measured by passes through all "
+            f"blocks, and not from its own block on (the first is {whole[0].name}), since blocks leave something for "
+            "later ones: that takes up to twice as long, and fewer keep_dense_tokens take less"
+        )
     totals = dict.fromkeys((unit.name for unit in units), 0.0)
     positions = 0
     for batch in batches:

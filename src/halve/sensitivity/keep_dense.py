@@ -4,7 +4,7 @@ What was chosen is part of the run's fingerprint, so that a run that goes on goe
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,7 @@ from halve.option_groups import internal, option
 from halve.sensitivity.alone import damages_alone
 from halve.sensitivity.budget import fewest_dense
 from halve.sensitivity.choose import choose
-from halve.sensitivity.quick import input_norms
+from halve.sensitivity.quick import caution_of_unreached, input_norms
 from halve.sensitivity.samples import Samples, working
 from halve.sensitivity.units import Unit, units_of
 
@@ -88,6 +88,7 @@ class KeepDense:
         *,
         together: Collection[Sequence[str]] = (),
         device: torch.device,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> "KeepDense":
         """Return the same with the choice for a model.
 
@@ -101,6 +102,7 @@ class KeepDense:
             pattern: to prune to.
             together: names of parameters that are stored in one tensor.
             device: where the model is run.
+            warn: called with a sentence on what the choice suffers from, or what takes long, before it takes long.
 
         Raises:
             InputError: nothing fits the share, all would stay dense, or there is too little memory.
@@ -113,7 +115,9 @@ class KeepDense:
             samples.check_held_out(model)
         with working(model, device) as copied:
             norms = input_norms(copied, plan.matrices, samples.judging)
-            found = damages_alone(copied, plan.blocks, units, samples.judging, norms, pattern)
+            if caution := caution_of_unreached(plan.matrices, norms):
+                warn(caution)
+            found = damages_alone(copied, plan.blocks, units, samples.judging, norms, pattern, warn)
             damages = {name: float(f"{damage:.6g}") for name, damage in found.items()}
             if ratio is None:
                 chosen = choose(units, damages, most)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halve.errors import counted
 from halve.maths.pattern import Pattern, apply_mask
 from halve.model.blocks import Batch
 from halve.model.layers import is_convolution, patches_in_parts, write_matrix
@@ -58,6 +59,24 @@ def input_norms(model: nn.Module, matrices: Sequence[Matrix], batches: Sequence[
 def is_fused_expert(matrix: Matrix) -> bool:
     """Whether a matrix is one of several experts in one parameter: no layer of its own is called with its inputs."""
     return matrix.expert is not None and matrix.layout != "conv"
+
+
+def caution_of_unreached(matrices: Sequence[Matrix], norms: Mapping[str, Tensor]) -> str:
+    """Return the sentence for matrices that no position reached, or nothing.
+
+    Args:
+        matrices: of a model.
+        norms: of their inputs (`input_norms`).
+    """
+    unreached = [each.name for each in matrices if each.name not in norms and not is_fused_expert(each)]
+    if not unreached:
+        return ""
+    of_all = f"{len(unreached)} of {counted(len(matrices), 'matrix', 'matrices')}"
+    return (
+        f"no token that damage is measured on reached {of_all} (the first is {unreached[0]}): pruning them shows no "
+        "damage, so that they are pruned, and in a budget of perplexity they count as pruned by magnitude; give more "
+        "keep_dense_tokens"
+    )
 
 
 def quickly_pruned(
