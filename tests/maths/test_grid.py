@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halve.errors import InputError
+from halve.maths import grid
 from halve.maths.grid import LARGEST, LOWEST, nearest, recovered, rounded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -98,3 +99,22 @@ def test_a_row_off_the_grid_is_told_from_the_others():
     weights[70, 3] *= 1.1
     *_, known = recovered(weights)
     assert (~known).nonzero().flatten().tolist() == [70]
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    dtype=st.sampled_from(DTYPES),
+    size=st.sampled_from([3e-4, 1e-3, 0.1, 10.0, 1000.0]),
+    largest=st.integers(1, 8),
+    noise=st.sampled_from([0.0, 1e-4, 2e-3]),
+)
+def test_intervals_leave_what_trying_every_scale_finds(seed, dtype, size, largest, noise):
+    generator = torch.Generator().manual_seed(seed)
+    scales = (size * (0.5 + torch.rand(40, generator=generator))).half()
+    integers = torch.randint(-largest, min(largest, 7) + 1, (40, 1 + seed % 32), generator=generator)
+    weights = integers.float() * scales.unsqueeze(-1).float()
+    weights = (weights * (1 + noise * torch.randn(weights.shape, generator=generator))).to(dtype)
+    weights = weights[(weights != 0).any(-1) & (weights.abs().amax(-1) >= 2**-10)]
+    asked = weights, weights.float(), weights.float().abs().amax(-1)
+    for found, expected in zip(grid._among_intervals(*asked), grid._among_all(*asked), strict=True):
+        assert torch.equal(found, expected)

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from halve.checkpoint import directory
 from halve.checkpoint.directory import BASE_CARD, card_of_base, is_sealed, sealed
@@ -62,6 +63,7 @@ def test_a_card_has_the_fields_of_the_hub_and_says_what_was_done(tmp_path):
     (tmp_path / BASE_CARD).write_text(BASE)
     (tmp_path / "LICENSE").touch()
     fields, text = card_of(tmp_path)
+    assert fields.pop("model-index")
     assert fields == {
         "base_model": "org/small",
         "library_name": "transformers",
@@ -91,6 +93,46 @@ def test_a_card_has_the_fields_of_the_hub_and_says_what_was_done(tmp_path):
     assert "\n\n`BASE_MODEL_README.md` is the card" in text
     assert "Scores 99" not in text
     assert "/home" not in text
+
+
+def results_of(directory):
+    """Write a card, and return the name and the results that the hub reads from its `model-index`."""
+    assert write_card(directory) == ""
+    front = (directory / "README.md").read_text().split("---\n")[1]
+    return model_index_to_eval_results(yaml.safe_load(front)["model-index"])
+
+
+def test_what_was_measured_is_in_the_hubs_model_index(tmp_path):
+    pictures = {"source": "/home/me/digits", "pictures": 200, "after": 151, "before": 190, "sha256": "dd"}
+    scores = [SCORE | {"before": 10.5, "after": 12.254321}, SCORE | {"source": "org/text", "after_nll": 800.0}]
+    write_record(tmp_path, source=HUB, measured={"perplexity": scores, "top_one": [pictures]})
+    name, (perplexity, accuracy) = results_of(tmp_path)
+    assert name == "small, 2:4"
+    assert perplexity == EvalResult(
+        task_type="text-generation",
+        task_name="Text generation",
+        dataset_type="wiki.txt",
+        dataset_name="wiki.txt",
+        dataset_args={"seq_len": 16, "windows": 2, "tokens_sha256": "ee"},
+        metric_type="perplexity",
+        metric_name="Perplexity, 2 windows of 16 tokens, float32",
+        metric_value=12.254321,
+    )
+    assert (accuracy.task_type, accuracy.metric_type, accuracy.dataset_type) == (
+        "image-classification",
+        "accuracy",
+        "digits",
+    )
+    assert accuracy.metric_value == 151 / 200
+    assert "200 pictures" in accuracy.metric_name
+
+
+def test_the_last_training_is_in_the_model_index_until_weights_are_changed(tmp_path):
+    (result,) = results_of(write_record(tmp_path, trainings=[training_entry()]))[1]
+    assert (result.dataset_type, result.metric_value) == ("wiki.txt", 45.0)
+    rounding = [{"values": "int4", "weights_before": {}}]
+    fields, _ = card_of(write_record(tmp_path, trainings=[training_entry()], quantised=rounding))
+    assert "model-index" not in fields
 
 
 def test_what_is_not_known_is_not_claimed(tmp_path):

@@ -48,7 +48,7 @@ def nearest(weights: Tensor, bits: Bits, importance: Tensor | None = None) -> tu
     scales = torch.zeros_like(needed, dtype=torch.float16)
     for share in _SHARES:
         tried = _half(needed * share)
-        error = (rounded(weights, tried, bits) * tried.unsqueeze(-1).float() - weights).square_()
+        error = _codes(weights, tried, bits).mul_(tried.unsqueeze(-1).float()).sub_(weights).square_()
         total = (error if importance is None else error.mul_(importance)).sum(-1)
         better = total < best
         best, scales = torch.where(better, total, best), torch.where(better, tried, scales)
@@ -57,9 +57,13 @@ def nearest(weights: Tensor, bits: Bits, importance: Tensor | None = None) -> tu
 
 def rounded(weights: Tensor, scales: Tensor, bits: Bits) -> Tensor:
     """Return the nearest integers, int8, of weights (..., n) on the grid of scales, float16, (...)."""
+    return _codes(weights, scales, bits).to(torch.int8)
+
+
+def _codes(weights: Tensor, scales: Tensor, bits: Bits) -> Tensor:
+    """Return the same as float32."""
     steps = scales.unsqueeze(-1).float()
-    found = torch.where(steps > 0, weights / steps, 0.0).round_()
-    return found.clamp_(LOWEST[bits], LARGEST[bits]).to(torch.int8)
+    return torch.where(steps > 0, weights / steps, 0.0).round_().clamp_(LOWEST[bits], LARGEST[bits])
 
 
 def recovered(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,28 +82,121 @@ def recovered(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     integers = torch.zeros(weights.shape, dtype=torch.int8)
     scales = torch.zeros(len(weights), dtype=torch.float16)
-    found = (weights == 0).all(-1)
+    found = weights.abs().amax(-1) == 0
     left = (~found).nonzero().squeeze(-1)
     sample = left[:: max(1, len(left) // _PROBED)]
     if not bool(_search(weights[sample])[0].any()):
         return integers, scales, found
-    found[left], integers[left], scales[left] = _search(weights[left])
+    if len(left) == len(weights):
+        found, integers, scales = _search(weights)
+    else:
+        found[left], integers[left], scales[left] = _search(weights[left])
     return integers, scales, found
 
 
-def _search(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return whether rows lie on a grid of 4 bits, and their integers and scales if they do."""
+_Grid = tuple[Tensor, Tensor, Tensor]
+"""Whether rows lie on a grid of 4 bits, bool, (rows,), and their integers and scales if they do."""
+_SIZES = (7, 8, 6, 5, 4, 3, 2, 1)
+"""Magnitudes of integers that the largest weight may be, the likely ones first."""
+
+
+def _search(weights: Tensor) -> _Grid:
+    """Find the grids of rows, (rows, n), none of which is all zeros."""
     wide = weights.float()
-    at = wide.abs().argmax(-1, keepdim=True)
-    largest = wide.gather(-1, at).squeeze(-1)
+    largest = wide.abs().amax(-1)
     found = torch.zeros(len(wide), dtype=torch.bool)
     integers, scales = torch.zeros(wide.shape, dtype=torch.int8), torch.zeros(len(wide), dtype=torch.float16)
-    unit = torch.finfo(
-        weights.dtype
-    ).eps  # at most so far, of itself, is a rounded product from the exact one, and half
-    steps = min(8, int(unit / 2**-11) + 1)
-    for size in (7, 8, 6, 5, 4, 3, 2, 1):
-        first = (largest.abs() / size).to(torch.float16)
+    plain = (largest >= 2**-10) & (largest < 2**15)  # so that float16 has neighbours of each scale at even distances
+    if bool(plain.all()):
+        return _among_intervals(weights, wide, largest)
+    for search, rows in ((_among_intervals, plain.nonzero()), (_among_all, (~plain).nonzero())):
+        at = rows.squeeze(-1)
+        found[at], integers[at], scales[at] = search(weights[at], wide[at], largest[at])
+    return found, integers, scales
+
+
+def _steps(dtype: torch.dtype) -> int:
+    """Return how many float16 numbers the scale may be away from a weight of a dtype over its integer."""
+    # at most eps, of itself, is a rounded product from the exact one, and half
+    return min(8, int(torch.finfo(dtype).eps / 2**-11) + 1)
+
+
+def _among_intervals(weights: Tensor, wide: Tensor, largest: Tensor) -> _Grid:
+    """Find the grids of rows whose scales are not near the ends of float16.
+
+    The integers are the same for all scales near one, so that each weight leaves an interval of scales, and the row
+    what the intervals have in common: of that the scale nearest to the one that `_among_all` begins with.
+    """
+    integers, scales = torch.zeros(wide.shape, dtype=torch.int8), torch.zeros(len(wide), dtype=torch.float16)
+    steps, low, high = _steps(weights.dtype), *_rounded_to(weights)
+    at = torch.arange(len(wide))
+    for size in _SIZES:
+        first = (largest / size).to(torch.float16)
+        codes = (wide / first.unsqueeze(-1)).round_().clamp_(LOWEST[4], LARGEST[4])
+        sizes = codes.abs().clamp_(min=1)  # a weight that is not 0 and has the integer 0 leaves no scale near by
+        least, most = (low / sizes).amax(-1), (high / sizes).amin(-1)
+        tried, inwards = _nearest_between(first, least, most)
+        right = least <= most * (1 + _ENDS)
+        for _ in range(2):  # ends are themselves rounded: what is next to one may be meant
+            left = (right & (scales[at] == 0)).nonzero().squeeze(-1)
+            step = tried[left].view(torch.int16) - first[left].view(torch.int16)
+            products = (codes[left] * tried[left].unsqueeze(-1)).to(weights.dtype)
+            hits = left[(step.abs() <= steps) & ~_differ(products, weights[left])]
+            integers[at[hits]], scales[at[hits]] = codes[hits].to(torch.int8), tried[hits]
+            tried = (tried.view(torch.int16) + inwards).view(torch.float16)
+        rest = (scales[at] == 0).nonzero().squeeze(-1)
+        if not len(rest):
+            break
+        at, largest = at[rest], largest[rest]
+        weights, wide, low, high = weights[rest], wide[rest], low[rest], high[rest]
+    return scales > 0, integers, scales
+
+
+_ENDS = 1e-6
+"""Of themselves, more than the ends of intervals are rounded by."""
+
+
+def _nearest_between(first: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the float16 numbers nearest to ``first`` from ``least`` to ``most``, a little further than these.
+
+    Returns:
+        tuple[Tensor, Tensor]: the numbers; where the next one in is from each, int16, -1, 0 or 1.
+    """
+    exact = first.to(least.dtype)
+    up, down = exact < least * (1 + _ENDS), exact > most * (1 - _ENDS)
+    inwards = up.to(torch.int16) - (down & ~up).to(torch.int16)
+    end = exact.maximum(least * (1 - _ENDS))
+    end = torch.where(up, end, exact.minimum(most * (1 + _ENDS)))
+    tried = end.to(torch.float16)
+    off = (up & (tried < end)).to(torch.int16) - (down & ~up & (tried > end)).to(torch.int16)
+    return (tried.view(torch.int16) + off).view(torch.float16), inwards
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """Return which rows of two tensors differ; a maximum of bytes is found faster than what is true of all."""
+    return (one != other).view(torch.uint8).amax(-1).bool()
+
+
+def _rounded_to(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest number whose nearest in the dtype a weight's magnitude is, (rows, n) each.
+
+    A weight that is 0 has no largest one: any scale makes it.
+    """
+    whole, exact = (torch.int32, torch.float64) if weights.dtype == torch.float32 else (torch.int16, torch.float32)
+    sizes = weights.abs()
+    bits, middle = sizes.view(whole), sizes.to(exact)
+    below, above = ((bits + step).view(weights.dtype).to(exact) for step in (-1, 1))
+    zero = bits == 0
+    return below.add_(middle).div_(2).masked_fill_(zero, 0.0), above.add_(middle).div_(2).masked_fill_(zero, torch.inf)
+
+
+def _among_all(weights: Tensor, wide: Tensor, largest: Tensor) -> _Grid:
+    """Find the grids of rows by trying every scale that the largest weight leaves."""
+    found = torch.zeros(len(wide), dtype=torch.bool)
+    integers, scales = torch.zeros(wide.shape, dtype=torch.int8), torch.zeros(len(wide), dtype=torch.float16)
+    steps = _steps(weights.dtype)
+    for size in _SIZES:
+        first = (largest / size).to(torch.float16)
         for step in sorted(range(-steps, steps + 1), key=abs):
             open_rows = (~found).nonzero().squeeze(-1)
             if not len(open_rows):

@@ -25,6 +25,7 @@ from halve.errors import HalveError, PatternError, counted
 from halve.maths.pattern import Pattern
 from halve.recorded import Named
 from halve.report.facts import RunFacts, read_run
+from halve.report.model_index import eval_results
 from halve.report.page import write_report
 from halve.report.top_one_facts import percent, saw_pictures
 from halve.versions import named_versions
@@ -153,14 +154,15 @@ def card(run: RunFacts, base: BaseCard, architecture: str = "") -> bytes:
         architecture: name of the model's class; empty where it is not known.
     """
     hub_id, nearest = _hub_id(run.origin), run.origin.made_from is None or _own_hub_id(run.origin) != ""
-    data = _metadata(run, base, hub_id, architecture)
+    title = f"{(hub_id or run.model_name).rpartition('/')[2]}, {run.pattern}"
+    data = _metadata(run, base, hub_id, architecture, title)
     named = run.origin if nearest or run.origin.made_from is None else run.origin.made_from
     text = (
         _templates()
         .get_template("card.md.j2")
         .render(
             run=run,
-            title=f"{(hub_id or run.model_name).rpartition('/')[2]}, {run.pattern}",
+            title=title,
             hub_id=hub_id,
             revision=named.revision,
             through="" if nearest else run.model_name,
@@ -179,7 +181,7 @@ def card(run: RunFacts, base: BaseCard, architecture: str = "") -> bytes:
     return sealed(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def _metadata(run: RunFacts, base: BaseCard, hub_id: str, architecture: str) -> Any:
+def _metadata(run: RunFacts, base: BaseCard, hub_id: str, architecture: str, title: str) -> Any:
     """Return the fields of a card, `huggingface_hub.ModelCardData`."""
     from huggingface_hub import ModelCardData
 
@@ -196,6 +198,8 @@ def _metadata(run: RunFacts, base: BaseCard, hub_id: str, architecture: str) -> 
         fields.setdefault("pipeline_tag", "image-classification")
     unstructured = run.pattern.endswith("%")
     tags = [*_TAGS[:2], "unstructured-sparsity"] if unstructured else [*_TAGS, shown(run.pattern)]
+    if results := eval_results(run, _local):
+        fields |= {"model_name": title, "eval_results": results}  # of which the hub's card makes `model-index`
     return ModelCardData(library_name="transformers", tags=[*tags, *dict.fromkeys(run.rounded)], **fields)
 
 
