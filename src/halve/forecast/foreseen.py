@@ -26,7 +26,6 @@ from halve.images.processor import input_name, sees_pictures
 from halve.memory import free_memory, would_fill
 from halve.model.blocks import Batch
 from halve.model.reconstruct import RATES
-from halve.order.reordering import FOLD
 from halve.planner.outline import outline
 from halve.run.batch_norms import ESTIMATE
 from halve.run.bundles import home_of_sums
@@ -237,7 +236,7 @@ def _plan(
         offloaded=placement.offload is not None or (keeps and would_fill(beside // 2 + hidden)),
         device=placement.target,
         shards=len(cut(-(-tokens // max(1, batch)), request.calibration.shards)),
-        ordered=settings.permute == FOLD,
+        ordered=settings.reorders,
         normed=settings.batch_norm == ESTIMATE and tokens > 0,
     )
     if settings.keep_dense is not None:
