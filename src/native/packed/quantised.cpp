@@ -63,15 +63,16 @@ void prefetch(const void* from, std::uintptr_t ahead) {
 }
 
 template <int BITS, bool DENSE>
-typename OfForm<DENSE>::Weights load(const std::uint8_t* codes, const std::uint8_t* places) {
+typename OfForm<DENSE>::Weights load(const std::uint8_t* codes, const std::uint8_t* places, int strips) {
     if constexpr (DENSE) return load_dense<BITS>(codes);
-    else return load_kept<BITS>(codes, places);
+    else return load_kept<BITS>(codes, places, strips);
 }
 
 // ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`.
 template <int BITS, bool DENSE, int ROWS, int BATCH>
 void block(const Job& job, std::size_t row, std::size_t start) {
-    constexpr std::size_t CODES = (DENSE ? STRIP : KEPT) * BITS / 8, SOME = SCALES / 2;
+    constexpr std::size_t AT_ONCE = OfForm<DENSE>::Input::STRIPS, SOME = SCALES / 2;
+    constexpr std::size_t CODES = (DENSE ? STRIP : KEPT) * BITS / 8;
     const std::size_t count = job.w.strips();
     // The same place in the next rows, whose beginning the processor itself would not have foreseen.
     const std::uintptr_t ahead = ROWS * count * CODES, places_ahead = ROWS * count * STRIP_PLACES;
@@ -86,24 +87,28 @@ void block(const Job& job, std::size_t row, std::size_t start) {
 #pragma GCC unroll 8
         for (int n = 0; n < BATCH; ++n) sums[r][n] = Sum{};
     }
-    const auto* x = static_cast<const typename OfForm<DENSE>::Input*>(job.x) + start * count;
+    const auto* x = static_cast<const typename OfForm<DENSE>::Input*>(job.x) + start * ((count + AT_ONCE - 1) / AT_ONCE);
     for (std::size_t strip = 0; strip < count;) {
         alignas(64) float wide[ROWS][SCALES];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) widen_scales(scales[r] + 2 * strip, wide[r]);
         const std::size_t some = count - strip < SOME ? count - strip : SOME;
-        for (std::size_t i = 0; i < some; ++i, x += BATCH) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) widen_scales(scales[r] + 2 * strip, 2 * some, wide[r]);
+        const auto multiply = [&](std::size_t i, int strips) __attribute__((always_inline)) {
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
-                for (std::size_t line = 0; line < CODES; line += LINE) prefetch(codes[r], ahead + line);
+                for (std::size_t line = 0; line < CODES * AT_ONCE; line += LINE) prefetch(codes[r], ahead + line);
                 if (!DENSE && i % 4 == 0) prefetch(places[r], places_ahead);  // a line holds those of four strips
-                const auto weights = load<BITS, DENSE>(codes[r], places[r]);
+                const auto weights = load<BITS, DENSE>(codes[r], places[r], strips);
 #pragma GCC unroll 8
                 for (int n = 0; n < BATCH; ++n) add<BITS>(sums[r][n], weights, x[n], wide[r] + 2 * i);
-                codes[r] += CODES;
-                if (!DENSE) places[r] += STRIP_PLACES;
+                codes[r] += CODES * AT_ONCE;
+                if (!DENSE) places[r] += STRIP_PLACES * AT_ONCE;
             }
-        }
+            x += BATCH;
+        };
+        std::size_t i = 0;
+        for (; i + AT_ONCE <= some; i += AT_ONCE) multiply(i, AT_ONCE);
+        if (i < some) multiply(i, int(some - i));
         strip += some;
     }
 #pragma GCC unroll 8  // else the sums would have to lie in memory, where the next rows' loads wait for them
@@ -150,7 +155,8 @@ void multiply(const QuantisedMatrix& w, const void* arranged, std::size_t batch,
 }
 
 std::size_t arranged(const QuantisedMatrix& w, std::size_t batch) {
-    return batch * w.strips() * (w.places ? sizeof(Gathered) : sizeof(Straight));
+    const std::size_t strips = w.places ? Gathered::STRIPS : Straight::STRIPS;
+    return batch * ((w.strips() + strips - 1) / strips) * (w.places ? sizeof(Gathered) : sizeof(Straight));
 }
 
 // The integer nearest to the exact product, ties to even: the same on every processor.
@@ -182,18 +188,20 @@ float quantise(const float* x, std::int8_t* q) {
 // Blocks of x one after the other; within a block, what is multiplied with the same weights lies together.
 template <Values V, bool DENSE>
 void arrange_form(const QuantisedMatrix& w, const void* from, std::size_t batch, void* to) {
-    auto* out = static_cast<typename OfForm<DENSE>::Input*>(to);
+    using Input = typename OfForm<DENSE>::Input;
+    constexpr std::size_t COLUMNS = STRIP * Input::STRIPS;
+    auto* out = static_cast<Input*>(to);
     for (std::size_t start = 0; start < batch; start += BLOCK) {
         const std::size_t end = batch - start < BLOCK ? batch : start + BLOCK;
-        for (std::size_t column = 0; column < w.d_in; column += STRIP)
+        for (std::size_t column = 0; column < w.d_in; column += COLUMNS)
             for (std::size_t n = start; n < end; ++n, ++out) {
-                float x[STRIP];
-                std::int8_t q[STRIP];
-                float scales[BLOCKS];
-                const std::size_t width = w.d_in - column < STRIP ? w.d_in - column : STRIP;
+                float x[COLUMNS];
+                std::int8_t q[COLUMNS];
+                float scales[BLOCKS * Input::STRIPS];
+                const std::size_t width = w.d_in - column < COLUMNS ? w.d_in - column : COLUMNS;
                 for (std::size_t i = 0; i < width; ++i) x[i] = widen<V>(from, n * w.d_in + column + i);
-                for (std::size_t i = width; i < STRIP; ++i) x[i] = 0.0f;
-                for (std::size_t block = 0; block < BLOCKS; ++block)
+                for (std::size_t i = width; i < COLUMNS; ++i) x[i] = 0.0f;
+                for (std::size_t block = 0; block < BLOCKS * Input::STRIPS; ++block)
                     scales[block] = quantise(x + X_BLOCK * block, q + X_BLOCK * block);
                 out->put(q, scales, w.bits);
             }

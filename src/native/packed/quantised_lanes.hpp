@@ -37,6 +37,7 @@ inline std::size_t column_of(const std::uint8_t* places, std::size_t index) {
 // A strip of x whose numbers are gathered by shuffles of 16 bytes: lane l has the columns from 32 l, and in `q[1]` from
 // 32 l + 16.
 struct alignas(64) ByLane {
+    static constexpr std::size_t STRIPS = 1;
     std::int8_t q[2][64];
     float scale[16];
 

@@ -17,6 +17,7 @@ using Gathered = ByLane;
 
 // A strip of x in its order.
 struct alignas(32) Straight {
+    static constexpr std::size_t STRIPS = 1;
     std::int8_t q[STRIP];
     float scale[8];  // of which four are used
 
@@ -50,7 +51,7 @@ struct Kept {
 };
 
 template <int BITS>
-inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
+inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places, int) {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
     const __m256i groups = _mm256_set1_epi64x(0x0c0c080804040000), two_bits = _mm256_set1_epi8(3);
     Kept kept;
@@ -99,7 +100,7 @@ inline float total(Sum sum) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-inline void widen_scales(const std::uint16_t* from, float* to) {
+inline void widen_scales(const std::uint16_t* from, std::size_t, float* to) {
     for (int i = 0; i < int(SCALES); i += 8)
         _mm256_store_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
 }

@@ -9,6 +9,7 @@ namespace {
 constexpr int ROWS_FOR_ONE = 1, ROWS_FOR_MORE = 1;  // rows of W at a time, for one row of x and for several
 
 struct Straight {
+    static constexpr std::size_t STRIPS = 1;
     std::int8_t q[STRIP];
     float scale[BLOCKS];
 
@@ -27,7 +28,7 @@ struct Kept {
 };
 
 template <int BITS>
-inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
+inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places, int) {
     Kept kept;
     for (std::size_t i = 0; i < KEPT; ++i) {
         kept.weights[i] = std::int8_t(integer(codes, BITS, i, KEPT));
@@ -68,7 +69,7 @@ inline void add(Sum& sum, const Dense& weights, const Straight& x, const float* 
 
 inline float total(Sum sum) { return sum; }
 
-inline void widen_scales(const std::uint16_t* from, float* to) {
+inline void widen_scales(const std::uint16_t* from, std::size_t, float* to) {
     for (std::size_t i = 0; i < SCALES; ++i) to[i] = Number<Values::fp16>::widen(from[i]);
 }
 
