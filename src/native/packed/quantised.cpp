@@ -8,19 +8,22 @@ namespace {
 
 constexpr int BLOCK = 4;  // rows of x that the same expanded weights are multiplied with
 constexpr std::size_t LINE = 64;
+constexpr std::uintptr_t AHEAD = 4096;  // bytes of codes: what is wanted sooner is not worth prefetching
 constexpr float LARGEST = 127.0f;    // of a quantised x; -128 is not used
 constexpr float SMALLEST = 1e-30f;   // what is smaller than that in all columns of a block is 0
 
 template <bool DENSE>
 struct OfForm {  // at 2:4
     using Input = Gathered;
-    using Weights = Kept;
+    template <int BITS>
+    using Weights = Kept<BITS>;
 };
 
 template <>
 struct OfForm<true> {
     using Input = Straight;
-    using Weights = Dense;
+    template <int BITS>
+    using Weights = Dense<BITS>;
 };
 
 struct Job {
@@ -63,19 +66,32 @@ void prefetch(const void* from, std::uintptr_t ahead) {
 }
 
 template <int BITS, bool DENSE>
-typename OfForm<DENSE>::Weights load(const std::uint8_t* codes, const std::uint8_t* places, int strips) {
+typename OfForm<DENSE>::template Weights<BITS> load(const std::uint8_t* codes, const std::uint8_t* places) {
     if constexpr (DENSE) return load_dense<BITS>(codes);
-    else return load_kept<BITS>(codes, places, strips);
+    else return load_kept<BITS>(codes, places);
+}
+
+// Where an instruction set does not say how several rows of W go together: one after the other.
+template <int BITS, class Weights, class Input, int ROWS, int BATCH, std::size_t SCALES>
+inline void add(Sum (&sums)[ROWS][BATCH], const Weights (&weights)[ROWS], const Input* x,
+                const float (&scales)[ROWS][SCALES], std::size_t first) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+        for (int n = 0; n < BATCH; ++n) add<BITS>(sums[r][n], weights[r], x[n], scales[r] + first);
+    }
 }
 
 // ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`.
 template <int BITS, bool DENSE, int ROWS, int BATCH>
 void block(const Job& job, std::size_t row, std::size_t start) {
-    constexpr std::size_t AT_ONCE = OfForm<DENSE>::Input::STRIPS, SOME = SCALES / 2;
+    using Input = typename OfForm<DENSE>::Input;
+    constexpr std::size_t AT_ONCE = Input::STRIPS, SOME = AT_ONCE > 1 ? AT_ONCE : 8;
     constexpr std::size_t CODES = (DENSE ? STRIP : KEPT) * BITS / 8;
     const std::size_t count = job.w.strips();
     // The same place in the next rows, whose beginning the processor itself would not have foreseen.
-    const std::uintptr_t ahead = ROWS * count * CODES, places_ahead = ROWS * count * STRIP_PLACES;
+        const std::uintptr_t next = ROWS * count * CODES, ahead = next > AHEAD ? next : AHEAD;
+    const std::uintptr_t places_ahead = ahead / CODES * STRIP_PLACES;
     const std::uint8_t *codes[ROWS], *places[ROWS];
     const std::uint16_t* scales[ROWS];
     Sum sums[ROWS][BATCH];
@@ -87,29 +103,33 @@ void block(const Job& job, std::size_t row, std::size_t start) {
 #pragma GCC unroll 8
         for (int n = 0; n < BATCH; ++n) sums[r][n] = Sum{};
     }
-    const auto* x = static_cast<const typename OfForm<DENSE>::Input*>(job.x) + start * ((count + AT_ONCE - 1) / AT_ONCE);
-    for (std::size_t strip = 0; strip < count;) {
-        alignas(64) float wide[ROWS][SCALES];
+    const auto* x = static_cast<const Input*>(job.x) + start * ((count + AT_ONCE - 1) / AT_ONCE);
+    for (std::size_t strip = 0; strip < count; strip += SOME) {
+        alignas(64) float wide[ROWS][2 * SOME];
         const std::size_t some = count - strip < SOME ? count - strip : SOME;
+        const auto prefetch_next = [&](int r, std::size_t i, std::size_t strips) __attribute__((always_inline)) {
+            for (std::size_t byte = 0; byte < strips * CODES; byte += LINE) prefetch(codes[r] + byte, ahead);
+            if (!DENSE && i % 4 == 0) prefetch(places[r], places_ahead);  // a line holds those of four strips
+        };
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) widen_scales(scales[r] + 2 * strip, 2 * some, wide[r]);
-        const auto multiply = [&](std::size_t i, int strips) __attribute__((always_inline)) {
+        for (int r = 0; r < ROWS; ++r) widen_scales(scales[r] + 2 * strip, wide[r]);
+        std::size_t i = 0;
+        for (; i + AT_ONCE <= some; i += AT_ONCE, x += BATCH) {
+            typename OfForm<DENSE>::template Weights<BITS> weights[ROWS];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
-                for (std::size_t line = 0; line < CODES * AT_ONCE; line += LINE) prefetch(codes[r], ahead + line);
-                if (!DENSE && i % 4 == 0) prefetch(places[r], places_ahead);  // a line holds those of four strips
-                const auto weights = load<BITS, DENSE>(codes[r], places[r], strips);
-#pragma GCC unroll 8
-                for (int n = 0; n < BATCH; ++n) add<BITS>(sums[r][n], weights, x[n], wide[r] + 2 * i);
+                prefetch_next(r, i, AT_ONCE);
+                weights[r] = load<BITS, DENSE>(codes[r], places[r]);
                 codes[r] += CODES * AT_ONCE;
                 if (!DENSE) places[r] += STRIP_PLACES * AT_ONCE;
             }
-            x += BATCH;
-        };
-        std::size_t i = 0;
-        for (; i + AT_ONCE <= some; i += AT_ONCE) multiply(i, AT_ONCE);
-        if (i < some) multiply(i, int(some - i));
-        strip += some;
+            add<BITS>(sums, weights, x, wide, 2 * i);
+        }
+        if constexpr (AT_ONCE > 1)
+            if (i < some) {
+                for (int r = 0; r < ROWS; ++r) prefetch_next(r, i, some - i);
+                Input::template add_rest<BITS>(sums, codes, places, x, wide, some - i);
+            }
     }
 #pragma GCC unroll 8  // else the sums would have to lie in memory, where the next rows' loads wait for them
     for (int r = 0; r < ROWS; ++r) {
@@ -122,7 +142,7 @@ void block(const Job& job, std::size_t row, std::size_t start) {
 
 template <int BITS, bool DENSE, int BATCH>
 void rows(const Job& job, std::size_t row, std::size_t last, std::size_t start) {
-    constexpr int ROWS = BATCH == 1 ? ROWS_FOR_ONE : ROWS_FOR_MORE;
+    constexpr int FOR_ONE = OfForm<DENSE>::Input::ROWS_FOR_ONE, ROWS = BATCH == 1 || FOR_ONE < 2 ? FOR_ONE : 2;
     for (; row + ROWS <= last; row += ROWS) block<BITS, DENSE, ROWS, BATCH>(job, row, start);
     for (; row < last; ++row) block<BITS, DENSE, 1, BATCH>(job, row, start);
 }
@@ -203,7 +223,7 @@ void arrange_form(const QuantisedMatrix& w, const void* from, std::size_t batch,
                 for (std::size_t i = width; i < COLUMNS; ++i) x[i] = 0.0f;
                 for (std::size_t block = 0; block < BLOCKS * Input::STRIPS; ++block)
                     scales[block] = quantise(x + X_BLOCK * block, q + X_BLOCK * block);
-                out->put(q, scales, w.bits);
+                out->put(q, scales, w.bits, (width + STRIP - 1) / STRIP);
             }
     }
 }
