@@ -8,7 +8,7 @@ namespace {
 
 constexpr int BLOCK = 4;  // rows of x that the same expanded weights are multiplied with
 constexpr std::size_t LINE = 64;
-constexpr std::uintptr_t AHEAD = 4096;  // bytes of codes: what is wanted sooner is not worth prefetching
+constexpr std::uintptr_t AHEAD = 4096;  // bytes of codes, at least: what is nearer would not arrive in time
 constexpr float LARGEST = 127.0f;    // of a quantised x; -128 is not used
 constexpr float SMALLEST = 1e-30f;   // what is smaller than that in all columns of a block is 0
 
@@ -72,9 +72,9 @@ typename OfForm<DENSE>::template Weights<BITS> load(const std::uint8_t* codes, c
 }
 
 // Where an instruction set does not say how several rows of W go together: one after the other.
-template <int BITS, class Weights, class Input, int ROWS, int BATCH, std::size_t SCALES>
+template <int BITS, class Weights, class Input, int ROWS, int BATCH, std::size_t COUNT>
 inline void add(Sum (&sums)[ROWS][BATCH], const Weights (&weights)[ROWS], const Input* x,
-                const float (&scales)[ROWS][SCALES], std::size_t first) {
+                const float (&scales)[ROWS][COUNT], std::size_t first) {
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
@@ -86,11 +86,11 @@ inline void add(Sum (&sums)[ROWS][BATCH], const Weights (&weights)[ROWS], const 
 template <int BITS, bool DENSE, int ROWS, int BATCH>
 void block(const Job& job, std::size_t row, std::size_t start) {
     using Input = typename OfForm<DENSE>::Input;
-    constexpr std::size_t AT_ONCE = Input::STRIPS, SOME = AT_ONCE > 1 ? AT_ONCE : 8;
+    constexpr std::size_t AT_ONCE = Input::STRIPS, SOME = AT_ONCE > 1 ? AT_ONCE : SCALES / 2;
     constexpr std::size_t CODES = (DENSE ? STRIP : KEPT) * BITS / 8;
     const std::size_t count = job.w.strips();
-    // The same place in the next rows, whose beginning the processor itself would not have foreseen.
-        const std::uintptr_t next = ROWS * count * CODES, ahead = next > AHEAD ? next : AHEAD;
+    // In the next rows, whose beginning the processor itself would not have foreseen.
+    const std::uintptr_t next = ROWS * count * CODES, ahead = next > AHEAD ? next : AHEAD;
     const std::uintptr_t places_ahead = ahead / CODES * STRIP_PLACES;
     const std::uint8_t *codes[ROWS], *places[ROWS];
     const std::uint16_t* scales[ROWS];
@@ -142,7 +142,7 @@ void block(const Job& job, std::size_t row, std::size_t start) {
 
 template <int BITS, bool DENSE, int BATCH>
 void rows(const Job& job, std::size_t row, std::size_t last, std::size_t start) {
-    constexpr int FOR_ONE = OfForm<DENSE>::Input::ROWS_FOR_ONE, ROWS = BATCH == 1 || FOR_ONE < 2 ? FOR_ONE : 2;
+    constexpr int FOR_ONE = OfForm<DENSE>::Input::ROWS_FOR_ONE, ROWS = BATCH == 1 || FOR_ONE == 1 ? FOR_ONE : 2;
     for (; row + ROWS <= last; row += ROWS) block<BITS, DENSE, ROWS, BATCH>(job, row, start);
     for (; row < last; ++row) block<BITS, DENSE, 1, BATCH>(job, row, start);
 }

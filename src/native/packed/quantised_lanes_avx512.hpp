@@ -1,5 +1,6 @@
-// AVX-512 with VNNI: 64 weights are one register. They are multiplied without their sign, raised by the number that
-// stands for 0, and what that adds, Σ zero · x, is taken off again.
+// AVX-512 with VNNI and VBMI: 64 numbers are one register. One factor of a product of bytes has no sign: with 4 bits the
+// weights, raised by the number that stands for 0, with 8 the numbers of x, raised by 128 (dense: the weights, too). What
+// that adds, Σ zero · x or Σ 128 · weight, is taken off again.
 #pragma once
 
 #include <immintrin.h>
@@ -15,7 +16,7 @@ using Sum = __m512;
 
 // Four strips of x, whose numbers are gathered by shuffles of 128 bytes, one for each block: kept weight i of that block
 // in strip s finds its four candidates where bits b and b + 1 of the index are its place and the five others, in order,
-// i / 2 and s. `b` is such that the places need not be moved to where they lie in their bytes, but those of the last block.
+// i / 2 and s. `b` is where the places lie in their bytes, so that only those of the last block have to be moved.
 // Of the one to three strips that a row has left over, each is by itself, in its order.
 struct alignas(64) Gathered {
     static constexpr std::size_t STRIPS = 4;
@@ -36,13 +37,15 @@ struct alignas(64) Gathered {
             for (std::size_t block = 0; block < BLOCKS; ++block) {
                 const std::int8_t* const x = from + strip * STRIP + block * X_BLOCK;
                 for (std::size_t column = 0; column < X_BLOCK; ++column) {
-                    std::int8_t& to = whole ? q[block][index(block, strip, column)] : q[strip][block * X_BLOCK + column];
-                    to = std::int8_t(bits == 8 ? x[column] + 128 : x[column]);
+                    const int raised = bits == 8 ? x[column] + 128 : x[column];
+                    (whole ? q[block][index(block, strip, column)] : q[strip][block * X_BLOCK + column]) =
+                        std::int8_t(raised);
                 }
                 // The codes of the upper halves of bytes stay there, which makes them 16 times as large.
                 const float part = bits == 4 && block >= BLOCKS / 2 ? 1.0f / 16 : 1.0f;
                 for (std::size_t i = 0; i < 4; ++i)
-                    (whole ? scale[block][4 * strip + i] : scale[strip][4 * block + i]) = scales[strip * BLOCKS + block] * part;
+                    (whole ? scale[block][4 * strip + i] : scale[strip][4 * block + i]) =
+                        scales[strip * BLOCKS + block] * part;
             }
     }
 
@@ -154,7 +157,8 @@ inline __m512 dots(__m512i codes, __m512i x, __m512i zero) {
 template <int BITS, int BLOCK>
 inline __m512 dots_of_block(const Kept<BITS>& kept, __m512i first_half, __m512i second_half) {
     constexpr bool UPPER = BLOCK >= 2;
-    const __m512i from = index_of<Gathered::first_bit(BLOCK)>(BLOCK == 3 ? _mm512_srli_epi16(kept.places, 2) : kept.places);
+    const __m512i places = BLOCK == 3 ? _mm512_srli_epi16(kept.places, 2) : kept.places;
+    const __m512i from = index_of<Gathered::first_bit(BLOCK)>(places);
     const __m512i x = _mm512_permutex2var_epi8(first_half, from, second_half);
     if constexpr (BITS == 8) return dots<8>(kept.codes[BLOCK], x, _mm512_set1_epi8(char(128)));
     const __m512i codes = _mm512_and_si512(kept.codes[BLOCK % 2], _mm512_set1_epi8(char(UPPER ? 0xf0 : 0x0f)));
@@ -197,8 +201,9 @@ template <int BITS, int ROWS, int BATCH>
 inline void Gathered::add_rest(Sum (&sums)[ROWS][BATCH], const std::uint8_t* const (&codes)[ROWS],
                                const std::uint8_t* const (&places)[ROWS], const Gathered* x,
                                const float (&scales)[ROWS][2 * STRIPS], std::size_t strips) {
-    const __m512i groups = _mm512_set_epi64(0x7c7c787874747070, 0x6c6c686864646060, 0x5c5c585854545050, 0x4c4c484844444040,
-                                            0x3c3c383834343030, 0x2c2c282824242020, 0x1c1c181814141010, 0x0c0c080804040000);
+    const __m512i groups =
+        _mm512_set_epi64(0x7c7c787874747070, 0x6c6c686864646060, 0x5c5c585854545050, 0x4c4c484844444040,
+                         0x3c3c383834343030, 0x2c2c282824242020, 0x1c1c181814141010, 0x0c0c080804040000);
     const __m512i two_bits = _mm512_set1_epi8(3);
     const auto halves = [](char first, char second) {
         return _mm512_inserti64x4(_mm512_set1_epi8(first), _mm256_set1_epi8(second), 1);
