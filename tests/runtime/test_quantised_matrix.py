@@ -35,7 +35,7 @@ every_width = pytest.mark.parametrize("bits", [8, 4])
 
 @st.composite
 def matrices(draw):
-    d_in, d_out = draw(st.integers(1, 100)) * 4, draw(st.integers(1, 13))
+    d_in, d_out = draw(st.integers(1, 175)) * 4, draw(st.integers(1, 13))
     dtype, seed, empty = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 999)), draw(st.sampled_from([0, 0.3, 1]))
     return quantise(pack(pruned(d_out, d_in, "2:4", dtype, seed, empty), "2:4"), draw(st.sampled_from([8, 4])))
 

@@ -36,7 +36,7 @@ std::vector<QuantisedInstructionSet> supported_quantised() {
     std::vector<QuantisedInstructionSet> rows;
 #ifdef HALVE_X86
 #ifdef HALVE_VNNI
-    if (has_avx512() && __builtin_cpu_supports("avx512vnni"))
+    if (has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
         rows.push_back({"avx512", avx512::quantised_kernels});
 #endif
 #ifdef HALVE_AVXVNNI

@@ -8,19 +8,22 @@ namespace {
 
 constexpr int BLOCK = 4;  // rows of x that the same expanded weights are multiplied with
 constexpr std::size_t LINE = 64;
+constexpr std::uintptr_t AHEAD = 4096;  // bytes of codes, at least: what is nearer would not arrive in time
 constexpr float LARGEST = 127.0f;    // of a quantised x; -128 is not used
 constexpr float SMALLEST = 1e-30f;   // what is smaller than that in all columns of a block is 0
 
 template <bool DENSE>
 struct OfForm {  // at 2:4
     using Input = Gathered;
-    using Weights = Kept;
+    template <int BITS>
+    using Weights = Kept<BITS>;
 };
 
 template <>
 struct OfForm<true> {
     using Input = Straight;
-    using Weights = Dense;
+    template <int BITS>
+    using Weights = Dense<BITS>;
 };
 
 struct Job {
@@ -63,18 +66,32 @@ void prefetch(const void* from, std::uintptr_t ahead) {
 }
 
 template <int BITS, bool DENSE>
-typename OfForm<DENSE>::Weights load(const std::uint8_t* codes, const std::uint8_t* places) {
+typename OfForm<DENSE>::template Weights<BITS> load(const std::uint8_t* codes, const std::uint8_t* places) {
     if constexpr (DENSE) return load_dense<BITS>(codes);
     else return load_kept<BITS>(codes, places);
+}
+
+// Where an instruction set does not say how several rows of W go together: one after the other.
+template <int BITS, class Weights, class Input, int ROWS, int BATCH, std::size_t COUNT>
+inline void add(Sum (&sums)[ROWS][BATCH], const Weights (&weights)[ROWS], const Input* x,
+                const float (&scales)[ROWS][COUNT], std::size_t first) {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+        for (int n = 0; n < BATCH; ++n) add<BITS>(sums[r][n], weights[r], x[n], scales[r] + first);
+    }
 }
 
 // ROWS rows of W, beginning at `row`, times BATCH rows of x, beginning at `start`.
 template <int BITS, bool DENSE, int ROWS, int BATCH>
 void block(const Job& job, std::size_t row, std::size_t start) {
-    constexpr std::size_t CODES = (DENSE ? STRIP : KEPT) * BITS / 8, SOME = SCALES / 2;
+    using Input = typename OfForm<DENSE>::Input;
+    constexpr std::size_t AT_ONCE = Input::STRIPS, SOME = AT_ONCE > 1 ? AT_ONCE : SCALES / 2;
+    constexpr std::size_t CODES = (DENSE ? STRIP : KEPT) * BITS / 8;
     const std::size_t count = job.w.strips();
-    // The same place in the next rows, whose beginning the processor itself would not have foreseen.
-    const std::uintptr_t ahead = ROWS * count * CODES, places_ahead = ROWS * count * STRIP_PLACES;
+    // In the next rows, whose beginning the processor itself would not have foreseen.
+    const std::uintptr_t next = ROWS * count * CODES, ahead = next > AHEAD ? next : AHEAD;
+    const std::uintptr_t places_ahead = ahead / CODES * STRIP_PLACES;
     const std::uint8_t *codes[ROWS], *places[ROWS];
     const std::uint16_t* scales[ROWS];
     Sum sums[ROWS][BATCH];
@@ -86,25 +103,33 @@ void block(const Job& job, std::size_t row, std::size_t start) {
 #pragma GCC unroll 8
         for (int n = 0; n < BATCH; ++n) sums[r][n] = Sum{};
     }
-    const auto* x = static_cast<const typename OfForm<DENSE>::Input*>(job.x) + start * count;
-    for (std::size_t strip = 0; strip < count;) {
-        alignas(64) float wide[ROWS][SCALES];
+    const auto* x = static_cast<const Input*>(job.x) + start * ((count + AT_ONCE - 1) / AT_ONCE);
+    for (std::size_t strip = 0; strip < count; strip += SOME) {
+        alignas(64) float wide[ROWS][2 * SOME];
+        const std::size_t some = count - strip < SOME ? count - strip : SOME;
+        const auto prefetch_next = [&](int r, std::size_t i, std::size_t strips) __attribute__((always_inline)) {
+            for (std::size_t byte = 0; byte < strips * CODES; byte += LINE) prefetch(codes[r] + byte, ahead);
+            if (!DENSE && i % 4 == 0) prefetch(places[r], places_ahead);  // a line holds those of four strips
+        };
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) widen_scales(scales[r] + 2 * strip, wide[r]);
-        const std::size_t some = count - strip < SOME ? count - strip : SOME;
-        for (std::size_t i = 0; i < some; ++i, x += BATCH) {
+        std::size_t i = 0;
+        for (; i + AT_ONCE <= some; i += AT_ONCE, x += BATCH) {
+            typename OfForm<DENSE>::template Weights<BITS> weights[ROWS];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
-                for (std::size_t line = 0; line < CODES; line += LINE) prefetch(codes[r], ahead + line);
-                if (!DENSE && i % 4 == 0) prefetch(places[r], places_ahead);  // a line holds those of four strips
-                const auto weights = load<BITS, DENSE>(codes[r], places[r]);
-#pragma GCC unroll 8
-                for (int n = 0; n < BATCH; ++n) add<BITS>(sums[r][n], weights, x[n], wide[r] + 2 * i);
-                codes[r] += CODES;
-                if (!DENSE) places[r] += STRIP_PLACES;
+                prefetch_next(r, i, AT_ONCE);
+                weights[r] = load<BITS, DENSE>(codes[r], places[r]);
+                codes[r] += CODES * AT_ONCE;
+                if (!DENSE) places[r] += STRIP_PLACES * AT_ONCE;
             }
+            add<BITS>(sums, weights, x, wide, 2 * i);
         }
-        strip += some;
+        if constexpr (AT_ONCE > 1)
+            if (i < some) {
+                for (int r = 0; r < ROWS; ++r) prefetch_next(r, i, some - i);
+                Input::template add_rest<BITS>(sums, codes, places, x, wide, some - i);
+            }
     }
 #pragma GCC unroll 8  // else the sums would have to lie in memory, where the next rows' loads wait for them
     for (int r = 0; r < ROWS; ++r) {
@@ -117,7 +142,7 @@ void block(const Job& job, std::size_t row, std::size_t start) {
 
 template <int BITS, bool DENSE, int BATCH>
 void rows(const Job& job, std::size_t row, std::size_t last, std::size_t start) {
-    constexpr int ROWS = BATCH == 1 ? ROWS_FOR_ONE : ROWS_FOR_MORE;
+    constexpr int FOR_ONE = OfForm<DENSE>::Input::ROWS_FOR_ONE, ROWS = BATCH == 1 || FOR_ONE == 1 ? FOR_ONE : 2;
     for (; row + ROWS <= last; row += ROWS) block<BITS, DENSE, ROWS, BATCH>(job, row, start);
     for (; row < last; ++row) block<BITS, DENSE, 1, BATCH>(job, row, start);
 }
@@ -150,7 +175,8 @@ void multiply(const QuantisedMatrix& w, const void* arranged, std::size_t batch,
 }
 
 std::size_t arranged(const QuantisedMatrix& w, std::size_t batch) {
-    return batch * w.strips() * (w.places ? sizeof(Gathered) : sizeof(Straight));
+    const std::size_t strips = w.places ? Gathered::STRIPS : Straight::STRIPS;
+    return batch * ((w.strips() + strips - 1) / strips) * (w.places ? sizeof(Gathered) : sizeof(Straight));
 }
 
 // The integer nearest to the exact product, ties to even: the same on every processor.
@@ -182,20 +208,22 @@ float quantise(const float* x, std::int8_t* q) {
 // Blocks of x one after the other; within a block, what is multiplied with the same weights lies together.
 template <Values V, bool DENSE>
 void arrange_form(const QuantisedMatrix& w, const void* from, std::size_t batch, void* to) {
-    auto* out = static_cast<typename OfForm<DENSE>::Input*>(to);
+    using Input = typename OfForm<DENSE>::Input;
+    constexpr std::size_t COLUMNS = STRIP * Input::STRIPS;
+    auto* out = static_cast<Input*>(to);
     for (std::size_t start = 0; start < batch; start += BLOCK) {
         const std::size_t end = batch - start < BLOCK ? batch : start + BLOCK;
-        for (std::size_t column = 0; column < w.d_in; column += STRIP)
+        for (std::size_t column = 0; column < w.d_in; column += COLUMNS)
             for (std::size_t n = start; n < end; ++n, ++out) {
-                float x[STRIP];
-                std::int8_t q[STRIP];
-                float scales[BLOCKS];
-                const std::size_t width = w.d_in - column < STRIP ? w.d_in - column : STRIP;
+                float x[COLUMNS];
+                std::int8_t q[COLUMNS];
+                float scales[BLOCKS * Input::STRIPS];
+                const std::size_t width = w.d_in - column < COLUMNS ? w.d_in - column : COLUMNS;
                 for (std::size_t i = 0; i < width; ++i) x[i] = widen<V>(from, n * w.d_in + column + i);
-                for (std::size_t i = width; i < STRIP; ++i) x[i] = 0.0f;
-                for (std::size_t block = 0; block < BLOCKS; ++block)
+                for (std::size_t i = width; i < COLUMNS; ++i) x[i] = 0.0f;
+                for (std::size_t block = 0; block < BLOCKS * Input::STRIPS; ++block)
                     scales[block] = quantise(x + X_BLOCK * block, q + X_BLOCK * block);
-                out->put(q, scales, w.bits);
+                out->put(q, scales, w.bits, (width + STRIP - 1) / STRIP);
             }
     }
 }

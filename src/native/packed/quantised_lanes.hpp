@@ -34,23 +34,10 @@ inline std::size_t column_of(const std::uint8_t* places, std::size_t index) {
     return index / 2 * 4 + (places[index % 16] >> (index / 16 * 2) & 3);
 }
 
-// A strip of x whose numbers are gathered by shuffles of 16 bytes: lane l has the columns from 32 l, and in `q[1]` from
-// 32 l + 16.
-struct alignas(64) ByLane {
-    std::int8_t q[2][64];
-    float scale[16];
-
-    void put(const std::int8_t* from, const float* scales, int) {
-        for (std::size_t column = 0; column < STRIP; ++column)
-            q[column / 16 % 2][column / 32 * 16 + column % 16] = from[column];
-        for (int i = 0; i < 16; ++i) scale[i] = scales[i / 4];
-    }
-};
-
 }  // namespace
 }  // namespace halve::HALVE_ISA
 
-#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #include "quantised_lanes_avx512.hpp"
 #elif defined(__AVX2__)
 #include "quantised_lanes_avx2.hpp"

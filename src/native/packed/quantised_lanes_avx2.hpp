@@ -9,18 +9,31 @@
 namespace halve::HALVE_ISA {
 namespace {
 
-constexpr int ROWS_FOR_ONE = 2, ROWS_FOR_MORE = 2;  // rows of W at a time, for one row of x and for several
-
 inline __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-using Gathered = ByLane;
+// A strip of x whose numbers are gathered by shuffles of 16 bytes: lane l has the columns from 32 l, and in `q[1]` from
+// 32 l + 16.
+struct alignas(64) Gathered {
+    static constexpr std::size_t STRIPS = 1;
+    static constexpr int ROWS_FOR_ONE = 2;
+    std::int8_t q[2][64];
+    float scale[16];
+
+    void put(const std::int8_t* from, const float* scales, int, std::size_t) {
+        for (std::size_t column = 0; column < STRIP; ++column)
+            q[column / 16 % 2][column / 32 * 16 + column % 16] = from[column];
+        for (int i = 0; i < 16; ++i) scale[i] = scales[i / 4];
+    }
+};
 
 // A strip of x in its order.
 struct alignas(32) Straight {
+    static constexpr std::size_t STRIPS = 1;
+    static constexpr int ROWS_FOR_ONE = 2;
     std::int8_t q[STRIP];
     float scale[8];  // of which four are used
 
-    void put(const std::int8_t* from, const float* scales, int) {
+    void put(const std::int8_t* from, const float* scales, int, std::size_t) {
         std::memcpy(q, from, STRIP);
         for (int i = 0; i < 8; ++i) scale[i] = scales[i % 4];
     }
@@ -45,15 +58,16 @@ inline __m256i dot(__m256i weights, __m256i x) {
 #endif
 }
 
+template <int>
 struct Kept {
     __m256i weights[2], from[2];
 };
 
 template <int BITS>
-inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
+inline Kept<BITS> load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
     const __m256i groups = _mm256_set1_epi64x(0x0c0c080804040000), two_bits = _mm256_set1_epi8(3);
-    Kept kept;
+    Kept<BITS> kept;
     for (int half = 0; half < 2; ++half) {
         const __m256i bits = _mm256_set_epi64x(4 * half + 2, 4 * half + 2, 4 * half, 4 * half);
         kept.weights[half] = integers<BITS>(codes, half);
@@ -63,7 +77,7 @@ inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
 }
 
 template <int BITS>
-inline void add(Sum& sum, const Kept& kept, const Gathered& x, const float* scales) {
+inline void add(Sum& sum, const Kept<BITS>& kept, const Gathered& x, const float* scales) {
     for (int half = 0; half < 2; ++half) {
         const __m256i first = _mm256_shuffle_epi8(load_256(x.q[0] + 32 * half), kept.from[half]);
         const __m256i second = _mm256_shuffle_epi8(load_256(x.q[1] + 32 * half), kept.from[half]);
@@ -73,19 +87,20 @@ inline void add(Sum& sum, const Kept& kept, const Gathered& x, const float* scal
     }
 }
 
+template <int>
 struct Dense {
     __m256i parts[4];
 };
 
 template <int BITS>
-inline Dense load_dense(const std::uint8_t* codes) {
-    Dense found;
+inline Dense<BITS> load_dense(const std::uint8_t* codes) {
+    Dense<BITS> found;
     for (int part = 0; part < 4; ++part) found.parts[part] = integers<BITS>(codes + part / 2 * 8 * BITS, part % 2);
     return found;
 }
 
 template <int BITS>
-inline void add(Sum& sum, const Dense& weights, const Straight& x, const float* scales) {
+inline void add(Sum& sum, const Dense<BITS>& weights, const Straight& x, const float* scales) {
     for (int part = 0; part < 4; ++part) {
         const __m256i found = dot(weights.parts[part], load_256(x.q + 32 * part));
         const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(found), _mm256_broadcast_ss(x.scale + part));

@@ -6,13 +6,13 @@
 namespace halve::HALVE_ISA {
 namespace {
 
-constexpr int ROWS_FOR_ONE = 1, ROWS_FOR_MORE = 1;  // rows of W at a time, for one row of x and for several
-
 struct Straight {
+    static constexpr std::size_t STRIPS = 1;
+    static constexpr int ROWS_FOR_ONE = 1;
     std::int8_t q[STRIP];
     float scale[BLOCKS];
 
-    void put(const std::int8_t* from, const float* scales, int) {
+    void put(const std::int8_t* from, const float* scales, int, std::size_t) {
         std::memcpy(q, from, STRIP);
         std::memcpy(scale, scales, sizeof(scale));
     }
@@ -21,14 +21,15 @@ struct Straight {
 using Gathered = Straight;
 using Sum = float;
 
+template <int>
 struct Kept {
     std::int8_t weights[KEPT];
     std::uint8_t columns[KEPT];
 };
 
 template <int BITS>
-inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
-    Kept kept;
+inline Kept<BITS> load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
+    Kept<BITS> kept;
     for (std::size_t i = 0; i < KEPT; ++i) {
         kept.weights[i] = std::int8_t(integer(codes, BITS, i, KEPT));
         kept.columns[i] = std::uint8_t(column_of(places, i));
@@ -37,7 +38,7 @@ inline Kept load_kept(const std::uint8_t* codes, const std::uint8_t* places) {
 }
 
 template <int BITS>
-inline void add(Sum& sum, const Kept& kept, const Gathered& x, const float* scales) {
+inline void add(Sum& sum, const Kept<BITS>& kept, const Gathered& x, const float* scales) {
     for (std::size_t block = 0; block < BLOCKS; ++block) {
         std::int32_t dot = 0;
         for (std::size_t i = 16 * block; i < 16 * block + 16; ++i) dot += kept.weights[i] * x.q[kept.columns[i]];
@@ -45,20 +46,21 @@ inline void add(Sum& sum, const Kept& kept, const Gathered& x, const float* scal
     }
 }
 
+template <int>
 struct Dense {
     std::int8_t weights[STRIP];
 };
 
 template <int BITS>
-inline Dense load_dense(const std::uint8_t* codes) {
-    Dense found;
+inline Dense<BITS> load_dense(const std::uint8_t* codes) {
+    Dense<BITS> found;
     for (std::size_t i = 0; i < STRIP; ++i)
         found.weights[i] = std::int8_t(integer(codes + i / WORD * 8 * BITS, BITS, i % WORD, WORD));
     return found;
 }
 
 template <int BITS>
-inline void add(Sum& sum, const Dense& weights, const Straight& x, const float* scales) {
+inline void add(Sum& sum, const Dense<BITS>& weights, const Straight& x, const float* scales) {
     for (std::size_t block = 0; block < BLOCKS; ++block) {
         std::int32_t dot = 0;
         for (std::size_t i = X_BLOCK * block; i < X_BLOCK * (block + 1); ++i) dot += weights.weights[i] * x.q[i];
