@@ -20,7 +20,11 @@ def text(*sizes):
 
 
 def run(model, batches, method, **options):
-    """Prune, and hold what was fed to every block against full forward passes of both models."""
+    """Prune, and hold what was fed to every block against full forward passes of both models.
+
+    Channels stay where they are: folds would be looked for on samples with noise.
+    """
+    options = {"permute": "none", **options}
     dense = copy.deepcopy(model)
     everything = {name: module for name, module in model.named_modules() if name.rpartition(".")[2].isdecimal()}
     names = [name for name in everything if not any(name.startswith(f"{other}.") for other in everything)]
