@@ -36,7 +36,7 @@ from halve.report.schema import MatrixEntry
 from halve.run.events import Listener
 from halve.run.request import Loading, Placement, Request
 from halve.run.settings import Settings
-from halve.runtime.quantised_matrix import Values, bits_of, quantised_bytes
+from halve.runtime.quantised_matrix import Values, bits_of, check_values, quantised_bytes
 from halve.solve.outcome import Status
 from halve.text.calibration import Calibration
 
@@ -107,11 +107,13 @@ def pack(
         CalibrationError: as `halve.prune`.
         HalveError: the volume is full, or failed.
     """
+    check_values(values)
+    wanted = None if pattern is None else Pattern.parse(pattern)
     asked = fill(PackOptions, options)
     place, target = Path(directory).expanduser(), Path(out).expanduser()
     if asked.calibration is None:
-        return _packed(place, target, pattern, values, trust_remote_code, listen)
-    request = _request(place, target, pattern, values, asked, trust_remote_code=trust_remote_code)
+        return _packed(place, target, wanted, values, trust_remote_code, listen)
+    request = _request(place, target, wanted, values, asked, trust_remote_code=trust_remote_code)
     inside = target.is_dir()
     above = next(path for path in (target.resolve(), *target.resolve().parents) if path.exists())
     with writing(above):
@@ -241,7 +243,7 @@ def _request(
     found = pattern_of(record, place)
     if found is None:
         raise InputError(f"nothing was pruned in {place}: there is nothing to pack")
-    if pattern is not None and Pattern.parse(pattern) != found:
+    if pattern is not None and pattern != found:
         raise InputError(f"{place / RECORD} says that the matrices are {found}, not {pattern}: leave the pattern out")
     bits_of(values, found)
     source = resolve(place, trust_remote_code=trust_remote_code)

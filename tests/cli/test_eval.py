@@ -4,14 +4,21 @@ import sys
 import weakref
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from halve.checkpoint.load import load_model
 from halve.cli.app import app
 from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
+from halve.evaluation.perplexity import perplexity
 from halve.evaluation.task_groups import TASK_GROUPS, Member, TaskGroup
+from halve.packed.load import load
+from halve.packed.write import pack_checkpoint
+from halve.text.tokens import evaluation_tokens
 from local_tasks import write_group, write_task
 from models import FORWARD_DTYPE, decoder
+from packed_models import pruned
 from tiny_tokenizers import byte_bpe, surrounding
 
 run = CliRunner().invoke
@@ -285,3 +292,28 @@ def test_lm_eval_is_an_extra(model, monkeypatch):
 
 def test_help_warns_of_code_in_definitions():
     assert "can run Python code" in " ".join(run(app, ["eval", "--help"]).output.replace("│", " ").split())
+
+
+def test_a_packed_checkpoint_is_measured_by_the_products_that_it_decodes_by(text, tmp_path):
+    directory = pack_checkpoint(pruned(tmp_path, dtype=torch.float32), tmp_path / "packed", values="int8").out
+    asked = ["--data", text, "--seq-len", "16", "--max-windows", "30", "--json", "--forward-dtype", "float32"]
+    result = run(app, ["eval", str(directory), *asked])
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)
+    loaded = load(directory)
+    tokens = evaluation_tokens(text, loaded.tokenizer, seq_len=16, max_windows=30)
+    rows = [row.unsqueeze(0) for row in tokens.ids]  # of 16 tokens, few enough to be multiplied as in decoding
+    losses = [cross_entropy(loaded.model(input_ids=row).logits[0, :-1], row[0, 1:]) for row in rows]
+    expected = float(torch.stack(losses).mean())
+    assert found["nll"] == pytest.approx(expected, rel=1e-6)
+    assert perplexity(loaded.model, tokens, forward_dtype="float32").nll != pytest.approx(
+        expected, rel=1e-6
+    )  # inputs not rounded
+
+
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--stream", "always"]])
+def test_a_packed_checkpoint_is_measured_on_the_cpu_in_memory(flags, text, tmp_path):
+    (tmp_path / "halve-packed.json").write_text("{}")
+    result = run(app, ["eval", str(tmp_path), "--data", text, *WINDOWS, *flags])
+    assert result.exit_code == EXIT_REFUSED
+    assert "is packed, and measured on the CPU in memory" in result.stderr

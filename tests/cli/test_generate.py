@@ -107,6 +107,20 @@ def test_a_next_token_in_one_call_is_said(tmp_path):
         assert ", each next token in one call" in result.stderr
 
 
+def test_why_a_next_token_is_not_in_one_call_is_said(tmp_path):
+    model = prune_layers(decoder("gpt2", vocab_size=320, eos_token_id=None))
+    model.save_pretrained(tmp_path / "plain")
+    byte_bpe().save_pretrained(tmp_path / "plain")
+    packing = ["pack", str(tmp_path / "plain"), "--out", str(tmp_path / "packed"), "--pattern", "2:4"]
+    assert run(app, packing).exit_code == 0
+    for name in ("plain", "packed"):
+        said = " ".join(run(app, ["generate", str(tmp_path / name), *ASKED]).stderr.split())
+        assert (
+            "; each next token module by module, since GPT2LMHeadModel is not of a family that is known to be computed "
+            "like Llama" in said
+        )
+
+
 def test_what_runs_dense_says_why(pruned, faster, tmp_path):
     faster["ratio"] = 0.8
     result = run(app, ["generate", str(pruned), *ASKED])

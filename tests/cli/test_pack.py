@@ -5,7 +5,9 @@ from typer.testing import CliRunner
 
 from halve.cli.app import app
 from halve.cli.errors import EXIT_FAILED, EXIT_REFUSED
-from packed_models import edit_tensor, packed, pruned, record_again, sums
+from models import decoder, save
+from packed_models import edit_tensor, packed, prune_layers, pruned, record_again, sums
+from tiny_tokenizers import byte_bpe
 
 run = CliRunner().invoke
 
@@ -110,17 +112,35 @@ def test_integers_are_solved_for_and_progress_is_told(checkpoint, text, tmp_path
     assert "only int4 is solved for" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["prune", "eval", "compare", "report"])
+@pytest.mark.parametrize("command", ["prune", "compare", "report"])
 def test_other_commands_refuse_a_packed_one_and_say_how_to_go_on(command, tmp_path):
     directory, text = packed(tmp_path), tmp_path / "text.txt"
     text.write_text("some words " * 400)
     data = ["--data", str(text), "--seq-len", "16"]
     options = {
         "prune": ["--out", str(tmp_path / "out"), "--method", "magnitude", "--refit", "none"],
-        "eval": data,
         "compare": [*data, "--calibration", str(text)],
         "report": [],
     }[command]
     result = run(app, [command, str(directory), *options])
     assert result.exit_code == EXIT_REFUSED, result.output
     assert f"restore the plain one with `halve unpack {directory} --out DIR`" in result.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--pattern", "2:4"], ["--calibration", "missing.txt"]])
+def test_an_unknown_kind_of_values_is_refused_before_anything_is_read(more, tmp_path):
+    result = run(app, ["pack", str(tmp_path / "nowhere"), "--out", str(tmp_path / "packed"), "--values", "int3", *more])
+    assert result.exit_code == EXIT_REFUSED
+    assert "values is 'int3': give own, bf16, int8 or int4" in result.stderr
+
+
+def test_a_pattern_that_is_not_quantised_is_refused_with_what_to_do(tmp_path):
+    save(prune_layers(decoder("llama", vocab_size=320), "1:4"), tmp_path / "plain")
+    byte_bpe().save_pretrained(tmp_path / "plain")
+    plain = tmp_path / "plain"
+    result = run(app, ["pack", str(plain), "--out", str(tmp_path / "packed"), "--values", "int8", "--pattern", "1:4"])
+    assert result.exit_code == EXIT_REFUSED
+    assert "quantised at 2:4 alone, not at 1:4: prune to 2:4, or leave values out, which keeps the numbers" in " ".join(
+        result.stderr.split()
+    )
+    assert not (tmp_path / "packed").exists()

@@ -24,7 +24,7 @@ from halve.pruning import prune
 from halve.runtime.linear import SparseLinear
 from halve.verification import check
 from own_code import CONFIGURATION, MODELLING, some_tokens
-from packed_models import packed, pruned, record_again, sums
+from packed_models import packed, prune_layers, pruned, record_again, sums
 
 
 def same_state(model, other):
@@ -314,3 +314,15 @@ def test_scales_that_mean_nothing_are_refused_by_the_name_of_their_matrix(tmp_pa
     checked = check(directory)
     assert not checked.ok
     assert any("a scale of a packed matrix" in problem for problem in checked.problems)
+
+
+def test_why_a_next_token_is_not_computed_in_one_call_is_an_attribute(tmp_path):
+    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    made = prune_layers(models.decoder("llama", **wide))
+    made.save_pretrained(tmp_path / "plain")
+    directory = pack_checkpoint(tmp_path / "plain", tmp_path / "packed", "2:4").out
+    assert load(directory).decoding == ""
+    assert load(directory, one_call=False).decoding == "it was not asked for"
+    assert load(tmp_path / "plain").decoding == ""
+    other = pack_checkpoint(pruned(tmp_path / "gpt2", "gpt2"), tmp_path / "other").out
+    assert "GPT2LMHeadModel is not of a family" in load(other).decoding

@@ -288,6 +288,7 @@ def test_a_tiny_model_measured_for_real(family, values, monkeypatch):
         ({"device": "tpu"}, "device 'tpu' is not understood"),
         ({"pattern": "1:7"}, r"nothing to prune: .* is not divisible by 7"),
         ({"values": "int5"}, "values is 'int5': give own, bf16, int8 or int4"),
+        ({"values": "int5", "pattern": "5:4"}, "values is 'int5': give own, bf16, int8 or int4"),
         ({"values": "int8", "pattern": "1:4"}, "weights are quantised at 2:4 alone, not at 1:4"),
         ({"values": "bf16", "dtype": torch.float32}, "values is 'bf16', and the model is float32"),
     ],

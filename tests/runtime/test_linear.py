@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from halve.errors import InputError
-from halve.runtime.linear import SparseLinear
-from halve.runtime.native import quantised_input
+from halve.runtime.linear import SparseLinear, multiplied_as_decoded
+from halve.runtime.native import few_rows, quantised_input
 from halve.runtime.packed_matrix import DTYPES, pack, unpack
 from halve.runtime.quantised_matrix import QuantisedMatrix
 from packed_matrices import assert_close, every_dtype, pruned, same_bits
@@ -248,3 +248,17 @@ def test_a_quantised_layers_own_state_does_not_change_it(bits):
     assert sparse.packed is before
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert sparse(torch.ones(2, 96)).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(few_rows(torch.float32) < 4, reason="no kernels here")
+def test_as_decoded_any_number_of_rows_is_multiplied_like_a_few():
+    model = nn.Sequential(SparseLinear.of(layers()[0], "2:4", 8))
+    x = torch.randn(3, 25, 96, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([torch.cat([model(row.unsqueeze(0)) for row in rows]) for rows in x])
+    many = model(x)
+    with multiplied_as_decoded(model) as count:
+        found = model(x)
+    assert count == 1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - many).norm() > 1e-3 * many.norm()  # whose inputs are not rounded
+    assert torch.equal(model(x), many)

@@ -90,6 +90,8 @@ class LoadedModel:
         source: where it came from; None for a model built in memory.
         notes: what the user should know of how it was loaded, a sentence each.
         weights: where they lie, in memory or on disk.
+        decoding: of a packed model, why each next token is computed module by module; empty where it is computed in one
+            call, and of a plain model, for which `halve.accelerate` says it.
     """
 
     model: "PreTrainedModel"
@@ -97,6 +99,7 @@ class LoadedModel:
     source: Source | None
     notes: tuple[str, ...] = ()
     weights: Weights = field(default_factory=Weights)
+    decoding: str = ""
 
     @cached_property
     def layout(self) -> DiskLayout:

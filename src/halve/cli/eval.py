@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from halve.checkpoint.load import Source, has_tokenizer, resolve
+from halve.checkpoint.directory import is_packed
+from halve.checkpoint.load import LoadedModel, Source, has_tokenizer, resolve
 from halve.checkpoint.streamed import ALWAYS, AUTO, NEVER, check_stream, loaded_to_measure
 from halve.checks import check_count
 from halve.cli.errors import reporting
@@ -27,6 +28,8 @@ from halve.evaluation.top_one import ImageEvaluation, TopOne
 from halve.versions import named_versions
 
 if TYPE_CHECKING:
+    import torch
+
     from halve.evaluation.tasks import TaskResults, TaskSet
 
 
@@ -67,10 +70,15 @@ def evaluate_command(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity (--data), accuracy on tasks (--tasks) or pictures (--images) of one model, or of several."""
+    """Measure perplexity (--data), accuracy on tasks (--tasks) or pictures (--images) of one model, or of several.
+
+    A packed checkpoint is measured as it answers: by the products of its decoding, which round inputs where it holds
+    integers.
+    """
     measured: list[_Measured] = []
     with reporting():
-        place = resolve_device(device)
+        packed = [model for model in models if is_packed(Path(model).expanduser())]
+        place = _place_of(packed, device, stream)
         forward_precision(given.get("forward_dtype", Evaluation.forward_dtype), place)
         check_count("batch_size", batch_size)
         check_stream(stream)
@@ -100,6 +108,21 @@ def evaluate_command(
                 _show(measured)
 
 
+def _place_of(packed: list[str], device: str, stream: str) -> "torch.device":
+    """Return where to run, which for packed checkpoints is the CPU.
+
+    Raises:
+        InputError: a packed checkpoint is asked to run elsewhere, or with its weights on disk.
+    """
+    if packed and (device not in {"auto", "cpu"} or stream == ALWAYS):
+        asked = "with its weights on disk" if stream == ALWAYS else f"on {device}"
+        raise InputError(
+            f"{packed[0]} is packed, and measured on the CPU in memory, not {asked}: restore the plain checkpoint with "
+            f"`halve unpack {packed[0]} --out DIR`, and give that"
+        )
+    return resolve_device("cpu" if packed else device)
+
+
 def _check_wanted(given: dict[str, Any], tasks: str | None, of_tasks: dict[str, Any]) -> None:
     images = given.get("images")
     if not given.get("data") and tasks is None and images is None:
@@ -121,7 +144,12 @@ def _check_wanted(given: dict[str, Any], tasks: str | None, of_tasks: dict[str, 
 
 
 def _resolve(model: str, *, trust_remote_code: bool, reads: bool) -> Source:
-    source = resolve(model, trust_remote_code=trust_remote_code)
+    if is_packed(Path(model).expanduser()):
+        from halve.packed.read import open_packed
+
+        source = open_packed(model, trust_remote_code=trust_remote_code).source
+    else:
+        source = resolve(model, trust_remote_code=trust_remote_code)
     if reads and not has_tokenizer(source):
         raise InputError(f"{model} has no tokenizer, and text needs one: put its files beside the weights")
     return source
@@ -144,7 +172,8 @@ def _measure(
     settings: dict[str, Any],
     stream: str,
 ) -> _Measured:
-    with loaded_to_measure(source, stream if tasks is None else NEVER) as loaded:
+    wide = settings["forward_dtype"] == "float32"
+    with _loaded(source, stream if tasks is None else NEVER, wide=wide) as loaded:
         if tasks is not None:
             from halve.evaluation.harness import check_model
 
@@ -163,6 +192,26 @@ def _measure(
                 loaded.model, loaded.tokenizer, tasks, batch_size=batch_size, **settings, progress=show
             )
         return _Measured(source.name, perplexities, scores, seen)
+
+
+@contextmanager
+def _loaded(source: Source, stream: str, *, wide: bool) -> Iterator[LoadedModel]:
+    """Load a model to measure it, a packed one with the products that it decodes by, in float32 if they are wide."""
+    if source.kind != "packed":
+        with loaded_to_measure(source, stream) as loaded:
+            yield loaded
+        return
+    import torch
+
+    from halve.packed.load import load
+    from halve.runtime.linear import multiplied_as_decoded
+
+    dtype = torch.float32 if wide else None
+    loaded = load(source.path, dtype=dtype, trust_remote_code=source.trust_remote_code, one_call=False)
+    for note in loaded.notes:
+        say(err, note, label="note", style="yellow")
+    with multiplied_as_decoded(loaded.model):
+        yield loaded
 
 
 @contextmanager

@@ -135,7 +135,6 @@ def _check_values(model: str, values: str, head: str, *, dense: bool) -> None:
 def _accelerate(loaded: "LoadedModel", values: str, head: str) -> str:
     """Run a model's pruned layers sparse, and return what came of it."""
     from halve.runtime.accelerate import accelerate
-    from halve.runtime.decoding.next_token import computes_in_one_call
     from halve.runtime.heads import quantise_head
     from halve.runtime.linear import SparseLinear
     from halve.runtime.speed import describe
@@ -146,8 +145,8 @@ def _accelerate(loaded: "LoadedModel", values: str, head: str) -> str:
         bits = cast("Bits | None", layers[0].bits or None)
         if head != "own":
             quantise_head(loaded.model)
-        one_call = ", each next token in one call" if computes_in_one_call(loaded.model) else ""
-        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}{in_head}{one_call}"
+        how = _decoding(loaded.decoding)
+        return f"{counted(len(layers), 'packed layer')}; {describe(loaded.model.device, bits)}{in_head}{how}"
     try:
         with counting("packing layers", slow=values == "int4") as listen:
             done = accelerate(
@@ -164,8 +163,12 @@ def _accelerate(loaded: "LoadedModel", values: str, head: str) -> str:
     saved = 1 - done.bytes_after / done.bytes_before
     dense = f", {len(done.slower)} left dense that would be no faster" if done.slower else ""
     swapped = counted(len(done.swapped), "layer runs sparse, its", "layers run sparse, their")
-    one_call = "" if done.decoding else ", each next token in one call"
-    return f"{swapped} weights {saved:.0%} smaller{dense}; {done.kernel}{in_head}{one_call}"
+    return f"{swapped} weights {saved:.0%} smaller{dense}; {done.kernel}{in_head}{_decoding(done.decoding)}"
+
+
+def _decoding(reason: str) -> str:
+    """Return how next tokens are computed: in one call, or module by module for a reason."""
+    return f"; each next token module by module, since {reason}" if reason else ", each next token in one call"
 
 
 def _pattern(loaded: "LoadedModel") -> str:

@@ -53,7 +53,8 @@ def load(
         one_call: whether a packed model of Llama's kind computes each next token in one call, where it can be.
 
     Returns:
-        LoadedModel: in evaluation mode, without gradients; ``notes`` name what had to be unpacked.
+        LoadedModel: in evaluation mode, without gradients; ``notes`` name what had to be unpacked, and
+            ``decoding`` says why the next token of a packed model is not computed in one call, where it is not.
 
     Raises:
         InputError: NaN or infinity in a tensor, or as `load_model`.
@@ -83,9 +84,8 @@ def load(
     for name, place in places.items():
         _swap(loaded.model, place, in_dtype(checkpoint.matrix(name), stand_ins[name].tensor.dtype, name))
     freeze(loaded.model, checkpoint.source.name)
-    if one_call:
-        decode_in_one_call(loaded.model)
-    return replace(loaded, notes=tuple(_notes(checkpoint, dense)))
+    decoding = decode_in_one_call(loaded.model) if one_call else "it was not asked for"
+    return replace(loaded, notes=tuple(_notes(checkpoint, dense)), decoding=decoding)
 
 
 @dataclass(frozen=True)

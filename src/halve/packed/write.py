@@ -57,7 +57,7 @@ from halve.packed.read import (
 from halve.recorded import Record, change_of, read_record
 from halve.runtime.native import AnyPacked, expand
 from halve.runtime.packed_matrix import pack
-from halve.runtime.quantised_matrix import QuantisedMatrix, Values, bits_of, quantise
+from halve.runtime.quantised_matrix import QuantisedMatrix, Values, bits_of, check_values, quantise
 
 Listen = Callable[[int, int, str], None]
 _ABOUT_WEIGHTS = {RECORD, MEASURED, PAGE, CARD}
@@ -135,6 +135,8 @@ def pack_checkpoint(
             a file; the input changes meanwhile.
         HalveError: the volume is full, or failed.
     """
+    check_values(values)
+    wanted = None if pattern is None else Pattern.parse(pattern)
     place, target = Path(directory).expanduser(), Path(out).expanduser()
     if not place.is_dir():
         raise InputError(f"{directory} is not a directory: give the directory of a pruned checkpoint")
@@ -149,7 +151,6 @@ def pack_checkpoint(
     weights = {path.name for path in (*source.shards, *source.carried)}
     if record is not None:
         _refuse_changed(record, source.path, (record.files or {}).keys() - weights)
-    wanted = None if pattern is None else Pattern.parse(pattern)
     asked = asked_for(source, record, entries, wanted)
     bits = bits_of(values, asked.pattern)
     chosen, left = choose(asked, entries, bits)

@@ -29,7 +29,7 @@ from halve.planner.outline import PAPER, PAPER_BATCHES, PRESETS, Kind, LeftDense
 from halve.planner.rest import Rest
 from halve.recorded import pattern_on_disk
 from halve.runtime import speed
-from halve.runtime.quantised_matrix import Values, bits_of
+from halve.runtime.quantised_matrix import Values, bits_of, check_values
 from halve.runtime.speed import Speed
 
 FORMAT = 1
@@ -239,6 +239,7 @@ def plan(
             neither.
         CorruptFileError: a file of the model is damaged.
     """
+    check_values(values)
     parsed, place = _pattern_of(model) if pattern is None else Pattern.parse(pattern), resolve_device(device)
     bits = bits_of(values, parsed)
     rows = _checked(batches, model)

@@ -25,7 +25,7 @@ from halve.model.layers import EXPERTS_IN_ONE, is_fused, is_linear, is_plain_lin
 from halve.runtime import speed
 from halve.runtime.compressed_linear import noting_reads
 from halve.runtime.decoding.next_token import decode_by_modules, decode_in_one_call
-from halve.runtime.heads import Head, IntegerHead, head_to_quantise, output_layer
+from halve.runtime.heads import Head, IntegerHead, check_head, head_to_quantise, output_layer
 from halve.runtime.kernels.gpu_linear import GpuLinear
 from halve.runtime.linear import SparseLinear
 from halve.runtime.probe import Probe, difference, noting_calls
@@ -131,6 +131,7 @@ def accelerate(
     """
     pattern = Pattern.parse(pattern)
     bits = bits_of(values, pattern)
+    check_head(head)
     check_count("batch", batch)
     if only_where_faster is not None:
         check_positive("only_where_faster", only_where_faster)

@@ -53,6 +53,16 @@ def output_layer(model: nn.Module) -> Any:
     return asked()
 
 
+def check_head(head: str) -> None:
+    """Refuse what is no kind of head, as it depends on nothing.
+
+    Raises:
+        InputError: there is no such kind.
+    """
+    if head not in get_args(Head):
+        raise InputError(f"head is {head!r}: give {' or '.join(get_args(Head))}")
+
+
 def head_to_quantise(model: nn.Module, chosen: Mapping[str, nn.Module], head: str) -> nn.Linear | None:
     """Return the output layer that is to multiply in integers, None if none is.
 
@@ -64,8 +74,7 @@ def head_to_quantise(model: nn.Module, chosen: Mapping[str, nn.Module], head: st
     Raises:
         InputError: there is no such kind of head, or the model has no head that can have it.
     """
-    if head not in get_args(Head):
-        raise InputError(f"head is {head!r}: give {' or '.join(get_args(Head))}")
+    check_head(head)
     if head == "own":
         return None
     found = _head_of(model)

@@ -4,6 +4,8 @@ It is a custom operator, ``halve::sparse_linear``, so that ``torch.compile`` tra
 inputs and the bias, never to the weights, which are frozen.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -14,7 +16,7 @@ from halve.maths.grid import Bits
 from halve.maths.pattern import Pattern
 from halve.model.layers import Layout, is_conv1d, layer_matrix
 from halve.runtime.compressed_linear import CompressedLinear
-from halve.runtime.native import AnyPacked, expand, sparse_linear
+from halve.runtime.native import AnyPacked, expand, few_rows, sparse_linear
 from halve.runtime.packed_matrix import DTYPES, PackedMatrix, pack
 from halve.runtime.quantised_matrix import QuantisedMatrix, quantise
 from halve.torch_internals import has_tangent, is_recorded
@@ -118,6 +120,8 @@ class SparseLinear(CompressedLinear):
     """The bits of the scales, int16: to what converts a module to another dtype they are no numbers."""
     empty: Tensor
     """Nothing, in the dtype of the products: converted when the module is."""
+    as_decoded = False
+    """Whether any number of rows is multiplied a few at a time, see `multiplied_as_decoded`."""
 
     def __init__(self, packed: AnyPacked, bias: Tensor | None = None, layout: Layout = "out_in") -> None:
         super().__init__(packed.shape, bias, layout)
@@ -192,6 +196,9 @@ class SparseLinear(CompressedLinear):
         wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if wanted or is_watched(x):
             return cast("Tensor", _operator(x, bias, *self._operand()))
+        if self.as_decoded:
+            rows = torch.split(x.reshape(-1, self.in_features), few_rows(self.empty.dtype))
+            return torch.cat([sparse_linear(few, self.packed, bias) for few in rows]).view(*x.shape[:-1], -1)
         return sparse_linear(x, self.packed, bias)  # beside a small product, the operator would cost as much again
 
     def extra_repr(self) -> str:
@@ -210,3 +217,20 @@ class SparseLinear(CompressedLinear):
             return
         packed = pack(matrix.to("cpu", self.empty.dtype), self.pattern)
         self._hold(quantise(packed, cast("Bits", self.bits)) if self.bits else packed)
+
+
+@contextmanager
+def multiplied_as_decoded(model: nn.Module) -> Iterator[int]:
+    """Let packed layers multiply all rows as they do the few of a decoding step, which is slower; yield how many do.
+
+    Where weights are integers those kernels round the inputs to 8 bits too, as a product of many rows does not: what is
+    measured of a model meanwhile is what it answers with.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    try:
+        for layer in layers:
+            layer.as_decoded = True
+        yield len(layers)
+    finally:
+        for layer in layers:
+            layer.as_decoded = False

@@ -194,13 +194,22 @@ def bits_of(values: str, pattern: Pattern) -> Bits | None:
     Raises:
         InputError: there is no such kind, or the pattern cannot be quantised.
     """
+    check_values(values)
+    bits = QUANTISED.get(values)
+    if bits is not None and (reason := why_not(pattern)):
+        raise InputError(f"{reason}: prune to {PATTERN}, or leave values out, which keeps the numbers as they are")
+    return bits
+
+
+def check_values(values: str) -> None:
+    """Refuse what is no kind of `Values`: before anything is read, as it depends on nothing.
+
+    Raises:
+        InputError: there is no such kind.
+    """
     if values not in get_args(Values):
         *others, last = get_args(Values)
         raise InputError(f"values is {values!r}: give {', '.join(others)} or {last}")
-    bits = QUANTISED.get(values)
-    if bits is not None and (reason := why_not(pattern)):
-        raise InputError(reason)
-    return bits
 
 
 def why_not(pattern: Pattern) -> str:
