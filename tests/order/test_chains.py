@@ -216,7 +216,7 @@ def test_channels_told_apart_by_their_place_are_not_proven():
 
 def test_outputs_of_a_grouped_convolution_stay_in_their_group_and_its_inputs_where_they_are():
     trial, _ = first(alive(mobile(Grouped)), pictures())
-    (fold,) = find_chains(trial, ["project.weight", "expand.weight"], (), seed=0)
+    (fold,) = find_chains(trial, ["project.weight", "depth.weight"], (), seed=0)
     assert (fold.consumer, fold.units, fold.width) == ("project.weight", 4, 8)
     assert {move.parameter for move in fold.moves} == {"project.weight", "depth.weight", "depth.bias"}
     assert is_proven(trial, fold, torch.Generator().manual_seed(0))
