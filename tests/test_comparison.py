@@ -12,6 +12,8 @@ from halve.errors import FactorisationError, HalveError, InputError
 from halve.evaluation.perplexity import perplexity
 from halve.evaluation.request import Evaluation
 from halve.run.contender import Contender, make_requests
+from halve.run.events import Progress
+from halve.run.phases import Phase
 from halve.text.tokens import TokenSet, hash_ids
 from models import decoder, tokens
 from seen import draw, processor, taught_vit
@@ -214,6 +216,7 @@ def test_what_stays_dense_is_chosen_once_as_a_run_chooses_it(checkpoint, text, t
 
     def counted(*arguments):
         times.append(arguments[2].keep_dense.amount)
+        arguments[4](Progress(0, 0, Phase.DAMAGE, 0, 0, caution=f"beware of {times[-1]}"))
         return real(*arguments)
 
     monkeypatch.setattr(comparison, "choose_dense", counted)
@@ -224,6 +227,8 @@ def test_what_stays_dense_is_chosen_once_as_a_run_chooses_it(checkpoint, text, t
     assert times == ["30%", "60%"]
     assert ["damage" in row.phases for row in rows] == [False, False, True, True, True]
     assert rows[2].phases["damage"] == rows[3].phases["damage"]
+    cautions = [[each for each in row.warnings if each.startswith("beware of")] for row in rows]
+    assert cautions == [[], [], ["beware of 30%"], ["beware of 30%"], ["beware of 60%"]]
     alone = halve.prune(checkpoint, method="wanda", refit="none", keep_dense="30%", **asked).record
     record = json.loads((tmp_path / "out" / "wanda-keep-dense-30%" / "halve.json").read_text())
     assert record["keep_dense"] == alone["keep_dense"]

@@ -133,7 +133,7 @@ class Comparison:
         self._listen = listen
         self._complete: list[Path] = []
         self._dense = Row(name=DENSE)
-        self._kept: dict[tuple[str, int], tuple[KeepDense | None, float]] = {}
+        self._kept: dict[tuple[str, int], tuple[KeepDense | None, float, tuple[str, ...]]] = {}
         if out is not None:
             needed = write.output_bytes(loaded, self._any.loading.written_dtype)
             check_destinations(out, requests, loaded.source, needed)
@@ -182,18 +182,27 @@ class Comparison:
             return row
         return replace(row, top_one=images.measure(loaded, self.pictures, placement.target))
 
-    def _chosen(self, request: Request, listen: Listener) -> tuple[Request, Phases]:
-        """Return a request with the choice of what stays dense, made once for all that ask for the same."""
+    def _chosen(self, request: Request, listen: Listener) -> tuple[Request, Phases, tuple[str, ...]]:
+        """Return a request with the choice of what stays dense, made once for all that ask for the same.
+
+        With it the time that the choice took, and what there was to beware of.
+        """
         asked, phases = request.settings.keep_dense, Phases(request.placement.target)
         if asked is None:
-            return request, phases
+            return request, phases, ()
+        cautions: list[str] = []
+
+        def tell(step: Progress) -> None:
+            cautions.extend([step.caution] if step.caution else [])
+            listen(step)
+
         key = asked.amount, asked.tokens
         if key not in self._kept:
             begun = time.perf_counter()
-            found = choose_dense(self._loaded, self.calibration, request.settings, request.placement.target, listen)
-            self._kept[key] = found, time.perf_counter() - begun
-        found, phases.seconds[Phase.DAMAGE] = self._kept[key]
-        return replace(request, settings=replace(request.settings, keep_dense=found)), phases
+            found = choose_dense(self._loaded, self.calibration, request.settings, request.placement.target, tell)
+            self._kept[key] = found, time.perf_counter() - begun, tuple(cautions)
+        found, phases.seconds[Phase.DAMAGE], said = self._kept[key]
+        return replace(request, settings=replace(request.settings, keep_dense=found)), phases, said
 
     def _compete(self, contender: Contender, request: Request) -> Row:
         gc.collect()  # the previous copy, should it sit in a reference cycle: at most two models at a time
@@ -205,7 +214,7 @@ class Comparison:
                 self._listen(contender, step)
 
         try:
-            request, phases = self._chosen(request, tell)
+            request, phases, cautions = self._chosen(request, tell)
             candidate = replace(self._loaded, model=copy.deepcopy(self._loaded.model))
             with nullcontext() if place is None else open_run(place) as run:
                 pruned = prune_loaded(candidate, self.calibration, request, run, listen=tell, phases=phases)
@@ -215,7 +224,7 @@ class Comparison:
                 mean_relative_loss=finite(report.mean_relative_loss),
                 seconds=report.seconds_of_pruning,
                 fallbacks=len(report.fallbacks),
-                warnings=(*self._loaded.notes, *report.warnings),
+                warnings=(*self._loaded.notes, *cautions, *report.warnings),
                 phases=report.seconds,
             )
             row = self._measured(row, as_written(candidate, pruned, request))

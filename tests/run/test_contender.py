@@ -39,7 +39,7 @@ def test_a_name_may_say_how_much_stays_dense():
     assert Contender.parse("wanda + keep-dense= 10%") == Contender("wanda", "none", keep_dense="10%")
     with pytest.raises(InputError, match=r"keep_dense = '10' is neither a share"):
         Contender.parse("wanda+keep-dense=10")
-    for text in ("wanda+keep-dense=10%+cg", "+keep-dense=10%"):
+    for text in ("wanda+keep-dense=10%+cg", "wanda+keep-dense=10%+block", "+keep-dense=10%"):
         with pytest.raises(InputError, match="is not a method to compare"):
             Contender.parse(text)
 

@@ -72,13 +72,15 @@ def evaluate_command(
 ) -> None:
     """Measure perplexity (--data), accuracy on tasks (--tasks) or pictures (--images) of one model, or of several.
 
-    A packed checkpoint is measured as it answers: by the products of its decoding, which round inputs where it holds
-    integers.
+    A packed checkpoint is measured on the CPU, and all others beside it, by the products that its packed layers decode
+    by, which round inputs where it holds integers.
     """
     measured: list[_Measured] = []
     with reporting():
         packed = [model for model in models if is_packed(Path(model).expanduser())]
         place = _place_of(packed, device, stream)
+        if 0 < len(packed) < len(models) and resolve_device(device) != place:
+            say(err, f"every model is measured on the CPU, as {packed[0]} has to be", label="note", style="yellow")
         forward_precision(given.get("forward_dtype", Evaluation.forward_dtype), place)
         check_count("batch_size", batch_size)
         check_stream(stream)

@@ -84,7 +84,7 @@ def load(
     for name, place in places.items():
         _swap(loaded.model, place, in_dtype(checkpoint.matrix(name), stand_ins[name].tensor.dtype, name))
     freeze(loaded.model, checkpoint.source.name)
-    decoding = decode_in_one_call(loaded.model) if one_call else "it was not asked for"
+    decoding = decode_in_one_call(loaded.model) if one_call else "one call was not asked for"
     return replace(loaded, notes=tuple(_notes(checkpoint, dense)), decoding=decoding)
 
 

@@ -344,7 +344,7 @@ def _settings(record: WholeRecord) -> dict[str, Any]:
 
 
 def _contender(record: WholeRecord) -> list[str]:
-    """Return the method and what followed it, as `halve compare` names them."""
+    """Return the method and what followed it, as `halve compare` has them, also where all contenders had it alike."""
     refit = [] if record.refit == "none" else [record.refit]
     kept = [] if record.keep_dense is None else [f"{KEEP_DENSE}={record.keep_dense.get('amount')}"]
     return [record.method, *refit, *([] if record.reconstruction is None else ["block"]), *kept]

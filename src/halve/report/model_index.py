@@ -24,10 +24,8 @@ def eval_results(run: RunFacts, local: Callable[[str], str]) -> list[Any]:
     """
     scores: list[PerplexityFacts | TrainedScore] = [*run.perplexity]
     if run.trainings and not run.merged and not run.rounded:
-        known = {(score.sha256, score.seq_len, score.windows) for score in scores}
-        scores += [
-            score for score in run.trainings[-1].scores if (score.sha256, score.seq_len, score.windows) not in known
-        ]
+        known = {(score.sha256, score.measured_as) for score in scores}
+        scores += [score for score in run.trainings[-1].scores if (score.sha256, score.measured_as) not in known]
     found = [_of_text(score, local(score.source)) for score in scores if _is_value(score.after)]
     return found + [_of_pictures(score, local(score.source)) for score in run.top_one]
 

@@ -66,7 +66,8 @@ class Contender:
             amount = KeepDense(rest.pop().removeprefix(f"{KEEP_DENSE}=").strip()).amount
         reconstruct = rest[-1:] == [BLOCK]
         rest = rest[:-1] if reconstruct else rest
-        if not method or len(rest) > 1 or not all(rest):
+        misplaced = any(part.startswith(f"{KEEP_DENSE}=") for part in rest)
+        if not method or len(rest) > 1 or not all(rest) or misplaced:
             raise InputError(
                 f"{text!r} is not a method to compare: write a method (wanda), method+refit (wanda+cg), "
                 f"or either with +block (wanda+cg+block), and +{KEEP_DENSE}=10% at the end where something stays dense"

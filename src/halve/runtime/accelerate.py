@@ -166,7 +166,7 @@ def accelerate(
         if dense_head is not None:
             replace_module(model, dense_head, IntegerHead(dense_head))
         off = _check_output(asked, before, allowed, swapped, plain)
-        decoding = decode_in_one_call(model) if one_call else "it was not asked for"
+        decoding = decode_in_one_call(model) if one_call else "one call was not asked for"
     except BaseException:
         _put_back(model, swapped, plain)
         if dense_head is not None:

@@ -224,7 +224,7 @@ def multiplied_as_decoded(model: nn.Module) -> Iterator[int]:
     """Let packed layers multiply all rows as they do the few of a decoding step, which is slower; yield how many do.
 
     Where weights are integers those kernels round the inputs to 8 bits too, as a product of many rows does not: what is
-    measured of a model meanwhile is what it answers with.
+    measured of a model meanwhile is of the products that it decodes by.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
     try:

@@ -337,7 +337,7 @@ def test_accelerating_says_what_is_so(runs):
     assert computes_in_one_call(model)
     other = model_of()
     assert decode_in_one_call(other) == ""
-    assert accelerate(other, only_where_faster=None, one_call=False).decoding == "it was not asked for"
+    assert accelerate(other, only_where_faster=None, one_call=False).decoding == "one call was not asked for"
     assert not computes_in_one_call(other)
 
 
