@@ -181,7 +181,7 @@ def _refuse_other_order(prior: Source, model: Source) -> None:
         whose = f"the prior {prior.name}" if theirs.reordered else model.name
         raise InputError(
             f"channels of {whose} were reordered, so that the prior's masks are not for those of {model.name}: give a "
-            f"prior that was pruned from {model.name} without permute, or learn from {prior.name} itself"
+            f"prior that was pruned from {model.name} with permute none, or learn from {prior.name} itself"
         )
 
 

@@ -143,6 +143,12 @@ def channel_parameters(module: nn.Module) -> dict[str, int]:
     return along if lean and len(lengths) == 1 and not within and not is_linear(module) else {}
 
 
+def has_own_weight(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution with a weight of its own, none that is computed."""
+    own = dict(module.named_parameters(recurse=False))
+    return (is_linear(module) or is_convolution(module)) and "weight" in own
+
+
 def is_depthwise(layer: nn.Conv2d) -> bool:
     """Whether every output of a convolution sees one channel, and every channel has one output."""
     return layer.in_channels == layer.out_channels == layer.groups > 1
@@ -154,6 +160,14 @@ def parameter_or_buffer(module: nn.Module, name: str) -> Tensor:
     found = getattr(module.get_submodule(path), leaf)
     assert isinstance(found, Tensor)  # noqa: S101 - the name is of one
     return found
+
+
+def replace_buffer(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a buffer, such as statistics of a batch norm; what is there may lie in a file, and stays as it is."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    before = owner.get_buffer(leaf)
+    setattr(owner, leaf, tensor.to(device=before.device, dtype=before.dtype, copy=True))
 
 
 def geometry_of(layer: nn.Conv2d) -> tuple[object, ...]:

@@ -66,7 +66,7 @@ def said_of_orders(count: int, *, folds: FoldsEntry | None = None, before: bool 
     found = []
     if count:
         found.append(
-            f"Channels were reordered: the inputs of {counted(count, 'matrix', 'matrices')}, folded into neighbouring "
+            f"Channels were reordered in {counted(count, 'place')}, folded into neighbouring "
             "weights. Before pruning, the reordered model is the same function; an adapter for the model as it was has "
             "to be merged with `halve merge`"
         )

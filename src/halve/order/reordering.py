@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from halve.errors import HalveError
 from halve.maths.gram import Statistics
 from halve.maths.pattern import Pattern
+from halve.model.layers import parameter_or_buffer
 from halve.model.plan import Matrix
 from halve.order.chains import find_chains
 from halve.order.choosing import choose_order, estimated_loss
@@ -30,9 +31,9 @@ class Reordered:
 
     Attributes:
         orders: those that were chosen.
-        found: folds that were guessed.
-        proven: those of them that were proven; where there are more than orders, no other order of the rest is
-            estimated to lose less.
+        found: matrices for whose inputs a fold was guessed that fits the pattern.
+        proven: folds of them that were proven; for those without an order no better one was found, or none could be
+            estimated.
     """
 
     orders: tuple[Order, ...] = ()
@@ -80,10 +81,20 @@ class Reorderer:
             left = [consumer for consumer in consumers if consumer not in taken]
             for fold in find(trial, left, fixed, _SEED) if left else ():
                 free = moved.isdisjoint((move.parameter, move.dim) for move in fold.moves)
-                if free and self._pattern.fits(fold.width):
+                if free and self._pattern.fits(fold.width) and not self._breaks_up(trial.block, fold):
                     found.add(fold.consumer)
                     proven += [fold] if is_proven(trial, fold, generator) else []
         return proven, len(found)
+
+    def _breaks_up(self, block: nn.Module, fold: Fold) -> bool:
+        """Whether what moves beside the consumer has the pattern along its channels, as a matrix pruned before has."""
+        for move in fold.moves[1:]:
+            tensor = parameter_or_buffer(block, move.parameter).data
+            if tensor.ndim > 1 and self._pattern.fits(tensor.shape[move.dim]):
+                rows = tensor.movedim(move.dim, -1).flatten(0, -2)
+                if self._pattern.satisfied_by(rows):
+                    return True
+        return False
 
     def choose(
         self,
@@ -118,7 +129,7 @@ class Reorderer:
             try:
                 saliency = saliencies(weight, stats.gram.to(weight.device))
             except HalveError as error:
-                warn(f"permute fold: the inputs of {name}.{fold.consumer} stay in their order: {error}")
+                warn(f"reordering: the inputs of {name}.{fold.consumer} stay in their order: {error}")
                 continue
             laid = by_unit(saliency, fold.units, fold.moves[0].repeats, matrix.taps)
             generator = torch.Generator().manual_seed(_SEED + number)

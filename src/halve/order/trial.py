@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from halve.maths.linalg import full_precision
 from halve.model.blocks import replaced_forward
 from halve.model.calls import is_constant, leaves, put_together, to_device
-from halve.model.layers import channel_parameters, is_convolution, is_linear
+from halve.model.layers import channel_parameters, has_own_weight
 from halve.model.stream import Stream
 
 _NOISE = 0.5
@@ -69,7 +69,7 @@ class Trial:
         self.layers: Mapping[str, nn.Module] = {
             name: module
             for name, module in block.named_modules()
-            if name and (is_linear(module) or is_convolution(module) or channel_parameters(module))
+            if name and (has_own_weight(module) or channel_parameters(module))
         }
 
     @property

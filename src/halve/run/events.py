@@ -122,7 +122,7 @@ class RunReport:
         orders: of channels that were reordered.
         folds_found: where channels might be reordered, in so many places that was guessed.
         folds_proven: in so many of those it was proven; where there is no order for one, none promised a lower loss.
-        not_reordered: full names of blocks with matrices where nothing was reordered, though it was asked for.
+        not_reordered: full names of blocks with matrices where nothing was reordered, though it was asked for by name.
     """
 
     matrices: tuple[MatrixReport, ...]
@@ -172,7 +172,7 @@ class RunReport:
 
 
 def _of_orders(report: RunReport) -> list[str]:
-    """Say where nothing was reordered, though it was asked for."""
+    """Say where nothing was reordered, though it was asked for by name."""
     names = report.not_reordered
     if not names:
         return []

@@ -17,7 +17,7 @@ from halve.errors import HalveError, InputError, LayerFailedError
 from halve.memory import trim
 from halve.model.blocks import Batch, check_batches, eager_experts
 from halve.model.gradients import LossGradients, one_by_one
-from halve.model.layers import parameter_or_buffer
+from halve.model.layers import parameter_or_buffer, replace_buffer
 from halve.model.plan import Matrix, Plan, set_matrix
 from halve.model.reconstruct import Tuned
 from halve.model.stacks import find_stacks
@@ -324,15 +324,8 @@ class _Loop:
         """Estimate the statistics of a block's batch norms anew, if what comes to them has changed."""
         if self._settings.batch_norm == ESTIMATE and self._collects and self._reports:
             for name, tensor in executor.estimate_norms(index, self._changed(index)).items():
-                self._set_buffer(name, tensor)
+                replace_buffer(self._model, name, tensor)
                 self._norms.append(name)
-
-    def _set_buffer(self, name: str, tensor: Tensor) -> None:
-        """Replace a buffer, such as statistics of a batch norm; what is there may lie in a file, and stays as it is."""
-        path, _, leaf = name.rpartition(".")
-        norm = self._model.get_submodule(path)
-        before = norm.get_buffer(leaf)
-        setattr(norm, leaf, tensor.to(device=before.device, dtype=before.dtype, copy=True))
 
     def _reorder(self, index: int, found: Reordered) -> None:
         """Put the channels of a block into their orders."""
@@ -342,11 +335,11 @@ class _Loop:
                 if isinstance(before[name], nn.Parameter):
                     self._own(name).data.copy_(moved)
                 else:
-                    self._set_buffer(name, moved)
+                    replace_buffer(self._model, name, moved)
         self._reordered[self._plan.blocks[index]] = found
 
     def _not_reordered(self) -> tuple[str, ...]:
-        """Return the blocks with matrices in which no channels were reordered; none where that was not asked for."""
+        """Return the blocks with matrices in which no channels were reordered, where that was asked for by name."""
         if self._settings.permute != FOLD:
             return ()
         done = {name for name, reordered in self._reordered.items() if reordered.orders}
@@ -395,7 +388,7 @@ class _Loop:
             if isinstance(parameter_or_buffer(self._model, name), nn.Parameter):
                 self._own(name).data.copy_(tensor)
             else:
-                self._set_buffer(name, tensor)
+                replace_buffer(self._model, name, tensor)
         matrices, tuned, reordered, norms, spent = from_record(record)
         self._reordered[self._plan.blocks[index]] = reordered
         self._norms += norms

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halve.errors import counted
 from halve.model.collect import check_called, merge_leaders
+from halve.model.layers import parameter_or_buffer
 from halve.model.plan import Matrix
 from halve.model.reconstruct import Reconstruction, Tuned
 from halve.order.recording import from_plain
@@ -356,4 +357,4 @@ class Crew:
         """Return the changed parameters of a finished block: at hand, or in the driver's model."""
         if newest is not None and index == block - 1:
             return newest
-        return {name: self._job.model.get_parameter(name).data for name in self._passed[index]}
+        return {name: parameter_or_buffer(self._job.model, name).data for name in self._passed[index]}

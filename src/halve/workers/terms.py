@@ -45,7 +45,7 @@ class Charge(Struct, frozen=True, kw_only=True):
         shards: all of them, as ranges of batches: the first and the one after the last.
         scratch: a folder of this machine; empty where the worker makes its own.
         collect: whether statistics are needed.
-        fixed: full names of parameters whose channels must not move.
+        fixed: full names of parameters and buffers whose channels must not move.
         together: names of parameters that are stored in one tensor.
         neighbours: workers on one machine, as far as that is known.
     """

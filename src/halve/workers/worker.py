@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import nn
 
 from halve.checkpoint.durable import crash_point
 from halve.checkpoint.load import resolve
@@ -24,6 +25,7 @@ from halve.errors import HalveError, ResumeMismatchError, one_line
 from halve.memory import trim
 from halve.model.blocks import Batch, eager_experts, working_copy
 from halve.model.collect import Sums
+from halve.model.layers import parameter_or_buffer, replace_buffer
 from halve.model.reconstruct import Reconstruction
 from halve.order import recording
 from halve.order.reordering import Reorderer, reordered
@@ -311,9 +313,12 @@ class Worker:
                 site.executor.follow(content.block, tensors)
             if len(site.job.runs) > 1:  # what enters a later stack follows from this one
                 for name, tensor in tensors.items():
-                    parameter = site.job.model.get_parameter(name)
-                    site.job.weights.own(parameter)
-                    parameter.data.copy_(tensor)
+                    before = parameter_or_buffer(site.job.model, name)
+                    if isinstance(before, nn.Parameter):
+                        site.job.weights.own(before)
+                        before.data.copy_(tensor)
+                    else:
+                        replace_buffer(site.job.model, name, tensor)
             site.job.weights.release(site.job.plan.blocks[content.block])  # which a solve has read again
             site.block, site.collected, site.parts = content.block + 1, False, {}
         trim()
