@@ -81,6 +81,10 @@ FAMILIES = {
         lambda: decoder("llama"),
         {**REORDERED, "reconstruct": halve.Reconstruction(epochs=1, learning_rate=1e-3)},
     ),
+    "convolutions reordered": (
+        resnet,
+        {**REORDERED, "refit": "none", "calibration": pictures(4), "batch_norm": "keep", "shards": 2},
+    ),
     "keep dense": (lambda: decoder("llama"), {**WANDA, "keep_dense": "20%"}),
     "without data": (lambda: decoder("llama"), {"method": "magnitude", "refit": "none", "device": "cpu"}),
 }
