@@ -26,9 +26,9 @@ def test_options_that_were_not_given_are_at_their_defaults():
 
 
 def test_what_goes_with_a_method_where_nothing_is_said():
-    assert method_defaults("auto", {"effort": "fast"}) == Defaults(True, 0.0, False, 1e-2)
-    assert method_defaults("auto", {"refit_tolerance": 1.0}) == Defaults(True, 0.25, False, None)
-    assert method_defaults("auto", {"effort": "best"}) == Defaults(True, 0.25, True, None)
+    assert method_defaults("auto", {"effort": "fast"}) == Defaults(True, 0.0, False, False, 1e-2)
+    assert method_defaults("auto", {"refit_tolerance": 1.0}) == Defaults(True, 0.25, False, True, None)
+    assert method_defaults("auto", {"effort": "best"}) == Defaults(True, 0.25, True, True, None)
     assert {method_defaults(name, {}) for name in METHODS if name != "auto"} == {Defaults()}
     with pytest.raises(InputError, match="effort must be one of"):
         method_defaults("auto", {"effort": "great"})
