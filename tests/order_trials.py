@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch import nn
 
 from halve.maths.pattern import Pattern
 from halve.model.survey import plan_model
@@ -31,3 +32,14 @@ def first(model, batches):
     """Return the trial of a model's first block, and its folds by the consumer's name."""
     _, trial, consumers = next(trials(model, batches))
     return trial, {fold.consumer: fold for fold in find_folds(trial, consumers, (), seed=0)}
+
+
+class Scaled(nn.Module):
+    """An activation that treats every channel otherwise, by numbers of its own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 2.0, width))
+
+    def forward(self, hidden):
+        return torch.relu(hidden) * self.scale

@@ -11,7 +11,7 @@ from halve.order.chains import find_chains
 from halve.order.folds import Move, permute, random_order
 from halve.order.proving import is_proven
 from models import convnext, decoder, resnet, tokens
-from order_trials import first, trials
+from order_trials import Scaled, first, trials
 
 
 def alive(model):
@@ -229,21 +229,10 @@ def test_what_leaves_the_block_is_no_fold():
     assert not find_chains(trial, ["project.weight"], (), seed=0)
 
 
-class _Scaled(nn.Module):
-    """An activation that treats every channel otherwise, by numbers of its own."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.scale = nn.Parameter(torch.linspace(0.5, 2.0, width))
-
-    def forward(self, hidden):
-        return torch.relu(hidden) * self.scale
-
-
 def test_a_scale_of_channels_moves_along():
     model = decoder("opt")
     for layer in model.model.decoder.layers:
-        layer.activation_fn = _Scaled(64)
+        layer.activation_fn = Scaled(64)
     trial, _ = first(model, TEXT)
     (fold,) = find_chains(trial, ["fc2.weight"], (), seed=0)
     assert Move("activation_fn.scale", 0, 0, 64) in fold.moves

@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from halve.order.finding import find_folds
 from halve.order.folds import Move, permute, random_order
 from halve.order.proving import is_proven
 from models import bert, decoder, encoder_decoder, gemma4, pairs, tokens, vit
-from order_trials import first, trials
+from order_trials import Scaled, first, trials
 
 
 def text():
@@ -79,21 +78,10 @@ def test_what_is_fixed_does_not_move():
     assert not any(is_proven(trial, fold, torch.Generator().manual_seed(0)) for fold in down)
 
 
-class _Scaled(nn.Module):
-    """An activation that treats every channel otherwise."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.scale = nn.Parameter(torch.linspace(0.5, 2.0, width))
-
-    def forward(self, hidden):
-        return torch.relu(hidden) * self.scale
-
-
 def test_channels_that_something_else_tells_apart_are_not_proven():
     model = decoder("opt")
     for layer in model.model.decoder.layers:
-        layer.activation_fn = _Scaled(64)
+        layer.activation_fn = Scaled(64)
     trial, folds = first(model, text())
     assert not is_proven(trial, folds["fc2.weight"], torch.Generator().manual_seed(0))
     assert is_proven(trial, folds["self_attn.out_proj.weight"], torch.Generator().manual_seed(0))

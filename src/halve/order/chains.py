@@ -9,7 +9,7 @@ a gate of squeeze and excitation does. What reaches more than one channel, or le
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,14 +18,13 @@ from torch import Tensor
 
 from halve.model.layers import (
     channel_parameters,
-    is_conv1d,
     is_convolution,
     is_depthwise,
     is_linear,
     layer_matrix,
     parameter_or_buffer,
 )
-from halve.order.finding import changed, reached
+from halve.order.finding import changed, moves_along, reached
 from halve.order.folds import Fold, Move, segments
 from halve.order.trial import Passed, Trial
 
@@ -223,26 +222,19 @@ class _Channels:
             if places[0] < 0 or places[-1] > last or not apart or (self.layers[name].groups > 1 and last):
                 return None
         width = total // units
-        moves = [self._reading(leader, width)]
+        moves = moves_along(self._trial, leader, 1, 0, width)
         others = [name for name in self.layers if name in readers and name != leader and not self.layers[name].passes]
-        moves += [self._reading(name, width) for name in others]
+        moves += [move for name in others for move in moves_along(self._trial, name, 1, 0, width)]
         for name in self.layers:
             for start in sorted(makers.get(name, ())):
                 moves += self._making(name, start, width)
         return Fold(f"{leader}.weight", units, width, tuple(moves))
 
-    def _reading(self, name: str, width: int) -> Move:
-        return Move(f"{name}.weight", 0 if is_conv1d(self._trial.layers[name]) else 1, 0, width)
-
-    def _making(self, name: str, start: int, width: int) -> Iterator[Move]:
-        module = self._trial.layers[name]
-        if self.layers[name].passes:
-            for leaf, dim in channel_parameters(module).items():
-                yield Move(f"{name}.{leaf}", dim, start, width)
-            return
-        yield Move(f"{name}.weight", 1 if is_conv1d(module) else 0, start, width)
-        if getattr(module, "bias", None) is not None:
-            yield Move(f"{name}.bias", 0, start, width)
+    def _making(self, name: str, start: int, width: int) -> list[Move]:
+        if not self.layers[name].passes:
+            return moves_along(self._trial, name, 0, start, width)
+        leaves = channel_parameters(self._trial.layers[name])
+        return [Move(f"{name}.{leaf}", dim, start, width) for leaf, dim in leaves.items()]
 
 
 def _alike(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:

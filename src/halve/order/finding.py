@@ -114,10 +114,10 @@ def _fold(trial: Trial, target: str, ties: Sequence[_Tie]) -> Fold | None:
         if shared not in (1, repeats) or head % shared:
             return None
         rows[tie.layer, repeats // shared].append((head // shared, tie.row - channel))
-    moves = [_along(trial, target, 1, 0, width, repeats)[0]]
+    moves = [moves_along(trial, target, 1, 0, width, repeats)[0]]
     for (layer, alike), found in rows.items():
         for start, stride in _progressions(found, width, heads):
-            moves += _along(trial, layer, 0, start, stride, alike)
+            moves += moves_along(trial, layer, 0, start, stride, alike)
     fold = Fold(f"{target}.weight", heads // repeats, width, tuple(moves))
     order = torch.arange(width).repeat(fold.units, 1)
     try:
@@ -159,7 +159,7 @@ def _progressions(found: Sequence[tuple[int, int]], width: int, heads: int) -> l
     return [(start, stride)] if straight and stride >= width and start >= 0 else []
 
 
-def _along(trial: Trial, layer: str, dim: int, start: int, stride: int, repeats: int) -> list[Move]:
+def moves_along(trial: Trial, layer: str, dim: int, start: int, stride: int, repeats: int = 1) -> list[Move]:
     """Return the moves of a layer's outputs (``dim`` 0 of its matrix) with its bias, or of its inputs (``dim`` 1)."""
     module = trial.layers[layer]
     lies = 1 - dim if is_conv1d(module) else dim

@@ -184,6 +184,23 @@ def survey(
     return plan, runs
 
 
+def put_tensor(model: nn.Module, weights: Weights, name: str, tensor: Tensor) -> None:
+    """Put a changed parameter or buffer into a model, whose weights may lie in files that are not written to.
+
+    Args:
+        model: the whole one.
+        weights: where its weights lie.
+        name: full name of the parameter or buffer.
+        tensor: of its shape.
+    """
+    before = parameter_or_buffer(model, name)
+    if isinstance(before, nn.Parameter):
+        weights.own(before)
+        before.data.copy_(tensor)
+    else:
+        replace_buffer(model, name, tensor)
+
+
 class _Loop:
     """The state of one run."""
 
@@ -332,10 +349,7 @@ class _Loop:
         for order in found.orders:
             before = {name: parameter_or_buffer(self._model, name) for name in order.parameters}
             for name, moved in order.applied({name: each.data for name, each in before.items()}).items():
-                if isinstance(before[name], nn.Parameter):
-                    self._own(name).data.copy_(moved)
-                else:
-                    replace_buffer(self._model, name, moved)
+                put_tensor(self._model, self._weights, name, moved)
         self._reordered[self._plan.blocks[index]] = found
 
     def _not_reordered(self) -> tuple[str, ...]:
@@ -385,10 +399,7 @@ class _Loop:
             return {}
         tensors, record = self._ledger.read(index)
         for name, tensor in tensors.items():
-            if isinstance(parameter_or_buffer(self._model, name), nn.Parameter):
-                self._own(name).data.copy_(tensor)
-            else:
-                replace_buffer(self._model, name, tensor)
+            put_tensor(self._model, self._weights, name, tensor)
         matrices, tuned, reordered, norms, spent = from_record(record)
         self._reordered[self._plan.blocks[index]] = reordered
         self._norms += norms

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import nn
 
 from halve.checkpoint.durable import crash_point
 from halve.checkpoint.load import resolve
@@ -25,7 +24,6 @@ from halve.errors import HalveError, ResumeMismatchError, one_line
 from halve.memory import trim
 from halve.model.blocks import Batch, eager_experts, working_copy
 from halve.model.collect import Sums
-from halve.model.layers import parameter_or_buffer, replace_buffer
 from halve.model.reconstruct import Reconstruction
 from halve.order import recording
 from halve.order.reordering import Reorderer, reordered
@@ -33,7 +31,7 @@ from halve.provenance import deciding_environment, differences, flat, source_fie
 from halve.run.executor import Job, solve_bundle
 from halve.run.fingerprint import device_name
 from halve.run.local import LocalExecutor
-from halve.run.loop import survey
+from halve.run.loop import put_tensor, survey
 from halve.run.phases import Phase, Phases
 from halve.run.request import Request
 from halve.serial import from_plain
@@ -313,12 +311,7 @@ class Worker:
                 site.executor.follow(content.block, tensors)
             if len(site.job.runs) > 1:  # what enters a later stack follows from this one
                 for name, tensor in tensors.items():
-                    before = parameter_or_buffer(site.job.model, name)
-                    if isinstance(before, nn.Parameter):
-                        site.job.weights.own(before)
-                        before.data.copy_(tensor)
-                    else:
-                        replace_buffer(site.job.model, name, tensor)
+                    put_tensor(site.job.model, site.job.weights, name, tensor)
             site.job.weights.release(site.job.plan.blocks[content.block])  # which a solve has read again
             site.block, site.collected, site.parts = content.block + 1, False, {}
         trim()
